@@ -1,0 +1,44 @@
+"""The exceptions of this library.
+
+Each message names the file or field, what was found, what was expected, and what to do about it.
+"""
+
+
+class ContiguousKVError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(ContiguousKVError, ValueError):
+    """A field of `ContiguousKVConfig` (or of another argument) has a value that makes no sense."""
+
+
+class InputError(ContiguousKVError, ValueError):
+    """Token ids, masks or lengths that cannot be served: wrong dtype, wrong shape, not the prefix."""
+
+
+class UnsupportedModelError(ContiguousKVError, ValueError):
+    """The model keeps or uses its KV cache in a way that this library cannot serve correctly."""
+
+
+class AttentionNotActiveError(ContiguousKVError, RuntimeError):
+    """The model runs without our attention function although a cache with a prefix is in use."""
+
+
+class StoreError(ContiguousKVError):
+    """Base of all errors about a store folder and the files in it."""
+
+
+class StoreFormatError(StoreError):
+    """The folder is not a store, or was written by a newer format of this library."""
+
+
+class SegmentCorruptError(StoreError):
+    """A segment file is truncated, foreign, or its bytes do not match their checksum."""
+
+
+class StoreFullError(StoreError, OSError):
+    """A segment does not fit in `max_disk_bytes`, or the disk is full."""
+
+
+class PrefixInUseError(StoreError):
+    """A stored prefix cannot be deleted, because longer prefixes continue it."""
