@@ -1,0 +1,1 @@
+"""Measuring: models, systems, timing and reports. The library itself imports nothing from here."""
