@@ -1,0 +1,181 @@
+"""`contiguouskv bench`: time to first token of one stored prefix, every system interleaved in one process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+
+from .systems.attentionstore import overlapped_full_load
+from .timing import drop_page_cache, interleave, machine, median_spread, resident_pages, time_to_first_token
+
+FLOOR, RECOMPUTE, FULL_LOAD = "floor (no prefix)", "recompute", "overlapped full load"
+
+
+@dataclass
+class Measured:
+    """What one system did: seconds to first token of each cold request, and the counters of the last one."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: set[int] = field(default_factory=set)
+    stats: dict[str, Any] = field(default_factory=dict)
+    warm_reads: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One prefix, one suffix, both int64 `(n,)`, and the store folder that the prefix is kept in."""
+
+    model: Any
+    prefix_ids: torch.Tensor
+    suffix_ids: torch.Tensor
+    folder: Path
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """The whole prompt, int64 `(1, n)`."""
+        return torch.cat([self.prefix_ids, self.suffix_ids])[None]
+
+
+def our_systems(budget: float) -> dict[str, ContiguousKVConfig]:
+    """The configurations of the library that the benchmark compares."""
+    percent = f"{budget:.0%}"
+    return {
+        f"published, {percent}": ContiguousKVConfig.paper(budget),
+        f"default, {percent}": ContiguousKVConfig(budget=budget),
+        "default, 10%": ContiguousKVConfig(budget=0.10),
+        "exact, 100%": ContiguousKVConfig(budget=1.0),
+    }
+
+
+def _request(load: Workload, system: str, config: ContiguousKVConfig | None, measured: Measured) -> None:
+    """One request. The store is opened anew inside the timer, so nothing of the prefix is in this process."""
+    stats = RequestStats()
+    stores: list[PrefixStore] = []
+
+    def opened() -> PrefixStore:
+        stores.append(PrefixStore(load.folder))
+        return stores[-1]
+
+    makers: dict[str, Callable[[], Any]] = {
+        FLOOR: DynamicCache,
+        RECOMPUTE: DynamicCache,
+        FULL_LOAD: lambda: overlapped_full_load(load.model, load.prefix_ids, opened(), stats),
+    }
+    make = makers.get(system, lambda: ContiguousKVCache(load.model, load.prefix_ids, store=opened(), config=config))
+    prompt = load.suffix_ids[None] if system == FLOOR else load.prompt
+    seconds, token, cache = time_to_first_token(load.model, prompt, make)
+    measured.seconds.append(seconds)
+    measured.tokens.add(token)
+    measured.stats = (cache.stats if isinstance(cache, ContiguousKVCache) else stats).as_dict()
+    if isinstance(cache, ContiguousKVCache):
+        cache.close()
+    for store in stores:
+        store.close()
+
+
+def run(
+    load: Workload, budget: float = 0.05, rounds: int = 7, recompute_rounds: int = 2, progress: bool = True
+) -> dict[str, Measured]:
+    """Measure every system on one workload, cold.
+
+    Args:
+        load: the model, prefix and suffix; the prefix is stored first if it is not yet.
+        budget: share of chunks for the published method and ours.
+        rounds: measured rounds; one more comes first and is not counted (first calls of kernels are slow).
+        recompute_rounds: how many of the rounds include recomputing the prefix, which takes long.
+    """
+    with PrefixStore(load.folder) as store:
+        ContiguousKVCache(load.model, load.prefix_ids, store=store).close()
+        files = sorted(load.folder.rglob("*.safetensors"))
+    configs: dict[str, ContiguousKVConfig | None] = {FLOOR: None, RECOMPUTE: None, FULL_LOAD: None}
+    configs |= our_systems(budget)
+    results = {system: Measured() for system in configs}
+    order = list(interleave(list(configs), rounds + 1))
+    for number, system in tqdm(order, "requests", disable=not progress, leave=False):
+        if system == RECOMPUTE and number > recompute_rounds:
+            continue
+        drop_page_cache(files)
+        warm = sum(resident_pages(file) for file in files)
+        measured = Measured() if number == 0 else results[system]
+        _request(load, system, configs[system], measured)
+        results[system].warm_reads += warm
+    return results
+
+
+def report(results: dict[str, Measured], load: Workload, console: Console) -> dict[str, Any]:
+    """Print the table, and return the numbers (seconds, ratios, bytes) ready for JSON."""
+    floor = median_spread(results[FLOOR].seconds).median
+    recompute = median_spread(results[RECOMPUTE].seconds).median
+    full = median_spread(results[FULL_LOAD].seconds).median
+    table = Table(title=f"{len(load.prefix_ids)}-token prefix, {len(load.suffix_ids)}-token suffix, cold (O_DIRECT)")
+    for column in ("system", "TTFT ms", "quartiles", "x floor", "speed-up", "MB read", "ampl.", "I/O wait ms"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    rows = {}
+    for system, measured in results.items():
+        spread = median_spread(measured.seconds)
+        stats = measured.stats
+        table.add_row(
+            system,
+            f"{spread.median * 1e3:.0f}",
+            f"{spread.low * 1e3:.0f} - {spread.high * 1e3:.0f}",
+            f"{spread.median / floor:.2f}",
+            f"{recompute / spread.median:.1f}",
+            f"{stats['bytes_read'] / 1e6:.1f}",
+            f"{stats['read_amplification']:.2f}" if stats["bytes_used"] else "",
+            f"{stats['io_wait_s'] * 1e3:.1f}",
+        )
+        rows[system] = spread.as_dict() | {
+            "over_floor": spread.median / floor,
+            "over_full_load": spread.median / full,
+            "speed_up": recompute / spread.median,
+            "pages_in_cache_before": measured.warm_reads,
+            "stats": stats,
+        }
+    console.print(table)
+    return {
+        "machine": machine(),
+        "prefix_tokens": len(load.prefix_ids),
+        "suffix_tokens": len(load.suffix_ids),
+        "dtype": str(load.model.dtype),
+        "recompute_over_floor": recompute / floor,
+        "systems": rows,
+    }
+
+
+def main(
+    model_name: str | None,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    budget: float,
+    rounds: int,
+    folder: Path | None,
+    json_path: Path | None,
+) -> dict[str, Any]:
+    """Load the model, make a workload of real text, measure and report."""
+    from .documents import document_ids
+    from .models import load_model
+
+    console = Console()
+    model, tokenizer = load_model(model_name)
+    ids = document_ids(tokenizer, prefix_tokens + suffix_tokens)
+    with tempfile.TemporaryDirectory(prefix="contiguouskv-bench-", dir=folder) as temporary:
+        load = Workload(model, ids[:prefix_tokens], ids[prefix_tokens:], Path(temporary) / "store")
+        results = run(load, budget, rounds)
+        numbers = report(results, load, console)
+    console.print(f"on {numbers['machine']}")
+    if json_path is not None:
+        json_path.write_text(json.dumps(numbers, indent=2, default=str) + "\n")
+        console.print(f"written to {json_path}")
+    return numbers

@@ -1,0 +1,148 @@
+"""The attention function and mask that a model uses while a `ContiguousKVCache` is alive.
+
+`Cache.update` runs before attention and sees no queries, but choosing chunks needs the queries after RoPE. So a cache
+layer returns its suffix K/V *tagged* with itself, and the function registered here asks that layer for the K/V that
+these queries attend to, then calls the implementation that the model had before. K/V without a tag (any other cache,
+or none) go straight to that implementation, bit for bit as before.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+PREFIX = "contiguouskv_"
+BASES = ("sdpa", "eager")
+_TAG = "_contiguouskv_source"
+
+
+class KVSource(Protocol):
+    """What a tagged key tensor leads to: the cache layer that produced it."""
+
+    def visible_kv(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V `(batch, kv_heads, visible_length, head_dim)` for `query` `(batch, heads, q_length, head_dim)`.
+
+        `attention_mask` is what the model passes, `None` or `(batch, 1, q_length, visible_length)`; `options` are the
+        other keyword arguments of the attention function, with `scaling` always present.
+        """
+        ...
+
+
+def tagged(states: torch.Tensor, source: KVSource) -> torch.Tensor:
+    """A fresh view of `states` that leads back to `source` (tagging a stored tensor itself would make a cycle)."""
+    view = states[:]
+    setattr(view, _TAG, source)
+    return view
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    # `eager` is not in the registry: it is a function of the module in which the attention class was written.
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward in the module that defines it")
+
+
+def _make_attention(base: str) -> Callable[..., Any]:
+    @torch.compiler.disable
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        forward = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+        source: KVSource | None = getattr(key, _TAG, None)
+        if source is not None:
+            options = dict(kwargs)
+            if options.get("scaling") is None:
+                options["scaling"] = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+            key, value = source.visible_kv(query, attention_mask, options)
+        return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+    return attention
+
+
+for _base in BASES:
+    AttentionInterface.register(PREFIX + _base, _make_attention(_base))
+    AttentionMaskInterface.register(PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
+
+
+class _Installed:
+    """One config object whose models use our function, and how many caches need it."""
+
+    def __init__(self, config: Any, base: str) -> None:
+        self.config = config
+        self.base = base
+        self.count = 0
+
+
+_installed: dict[int, _Installed] = {}
+_lock = threading.RLock()
+
+
+class Installation:
+    """A cache's share in the installation of our function on a model's config. `release` is idempotent.
+
+    Models that share one config object change together; the implementation that was there before comes back when the
+    last share is released (at the latest when the cache that owns it is collected).
+    """
+
+    def __init__(self, config: Any) -> None:
+        with _lock:
+            entry = _installed.get(id(config))
+            if entry is None:
+                base = config._attn_implementation
+                if base not in BASES:
+                    raise UnsupportedModelError(
+                        f"attention implementation {base!r} is not supported: a cache with a prefix needs one of "
+                        f"{BASES}. Load the model with attn_implementation='sdpa'."
+                    )
+                entry = _installed[id(config)] = _Installed(config, base)
+            entry.count += 1
+            config._attn_implementation_internal = PREFIX + entry.base
+        self._config = config
+        self._finalizer = weakref.finalize(self, _release, id(config))
+
+    @property
+    def active(self) -> bool:
+        """Whether the model's config still names our function."""
+        name = self._config._attn_implementation
+        return isinstance(name, str) and name.startswith(PREFIX)
+
+    @property
+    def current(self) -> str:
+        """The attention implementation that the model's config names now."""
+        return str(self._config._attn_implementation)
+
+    def release(self) -> None:
+        self._finalizer()
+
+
+def _release(key: int) -> None:
+    with _lock:
+        entry = _installed.get(key)
+        if entry is None:
+            return
+        entry.count -= 1
+        if entry.count == 0:
+            del _installed[key]
+            # Somebody may have chosen another implementation in the meantime: that choice stays.
+            if entry.config._attn_implementation == PREFIX + entry.base:
+                entry.config._attn_implementation_internal = entry.base

@@ -1,0 +1,179 @@
+"""Automatic mode: the cache learns the prompt at the first forward, uses what is stored of it, and stores the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .config import ContiguousKVConfig
+from .forward import Prompt, cut_cached, ordinary_prompt
+from .layers import ContiguousLayer
+from .prefill import geometry_of, persist_rows
+from .prefix import AttachedPrefix
+from .store import PrefixStore
+from .support import ModelSupport
+
+if TYPE_CHECKING:
+    from .cache import ContiguousKVCache
+
+LayerStates = tuple[torch.Tensor, torch.Tensor, int]
+
+
+class AutomaticPrefix:
+    """Attaches the longest stored beginning that all rows share, and persists what was computed exactly.
+
+    It attaches only where the caller cannot notice: not if logits, hidden states, attentions or a loss of the cached
+    tokens are wanted.
+    """
+
+    def __init__(
+        self, store: PrefixStore, fingerprint: str, support: ModelSupport, config: ContiguousKVConfig
+    ) -> None:
+        self._store = store
+        self._fingerprint = fingerprint
+        self._support = support
+        self._config = config
+        self._prompt: Prompt | None = None
+        # The blocks of a chunked prefill continue the prompt for as long as they are this long.
+        self._block: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutomaticPrefix:
+        twin = AutomaticPrefix(self._store, self._fingerprint, self._support, self._config)
+        twin._prompt, twin._block = self._prompt, self._block
+        return twin
+
+    def reset(self) -> None:
+        """The next forward brings a new prompt."""
+        self._prompt = self._block = None
+
+    def before_forward(
+        self, cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool, block: int | None
+    ) -> None:
+        """Look up the prompt of an empty cache; attach what is stored and cut it from `inputs`."""
+        for layer in cache.layers:
+            if hasattr(layer, "recording"):
+                layer.recording = False
+        if cache.get_seq_length() > 0:
+            self._continue(cache, inputs)
+            return
+        self._block = block
+        self._prompt = prompt = ordinary_prompt(inputs)
+        if prompt is None:
+            return
+        limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs, from_generate)
+        if limit >= self._config.chunk_size and _caller_cannot_notice(cache, inputs, from_generate):
+            self._attach(cache, inputs, prompt, limit)
+        if self._stays_exact(cache):
+            self._record(cache)
+        else:
+            self._prompt = None  # What is computed behind a pruned prefix is never stored.
+
+    def _attach(self, cache: ContiguousKVCache, inputs: dict[str, Any], prompt: Prompt, limit: int) -> None:
+        self._store.flush()
+        shared = _shared_beginning([prompt.row(row) for row in range(prompt.ids.shape[0])])[:limit]
+        stored = self._store.lookup(self._fingerprint, shared, self._config.chunk_size)
+        if stored is None or stored.tokens < self._config.chunk_size:
+            return
+        # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
+        config = replace(self._config, budget=1.0) if self._block else self._config
+        tokens = min(stored.tokens, limit)
+        cache._attach(AttachedPrefix.of(stored, tokens), config)
+        cache.prefix_ids = torch.from_numpy(shared[:tokens].copy())
+        cut_cached(inputs, tokens)
+
+    def _continue(self, cache: ContiguousKVCache, inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids")
+        if self._prompt is None or not self._block or not isinstance(ids, torch.Tensor) or ids.shape[1] == 1:
+            self._prompt = None
+            return
+        self._prompt = Prompt(torch.cat([self._prompt.ids, ids], dim=1), self._prompt.pads)
+        self._record(cache)
+
+    def _record(self, cache: ContiguousKVCache) -> None:
+        for layer in cache.layers:
+            if hasattr(layer, "recording"):
+                layer.recording = True
+
+    def _stays_exact(self, cache: ContiguousKVCache) -> bool:
+        return cache._attached is None or cache._attached.request.keeps_all
+
+    def after_forward(self, cache: ContiguousKVCache) -> None:
+        """Persist the prompt in the background, if its KV is exact."""
+        prompt = self._prompt
+        if prompt is None:
+            return
+        if not self._block:
+            self._prompt = None
+        rows: list[tuple[np.ndarray, list[LayerStates]]] = []
+        seen: set[bytes] = set()
+        for row in range(prompt.ids.shape[0]):
+            numbers = prompt.row(row).cpu().numpy().astype(np.int64)
+            if numbers.tobytes() not in seen:
+                seen.add(numbers.tobytes())
+                states = [_row_states(layer, row, prompt, len(numbers)) for layer in cache.layers]
+                rows.append((numbers, states))
+        for layer in cache.layers:
+            if hasattr(layer, "recording"):
+                layer.recording, layer.recorded = False, None
+        geometry = geometry_of(self._support, self._config.chunk_size)
+        store, fingerprint = self._store, self._fingerprint
+        store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry))
+
+
+def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerStates:
+    """K and V of one row, `(kv_heads, tokens - start, head_dim)`, and the token `start` that they begin with."""
+    pads = prompt.pads[row]
+    attached = layer.attached
+    prefix = 0 if attached is None else attached.request.prefix.tokens
+    if not isinstance(layer, ContiguousLayer):
+        keys, values = (states[row] for states in layer.recorded)
+        # The last columns are this row's last tokens; padding may stand between them and the prefix.
+        columns = tokens - prefix
+        known = keys.shape[1] - columns - pads if prefix else 0
+        if prefix == 0 or pads == 0:
+            start = tokens - columns - max(0, known)
+            return keys[:, -(tokens - start) :], values[:, -(tokens - start) :], start
+        keys, values = (
+            torch.cat([part[:, :known], part[:, known + pads :]], dim=1) for part in (keys, values)
+        )
+        return keys, values, prefix - known
+    if attached is None:
+        return layer.keys[row, :, pads:], layer.values[row, :, pads:], 0
+    return layer.row_states(row, pads)
+
+
+def _uncached_needed(inputs: dict[str, Any], from_generate: bool) -> int:
+    wanted = inputs.get("logits_to_keep")
+    return max(1, wanted) if isinstance(wanted, int) else 1
+
+
+def _caller_cannot_notice(cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool) -> bool:
+    if inputs.get("labels") is not None:
+        return False
+    model = cache._model()
+    config = getattr(model, "config", None)
+    for name in ("output_hidden_states", "output_attentions"):
+        asked = inputs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            return False
+    wanted = inputs.get("logits_to_keep")
+    if isinstance(wanted, torch.Tensor):
+        return False
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        return wanted >= 1
+    # Assisted decoding wants as many logits as it has drafts; without `logits_to_keep` nobody tells how many.
+    return from_generate and not any(getattr(layer, "record_past", False) for layer in cache.layers)
+
+
+def _shared_beginning(rows: list[torch.Tensor]) -> np.ndarray:
+    first = rows[0].cpu().numpy().astype(np.int64)
+    length = len(first)
+    for row in rows[1:]:
+        other = row.cpu().numpy()
+        length = min(length, len(other))
+        differs = np.nonzero(first[:length] != other[:length])[0]
+        length = int(differs[0]) if len(differs) else length
+    return first[:length]

@@ -1,0 +1,147 @@
+"""What a forward pre-hook must do to the inputs of a model before a cache with a prefix can serve them.
+
+Plain functions on the forward's arguments, by name: cutting tokens that are cached already, moving left padding behind
+the prefix, and telling which rows and queries count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .request import Rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that starts an empty cache, if it has the ordinary form.
+
+    Attributes:
+        ids: int64 `(batch, length)`.
+        pads: tokens of left padding, per row.
+    """
+
+    ids: torch.Tensor
+    pads: list[int]
+
+    def row(self, index: int) -> torch.Tensor:
+        """The real tokens of one row, int64 `(n,)`."""
+        return self.ids[index, self.pads[index] :]
+
+
+def ordinary_prompt(inputs: dict[str, Any]) -> Prompt | None:
+    """The prompt in `inputs`, or `None` if its KV would not be that of its tokens at positions 0, 1, 2, ..."""
+    ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
+        return None
+    if inputs.get("token_type_ids") is not None or ids.shape[1] == 0:
+        return None
+    batch, length = ids.shape
+    pads = [0] * batch
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+            return None
+        real = mask.to(torch.bool).cpu()
+        counted = real.long().sum(1)
+        left_padded = torch.arange(length)[None, :] >= (length - counted)[:, None]
+        if not torch.equal(real, left_padded) or int(counted.min()) == 0:
+            return None
+        pads = (length - counted).tolist()
+    if positions is None:
+        return Prompt(ids, pads) if not any(pads) else None
+    if positions.ndim != 2 or positions.shape[1] != length:
+        return None
+    expected = (torch.arange(length)[None, :] - torch.tensor(pads)[:, None]).clamp_min(0)
+    shown = positions.cpu().expand(batch, -1)
+    counts = torch.arange(length)[None, :] >= torch.tensor(pads)[:, None]
+    return Prompt(ids, pads) if torch.equal(shown[counts], expected[counts]) else None
+
+
+def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_ids: torch.Tensor | None) -> bool:
+    """Whether `input_ids` are the whole prompt again, although its first `cached` tokens are in the cache."""
+    ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
+    if cached == 0 or not isinstance(ids, torch.Tensor) or ids.shape[1] < 1:
+        return False
+    length = ids.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask.shape[1] == length
+    if isinstance(positions, torch.Tensor) and positions.ndim == 2:
+        return bool((positions[:, 0] == 0).all())
+    if not from_generate or prefix_ids is None or length < prefix_ids.shape[0]:
+        return False
+    return bool((ids[:, : prefix_ids.shape[0]].cpu() == prefix_ids).all())
+
+
+def cut_cached(inputs: dict[str, Any], cached: int) -> None:
+    """Remove the first `cached` columns from everything that runs along the new tokens (not from the mask)."""
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = inputs["input_ids"][:, cached:]
+    for name in ("position_ids", "token_type_ids"):
+        value = inputs.get(name)
+        if isinstance(value, torch.Tensor) and value.shape[-1] == length:
+            inputs[name] = value[..., cached:]
+
+
+def pads_before_prefix(mask: torch.Tensor) -> torch.Tensor:
+    """Zeros at the beginning of each row of a 2D mask, int64 `(batch,)`."""
+    return (mask.to(torch.bool).long().cumsum(1) == 0).sum(1)
+
+
+def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int) -> torch.Tensor:
+    """The 2D mask with left padding moved between prefix and suffix, where the cache has it.
+
+    A row `[pad * p][prefix][suffix]` becomes `[prefix][pad * p][suffix]`: the model gets the columns after the first
+    `prefix_tokens` as input, of which the first `p` repeat tokens of the prefix and must not be seen.
+
+    Raises:
+        InputError: a row is too short to begin with the prefix.
+    """
+    pads = pads_before_prefix(mask)
+    if int(pads.max()) == 0:
+        return mask
+    if int(pads.max()) + prefix_tokens > mask.shape[1]:
+        raise InputError(
+            f"a row of the batch has {mask.shape[1] - int(pads.max())} tokens, fewer than the prefix of "
+            f"{prefix_tokens} tokens that it must begin with"
+        )
+    columns = torch.arange(mask.shape[1], device=mask.device)[None, :]
+    moved = (columns >= prefix_tokens) & (columns < prefix_tokens + pads[:, None])
+    in_prefix = columns < prefix_tokens
+    return torch.where(moved, 0, torch.where(in_prefix & (pads[:, None] > 0), 1, mask)).to(mask.dtype)
+
+
+def rows_of(inputs: dict[str, Any], cached: int, drafts: int) -> Rows:
+    """Which rows are distinct and which of their suffix tokens are real and vote.
+
+    Args:
+        inputs: the forward's arguments, after `cut_cached` and `mask_behind_prefix`.
+        cached: tokens in the cache before this forward.
+        drafts: candidate tokens of assisted decoding at the end, which never vote.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    states = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
+    batch, length = states.shape[:2]
+    visible = torch.ones(batch, length, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        if mask.shape[1] != cached + length:
+            raise InputError(
+                f"attention_mask has {mask.shape[1]} columns, expected {cached + length}: one for each of the "
+                f"{cached} cached and {length} new tokens"
+            )
+        visible = mask[:, cached:].to(torch.bool).cpu()
+    voting = visible.clone()
+    if drafts:
+        voting[:, -drafts:] = False
+    if batch == 1:
+        first = torch.zeros(1, dtype=torch.long)
+        return Rows(first, first, voting, visible)
+    if not isinstance(ids, torch.Tensor):
+        return Rows(torch.arange(batch), torch.arange(batch), voting, visible)
+    # Padding tokens may differ without a difference in what is seen.
+    content = torch.cat([ids.cpu().masked_fill(~visible, -1), visible.long()], dim=1)
+    _, of_batch = torch.unique(content, dim=0, return_inverse=True)
+    representatives = torch.stack([(of_batch == row).nonzero()[0, 0] for row in range(int(of_batch.max()) + 1)])
+    return Rows(representatives, of_batch, voting[representatives], visible[representatives])

@@ -1,0 +1,184 @@
+"""Keys to identify chunks with: exact leader keys, or the int8 index, from memory or from disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .config import ContiguousKVConfig
+from .device import Slab, SlabPool, upload
+from .prefetch import PayloadReads, wait
+from .prefix import AttachedPrefix
+from .selection import AttentionMass, ChunkScorer, IndexedKeys
+from .stats import RequestStats
+from .store.prefix_store import PrefixStore, SegmentSpan
+from .store.reader import Read, Ticket
+from .store.segment import Segment
+
+
+@dataclass
+class _Pending:
+    """One tensor of one segment on its way from disk. `data` is its bytes in `slab`."""
+
+    name: str
+    slab: Slab
+    data: torch.Tensor
+    ticket: Ticket
+
+
+class KeySource:
+    """Brings what the scorer of a leader layer needs. One per request.
+
+    The int8 index stays in the store's host memory afterwards; exact leader keys are used once and given back, as in
+    the published method. Where a segment has neither for a layer, that layer's whole payload is read.
+    """
+
+    def __init__(
+        self,
+        prefix: AttachedPrefix,
+        config: ContiguousKVConfig,
+        store: PrefixStore,
+        pool: SlabPool,
+        payload: PayloadReads,
+        stats: RequestStats,
+    ) -> None:
+        self._prefix = prefix
+        self._config = config
+        self._store = store
+        self._pool = pool
+        self._payload = payload
+        self._stats = stats
+        self._pending: dict[int, list[_Pending]] = {}
+        # Held from `ask` to `scorer`, so that an eviction in between does not lose them.
+        self._resident: dict[int, dict[str, torch.Tensor]] = {}
+
+    def uses_index(self, layer: int) -> bool:
+        """Whether this layer is scored from the int8 index (which stays resident)."""
+        return self._config.selection == "indexed_keys" and all(
+            layer in span.segment.geometry.indexed_layers for span in self._prefix.spans
+        )
+
+    def _missing(self, layer: int) -> list[SegmentSpan]:
+        return [s for s in self._prefix.spans if self._store.host.get(_index_names(s, layer)[0]) is None]
+
+    def _has_leader_keys(self, layer: int) -> bool:
+        return all(layer in span.segment.geometry.leader_layers for span in self._prefix.spans)
+
+    def nbytes(self, layer: int) -> int:
+        """Bytes that `ask` would read for this layer."""
+        if self.uses_index(layer):
+            return sum(span.segment.tensor_extent(f"key_index.{layer}")[1] for span in self._missing(layer))
+        whole = self._prefix.chunks * self._prefix.geometry.extent_bytes
+        return whole // 2 if self._has_leader_keys(layer) else whole
+
+    def ask(self, layer: int, device: torch.device) -> None:
+        """Start reading the keys of one leader layer."""
+        if self.uses_index(layer):
+            resident: dict[str, torch.Tensor] = self._resident.setdefault(layer, {})
+            for span in self._prefix.spans:
+                for name in _index_names(span, layer):
+                    data = self._store.host.get(name)
+                    if data is not None:
+                        resident[name] = data
+                    else:
+                        pending = self._start(span.segment, name.partition("/")[2], device)
+                        self._pending.setdefault(layer, []).append(replace(pending, name=name))
+        elif self._has_leader_keys(layer):
+            self._pending[layer] = [self._start_leader(span, layer, device) for span in self._prefix.spans]
+        else:
+            self._payload.ask(layer, range(self._prefix.chunks), device)
+
+    def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
+        """Wait for the keys of a layer, and make its scorer."""
+        if self.uses_index(layer):
+            return IndexedKeys(
+                self._index_parts(layer, device),
+                self._prefix.whole_chunks,
+                self._config.suffix_queries,
+                self._config.concentration,
+            )
+        keys = self._leader_keys(layer, device) if self._has_leader_keys(layer) else self._keys_of_payload(layer, device)
+        return AttentionMass(
+            keys, self._prefix.geometry.chunk_size, self._config.suffix_queries, self._config.concentration
+        )
+
+    def close(self) -> None:
+        for layer in list(self._pending):
+            for pending in self._pending.pop(layer):
+                try:
+                    pending.ticket.wait()
+                except Exception:  # noqa: S110 - nobody needs these bytes any more
+                    pass
+                self._stats.prefetch_wasted_bytes += pending.ticket.bytes_read
+                self._stats.bytes_read += pending.ticket.bytes_read
+                self._pool.release(pending.slab)
+
+    def _start(self, segment: Segment, name: str, device: torch.device, nbytes: int | None = None) -> _Pending:
+        offset, full = segment.tensor_extent(name)
+        length = full if nbytes is None else nbytes
+        slab = self._pool.acquire(length, device)
+        checks: tuple[tuple[int, int, int], ...] = ()
+        if self._config.verify and length == full and not name.startswith("key_scale"):
+            checks = ((0, full, segment.index_checksum(name)),)
+        read = Read(segment, offset, length, slab.view(length), checks)
+        return _Pending(name, slab, slab.data[:length], self._store.reader.submit([read]))
+
+    def _start_leader(self, span: SegmentSpan, layer: int, device: torch.device) -> _Pending:
+        # A span that starts inside its segment cannot be cut at the front without a second read path; its chunks
+        # before `offset` are read and skipped.
+        per_chunk = self._prefix.geometry.extent_bytes // 2
+        return self._start(
+            span.segment, f"leader_keys.{layer}", device, (span.offset + span.chunks) * per_chunk
+        )
+
+    def _finish(self, pending: _Pending) -> torch.Tensor:
+        try:
+            wait(pending.ticket, self._stats)
+        finally:
+            self._stats.bytes_read += pending.ticket.bytes_read
+            self._stats.bytes_identified += pending.ticket.bytes_read
+        return pending.data
+
+    def _index_parts(self, layer: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        g = self._prefix.geometry
+        tensors_of = self._resident.pop(layer, {})
+        for pending in self._pending.pop(layer, ()):
+            # What has just arrived stays in memory, if there is room; its slab goes with it.
+            tensors_of[pending.name] = self._finish(pending)
+            self._store.host.put(pending.name, pending.data)
+        parts = []
+        for span in self._prefix.spans:
+            packed, scales = (tensors_of[name] for name in _index_names(span, layer))
+            index = packed.view(torch.int8).view(g.kv_heads, g.chunk_size, -1, g.head_dim)
+            if (span.offset, span.chunks) != (0, index.shape[2]):
+                index = index[:, :, span.offset : span.offset + span.chunks].contiguous()
+            scale = scales.view(torch.float32).view(g.kv_heads, g.head_dim)
+            parts.append((upload(index, device), upload(scale, device)))
+        return parts
+
+    def _leader_keys(self, layer: int, device: torch.device) -> torch.Tensor:
+        g = self._prefix.geometry
+        parts = []
+        for span, pending in zip(self._prefix.spans, self._pending.pop(layer), strict=True):
+            chunks = self._finish(pending).view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
+            parts.append(_token_order(upload(chunks[span.offset :], device, pending.slab)))
+            self._pool.release(pending.slab)
+        return torch.cat(parts, dim=1)[:, : self._prefix.tokens]
+
+    def _keys_of_payload(self, layer: int, device: torch.device) -> torch.Tensor:
+        # Everything of this layer is read now; the payload stays with `PayloadReads` for the selected chunks.
+        (batch,) = self._payload.peek(layer)
+        kv = self._prefix.kv_view(batch.slab.data, len(batch.chunks))
+        return _token_order(upload(kv[:, 0].contiguous(), device))[:, : self._prefix.tokens]
+
+
+def _index_names(span: SegmentSpan, layer: int) -> tuple[str, str]:
+    """Names of a segment's index and scale in the store's host memory."""
+    return f"{span.segment.key}/key_index.{layer}", f"{span.segment.key}/key_scale.{layer}"
+
+
+def _token_order(chunks: torch.Tensor) -> torch.Tensor:
+    """`(chunks, kv_heads, c, head_dim)` as `(kv_heads, tokens, head_dim)`."""
+    count, kv_heads, c, head_dim = chunks.shape
+    return chunks.transpose(0, 1).reshape(kv_heads, count * c, head_dim)

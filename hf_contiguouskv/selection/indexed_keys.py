@@ -1,0 +1,108 @@
+"""Choosing from a resident int8 copy of the keys: an eighth to a half of the reads, and an integer matrix product.
+
+The index of a layer is int8 `(kv_heads, c, chunks, head_dim)` with a float32 scale `(kv_heads, head_dim)` per channel:
+token-in-chunk is the leading axis, so that a chunk's maximum is taken over whole rows, not over 16 neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention_mass import squash, voting_queries
+from .base import SelectionInput
+
+
+def build_key_index(keys: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise keys to int8 with one scale per KV head and channel.
+
+    Args:
+        keys: `(kv_heads, tokens, head_dim)`, any float dtype, on any device.
+        chunk_size: tokens per chunk; missing tokens of the last chunk become zeros.
+
+    Returns:
+        index: int8 `(kv_heads, chunk_size, chunks, head_dim)`, contiguous, on the CPU.
+        scale: float32 `(kv_heads, head_dim)`, on the CPU; `index * scale` approximates the keys.
+    """
+    kv_heads, tokens, head_dim = keys.shape
+    chunks = -(-tokens // chunk_size)
+    peak = keys.abs().amax(1).float()
+    scale = torch.where(peak > 0, peak / 127.0, torch.ones_like(peak))
+    quantised = (keys.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    index = torch.zeros(kv_heads, chunk_size, chunks, head_dim, dtype=torch.int8)
+    whole = tokens // chunk_size
+    full = quantised[:, : whole * chunk_size].view(kv_heads, whole, chunk_size, head_dim)
+    index[:, :, :whole].copy_(full.transpose(1, 2))
+    if tokens % chunk_size:
+        index[:, : tokens % chunk_size, whole].copy_(quantised[:, whole * chunk_size :])
+    return index, scale.cpu()
+
+
+class IndexedKeys:
+    """Softmax over the chunks' best logits, raised to `concentration`, summed over queries and heads.
+
+    The strongest token of a chunk stands for the chunk: that needs one exponential per chunk instead of one per token,
+    and it is what separates a chunk that holds an answer from one that is vaguely related.
+
+    Args:
+        parts: one `(index, scale)` pair per segment of the prefix, in order (see the module's docstring).
+        whole_chunks: how many chunks at the beginning are candidates (a partial last one is not).
+        suffix_queries: how many of the last voting queries count; `None` is all.
+        concentration: exponent on a chunk's share per head and query.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[torch.Tensor, torch.Tensor]],
+        whole_chunks: int,
+        suffix_queries: int | None,
+        concentration: float,
+    ) -> None:
+        self.parts = parts
+        self.whole_chunks = whole_chunks
+        self.suffix_queries = suffix_queries
+        self.concentration = concentration
+
+    def __call__(self, inputs: SelectionInput) -> torch.Tensor:
+        """Importance, float32 `(rows, whole_chunks)`."""
+        return torch.stack([self._row(inputs, row) for row in range(inputs.queries.shape[0])])
+
+    def _row(self, inputs: SelectionInput, row: int) -> torch.Tensor:
+        kv_heads = self.parts[0][0].shape[0]
+        voters = voting_queries(inputs.voting[row], self.suffix_queries)
+        queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, inputs.queries.shape[-1])
+        best = torch.cat([chunk_peaks(queries, index, scale) for index, scale in self.parts], dim=-1)
+        best = squash(best[..., : self.whole_chunks] * inputs.scaling, inputs.softcap)
+        share = torch.softmax(best, dim=-1)
+        if self.concentration == 2.0:
+            share = share.square_()
+        elif self.concentration != 1.0:
+            share = share.pow_(self.concentration)
+        return share.sum((0, 1))
+
+
+def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The largest `q . k` in each chunk.
+
+    Args:
+        queries: float32 `(kv_heads, n, head_dim)`, `n` rows per KV head (query heads x queries).
+        index: int8 `(kv_heads, c, chunks, head_dim)`.
+        scale: float32 `(kv_heads, head_dim)`.
+
+    Returns:
+        float32 `(kv_heads, n, chunks)`.
+    """
+    kv_heads, c, chunks, head_dim = index.shape
+    scaled = queries * scale[:, None]
+    if index.device.type != "cpu":
+        logits = torch.bmm(scaled.to(torch.bfloat16), index.view(kv_heads, -1, head_dim).to(torch.bfloat16).mT)
+        return logits.view(kv_heads, -1, c, chunks).amax(2).float()
+    # Each query row gets its own scale, so that the product can run in integers.
+    row_scale = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20) / 127.0
+    rounded = (scaled / row_scale).round_().to(torch.int8)
+    peaks = torch.stack(
+        [
+            torch._int_mm(rounded[head], index[head].view(-1, head_dim).t()).view(-1, c, chunks).amax(1)
+            for head in range(kv_heads)
+        ]
+    )
+    return peaks.float().mul_(row_scale)
