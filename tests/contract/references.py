@@ -31,9 +31,7 @@ def prefilled(model: Any, prefix_ids: torch.Tensor, rows: int = 1) -> DynamicCac
 def generate(model: Any, ids: torch.Tensor, cache: Any, *, tokens: int = 8, **options: Any) -> Any:
     """`model.generate` with the scores that the model itself gave to every next token."""
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens} | options
-    return model.generate(
-        ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **settings
-    )
+    return model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **settings)
 
 
 def forward(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
@@ -67,7 +65,7 @@ def assert_same_rows(actual: Any, singles: list[Any]) -> None:
         assert actual.sequences[row, -steps:].tolist() == single.sequences[0, -steps:].tolist()
 
 
-# ---- the pruned prefix ------------------------------------------------------------------------------------------------
+# ---- the pruned prefix ----
 
 _NAME = "contract_reference"
 _ACTIVE: list[PrunedReference] = []
@@ -98,8 +96,7 @@ class PrunedReference:
     ) -> None:
         AttentionInterface.register(_NAME, _reference_attention)
         AttentionMaskInterface.register(_NAME, eager_mask)
-        self.model = copy.deepcopy(model)
-        self.model.set_attn_implementation(_NAME)
+        self.model = _twin(model)
         self.layers = full_attention_layers(model)
         self.prefix_tokens = prefix_ids.shape[-1]
         self.rows, self.budget, self.period, self.chunk_size = rows, budget, period, chunk_size
@@ -154,7 +151,7 @@ class PrunedReference:
         ]
 
     def margin(self) -> float:
-        """How clearly the last kept chunk beat the first dropped one: the smallest relative gap, over leaders and rows."""
+        """The smallest relative gap between the last kept and the first dropped chunk, over leaders and rows."""
         gaps = [math.inf]
         for importance in self.importance.values():
             for row in importance:
@@ -203,6 +200,16 @@ class PrunedReference:
                 logits[..., : self.prefix_tokens].masked_fill_(hidden[:, None, None, :], -math.inf)
         weights = logits.softmax(-1)
         return (weights @ value).to(query.dtype).transpose(1, 2).contiguous(), weights.to(query.dtype)
+
+
+def _twin(model: Any) -> Any:
+    """The same weights under the reference attention, free of whatever a live cache has hooked into `model`."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    twin = type(model)(config).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.set_attn_implementation(_NAME)
+    return twin
 
 
 def _reference_attention(

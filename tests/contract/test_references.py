@@ -24,7 +24,7 @@ def test_a_reference_that_sees_everything_is_the_model(tiny_model, family):
 def test_a_reference_that_hides_tokens_is_the_model_with_a_4d_mask(tiny_model):
     model = tiny_model("llama")
     visible = visible_tokens(torch.tensor([[0, 3]]), PREFIX.shape[1])
-    reference = PrunedReference(model, PREFIX, visible={layer: visible for layer in full_attention_layers(model)})
+    reference = PrunedReference(model, PREFIX, visible=dict.fromkeys(full_attention_layers(model), visible))
     suffix_tokens = SUFFIX.shape[1]
     causal = torch.ones(suffix_tokens, suffix_tokens, dtype=torch.bool).tril()
     mask = torch.cat([visible.expand(suffix_tokens, -1), causal], dim=1)[None, None]
