@@ -1,0 +1,69 @@
+"""One thread that runs things after each other, off the critical path."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+logger = logging.getLogger("hf_contiguouskv")
+
+
+class Background:
+    """Runs functions in order on one thread, which starts at the first use.
+
+    The interpreter waits for what was submitted before it exits (a property of `ThreadPoolExecutor`).
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending: set[Future[None]] = set()
+        self._lock = threading.Lock()
+        self._here = threading.local()
+
+    def submit(self, function: Callable[[], object]) -> None:
+        """Run `function` after everything submitted before; an exception is logged and counted."""
+
+        def run() -> None:
+            self._here.inside = True
+            try:
+                function()
+            except Exception as error:
+                self.failures += 1
+                logger.warning("a background task of the store failed: %s: %s", type(error).__name__, error)
+
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="contiguouskv-background")
+            future: Future[None] | None = None
+            # A refusal means that the interpreter is on its way out and starts no more work: do it here.
+            with contextlib.suppress(RuntimeError):
+                future = self._executor.submit(run)
+                self._pending.add(future)
+        if future is None:
+            run()
+        else:
+            future.add_done_callback(self._done)
+
+    def _done(self, future: Future[None]) -> None:
+        with self._lock:
+            self._pending.discard(future)
+
+    def flush(self) -> None:
+        """Wait for everything that was submitted before. From inside a background task: return at once."""
+        if getattr(self._here, "inside", False):
+            return
+        with self._lock:
+            pending = set(self._pending)
+        wait(pending)
+
+    def close(self) -> None:
+        """Wait for everything, then end the thread; a later `submit` starts a new one."""
+        self.flush()
+        with self._lock:
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=not getattr(self._here, "inside", False))

@@ -1,0 +1,104 @@
+"""The folder of a store: its marker, and where files lie in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from ..errors import StoreFormatError
+
+STORE_FORMAT = 1
+MARKER = "contiguouskv-store.json"
+_MARK = json.dumps({"format": STORE_FORMAT}).encode()
+
+
+def open_folder(path: str | os.PathLike[str], *, create: bool) -> Path:
+    """Check that `path` is a store, or make it one where that is harmless (missing, or an empty folder).
+
+    Raises:
+        StoreFormatError: a file, a folder with other things in it, a newer format, or missing and `create` is false.
+            Nothing has been changed then.
+    """
+    folder = Path(path).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise StoreFormatError(f"{folder} is a file; a store is a folder")
+    if not folder.exists() and not create:
+        raise StoreFormatError(f"{folder}: there is no store here")
+    marker = folder / MARKER
+    if not marker.exists():
+        if not create and folder.exists():
+            raise StoreFormatError(f"{folder} is not a store: it has no {MARKER}")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_marker(folder, marker)
+    _check_marker(marker)
+    for inner in ("segments", "partial"):
+        (folder / inner).mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _make_marker(folder: Path, marker: Path) -> None:
+    # The marker comes first: whatever else a process puts here, another one that looks finds a marker beside it.
+    if os.listdir(folder) and not marker.exists():
+        raise StoreFormatError(f"{folder} is not a store: it holds other files and no {MARKER}. Use an empty folder.")
+    try:
+        fd = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return  # Another process was faster.
+    try:
+        os.write(fd, _MARK)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _check_marker(marker: Path) -> None:
+    for _ in range(100):
+        text = marker.read_bytes()
+        if text:
+            break
+        time.sleep(0.01)  # Another process has created it and is about to write it.
+    else:
+        if os.listdir(marker.parent) != [marker.name]:
+            raise StoreFormatError(f"{marker} is empty; expected {_MARK.decode()}")
+        marker.write_bytes(_MARK)  # Left by a crash before anything else was stored.
+        return
+    try:
+        mark = json.loads(text)
+        version = mark["format"] if isinstance(mark, dict) else None
+    except (ValueError, KeyError, RecursionError):
+        version = None
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise StoreFormatError(f"{marker} does not mark a store: expected {_MARK.decode()}, found {text[:80]!r}")
+    if version > STORE_FORMAT:
+        raise StoreFormatError(
+            f"{marker.parent} has store format {version}; this library knows {STORE_FORMAT}. Update it."
+        )
+
+
+def segment_file(key: str) -> str:
+    """Path of segment `key` inside the folder."""
+    return f"segments/{key[:2]}/{key}.safetensors"
+
+
+def segment_files(folder: Path) -> list[str]:
+    """Paths of all segment files, inside the folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("segments/??/*.safetensors"))
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename a finished file to its place so that it is there after a crash, complete or not at all."""
+    if not final.parent.exists():
+        final.parent.mkdir(mode=0o700, exist_ok=True)
+        _sync_folder(final.parent.parent)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

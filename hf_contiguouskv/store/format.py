@@ -1,0 +1,377 @@
+"""The bytes of a segment file: a safetensors file whose tensors have fixed places.
+
+    8 bytes  header length, little-endian
+    header   JSON, padded with spaces so that the data section starts on a 4 KiB boundary
+    data     payload.{g}      [chunks, layers_in_group, 2, kv_heads, c, head_dim]  model dtype, one per layer group
+             leader_keys.{l}  [chunks, kv_heads, c, head_dim]                      model dtype, one per leader layer
+             key_index.{l}    [kv_heads, c, chunks, head_dim]                      int8, one per indexed layer
+             key_scale.{l}    [kv_heads, head_dim]                                 float32, one per indexed layer
+             token_ids        [num_tokens]                                         int64, of this segment only
+             checksums.payload [num_layers, chunks]                                uint64, xxh3_64 of each extent
+             checksums.index  [k]                                                  uint64, xxh3_64 of whole tensors:
+                              leader_keys, key_index, key_scale and token_ids, in the order above
+             padding.{i}      [n]   uint8 zeros, so that payload, leader_keys and key_index start on a page
+
+Everything follows from the geometry and the number of tokens, so a header is written before any data is known, and a
+header that is read is compared with the one that its own geometry demands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..errors import InputError, SegmentCorruptError, StoreFormatError
+
+FORMAT_VERSION = 1
+PAGE = 4096
+MAX_HEADER_BYTES = 8 * 2**20
+_FIRST_READ = 64 * 1024
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "U64": 8}
+_HASH = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """Shape of the KV cache of one model and how a segment lays it out.
+
+    Args:
+        num_layers: layers with a KV cache.
+        kv_heads: key/value heads per layer.
+        head_dim: channels per head.
+        dtype: of keys and values: float32, float16 or bfloat16.
+        chunk_size: tokens per chunk.
+        layers_per_group: consecutive layers stored next to each other for one chunk.
+        leader_layers: layers whose exact keys are stored once more, without the values between them.
+        indexed_layers: layers that have an int8 key index.
+
+    Raises:
+        InputError: a field is out of its range.
+    """
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    chunk_size: int = 16
+    layers_per_group: int = 1
+    leader_layers: tuple[int, ...] = ()
+    indexed_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        limits = {"num_layers": 4096, "kv_heads": 4096, "head_dim": 65536, "chunk_size": 4096, "layers_per_group": 4096}
+        for field, high in limits.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+                raise InputError(f"geometry: {field} must be a whole number from 1 to {high}, got {value!r}")
+        if self.dtype not in _DTYPES:
+            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {self.dtype}")
+        for field in ("leader_layers", "indexed_layers"):
+            layers = getattr(self, field)
+            if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
+                raise InputError(
+                    f"geometry: {field} must be different layers from 0 to {self.num_layers - 1} in ascending order, "
+                    f"got {layers}"
+                )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per number of K and V."""
+        return self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """`"float32"`, `"float16"` or `"bfloat16"`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def keys_bytes(self) -> int:
+        """Bytes of the keys of one chunk of one layer."""
+        return self.kv_heads * self.chunk_size * self.head_dim * self.itemsize
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes of one extent, `[2 (K, V), kv_heads, chunk_size, head_dim]`: one chunk of one layer."""
+        return 2 * self.keys_bytes
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups; the last one may hold fewer layers."""
+        return -(-self.num_layers // self.layers_per_group)
+
+    def group_layers(self, group: int) -> int:
+        """How many layers group `group` holds."""
+        return min(self.layers_per_group, self.num_layers - group * self.layers_per_group)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As strings, for the `__metadata__` of a segment."""
+        return {
+            "num_layers": str(self.num_layers),
+            "kv_heads": str(self.kv_heads),
+            "head_dim": str(self.head_dim),
+            "dtype": self.dtype_name,
+            "chunk_size": str(self.chunk_size),
+            "layers_per_group": str(self.layers_per_group),
+            "leader_layers": ",".join(map(str, self.leader_layers)),
+            "indexed_layers": ",".join(map(str, self.indexed_layers)),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> KVGeometry:
+        """The inverse of `to_metadata`; other keys are ignored.
+
+        Raises:
+            InputError: a field is missing or makes no sense.
+        """
+        dtype = metadata.get("dtype")
+        if dtype not in _DTYPE_NAMES:
+            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {dtype!r}")
+        return cls(
+            num_layers=_whole(metadata, "num_layers"),
+            kv_heads=_whole(metadata, "kv_heads"),
+            head_dim=_whole(metadata, "head_dim"),
+            dtype=_DTYPE_NAMES[dtype],
+            chunk_size=_whole(metadata, "chunk_size"),
+            layers_per_group=_whole(metadata, "layers_per_group"),
+            leader_layers=_layers(metadata, "leader_layers"),
+            indexed_layers=_layers(metadata, "indexed_layers"),
+        )
+
+
+def _whole(metadata: Mapping[str, Any], field: str) -> int:
+    text = metadata.get(field)
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,15}", text):
+        raise InputError(f"{field} must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _layers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    text = metadata.get(field)
+    if not isinstance(text, str) or not re.fullmatch(r"([0-9]{1,5}(,[0-9]{1,5})*)?", text):
+        raise InputError(f"{field} must be layer numbers separated by commas, got {text!r}")
+    return tuple(int(layer) for layer in text.split(",")) if text else ()
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor of a segment lies: `start` and `nbytes` in bytes from the beginning of the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def _tensors(geometry: KVGeometry, chunks: int, tokens: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Name, dtype, shape and alignment of every tensor of a segment, in file order."""
+    g = geometry
+    dtype = _DTYPES[g.dtype]
+    for group in range(g.num_groups):
+        shape = (chunks, g.group_layers(group), 2, g.kv_heads, g.chunk_size, g.head_dim)
+        yield f"payload.{group}", dtype, shape, PAGE
+    for layer in g.leader_layers:
+        yield f"leader_keys.{layer}", dtype, (chunks, g.kv_heads, g.chunk_size, g.head_dim), PAGE
+    for layer in g.indexed_layers:
+        yield f"key_index.{layer}", "I8", (g.kv_heads, g.chunk_size, chunks, g.head_dim), PAGE
+    for layer in g.indexed_layers:
+        yield f"key_scale.{layer}", "F32", (g.kv_heads, g.head_dim), 8
+    yield "token_ids", "I64", (tokens,), 8
+    yield "checksums.payload", "U64", (g.num_layers, chunks), 8
+    yield "checksums.index", "U64", (len(g.leader_layers) + 2 * len(g.indexed_layers) + 1,), 8
+
+
+def place_tensors(geometry: KVGeometry, chunks: int, tokens: int) -> dict[str, TensorPlace]:
+    """The place of every tensor of a segment of `chunks` chunks and `tokens` tokens, padding included."""
+    places: dict[str, TensorPlace] = {}
+    end = 0
+    for name, dtype, shape, alignment in _tensors(geometry, chunks, tokens):
+        gap = -end % alignment
+        if gap:
+            # The format allows no holes between tensors, so the gap is a tensor too.
+            places[f"padding.{len(places)}"] = TensorPlace("U8", (gap,), end, gap)
+            end += gap
+        nbytes = _ITEM_BYTES[dtype]
+        for size in shape:
+            nbytes *= size
+        places[name] = TensorPlace(dtype, shape, end, nbytes)
+        end += nbytes
+    return places
+
+
+@dataclass(frozen=True)
+class SegmentHeader:
+    """What the header of a segment file says.
+
+    Attributes:
+        geometry: shapes and layout.
+        fingerprint: of the model, hex.
+        root: chain hash before the first chunk of the whole prefix, hex.
+        parent: chain hash of the chunk before this segment, hex; "" when the segment begins the prefix.
+        key: chain hash of the last chunk of this segment, hex.
+        first_chunk: position of the first chunk of this segment in the prefix.
+        num_tokens: tokens in this segment; the last chunk may be partial.
+        salted: whether the root hash covers a tenant salt.
+    """
+
+    geometry: KVGeometry
+    fingerprint: str
+    root: str
+    parent: str
+    key: str
+    first_chunk: int
+    num_tokens: int
+    salted: bool = False
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in this segment, a partial last one included."""
+        return -(-self.num_tokens // self.geometry.chunk_size)
+
+    @property
+    def parent_hash(self) -> bytes:
+        """The chain hash that the first chunk of this segment continues."""
+        return bytes.fromhex(self.parent or self.root)
+
+    @cached_property
+    def places(self) -> dict[str, TensorPlace]:
+        """The place of every tensor, relative to `data_start`."""
+        return place_tensors(self.geometry, self.num_chunks, self.num_tokens)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """Length, JSON and padding: the bytes before the data section, a multiple of 4096."""
+        content: dict[str, Any] = {"__metadata__": self._metadata()}
+        content |= _as_json(self.places)
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % PAGE)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def index_names(self) -> tuple[str, ...]:
+        """Names of the tensors that `checksums.index` covers, in its order."""
+        kinds = ("leader_keys", "key_index", "key_scale", "token_ids")
+        return tuple(name for name in self.places if name.split(".")[0] in kinds)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the data section."""
+        last = next(reversed(self.places.values()))
+        return last.start + last.nbytes
+
+    def _metadata(self) -> dict[str, str]:
+        own = {
+            "format": "hf_contiguouskv",
+            "version": str(FORMAT_VERSION),
+            "fingerprint": self.fingerprint,
+            "root": self.root,
+            "parent": self.parent,
+            "key": self.key,
+            "first_chunk": str(self.first_chunk),
+            "num_tokens": str(self.num_tokens),
+            "salted": "1" if self.salted else "0",
+        }
+        return own | self.geometry.to_metadata()
+
+
+def _as_json(places: Mapping[str, TensorPlace]) -> dict[str, Any]:
+    return {
+        name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.start, p.start + p.nbytes]}
+        for name, p in places.items()
+    }
+
+
+def read_header(fd: int, name: str) -> tuple[SegmentHeader, int]:
+    """Read and check the header of an open segment file.
+
+    Args:
+        fd: readable descriptor.
+        name: of the file, for messages.
+
+    Returns:
+        the header, and where the data section starts, in bytes.
+
+    Raises:
+        SegmentCorruptError: truncated, foreign, or a header that contradicts itself.
+        StoreFormatError: written by a newer format.
+    """
+    size = os.fstat(fd).st_size
+    beginning = os.pread(fd, _FIRST_READ, 0)
+    if len(beginning) < 8:
+        raise SegmentCorruptError(f"{name}: {size} bytes is too short for a segment")
+    length = int.from_bytes(beginning[:8], "little")
+    if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
+        raise SegmentCorruptError(f"{name}: header of {length} bytes in a file of {size} bytes; not a segment, or cut")
+    text = beginning[8 : 8 + length]
+    while len(text) < length:
+        more = os.pread(fd, length - len(text), 8 + len(text))
+        if not more:
+            raise SegmentCorruptError(f"{name}: file ends inside its header")
+        text += more
+    return parse_header(text, size, name), 8 + length
+
+
+def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
+    """Check the JSON part of a header against what its own geometry demands and against the size of the file.
+
+    Raises:
+        SegmentCorruptError, StoreFormatError: see `read_header`.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SegmentCorruptError(f"{name}: header is not JSON ({error})") from None
+    metadata = content.pop("__metadata__", None) if isinstance(content, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != "hf_contiguouskv":
+        raise SegmentCorruptError(f"{name}: not a segment of this library (no format mark in its metadata)")
+    try:
+        version = _whole(metadata, "version")
+        if version > FORMAT_VERSION:
+            raise StoreFormatError(
+                f"{name}: segment format {version}; this library reads up to {FORMAT_VERSION}. Update it."
+            )
+        header = _header_from(metadata)
+    except InputError as error:
+        raise SegmentCorruptError(f"{name}: {error}") from None
+    # Token ids alone take 8 bytes each: a bound on the work below, whatever the header claims.
+    if 8 * header.num_tokens > file_bytes:
+        raise SegmentCorruptError(f"{name}: {header.num_tokens} tokens do not fit in {file_bytes} bytes")
+    expected = _as_json(header.places)
+    if content != expected:
+        wrong = next(n for n in [*expected, *content] if content.get(n) != expected.get(n))
+        raise SegmentCorruptError(f"{name}: tensor {wrong!r} is {content.get(wrong)}, expected {expected.get(wrong)}")
+    wanted = 8 + len(text) + header.data_bytes
+    if (8 + len(text)) % PAGE or wanted != file_bytes:
+        raise SegmentCorruptError(f"{name}: {file_bytes} bytes, expected {wanted}; the file was cut or extended")
+    return header
+
+
+def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
+    for field in ("root", "key", "parent"):
+        value = metadata.get(field)
+        if not isinstance(value, str) or not (_HASH.fullmatch(value) or (field == "parent" and not value)):
+            raise InputError(f"{field} must be 32 hex digits, got {value!r}")
+    if not isinstance(metadata.get("fingerprint"), str) or metadata.get("salted") not in ("0", "1"):
+        raise InputError("fingerprint or salted is missing")
+    header = SegmentHeader(
+        geometry=KVGeometry.from_metadata(metadata),
+        fingerprint=metadata["fingerprint"],
+        root=metadata["root"],
+        parent=metadata["parent"],
+        key=metadata["key"],
+        first_chunk=_whole(metadata, "first_chunk"),
+        num_tokens=_whole(metadata, "num_tokens"),
+        salted=metadata["salted"] == "1",
+    )
+    if header.num_tokens == 0 or (header.first_chunk == 0) != (header.parent == ""):
+        raise InputError(f"{header.num_tokens} tokens from chunk {header.first_chunk} after parent {header.parent!r}")
+    return header

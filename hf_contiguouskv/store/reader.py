@@ -1,0 +1,382 @@
+"""Reading many extents at once: a few named threads that issue positioned reads, past the page cache where possible.
+
+A request submits all reads of one layer as one `Ticket` and waits for it when it needs them. Reads are served in the
+order in which they were submitted. The work per read is kept small on purpose: a request has hundreds of reads of a
+few KiB, and the interpreter lock is shared with the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+
+import torch
+import xxhash
+
+from ..errors import InputError, SegmentCorruptError, StoreError
+from .format import PAGE
+from .segment import Segment
+
+MAX_PART = 2**20
+_BOUNCE = MAX_PART + 2 * PAGE
+_HUGE = 2 * 2**20
+
+Check = tuple[int, int, int]
+
+
+def aligned_buffer(nbytes: int) -> torch.Tensor:
+    """A page-aligned uint8 tensor `[nbytes]` on the CPU, so that direct reads can land in it without a copy."""
+    mapping = mmap.mmap(-1, max(PAGE, -(-nbytes // PAGE) * PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Only a hint: kernels built without huge pages refuse it.
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+
+
+def as_memoryview(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any dtype, writable, without a copy.
+
+    Raises:
+        InputError: the tensor is not contiguous, or not on the CPU.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise InputError(f"expected a contiguous CPU tensor, got {tensor.device}, strides {tensor.stride()}")
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Read:
+    """One range of one segment file.
+
+    Attributes:
+        segment: the open file.
+        offset: of the first byte in the file.
+        nbytes: length of the range.
+        into: writable bytes, `nbytes` long. Must stay alive and untouched until the ticket is done.
+        checks: `(start, length, checksum)` of parts of the range, `start` counted from its beginning: their xxh3_64
+            is compared when they have been read.
+    """
+
+    segment: Segment
+    offset: int
+    nbytes: int
+    into: memoryview
+    checks: Sequence[Check] = ()
+
+
+class _Part:
+    """A piece of a read that was cut because it is long."""
+
+    __slots__ = ("checks", "into", "nbytes", "offset", "segment", "whole")
+
+    def __init__(self, read: Read, start: int, nbytes: int, checks: list[Check], whole: _Whole) -> None:
+        self.segment = read.segment
+        self.offset = read.offset + start
+        self.nbytes = nbytes
+        self.into = read.into[start : start + nbytes]
+        self.checks = checks
+        self.whole = whole
+
+
+class _Whole:
+    """The read that parts belong to; the checks that cross a cut wait until all of them are there."""
+
+    __slots__ = ("checks", "lock", "missing", "read")
+
+    def __init__(self, read: Read, missing: int) -> None:
+        self.read = read
+        self.missing = missing
+        self.checks: list[Check] = []
+        self.lock = threading.Lock()
+
+    def part_done(self) -> None:
+        with self.lock:
+            self.missing -= 1
+            last = self.missing == 0
+        if last and self.checks:
+            _verify(self.read.segment, self.read.offset, self.read.into, self.checks)
+
+
+class Ticket:
+    """The reads of one `submit`, to wait for.
+
+    Attributes:
+        bytes_read: bytes that storage was asked for, page rounding included; complete once `done`.
+    """
+
+    __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "bytes_read")
+
+    def __init__(self, parts: list[Read | _Part]) -> None:
+        self.bytes_read = 0
+        self._parts = parts
+        self._missing = len(parts)
+        # next() on this iterator is atomic: threads share out the parts without a lock.
+        self._next: Iterator[int] = itertools.count()
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._gate = threading.Lock()
+        if parts:
+            self._gate.acquire()
+
+    @property
+    def done(self) -> bool:
+        """Whether all reads have ended, well or badly."""
+        return self._missing == 0
+
+    def wait(self) -> None:
+        """Block until all reads have ended.
+
+        Raises:
+            SegmentCorruptError: a file ends too early, or a checksum does not match.
+            StoreError: a segment was closed, or the device failed.
+        """
+        if self._missing:
+            with self._gate:
+                pass
+        if self._error is not None:
+            raise self._error
+
+    def _serve(self, bounce: mmap.mmap, total: _Total) -> None:
+        """Read parts until none is left; called by every reader thread that is free."""
+        parts, order = self._parts, self._next
+        count = len(parts)
+        served = physical = 0
+        while True:
+            position = next(order)
+            if position >= count:
+                break
+            served += 1
+            if self._error is not None:
+                continue
+            part = parts[position]
+            try:
+                physical += _read(part, bounce)
+                if part.checks:
+                    _verify(part.segment, part.offset, part.into, part.checks)
+                if type(part) is _Part:
+                    part.whole.part_done()
+            except BaseException as error:
+                self._error = _explain(error, part.segment)
+        if not served:
+            return
+        total.add(physical)
+        with self._lock:
+            self.bytes_read += physical
+            self._missing -= served
+            if self._missing == 0:
+                self._parts = []  # Let go of the buffers: a ticket may be kept for its counters.
+                self._gate.release()
+
+
+class _Total:
+    """Bytes read by all tickets of a reader."""
+
+    __slots__ = ("_lock", "nbytes")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.nbytes = 0
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+
+
+class ExtentReader:
+    """Threads that read extents of segment files.
+
+    Args:
+        threads: how many reads may be under way at once. Storage needs several in flight to be fast.
+
+    Example:
+        with ExtentReader() as reader:
+            ticket = reader.submit([Read(segment, offset, nbytes, as_memoryview(buffer))])
+            ...
+            ticket.wait()
+    """
+
+    def __init__(self, threads: int = 8) -> None:
+        if threads < 1:
+            raise InputError(f"reader threads must be at least 1, got {threads}")
+        self.threads = threads
+        self._total = _Total()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._queue: SimpleQueue[Ticket | None] = SimpleQueue()
+        # The threads know the queue, not the reader, so that a forgotten reader is collected and ends them.
+        self._workers = [
+            threading.Thread(target=_work, args=(self._queue, self._total), name=f"contiguouskv-read-{i}", daemon=True)
+            for i in range(self.threads)
+        ]
+        for worker in self._workers:
+            worker.start()
+        self._finalizer = weakref.finalize(self, _stop, self._queue, self.threads)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read since the reader was made, page rounding included."""
+        return self._total.nbytes
+
+    def submit(self, reads: Sequence[Read]) -> Ticket:
+        """Queue `reads` behind everything that was submitted before.
+
+        Raises:
+            InputError: a buffer has another length than its read.
+            StoreError: the reader is closed.
+        """
+        parts: list[Read | _Part] = []
+        for read in reads:
+            if read.into.nbytes != read.nbytes:
+                raise InputError(f"buffer of {read.into.nbytes} bytes for a read of {read.nbytes} bytes")
+            if read.nbytes <= MAX_PART:
+                parts.append(read)
+            else:
+                parts.extend(_cut(read))
+        ticket = Ticket(parts)
+        with self._lock:
+            if self._closed:
+                raise StoreError("the reader is closed")
+            if self._pid != os.getpid():
+                self._start()  # Threads do not survive a fork.
+            for _ in range(min(self.threads, len(parts))):
+                self._queue.put(ticket)
+        return ticket
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop and join the threads. May be called more than once."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._finalizer()
+        if self._pid == os.getpid():
+            for worker in self._workers:
+                if worker is not threading.current_thread():
+                    worker.join()
+
+    def __enter__(self) -> ExtentReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _work(queue: SimpleQueue[Ticket | None], total: _Total) -> None:
+    bounce = mmap.mmap(-1, _BOUNCE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    while (ticket := queue.get()) is not None:
+        ticket._serve(bounce, total)
+        del ticket  # Or an idle thread would keep the buffers of its last request.
+
+
+def _stop(queue: SimpleQueue[Ticket | None], threads: int) -> None:
+    for _ in range(threads):
+        queue.put(None)
+
+
+def _cut(read: Read) -> list[_Part]:
+    """Pieces of at most 1 MiB; cut between checks where these are equal and whole pages."""
+    step = MAX_PART
+    if read.checks:
+        length = read.checks[0][1]
+        if 0 < length <= MAX_PART and length % PAGE == 0:
+            step = MAX_PART // length * length
+    count = -(-read.nbytes // step)
+    whole = _Whole(read, count)
+    checks: list[list[Check]] = [[] for _ in range(count)]
+    for start, length, checksum in read.checks:
+        piece = start // step
+        if start + length <= (piece + 1) * step:
+            checks[piece].append((start - piece * step, length, checksum))
+        else:
+            whole.checks.append((start, length, checksum))
+    return [_Part(read, i * step, min(step, read.nbytes - i * step), checks[i], whole) for i in range(count)]
+
+
+def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> None:
+    for start, length, checksum in checks:
+        if xxhash.xxh3_64_intdigest(into[start : start + length]) != checksum:
+            raise SegmentCorruptError(
+                f"{segment.path}: {segment.describe(offset + start)}: bytes do not match their checksum. "
+                "Run `contiguouskv verify` on the store and delete the segment."
+            )
+
+
+def _explain(error: BaseException, segment: Segment) -> BaseException:
+    if not isinstance(error, OSError) or isinstance(error, StoreError):
+        return error
+    if error.errno == errno.EBADF:
+        return StoreError(f"{segment.path}: the segment was closed while it was being read")
+    return StoreError(f"{segment.path}: read failed: {error.strerror}")
+
+
+def _read(part: Read | _Part, bounce: mmap.mmap) -> int:
+    """Fill `part.into`; return the bytes that storage was asked for."""
+    segment, offset, nbytes = part.segment, part.offset, part.nbytes
+    if nbytes == 0:
+        return 0
+    direct = segment.fd_direct
+    if direct is None:
+        _read_buffered(segment, offset, part.into)
+        return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
+    physical = 0
+    whole_pages = nbytes & -PAGE
+    if whole_pages and not offset & (PAGE - 1):
+        # The kernel refuses a misaligned address at once, which is cheaper than asking for the address here.
+        try:
+            got = os.preadv(direct, (part.into if whole_pages == nbytes else part.into[:whole_pages],), offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            got = 0
+        physical = got & -PAGE
+        if physical == nbytes:
+            return physical
+    while physical < nbytes:
+        physical += _read_bounced(segment, direct, offset + physical, part.into[physical:], bounce)
+    return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
+
+
+def _read_bounced(segment: Segment, direct: int, offset: int, into: memoryview, bounce: mmap.mmap) -> int:
+    """Read some bytes from `offset` through the aligned buffer and copy them; return how many."""
+    begin = offset & -PAGE
+    skip = offset - begin
+    span = min(-(-(skip + into.nbytes) // PAGE) * PAGE, _BOUNCE)
+    with memoryview(bounce) as aligned:
+        try:
+            got = os.preadv(direct, (aligned[:span],), begin)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # The file system let the file be opened for direct reads but does not serve them like this.
+            _read_buffered(segment, offset, into)
+            return into.nbytes
+        useful = min(got - skip, into.nbytes)
+        if useful <= 0:
+            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
+        into[:useful] = aligned[skip : skip + useful]
+    return useful
+
+
+def _read_buffered(segment: Segment, offset: int, into: memoryview) -> None:
+    done = 0
+    while done < into.nbytes:
+        got = os.preadv(segment.fd_buffered, (into[done:],), offset + done)
+        if got == 0:
+            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
+        done += got

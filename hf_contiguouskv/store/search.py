@@ -1,0 +1,110 @@
+"""Questions to the index: the longest stored beginning of some token ids, and what to evict."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from ..errors import StoreFullError
+from .format import SegmentHeader
+from .hashing import TokenIds
+from .index import SegmentRow, all_segments, closest_child, find_chunk, parent_ids, segment_by_id
+
+# Segments from the beginning of a prefix on, and how many chunks up to the end (or the next segment) each one serves.
+Chain = list[tuple[SegmentRow, int]]
+
+
+def longest_match(
+    db: sqlite3.Connection, root: bytes, hashes: list[bytes], ids: TokenIds, chunk_size: int
+) -> tuple[int, Chain] | int | None:
+    """The longest stored beginning of `ids`, to the token.
+
+    Args:
+        root: the hash before the first chunk.
+        hashes: of whole chunks of `ids` that may match; not necessarily all.
+        ids: int64 `[n]`.
+        chunk_size: tokens per chunk.
+
+    Returns:
+        `(tokens, chain)`, or `None` when nothing matches. A number: the chain is broken before that chunk (a parent
+        was lost); ask again with no more hashes than that.
+    """
+    # Whoever stores a chunk has stored all chunks before it, so the matching ones can be found by bisection.
+    low, high = 0, len(hashes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if find_chunk(db, hashes[middle - 1]) is not None:
+            low = middle
+        else:
+            high = middle - 1
+    last = hashes[low - 1] if low else root
+    rest = ids[low * chunk_size : (low + 1) * chunk_size].tobytes()
+    tail = closest_child(db, last, rest) if rest else None
+    if tail is not None:
+        segment, position, tokens = tail
+        found = _walk(db, segment, position, low + 1)
+        return found if isinstance(found, int) else (low * chunk_size + tokens, found)
+    if low == 0:
+        return None
+    found = chain_to(db, last, low)
+    return found if isinstance(found, int) else (low * chunk_size, found)
+
+
+def chain_to(db: sqlite3.Connection, last: bytes, chunks: int) -> Chain | int:
+    """The segments of a prefix of `chunks` chunks whose last hash is `last`; a number as in `longest_match`."""
+    place = find_chunk(db, last)
+    return chunks - 1 if place is None else _walk(db, *place, chunks)
+
+
+def _walk(db: sqlite3.Connection, segment: int, position: int, chunks: int) -> Chain | int:
+    chain: Chain = []
+    while True:
+        row = segment_by_id(db, segment)
+        chain.append((row, position + 1))
+        chunks -= position + 1
+        if chunks == 0:
+            return chain[::-1]
+        place = find_chunk(db, row.parent)
+        if place is None:
+            return chunks - 1
+        segment, position = place
+
+
+def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, max_disk_bytes: int) -> list[SegmentRow]:
+    """Which segments to delete so that a new one of `nbytes` fits: the least recently used that nothing continues.
+
+    Raises:
+        StoreFullError: pinned segments and the ones that the new one continues leave too little room.
+    """
+    rows = {row.id: row for row in all_segments(db)}
+    excess = sum(row.nbytes for row in rows.values()) + nbytes - max_disk_bytes
+    if excess <= 0:
+        return []
+    children: dict[int, set[int]] = {number: set() for number in rows}
+    for child, parent in parent_ids(db):
+        children[parent].add(child)
+    kept = {number for number, row in rows.items() if row.pinned}
+    if header.parent:
+        # The new segment is not indexed yet, so its ancestors may look unused.
+        chain = chain_to(db, header.parent_hash, header.first_chunk)
+        if not isinstance(chain, int):
+            kept |= {row.id for row, _ in chain}
+    victims: list[SegmentRow] = []
+    while excess > 0:
+        leaves = [row for number, row in rows.items() if number not in kept and not children[number]]
+        if not leaves:
+            raise too_large(nbytes, max_disk_bytes)
+        victim = min(leaves, key=lambda row: (row.last_used, row.created))
+        victims.append(victim)
+        excess -= victim.nbytes
+        del rows[victim.id]
+        for others in children.values():
+            others.discard(victim.id)
+    return victims
+
+
+def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:
+    """The error for a segment that cannot fit."""
+    return StoreFullError(
+        f"a segment of {nbytes} bytes does not fit in max_disk_bytes={max_disk_bytes} with what must stay there; "
+        "raise the bound, or delete or unpin stored prefixes"
+    )
