@@ -1,0 +1,59 @@
+# make demo            a document is stored, then questions about it are answered by a new process, cold
+# make demo DOC=FILE   ... your document      MODEL=NAME_OR_FOLDER   ... your model
+# make test            everything that runs without a GPU
+# make lint            ruff and mypy
+# make bench           the measurements of `python -m eval` (BENCH_ARGS=...)
+# make clean           remove the virtual environment, the demo's store and the tools' caches
+#
+# The first call makes .venv; later calls install nothing. PYTHON=python3.12 picks the interpreter (3.11 to 3.13).
+# TORCH_ARGS is added when torch is installed, for example to choose an index that has a smaller build:
+#   make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+DOC ?=
+MODEL ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.eval
+	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py examples/demo.py
+
+bench: $(VENV)/.eval
+	$(BIN)/python -m eval $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+# torch comes first, by its exact version: resolving a range of it can fetch several gigabytes of another build.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.eval: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e ".[eval]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.eval
+	$(PIP) -c constraints.txt -e ".[eval,dev]"
+	@touch $@
