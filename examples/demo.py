@@ -167,9 +167,7 @@ def prepare(job: Job) -> None:
             CONSOLE.print(f"   store     all {stored:,} tokens were stored by an earlier run: nothing to compute")
             return
         start = time.perf_counter()
-        with CONSOLE.status("computing and storing ..."):
-            cache = ContiguousKVCache(model, prompts.prefix, store=store)
-            cache.close()
+        ContiguousKVCache(model, prompts.prefix, store=store).close()
     size = sum(path.stat().st_size for path in segments(job.store))
     CONSOLE.print(
         f"   store     {prompts.document_tokens - stored:,} tokens computed and stored in "
