@@ -89,8 +89,9 @@ def draw(path: Path) -> None:
     ax.text(left, 3.8, "attention mass $A_j$ of each chunk, from the suffix queries", fontsize=8.6, color=INK)
     ax.plot([left, left + CHUNKS * step - 0.07], [4.15, 4.15], color=INK, linewidth=0.8)
 
-    text = "Layers wait for their own chunks only.\nReads for later layers, and a guess\nfor the next period, run meanwhile."
-    label(ax, 2.5, "3  Read while computing", text)
+    waits = "Layers wait for their own chunks only."
+    ahead = "Reads for later layers, and a guess\nfor the next period, run meanwhile."
+    label(ax, 2.5, "3  Read while computing", f"{waits}\n{ahead}")
     width = CHUNKS * step / 9
     read_top, read_low, compute_top, compute_low = 2.75, 2.05, 1.5, 0.8
 
