@@ -71,7 +71,7 @@ class _Known:
     """What was seen when a fingerprint was computed."""
 
     signature: tuple[Any, ...]
-    probes: list[tuple[int, int]]
+    probes: list[memoryview]
     probed: bytes
     fingerprint: str
     samples: dict[str, tuple[int, int, bytes]]
@@ -230,7 +230,7 @@ def _compute(model: Any, signature: tuple[Any, ...], known: _Known | None) -> _K
     digest.update(b"hf_contiguouskv fingerprint 1\0" + _config_content(model).encode())
     samples: dict[str, tuple[int, int, bytes]] = {}
     edited = dict(known.edited) if known is not None else {}
-    probes: list[tuple[int, int]] = []
+    probes: list[memoryview] = []
     for name, own, tensor in _named_tensors(model):
         sample = _sample(tensor.detach())
         identity, _, version, _ = _state(own)
@@ -280,17 +280,20 @@ def _digest_whole(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def _probe_places(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """`(address, bytes)` at the beginning, middle and end of a tensor in host memory."""
+def _probe_places(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Windows on the beginning, middle and end of a tensor in host memory.
+
+    They do not keep the memory alive: they may be read only while the signature shows that the tensors are the same.
+    """
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     if not plain or tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.nbytes:
         return
     address, nbytes = tensor.data_ptr(), tensor.nbytes
     length = min(nbytes, _PROBE_BYTES)
+    window = ctypes.c_char * length
     for offset in sorted({0, (nbytes - length) // 2, nbytes - length}):
-        yield address + offset, length
+        yield memoryview(window.from_address(address + offset))
 
 
-def _probe(places: list[tuple[int, int]]) -> bytes:
-    read = ctypes.string_at
-    return b"".join([read(address, length) for address, length in places])
+def _probe(places: list[memoryview]) -> bytes:
+    return b"".join(places)

@@ -33,12 +33,10 @@ from .index import (
     find_chunk,
     insert_segment,
     mark_used,
-    parent_ids,
-    segment_by_id,
     segment_by_key,
 )
 from .reader import ExtentReader
-from .search import Chain, chain_to, choose_victims, longest_match, too_large
+from .search import Chain, chain_to, choose_victims, continuations, longest_match, too_large
 from .segment import Segment
 from .writer import SegmentWriter
 
@@ -331,28 +329,36 @@ class PrefixStore:
         self._flush_uses()
         return [PrefixInfo.from_row(row) for row in self._read(all_segments)]
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, recursive: bool = False) -> list[str]:
         """Delete the segment named `key`. Caches that have it open keep working.
 
+        Args:
+            key: of the segment.
+            recursive: delete the longer prefixes that continue it as well.
+
+        Returns:
+            the keys of all segments that were deleted.
+
         Raises:
-            PrefixInUseError: longer prefixes continue it.
+            PrefixInUseError: longer prefixes continue it, and not `recursive`.
             StoreError: there is no such segment.
         """
 
-        def delete(db: sqlite3.Connection) -> None:
-            row = _known(db, key)
-            links = parent_ids(db)
-            children = {child for child, parent in links if parent == row.id}
-            elsewhere = {child for child, parent in links if parent != row.id}
-            if children - elsewhere:
-                names = [segment_by_id(db, child).key for child in sorted(children - elsewhere)]
-                raise PrefixInUseError(f"{key} is continued by {', '.join(names)}; delete these first")
-            drop_segment(db, key)
-            (self.path / row.file).unlink(missing_ok=True)
+        def delete(db: sqlite3.Connection) -> list[str]:
+            doomed = continuations(db, _known(db, key))
+            if len(doomed) > 1 and not recursive:
+                names = ", ".join(row.key for row in doomed[1:])
+                raise PrefixInUseError(f"{key} is continued by {names}; delete these first, or all of them at once")
+            for row in doomed:
+                drop_segment(db, row.key)
+                (self.path / row.file).unlink(missing_ok=True)
+            return [row.key for row in doomed]
 
-        self._write(delete)
+        deleted: list[str] = self._write(delete)
         with self._lock:
-            self._open_segments.pop(key, None)
+            for one in deleted:
+                self._open_segments.pop(one, None)
+        return deleted
 
     def pin(self, key: str) -> None:
         """Keep the segment named `key` when others are evicted.

@@ -102,6 +102,21 @@ def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, m
     return victims
 
 
+def continuations(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
+    """`row` and all segments that could not be reached without it, parents before children."""
+    parents: dict[int, set[int]] = {}
+    for child, parent in parent_ids(db):
+        parents.setdefault(child, set()).add(parent)
+    lost = [row.id]
+    grown = True
+    while grown:
+        # A chunk may lie in several segments: a child is lost when all that hold its parent chunk are.
+        more = [child for child, held_by in parents.items() if child not in lost and held_by <= set(lost)]
+        lost += more
+        grown = bool(more)
+    return [segment_by_id(db, number) for number in lost]
+
+
 def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:
     """The error for a segment that cannot fit."""
     return StoreFullError(
