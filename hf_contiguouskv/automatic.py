@@ -64,7 +64,9 @@ class AutomaticPrefix:
         if prompt is None:
             return
         limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs, from_generate)
-        if limit >= self._config.chunk_size and _caller_cannot_notice(cache, inputs, from_generate):
+        # Sliding windows count columns: padding behind the prefix would push tokens out of them.
+        in_order = not any(prompt.pads) or not any(self._support.plan.windows)
+        if limit >= self._config.chunk_size and in_order and _caller_cannot_notice(cache, inputs, from_generate):
             self._attach(cache, inputs, prompt, limit)
         if self._stays_exact(cache):
             self._record(cache)

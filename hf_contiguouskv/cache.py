@@ -20,12 +20,12 @@ from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
 from .device import SLABS
 from .errors import ConfigError, InputError
-from .forward import cut_cached, is_refed, mask_behind_prefix, rows_of
+from .forward import cut_cached, decoding, is_refed, mask_behind_prefix, rows_of, uncut_prefix
 from .hook import ForwardHook, caller_generation_config
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
 from .prefill import prefill_into_store
 from .prefix import AttachedPrefix
-from .request import PrefixRequest, Rows
+from .request import PrefixRequest
 from .stats import RequestStats
 from .store import PrefixStore
 from .store.fingerprint import model_fingerprint
@@ -200,13 +200,31 @@ class ContiguousKVCache(Cache):  # type: ignore[misc]
         mask = inputs.get("attention_mask")
         request = self._attached.request
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            inputs["attention_mask"] = mask_behind_prefix(mask, request.prefix.tokens)
+            block = getattr(self._generation_config, "prefill_chunk_size", None)
+            moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows=bool(block) and not decoding(inputs))
+            if moved is not mask and any(request.plan.windows):
+                self._compute_everything(inputs, request.prefix.tokens)
+                return
+            inputs["attention_mask"] = moved
         elif isinstance(mask, torch.Tensor) and not request.keeps_all:
             raise InputError("a 4D attention mask cannot say what to do with a pruned prefix; pass a 2D mask")
         if request.rows is None:
             drafts = inputs.get("logits_to_keep", 1) if from_generate else 1
             drafts = drafts - 1 if isinstance(drafts, int) and drafts > 1 else 0
             request.begin(rows_of(inputs, cached, drafts))
+
+    def _compute_everything(self, inputs: dict[str, Any], tokens: int) -> None:
+        """Left padding before the prefix on a model with sliding windows: they count columns, and the padding cannot
+        be moved behind the prefix. This request computes the prefix with its rows, exactly; `reset` attaches it again.
+        """
+        ids = inputs.get("input_ids")
+        if self.get_seq_length() > tokens or not isinstance(ids, torch.Tensor) or self.prefix_ids is None:
+            raise InputError(
+                "left padding before the prefix is not supported on a model with sliding-window attention once a "
+                "suffix is cached, or with inputs_embeds; pad between prefix and suffix, or pass one row at a time"
+            )
+        uncut_prefix(inputs, self.prefix_ids[:tokens])
+        self._attach(None)
 
     def _check_refed(self, inputs: dict[str, Any]) -> None:
         """The whole prompt is at hand: make sure that it begins with the prefix."""
@@ -266,16 +284,13 @@ class ContiguousKVCache(Cache):  # type: ignore[misc]
 
         `None` before the first suffix token, and for sliding-window layers. A partial last chunk is kept besides.
         """
-        if self._attached is None or self._attached.request.rows is None:
+        layer = self.layers[layer_idx]
+        if self._attached is None or not isinstance(layer, ContiguousLayer) or layer.row_of is None:
             return None
-        request: PrefixRequest = self._attached.request
-        rows: Rows = request.rows
-        if request.plan.windows[layer_idx] is not None:
-            return None
+        request, rows = self._attached.request, layer.row_of.cpu()
         if request.keeps_all:
-            return torch.arange(request.keep).expand(len(rows.of_batch), -1)
-        selected = request.selected.get(layer_idx)
-        return None if selected is None else selected.cpu()[rows.of_batch]
+            return torch.arange(request.keep).expand(len(rows), -1)
+        return request.selected[layer_idx].cpu()[rows]
 
     def reset(self) -> None:
         """Drop the suffix and keep the prefix attached: ready for the next question (automatic: for the next prompt)."""

@@ -85,16 +85,41 @@ def cut_cached(inputs: dict[str, Any], cached: int) -> None:
             inputs[name] = value[..., cached:]
 
 
+def decoding(inputs: dict[str, Any]) -> bool:
+    """Whether one token per row is passed."""
+    ids = inputs.get("input_ids")
+    return isinstance(ids, torch.Tensor) and ids.shape[1] == 1
+
+
+def uncut_prefix(inputs: dict[str, Any], prefix_ids: torch.Tensor) -> None:
+    """Put the prefix back into inputs that were cut to the columns after it, in a left-padded batch.
+
+    Row `r` has `p` columns of padding in the mask: its cut ids are `p` columns that repeat the prefix, then its suffix.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    prefix = prefix_ids.to(ids.device)
+    pads = pads_before_prefix(mask).tolist()
+    rows = [torch.cat([row.new_zeros(p), prefix, row[p:]]) for row, p in zip(ids, pads, strict=True)]
+    inputs["input_ids"] = torch.stack(rows)
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
 def pads_before_prefix(mask: torch.Tensor) -> torch.Tensor:
     """Zeros at the beginning of each row of a 2D mask, int64 `(batch,)`."""
     return (mask.to(torch.bool).long().cumsum(1) == 0).sum(1)
 
 
-def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int) -> torch.Tensor:
+def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int, more_follows: bool = False) -> torch.Tensor:
     """The 2D mask with left padding moved between prefix and suffix, where the cache has it.
 
     A row `[pad * p][prefix][suffix]` becomes `[prefix][pad * p][suffix]`: the model gets the columns after the first
     `prefix_tokens` as input, of which the first `p` repeat tokens of the prefix and must not be seen.
+
+    Args:
+        mask: `(batch, columns)`, nonzero where there is a token.
+        prefix_tokens: tokens of the prefix.
+        more_follows: this is a block of a prompt that goes on (chunked prefill): its columns may all be padding.
 
     Raises:
         InputError: a row is too short to begin with the prefix.
@@ -102,10 +127,10 @@ def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int) -> torch.Tensor:
     pads = pads_before_prefix(mask)
     if int(pads.max()) == 0:
         return mask
-    if int(pads.max()) + prefix_tokens > mask.shape[1]:
+    if int(pads.max()) + prefix_tokens >= mask.shape[1] and not more_follows:
         raise InputError(
-            f"a row of the batch has {mask.shape[1] - int(pads.max())} tokens, fewer than the prefix of "
-            f"{prefix_tokens} tokens that it must begin with"
+            f"a row of the batch has {mask.shape[1] - int(pads.max())} tokens; it must begin with the prefix of "
+            f"{prefix_tokens} tokens and have at least one more"
         )
     columns = torch.arange(mask.shape[1], device=mask.device)[None, :]
     moved = (columns >= prefix_tokens) & (columns < prefix_tokens + pads[:, None])
@@ -142,6 +167,11 @@ def rows_of(inputs: dict[str, Any], cached: int, drafts: int) -> Rows:
         return Rows(torch.arange(batch), torch.arange(batch), voting, visible)
     # Padding tokens may differ without a difference in what is seen.
     content = torch.cat([ids.cpu().masked_fill(~visible, -1), visible.long()], dim=1)
-    _, of_batch = torch.unique(content, dim=0, return_inverse=True)
-    representatives = torch.stack([(of_batch == row).nonzero()[0, 0] for row in range(int(of_batch.max()) + 1)])
+    # In order of first appearance: where all rows differ, distinct rows are the batch's rows, in its order.
+    first_of: dict[bytes, int] = {}
+    for row in range(batch):
+        first_of.setdefault(content[row].numpy().tobytes(), row)
+    position = {key: number for number, key in enumerate(first_of)}
+    of_batch = torch.tensor([position[content[row].numpy().tobytes()] for row in range(batch)])
+    representatives = torch.tensor(list(first_of.values()))
     return Rows(representatives, of_batch, voting[representatives], visible[representatives])

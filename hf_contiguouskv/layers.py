@@ -55,9 +55,10 @@ class ContiguousLayer(DynamicLayer):
         # (batch, kv_heads, room, head_dim): [prefix ; suffix] if `_joined`, else the suffix alone.
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._joined = True
-        # (distinct rows or 1, kv_heads, kept_tokens, head_dim) and the row of each batch row, if not `_joined`.
+        # (distinct rows or 1, kv_heads, kept_tokens, head_dim), if not `_joined`.
         self._prefix: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._row_of: torch.Tensor | None = None
+        # int64 (batch,): which distinct row of the request each batch row is.
+        self.row_of: torch.Tensor | None = None
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -114,9 +115,9 @@ class ContiguousLayer(DynamicLayer):
         if self._joined:
             keys, values = (self._part(buffer, 0, length) for buffer in self._buffers)
         else:
-            assert self._prefix is not None and self._row_of is not None  # noqa: S101, PT018
+            assert self._prefix is not None  # noqa: S101 - for the type checker
             keys, values = (
-                torch.cat([prefix[self._row_of], self._part(buffer, 0, self._suffix)], dim=2)
+                torch.cat([self._of_rows(prefix), self._part(buffer, 0, self._suffix)], dim=2)
                 for prefix, buffer in zip(self._prefix, self._buffers, strict=True)
             )
         if attention_mask is not None and attention_mask.shape[-1] != keys.shape[2]:
@@ -192,8 +193,8 @@ class ContiguousLayer(DynamicLayer):
         parts = []
         for half, buffer in enumerate(self._buffers):
             first = buffer if self._joined else self._prefix[half]  # type: ignore[index]
-            source = row if self._joined else int(self._row_of[row])  # type: ignore[index]
-            shared = first[source, :, prefix.tokens - tail : prefix.tokens]
+            source = first[row] if self._joined else self._of_rows(first)[row]
+            shared = source[:, prefix.tokens - tail : prefix.tokens]
             parts.append(torch.cat([shared, buffer[row, :, self._offset + pads : end]], dim=1))
         return parts[0], parts[1], prefix.tokens - tail
 
@@ -203,6 +204,11 @@ class ContiguousLayer(DynamicLayer):
     def _offset(self) -> int:
         """Where the suffix begins in `_buffers`."""
         return self.attached.request.kept_tokens if self.attached is not None and self._joined else 0
+
+    def _of_rows(self, prefix: torch.Tensor) -> torch.Tensor:
+        """One prefix row for each batch row; a single one is shared by all."""
+        assert self.row_of is not None  # noqa: S101 - for the type checker
+        return prefix.expand(len(self.row_of), -1, -1, -1) if prefix.shape[0] == 1 else prefix[self.row_of]
 
     @staticmethod
     def _part(buffer: torch.Tensor, start: int, length: int) -> torch.Tensor:
@@ -237,16 +243,14 @@ class ContiguousLayer(DynamicLayer):
     def _load(self, query: torch.Tensor, options: Mapping[str, Any]) -> None:
         assert self.attached is not None and self._buffers is not None  # noqa: S101, PT018 - for the type checker
         request, kept = self.attached.request, self.attached.request.kept_tokens
+        rows = request.rows
+        self.row_of = (torch.arange(query.shape[0]) if rows is None else rows.of_batch).to(query.device)
         if self._joined:
             target = tuple(self._part(buffer, 0, kept) for buffer in self._buffers)
         else:
-            rows = request.rows
             distinct = 1 if request.keeps_all or rows is None else rows.representatives.shape[0]
             _, kv_heads, _, head_dim = self._buffers[0].shape
             target = tuple(buffer.new_empty(distinct, kv_heads, kept, head_dim) for buffer in self._buffers)
-            of_batch = torch.arange(query.shape[0]) if rows is None else rows.of_batch
-            self._row_of = torch.zeros_like(of_batch) if distinct == 1 else of_batch
-            self._row_of = self._row_of.to(query.device)
             self._prefix = (target[0], target[1])
         request.load_full(self.layer_idx, query, self.keys, options, target[0], target[1])
         self._loaded = True
@@ -256,8 +260,8 @@ class ContiguousLayer(DynamicLayer):
             return
         first, second = (buffer.index_select(0, indices.to(buffer.device)) for buffer in self._buffers)
         self._buffers = (first, second)
-        if self._row_of is not None:
-            self._row_of = self._row_of.index_select(0, indices.to(self._row_of.device))
+        if self.row_of is not None:
+            self.row_of = self.row_of.index_select(0, indices.to(self.row_of.device))
         self.keys, self.values = (self._part(b, self._offset, self._suffix) for b in self._buffers)
 
 
