@@ -134,7 +134,7 @@ class KVGeometry:
             InputError: a field is missing or makes no sense.
         """
         dtype = metadata.get("dtype")
-        if dtype not in _DTYPE_NAMES:
+        if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
             raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {dtype!r}")
         return cls(
             num_layers=_whole(metadata, "num_layers"),

@@ -290,22 +290,24 @@ def _stop(queue: SimpleQueue[Ticket | None], threads: int) -> None:
 
 
 def _cut(read: Read) -> list[_Part]:
-    """Pieces of at most 1 MiB; cut between checks where these are equal and whole pages."""
-    step = MAX_PART
-    if read.checks:
+    """Pieces of at most 1 MiB: cut at page boundaries of the file, between checks where these are whole pages."""
+    step, skew = MAX_PART, read.offset % PAGE
+    if read.checks and not skew:
         length = read.checks[0][1]
         if 0 < length <= MAX_PART and length % PAGE == 0:
             step = MAX_PART // length * length
-    count = -(-read.nbytes // step)
+    # Piece i covers [i * step, (i + 1) * step) counted from the page in which the read begins.
+    count = -(-(skew + read.nbytes) // step)
     whole = _Whole(read, count)
+    begins = [max(0, i * step - skew) for i in range(count)] + [read.nbytes]
     checks: list[list[Check]] = [[] for _ in range(count)]
     for start, length, checksum in read.checks:
-        piece = start // step
-        if start + length <= (piece + 1) * step:
-            checks[piece].append((start - piece * step, length, checksum))
+        piece = (start + skew) // step
+        if start + length <= begins[piece + 1]:
+            checks[piece].append((start - begins[piece], length, checksum))
         else:
             whole.checks.append((start, length, checksum))
-    return [_Part(read, i * step, min(step, read.nbytes - i * step), checks[i], whole) for i in range(count)]
+    return [_Part(read, begins[i], begins[i + 1] - begins[i], checks[i], whole) for i in range(count)]
 
 
 def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> None:

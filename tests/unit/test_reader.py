@@ -1,0 +1,293 @@
+"""The reader returns the bytes of the file, wherever they lie, and notices when they are wrong."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from store_helpers import geometry, some_tokens, write_prefix
+
+from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError
+from hf_contiguouskv.store import PrefixStore
+from hf_contiguouskv.store.format import PAGE
+from hf_contiguouskv.store.reader import ExtentReader, Read, aligned_buffer, as_memoryview
+from hf_contiguouskv.store.segment import Segment
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A segment of about 5 MiB."""
+    with PrefixStore(tmp_path_factory.mktemp("store")) as store:
+        g = geometry(chunk_size=16, head_dim=64, num_layers=4, leader_layers=(0,), indexed_layers=(1,))
+        return write_prefix(store, some_tokens(1203), g=g).spans[0].segment.path
+
+
+@pytest.fixture(params=["direct", "buffered"])
+def segment(request: pytest.FixtureRequest, file: Path) -> Iterator[Segment]:
+    opened = Segment(file, direct=request.param == "direct")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[ExtentReader]:
+    with ExtentReader(threads=4) as opened:
+        yield opened
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_range_is_read_as_it_stands_in_the_file(
+    segment: Segment, reader: ExtentReader, data: st.DataObject
+) -> None:
+    content = segment.path.read_bytes()
+    ranges = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        offset = data.draw(st.integers(0, len(content) - 1) | st.integers(0, len(content) // PAGE).map(PAGE.__mul__))
+        length = data.draw(st.integers(0, 3 * PAGE) | st.integers(0, 3 * 2**20) | st.sampled_from([PAGE, 8 * PAGE]))
+        ranges.append((offset, min(length, len(content) - offset)))
+    skew = data.draw(st.sampled_from([0, 0, 1, 512]))
+    buffers = [aligned_buffer(length + skew)[skew:] for _, length in ranges]
+    reads = [
+        Read(
+            segment,
+            offset,
+            length,
+            as_memoryview(buffer),
+            [(0, length, xxhash.xxh3_64_intdigest(content[offset : offset + length]))],
+        )
+        for (offset, length), buffer in zip(ranges, buffers, strict=True)
+    ]
+    ticket = reader.submit(reads)
+    ticket.wait()
+    assert ticket.done
+    for (offset, length), buffer in zip(ranges, buffers, strict=True):
+        assert buffer.numpy().tobytes() == content[offset : offset + length]
+    rounded = sum(-(-(o + n) // PAGE) * PAGE - o // PAGE * PAGE for o, n in ranges if n)
+    assert ticket.bytes_read == rounded
+
+
+def test_long_reads_compare_checksums_inside_and_across_their_parts(segment: Segment, reader: ExtentReader) -> None:
+    offset, nbytes = segment.tensor_extent("payload.1")
+    content = segment.path.read_bytes()[offset : offset + nbytes]
+    assert nbytes > 2**20
+    for step in (16384, 100_001):
+        checks = [
+            (i, n, xxhash.xxh3_64_intdigest(content[i : i + n]))
+            for i in range(0, nbytes, step)
+            if (n := min(step, nbytes - i))
+        ]
+        buffer = aligned_buffer(nbytes)
+        reader.submit([Read(segment, offset, nbytes, as_memoryview(buffer), checks)]).wait()
+        assert buffer.numpy().tobytes() == content
+        for wrong in (0, len(checks) // 2, len(checks) - 1):
+            broken = list(checks)
+            broken[wrong] = (*broken[wrong][:2], broken[wrong][2] ^ 1)
+            with pytest.raises(SegmentCorruptError, match="layer 1, chunk"):
+                reader.submit([Read(segment, offset, nbytes, as_memoryview(buffer), broken)]).wait()
+
+
+def test_a_wrong_byte_is_reported_with_file_layer_and_chunk(tmp_path: Path, reader: ExtentReader) -> None:
+    with PrefixStore(tmp_path / "store") as store:
+        segment = write_prefix(store, some_tokens(40)).spans[0].segment
+        offset, nbytes = segment.payload_extent(2, 7)
+        with segment.path.open("r+b") as raw:
+            raw.seek(offset + 5)
+            raw.write(b"\x7f")
+        for chunk, broken in ((6, False), (7, True)):
+            offset, nbytes = segment.payload_extent(2, chunk)
+            into = as_memoryview(aligned_buffer(nbytes))
+            ticket = reader.submit(
+                [Read(segment, offset, nbytes, into, [(0, nbytes, segment.payload_checksum(2, chunk))])]
+            )
+            if broken:
+                with pytest.raises(SegmentCorruptError, match=rf"{segment.path.name}.*layer 2, chunk 7"):
+                    ticket.wait()
+                with pytest.raises(SegmentCorruptError):
+                    ticket.wait()
+            else:
+                ticket.wait()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_ends_too_early_is_reported_by_name(tmp_path: Path, reader: ExtentReader, direct: bool) -> None:
+    with PrefixStore(tmp_path / "store") as store:
+        path = write_prefix(store, some_tokens(4000)).spans[0].segment.path
+    segment = Segment(path, direct=direct)
+    with path.open("r+b") as raw:
+        raw.truncate(PAGE + 100)
+    for nbytes in (PAGE, 100, 50_000):
+        into = as_memoryview(aligned_buffer(nbytes))
+        with pytest.raises(SegmentCorruptError, match=path.name):
+            reader.submit([Read(segment, 2 * PAGE, nbytes, into)]).wait()
+    segment.close()
+
+
+def test_reads_of_a_closed_segment_fail_cleanly(file: Path, reader: ExtentReader) -> None:
+    segment = Segment(file)
+    segment.close()
+    with pytest.raises(StoreError, match="closed"):
+        reader.submit([Read(segment, 0, 10, as_memoryview(aligned_buffer(10)))]).wait()
+
+
+def test_a_deleted_file_can_still_be_read_through_an_open_segment(tmp_path: Path, reader: ExtentReader) -> None:
+    with PrefixStore(tmp_path / "store") as store:
+        stored = write_prefix(store, some_tokens(40))
+        segment = stored.spans[0].segment
+        content = segment.path.read_bytes()
+        store.delete(segment.key)
+        assert not segment.path.exists()
+        buffer = aligned_buffer(len(content))
+        reader.submit([Read(segment, 0, len(content), as_memoryview(buffer))]).wait()
+        assert buffer.numpy().tobytes() == content
+
+
+def test_where_direct_reads_are_refused_later_the_page_cache_serves(
+    file: Path, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    segment = Segment(file)
+    real = os.preadv
+
+    def refuse(fd: int, buffers: object, offset: int) -> int:
+        if fd == segment.fd_direct:
+            raise OSError(errno.EINVAL, "refused")
+        return real(fd, buffers, offset)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    buffer = aligned_buffer(3 * PAGE)
+    reader.submit([Read(segment, PAGE, 3 * PAGE, as_memoryview(buffer))]).wait()
+    assert buffer.numpy().tobytes() == file.read_bytes()[PAGE : 4 * PAGE]
+    segment.close()
+
+
+def test_short_reads_are_continued(segment: Segment, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    real = os.preadv
+
+    def short(fd: int, buffers: tuple[memoryview], offset: int) -> int:
+        return real(fd, (memoryview(buffers[0])[:PAGE],), offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    content = segment.path.read_bytes()
+    for offset, nbytes in ((0, 5 * PAGE), (4097, 30_000), (PAGE, 30_000)):
+        buffer = aligned_buffer(nbytes)
+        reader.submit([Read(segment, offset, nbytes, as_memoryview(buffer))]).wait()
+        assert buffer.numpy().tobytes() == content[offset : offset + nbytes]
+
+
+def test_direct_reads_reach_the_device_and_are_counted(file: Path) -> None:
+    segment = Segment(file)
+    if segment.fd_direct is None:
+        pytest.skip("the file system refuses O_DIRECT")
+
+    def from_device() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+    with ExtentReader() as reader:
+        before = from_device()
+        into = as_memoryview(aligned_buffer(16 * PAGE))
+        for _ in range(3):
+            reader.submit([Read(segment, 0, 16 * PAGE, into)]).wait()
+        # Three times: the page cache did not serve the repeats.
+        seen = from_device() - before
+        assert seen == 0 or seen >= 3 * 16 * PAGE
+        assert reader.bytes_read == 3 * 16 * PAGE
+    segment.close()
+
+
+def test_threads_have_names_and_end_with_the_reader(file: Path) -> None:
+    def names() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("contiguouskv-read")]
+
+    before = len(names())
+    reader = ExtentReader(threads=3)
+    assert len(names()) == before + 3
+    segment = Segment(file)
+    buffers = [aligned_buffer(2**21) for _ in range(8)]
+    tickets = [reader.submit([Read(segment, 0, 2**21, as_memoryview(buffer))]) for buffer in buffers]
+    reader.close()
+    assert all(ticket.done for ticket in tickets)
+    assert len(names()) == before
+    reader.close()
+    with pytest.raises(StoreError, match="closed"):
+        reader.submit([])
+    segment.close()
+
+
+def test_a_forgotten_reader_ends_its_threads() -> None:
+    reader = ExtentReader(threads=2)
+    workers = reader._workers
+    del reader
+    gc.collect()
+    for worker in workers:
+        worker.join(timeout=5)
+        assert not worker.is_alive()
+
+
+def test_many_threads_may_submit_at_once(segment: Segment, reader: ExtentReader) -> None:
+    content = segment.path.read_bytes()
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            draw = random.Random(seed)
+            for _ in range(20):
+                offsets = [draw.randrange(len(content) - 9000) for _ in range(20)]
+                buffer = aligned_buffer(20 * 9000)
+                view = as_memoryview(buffer)
+                reads = [Read(segment, o, 9000, view[i * 9000 : (i + 1) * 9000]) for i, o in enumerate(offsets)]
+                reader.submit(reads).wait()
+                for i, o in enumerate(offsets):
+                    assert view[i * 9000 : (i + 1) * 9000] == content[o : o + 9000]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_an_idle_reader_holds_no_buffers(segment: Segment, reader: ExtentReader) -> None:
+    import weakref
+
+    buffer = aligned_buffer(2**21)
+    ticket = reader.submit([Read(segment, 0, 2**21, as_memoryview(buffer))])
+    ticket.wait()
+    gone = weakref.ref(buffer)
+    del buffer
+    deadline = time.monotonic() + 5
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert gone() is None
+    assert ticket.bytes_read == 2**21
+
+
+def test_buffers_are_aligned_and_lengths_are_checked(segment: Segment, reader: ExtentReader) -> None:
+    for nbytes in (0, 1, PAGE, 3 * 2**20 + 1):
+        buffer = aligned_buffer(nbytes)
+        assert buffer.shape == (nbytes,)
+        assert nbytes == 0 or buffer.data_ptr() % PAGE == 0
+    with pytest.raises(InputError, match="buffer of 10 bytes"):
+        reader.submit([Read(segment, 0, 11, as_memoryview(aligned_buffer(10)))])
+    with pytest.raises(InputError, match="contiguous"):
+        as_memoryview(torch.zeros(4, 4).t())
+    assert reader.submit([]).done
+    reader.submit([]).wait()
