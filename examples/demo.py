@@ -156,7 +156,8 @@ def prepare(job: Job) -> None:
     CONSOLE.print("[bold]1. Prepare[/bold]: compute the document's KV cache once, and store it")
     model, tokenizer = load(job.model)
     prompts = job.prompts(model, tokenizer)
-    CONSOLE.print(f"   model     {model.source} ({str(model.dtype).removeprefix('torch.')}, {model.device})")
+    CONSOLE.print(f"   model     {model.source}", soft_wrap=True)
+    CONSOLE.print(f"   runs in   {str(model.dtype).removeprefix('torch.')} on {model.device}")
     CONSOLE.print(
         f"   document  {job.doc or 'the language reference in pydoc_data.topics'}: {prompts.document_tokens:,} tokens"
         + (", cut to fit" if prompts.cut else "")
