@@ -1,0 +1,28 @@
+"""Real text of any length that needs no network: the language reference that ships with Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def reference_text() -> str:
+    """All topics of `pydoc_data.topics`, about 700 KB of English, always in the same order."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def document_ids(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """The first `tokens` token ids of the reference, int64 `(tokens,)`.
+
+    Raises:
+        ValueError: the text is shorter than that.
+    """
+    # About four characters are a token; tokenising all of it would take seconds.
+    text = reference_text()[: 8 * tokens + 1000]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < tokens:
+        raise ValueError(f"the built-in document has {len(ids)} tokens, {tokens} were asked for; use a shorter prefix")
+    return torch.tensor(ids[:tokens])

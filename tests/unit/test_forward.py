@@ -1,0 +1,104 @@
+"""Arguments of a forward: re-fed prompts, moved padding, equal rows."""
+
+import pytest
+import torch
+
+from hf_contiguouskv.errors import InputError
+from hf_contiguouskv.forward import (
+    cut_cached,
+    is_refed,
+    mask_behind_prefix,
+    ordinary_prompt,
+    rows_of,
+    uncut_prefix,
+)
+
+IDS = torch.arange(12).view(2, 6) + 10
+
+
+def test_left_padding_moves_behind_the_prefix():
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
+    moved = mask_behind_prefix(mask, 3)
+    assert moved.tolist() == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1]]
+    assert mask_behind_prefix(moved, 3) is moved
+
+
+def test_a_row_that_cannot_hold_the_prefix_is_refused():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    with pytest.raises(InputError, match="begin with the prefix"):
+        mask_behind_prefix(mask, 3)
+    # Unless it is a block of a longer prompt, which is all padding for that row.
+    assert mask_behind_prefix(mask, 3, more_follows=True).tolist()[1] == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "positions"),
+    [
+        (None, torch.arange(6)[None]),
+        (torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])),
+    ],
+)
+def test_an_ordinary_prompt_is_recognised(mask, positions):
+    prompt = ordinary_prompt({"input_ids": IDS, "attention_mask": mask, "position_ids": positions})
+    assert prompt is not None
+    assert prompt.row(1).tolist() == IDS[1, prompt.pads[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 4)},
+        {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 0, 1, 1]])},
+        {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 1, 1, 0]])},
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)},
+        {"input_ids": IDS, "position_ids": torch.arange(6)[None] + 1},
+        {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1]])},
+        {"input_ids": IDS, "token_type_ids": torch.zeros(2, 6)},
+    ],
+    ids=["embeds", "hole", "right padding", "4D mask", "shifted", "padded without positions", "token types"],
+)
+def test_an_unusual_prompt_is_left_alone(inputs):
+    assert ordinary_prompt(inputs) is None
+
+
+def test_a_refed_prompt_is_told_from_a_suffix():
+    ids = torch.arange(8)[None]
+    assert is_refed({"input_ids": ids, "attention_mask": torch.ones(1, 8)}, 5, True, ids[0, :5])
+    assert not is_refed({"input_ids": ids, "attention_mask": torch.ones(1, 13)}, 5, True, ids[0, :5])
+    assert is_refed({"input_ids": ids, "position_ids": torch.arange(8)[None]}, 5, False, ids[0, :5])
+    assert not is_refed({"input_ids": ids, "position_ids": torch.arange(5, 13)[None]}, 5, False, ids[0, :5])
+    assert is_refed({"input_ids": ids}, 5, True, ids[0, :5])
+    assert not is_refed({"input_ids": ids}, 5, False, ids[0, :5])
+    assert not is_refed({"input_ids": ids}, 0, True, None)
+
+
+def test_cutting_and_uncutting_are_inverse():
+    mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
+    prefix = torch.tensor([5, 6, 7])
+    whole = torch.tensor([[5, 6, 7, 1, 2, 3, 4], [0, 0, 5, 6, 7, 8, 9]])
+    inputs = {"input_ids": whole, "attention_mask": mask, "position_ids": torch.zeros(2, 7, dtype=torch.long)}
+    cut_cached(inputs, 3)
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape == (2, 4)
+    uncut_prefix(inputs, prefix)
+    assert inputs["input_ids"].tolist() == whole.tolist()
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4]]
+
+
+def test_equal_rows_are_one_and_padding_does_not_matter():
+    ids = torch.tensor([[0, 1, 2], [7, 1, 2], [3, 1, 2], [3, 1, 2]])
+    mask = torch.tensor([[1, 1, 0, 1, 1]] * 2 + [[1, 1, 1, 1, 1]] * 2)
+    rows = rows_of({"input_ids": ids, "attention_mask": mask}, 2, 0)
+    assert rows.representatives.tolist() == [0, 2]
+    assert rows.of_batch.tolist() == [0, 0, 1, 1]
+    assert rows.voting.tolist() == [[False, True, True], [True, True, True]]
+
+
+def test_drafts_are_visible_but_do_not_vote():
+    rows = rows_of({"input_ids": torch.tensor([[1, 2, 3, 4]])}, 9, 2)
+    assert rows.voting.tolist() == [[True, True, False, False]]
+    assert rows.visible.all()
+
+
+def test_a_mask_of_the_wrong_length_is_refused():
+    with pytest.raises(InputError, match="columns"):
+        rows_of({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 5)}, 9, 0)

@@ -1,0 +1,151 @@
+"""Choosing chunks: the scorers against slow loops, and the rule that picks the best ones."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index, choose_chunks
+from hf_contiguouskv.selection.attention_mass import voting_queries
+from hf_contiguouskv.selection.indexed_keys import chunk_peaks
+
+
+def some_input(rows=2, heads=4, kv_heads=2, q=5, head_dim=8, seed=0, **changes):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    real = torch.ones(rows, q, dtype=torch.bool)
+    fields = {
+        "queries": normal(rows, heads, q, head_dim),
+        "suffix_keys": normal(rows, kv_heads, q, head_dim),
+        "voting": real,
+        "visible": real,
+        "scaling": head_dim**-0.5,
+    }
+    return SelectionInput(**(fields | changes))
+
+
+def keys_of(tokens, kv_heads=2, head_dim=8, seed=9):
+    return torch.randn(kv_heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_importance(inputs, prefix_keys, chunk_size, votes=None, power=1.0):
+    """The published formula in Python loops: one softmax at a time, in float64."""
+    rows, heads, q, _ = inputs.queries.shape
+    kv_heads, tokens, _ = prefix_keys.shape
+    whole = tokens // chunk_size
+    result = torch.zeros(rows, whole, dtype=torch.float64)
+    for row in range(rows):
+        voters = [i for i in range(q) if inputs.voting[row, i]]
+        voters = voters if votes is None else voters[-votes:]
+        for i in voters:
+            for head in range(heads):
+                kv_head = head // (heads // kv_heads)
+                query = inputs.queries[row, head, i].double()
+                seen = [j for j in range(i + 1) if inputs.visible[row, j]]
+                everything = torch.cat([prefix_keys[kv_head], inputs.suffix_keys[row, kv_head, seen]]).double()
+                logits = everything @ query * inputs.scaling
+                if inputs.softcap is not None:
+                    logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
+                weights = torch.softmax(logits, 0)
+                for chunk in range(whole):
+                    mass = weights[chunk * chunk_size : (chunk + 1) * chunk_size].sum()
+                    result[row, chunk] += mass**power / heads
+    return result.float()
+
+
+@pytest.mark.parametrize("tokens", [32, 37])
+@pytest.mark.parametrize("votes", [None, 2])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_attention_mass_is_the_published_formula(tokens, votes, power, softcap):
+    inputs, keys = some_input(softcap=softcap), keys_of(tokens)
+    fast = AttentionMass(keys, 4, votes, power)(inputs)
+    torch.testing.assert_close(fast, slow_importance(inputs, keys, 4, votes, power), rtol=1e-5, atol=1e-6)
+
+
+def test_padding_and_drafts_neither_vote_nor_are_seen():
+    voting = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    visible = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    inputs, keys = some_input(voting=voting, visible=visible), keys_of(32)
+    fast = AttentionMass(keys, 4)(inputs)
+    torch.testing.assert_close(fast, slow_importance(inputs, keys, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    inputs, keys = some_input(scaling=300.0), keys_of(32)
+    assert torch.isfinite(AttentionMass(keys, 4)(inputs)).all()
+
+
+def test_a_row_of_padding_lets_its_last_query_vote():
+    assert voting_queries(torch.zeros(4, dtype=torch.bool), None).tolist() == [3]
+    assert voting_queries(torch.tensor([True, True, False, True]), 2).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("tokens", [32, 35])
+def test_the_index_is_a_close_copy_of_the_keys(tokens):
+    keys = keys_of(tokens)
+    index, scale = build_key_index(keys, 4)
+    assert index.shape == (2, 4, math.ceil(tokens / 4), 8)
+    restored = (index.float() * scale[:, None, None]).transpose(1, 2).reshape(2, -1, 8)[:, :tokens]
+    assert (restored - keys).abs().max() <= scale.max() / 2 + 1e-6
+    assert (index.transpose(1, 2).reshape(2, -1, 8)[:, tokens:] == 0).all()
+
+
+def test_a_channel_of_zeros_does_not_divide_by_zero():
+    keys = keys_of(16)
+    keys[:, :, 3] = 0
+    index, scale = build_key_index(keys, 4)
+    assert (index[..., 3] == 0).all()
+    assert torch.isfinite(scale).all()
+
+
+def test_chunk_peaks_come_close_to_the_exact_maximum():
+    keys, queries = keys_of(64), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
+    peaks = chunk_peaks(queries, *build_key_index(keys, 4))
+    exact = torch.bmm(queries, keys.mT).unflatten(-1, (16, 4)).amax(-1)
+    assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_segments_are_scored_as_one_prefix():
+    inputs, keys = some_input(), keys_of(48)
+    whole = IndexedKeys([build_key_index(keys, 4)], 12, None, 2.0)(inputs)
+    parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
+    torch.testing.assert_close(IndexedKeys(parts, 12, None, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
+
+
+def test_an_obvious_needle_is_found_by_both_scorers():
+    inputs, keys = some_input(rows=1), keys_of(64) * 0.1
+    keys[:, 41] = inputs.queries[0, :, -1].unflatten(0, (2, 2)).sum(1) * 5
+    for scorer in (AttentionMass(keys, 4), IndexedKeys([build_key_index(keys, 4)], 16, None, 2.0)):
+        assert scorer(inputs)[0].argmax() == 10
+
+
+@given(st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_best_chunks_are_kept_with_both_ends(chunks, data):
+    keep = data.draw(st.integers(1, chunks))
+    first, last = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 4))
+    scores = torch.randn(2, chunks, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    before = scores.clone()
+    chosen = choose_chunks(scores, keep, first, last)
+    assert torch.equal(scores, before)
+    assert chosen.shape == (2, keep)
+    for row in range(2):
+        kept = chosen[row].tolist()
+        assert kept == sorted(set(kept))
+        forced = list(dict.fromkeys([*range(min(first, chunks)), *range(max(0, chunks - last), chunks)]))
+        assert set(forced[: min(first, chunks, keep)]) <= set(kept)
+        if len(forced) <= keep:
+            assert set(forced) <= set(kept)
+            free = [c for c in range(chunks) if c not in forced]
+            best = sorted(free, key=lambda c: -scores[row, c])[: keep - len(forced)]
+            assert set(kept) == set(forced) | set(best)
+
+
+def test_ties_go_to_the_earlier_chunk():
+    assert choose_chunks(torch.zeros(1, 8), 3, 0, 0).tolist() == [[0, 1, 2]]
