@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def main(
     from .documents import document_ids
     from .models import load_model
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     model, tokenizer = load_model(model_name)
     ids = document_ids(tokenizer, prefix_tokens + suffix_tokens)
     with tempfile.TemporaryDirectory(prefix="contiguouskv-bench-", dir=folder) as temporary:
