@@ -14,6 +14,13 @@ _built: dict[tuple[Any, ...], Any] = {}
 _lent: list[tuple[tuple[Any, ...], str]] = []
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_garbage() -> None:
+    # Several tests collect garbage; looking through all of torch and transformers each time is most of their time.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def tiny_model() -> Iterator[Callable[..., Any]]:
     """Builds, or takes from the session's shelf, a tiny model: `tiny_model("llama", "sdpa", layers=4)`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -268,3 +270,51 @@ def test_input_embeddings_are_served_without_a_store(tiny_model, store_path):
             assert_close(model(inputs_embeds=embeddings, past_key_values=cache).logits, expected)
             cache.close()
     assert stored_tokens(model, FIRST, store_path) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_deep_copy_of_an_automatic_cache_goes_its_own_way(tiny_model, store_path, family):
+    model = tiny_model(family)
+    ask(model, FIRST, store_path)
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, store=store, budget=1.0)
+        fresh_twin = copy.deepcopy(cache)
+        for each in (cache, fresh_twin):
+            expected = generate(model, SECOND, DynamicCache(config=model.config))
+            assert_same_generation(generate(model, SECOND, each), expected)
+        later_twin = copy.deepcopy(cache)
+        step = token_ids(3, seed=3)
+        reference = prefilled(model, expected.sequences[:, :-1])
+        expected_logits = forward(model, step, reference)
+        for each in (cache, fresh_twin, later_twin):
+            assert_close(forward(model, step, each), expected_logits)
+
+
+def test_reset_makes_an_automatic_cache_learn_the_next_prompt(tiny_model, store_path):
+    model = tiny_model("llama")
+    other_document = token_ids(70, seed=120)
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, store=store, budget=1.0)
+        for request, ids in enumerate([FIRST, other_document, SECOND, other_document]):
+            expected = generate(model, ids, DynamicCache(config=model.config))
+            assert_same_generation(generate(model, ids, cache), expected)
+            assert (cache.stats.tokens_from_store > 0) == (request >= 2)
+            cache.reset()
+            assert cache.get_seq_length() == 0
+        cache.close()
+
+
+def test_a_pruned_padded_batch_attaches_and_stores_nothing_new(tiny_model, store_path):
+    model = tiny_model("llama")
+    ask(model, DOCUMENT, store_path)
+    before = stored_tokens(model, FIRST, store_path)
+    ids = torch.cat(
+        [
+            torch.cat([DOCUMENT, token_ids(40, seed=121)], dim=1),
+            torch.cat([torch.full((1, 20), PAD), DOCUMENT, token_ids(20, seed=122)], dim=1),
+        ]
+    )
+    _, stats = ask(model, ids, store_path, budget=0.2, attention_mask=(ids != PAD).long())
+    assert stats.tokens_from_store > 0
+    for row in (ids[:1], ids[1:, 20:]):
+        assert stored_tokens(model, row, store_path) == max(before, stored_tokens(model, DOCUMENT, store_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from .models import FAMILIES, WINDOWLESS, token_ids
 from .references import assert_close, assert_same_generation, forward, generate, prefilled
-from .subject import ContiguousKVCache, prefix_from_disk
+from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 
 PREFIX = token_ids(83, seed=71)
 QUESTION = torch.cat([PREFIX, token_ids(6, seed=72)], dim=1)
@@ -76,7 +77,7 @@ def test_crop_within_the_suffix_equals_dynamic_cache(tiny_model, exact_cache, fa
 
 
 @pytest.mark.parametrize("family", WINDOWLESS)
-@pytest.mark.parametrize("remaining", [80, 79, 70, 16, 3])
+@pytest.mark.parametrize("remaining", [80, 79, 70, 16, 3, 0])
 def test_crop_into_the_prefix_equals_dynamic_cache(tiny_model, exact_cache, family, remaining):
     model = tiny_model(family)
     cache, reference = exact_cache(model), prefilled(model, PREFIX)
@@ -221,3 +222,62 @@ def test_any_sequence_of_operations_equals_dynamic_cache(tiny_model, operations)
         assert cache.get_seq_length() == reference.get_seq_length()
     ids = token_ids(2, seed=99)
     assert_close(forward(model, ids, cache), forward(model, ids, reference))
+
+
+def test_a_cache_may_leave_inference_mode_in_mid_answer(tiny_model, exact_cache):
+    model = tiny_model("llama")
+    cache, reference = exact_cache(model), prefilled(model, PREFIX)
+    with torch.inference_mode():
+        for each in (cache, reference):
+            forward(model, token_ids(5, seed=76), each)
+    step = token_ids(2, seed=77)
+    assert_close(forward(model, step, cache), forward(model, step, reference))
+    cache.reset()
+    assert_close(forward(model, step, cache), forward(model, step, prefilled(model, PREFIX)))
+
+
+def test_a_forward_with_gradients_enabled_is_exact(tiny_model, exact_cache):
+    model = tiny_model("llama")
+    cache, reference = exact_cache(model), prefilled(model, PREFIX)
+    for tokens in (5, 1, 1):
+        ids = token_ids(tokens, seed=76)
+        actual = model(ids, past_key_values=cache).logits.detach()
+        assert_close(actual, model(ids, past_key_values=reference).logits.detach())
+
+
+def test_generate_may_get_only_the_new_tokens_and_a_mask_over_all(tiny_model, exact_cache):
+    model = tiny_model("llama")
+    cache, reference = exact_cache(model), prefilled(model, PREFIX)
+    new = token_ids(6, seed=72)
+    mask = torch.ones(1, PREFIX.shape[1] + 6, dtype=torch.long)
+    expected = generate(model, new, reference, attention_mask=mask)
+    assert_same_generation(generate(model, new, cache, attention_mask=mask), expected)
+
+
+def test_generate_may_get_embeddings_instead_of_ids(tiny_model, exact_cache):
+    model = tiny_model("llama")
+    embeddings = model.get_input_embeddings()(QUESTION).detach()
+    options = {"do_sample": False, "max_new_tokens": 6}
+    expected = model.generate(inputs_embeds=embeddings, past_key_values=prefilled(model, PREFIX), **options)
+    actual = model.generate(inputs_embeds=embeddings, past_key_values=exact_cache(model), **options)
+    assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.needs_library
+def test_threads_with_a_cache_each_share_model_and_store(tiny_model, store_path):
+    model = tiny_model("llama")
+    questions = [torch.cat([PREFIX, token_ids(6, seed=900 + index)], dim=1) for index in range(4)]
+    expected = [generate(model, ids, prefilled(model, PREFIX)) for ids in questions]
+    write_prefix(model, PREFIX, store_path)
+
+    def ask(ids):
+        cache = ContiguousKVCache(model, PREFIX, store=store, budget=1.0)
+        try:
+            return generate(model, ids, cache)
+        finally:
+            cache.close()
+
+    with PrefixStore(store_path) as store, ThreadPoolExecutor(2) as threads:
+        for actual, answer in zip(threads.map(ask, questions), expected, strict=True):
+            assert_same_generation(actual, answer)
+    assert model.config._attn_implementation == "sdpa"

@@ -111,7 +111,11 @@ def test_each_row_of_a_padded_batch_follows_its_own_masked_reference(
     ids = torch.cat([torch.cat([prefix, suffixes[0]], dim=1), torch.cat(second, dim=1)])
     with prefix_from_disk(model, prefix, store_path, config=ContiguousKVConfig.paper(0.3)) as cache:
         output = generate(model, ids, cache, attention_mask=(ids != PAD).long())
-        visible = visible_by_layer(model, cache, 165)
+        if cache.selected_chunks(full_attention_layers(model)[0]) is None:
+            assert family == "gemma3", "only on windows that count columns may everything be computed instead"
+            visible = {}
+        else:
+            visible = visible_by_layer(model, cache, 165)
         for row, suffix in enumerate(suffixes):
             own = {layer: rows[row : row + 1] for layer, rows in visible.items()}
             tokens, scores = PrunedReference(model, prefix, visible=own).greedy(suffix, 8)
@@ -200,3 +204,37 @@ def test_a_pruned_prefix_without_a_store_is_as_good_as_masked(tiny_model):
     cache = ContiguousKVCache(model, prefix, budget=0.25)
     logits = forward(model, SUFFIX, cache)
     assert_close(logits, masked_reference(model, cache, prefix).forward(SUFFIX))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 0], [1, 0, 1], [2, 1, 0], [1, 1, 1]], ids=str)
+def test_equal_rows_and_rows_in_any_order_are_as_good_as_masked(tiny_model, store_path, order):
+    model, prefix = tiny_model("llama"), prefix_of(165)
+    suffixes = token_ids(9, seed=123, rows=3)[order]
+    with prefix_from_disk(model, prefix, store_path, config=ContiguousKVConfig.paper(0.3)) as cache:
+        logits = forward(model, suffixes, cache)
+        reference = masked_reference(model, cache, prefix, rows=3)
+        assert_close(logits, reference.forward(suffixes))
+        ids = token_ids(1, seed=140, rows=3)
+        assert_close(forward(model, ids, cache), reference.forward(ids))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_beams_of_several_prompts_answer_as_each_prompt_alone(tiny_model, store_path, config):
+    model, prefix = tiny_model("llama"), prefix_of(165)
+    ids = torch.cat([prefix.expand(3, -1), token_ids(9, seed=123, rows=3)], dim=1)
+    with prefix_from_disk(model, prefix, store_path, config=CONFIGS[config](0.3)) as cache:
+        together = generate(model, ids, cache, num_beams=2).sequences
+        for row in range(3):
+            cache.reset()
+            alone = generate(model, ids[row : row + 1], cache, num_beams=2).sequences
+            assert together[row].tolist() == alone[0].tolist()
+
+
+def test_a_prompt_that_is_a_pruned_prefix_itself_is_as_good_as_masked(tiny_model, store_path):
+    model, prefix = tiny_model("llama"), prefix_of(165)
+    with prefix_from_disk(model, prefix, store_path, config=ContiguousKVConfig.paper(0.3)) as cache:
+        output = generate(model, prefix, cache)
+        tokens, scores = masked_reference(model, cache, prefix[:, :-1]).greedy(prefix[:, -1:], 8)
+        for ours, theirs in zip(output.logits, scores, strict=True):
+            assert_close(ours, theirs)
+        assert output.sequences[0, -8:].tolist() == tokens
