@@ -76,7 +76,7 @@ def _make_attention(base: str) -> Callable[..., Any]:
             key, value = source.visible_kv(query, attention_mask, options)
         return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
-    return attention
+    return attention  # type: ignore[no-any-return]
 
 
 for _base in BASES:

@@ -29,9 +29,7 @@ class AutomaticPrefix:
     tokens are wanted.
     """
 
-    def __init__(
-        self, store: PrefixStore, fingerprint: str, support: ModelSupport, config: ContiguousKVConfig
-    ) -> None:
+    def __init__(self, store: PrefixStore, fingerprint: str, support: ModelSupport, config: ContiguousKVConfig) -> None:
         self._store = store
         self._fingerprint = fingerprint
         self._support = support
@@ -138,9 +136,7 @@ def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerState
         if prefix == 0 or pads == 0:
             start = tokens - columns - max(0, known)
             return keys[:, -(tokens - start) :], values[:, -(tokens - start) :], start
-        keys, values = (
-            torch.cat([part[:, :known], part[:, known + pads :]], dim=1) for part in (keys, values)
-        )
+        keys, values = (torch.cat([part[:, :known], part[:, known + pads :]], dim=1) for part in (keys, values))
         return keys, values, prefix - known
     if attached is None:
         return layer.keys[row, :, pads:], layer.values[row, :, pads:], 0

@@ -20,7 +20,7 @@ from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
 from .device import SLABS
 from .errors import ConfigError, InputError
-from .forward import cut_cached, decoding, is_refed, mask_behind_prefix, rows_of, uncut_prefix
+from .forward import cut_cached, decoding, is_refed, mask_behind_prefix, pads_before_prefix, rows_of, uncut_prefix
 from .hook import ForwardHook, caller_generation_config
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
 from .prefill import prefill_into_store
@@ -47,10 +47,10 @@ def checked_ids(ids: Any) -> torch.Tensor:
         raise InputError("the prefix is empty: at least one token is needed")
     if ids.dtype != torch.int64:
         raise InputError(f"token ids must be int64 (torch.long), got {ids.dtype}")
-    return ids.detach().cpu()
+    return torch.Tensor.cpu(ids.detach())
 
 
-class ContiguousKVCache(Cache):  # type: ignore[misc]
+class ContiguousKVCache(Cache):
     """A KV cache that begins with a stored prefix, of which attention reads only the chunks that it needs.
 
     Use it as any other cache: `model.generate(ids, past_key_values=ContiguousKVCache(model, prefix_ids, store="kv"))`.
@@ -136,7 +136,7 @@ class ContiguousKVCache(Cache):  # type: ignore[misc]
     # -- attaching ----------------------------------------------------------------------------------------------------
 
     def _attach_ids(self, model: nn.Module, ids: torch.Tensor) -> None:
-        assert self.store is not None  # noqa: S101 - for the type checker
+        assert self.store is not None
         self.store.flush()
         numbers = ids.numpy().astype(np.int64)
         stored = self.store.lookup(self._fingerprint, numbers, self.config.chunk_size)
@@ -157,12 +157,11 @@ class ContiguousKVCache(Cache):  # type: ignore[misc]
         self._close_request()
         self._stats = RequestStats()
         if prefix is not None:
-            assert self.store is not None and self._installation is not None  # noqa: S101, PT018
+            assert self.store is not None
+            assert self._installation is not None
             self._stats.prefix_tokens = self._stats.tokens_from_store = prefix.tokens
             self._stats.chunks_total = prefix.chunks
-            request = PrefixRequest(
-                prefix, config or self.config, self._support.plan, self.store, SLABS, self._stats
-            )
+            request = PrefixRequest(prefix, config or self.config, self._support.plan, self.store, SLABS, self._stats)
             self._attached = AttachedState(request, self._installation)
         for layer in self.layers:
             layer.attach(self._attached)
@@ -231,10 +230,10 @@ class ContiguousKVCache(Cache):  # type: ignore[misc]
         if self.prefix_ids is None:
             return
         mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        for row in range(ids.shape[0]):
-            padded = isinstance(mask, torch.Tensor) and mask.ndim == 2
-            pads = int((mask[row] != 0).long().argmax()) if padded else 0
-            self.check(ids[row, pads:], partial=True)
+        padded = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        pads = pads_before_prefix(mask).tolist() if padded else [0] * len(ids)
+        for row, skip in zip(ids, pads, strict=True):
+            self.check(row[skip:], partial=True)
 
     def after_forward(self) -> None:
         """The model is through with a forward on this cache."""
@@ -293,7 +292,7 @@ class ContiguousKVCache(Cache):  # type: ignore[misc]
         return request.selected[layer_idx].cpu()[rows]
 
     def reset(self) -> None:
-        """Drop the suffix and keep the prefix attached: ready for the next question (automatic: for the next prompt)."""
+        """Drop the suffix and keep the prefix attached, ready for the next question (automatic: the next prompt)."""
         if self._automatic is not None:
             self._automatic.reset()
             self.prefix_ids = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,8 @@ from .prefetch import PayloadReads, wait
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, ChunkScorer, IndexedKeys
 from .stats import RequestStats
-from .store.prefix_store import PrefixStore, SegmentSpan
+from .store import PrefixStore
+from .store.entries import SegmentSpan
 from .store.reader import Read, Ticket
 from .store.segment import Segment
 
@@ -98,7 +100,9 @@ class KeySource:
                 self._config.suffix_queries,
                 self._config.concentration,
             )
-        keys = self._leader_keys(layer, device) if self._has_leader_keys(layer) else self._keys_of_payload(layer, device)
+        keys = (
+            self._leader_keys(layer, device) if self._has_leader_keys(layer) else self._keys_of_payload(layer, device)
+        )
         return AttentionMass(
             keys, self._prefix.geometry.chunk_size, self._config.suffix_queries, self._config.concentration
         )
@@ -106,10 +110,8 @@ class KeySource:
     def close(self) -> None:
         for layer in list(self._pending):
             for pending in self._pending.pop(layer):
-                try:
+                with suppress(Exception):  # Nobody needs these bytes any more.
                     pending.ticket.wait()
-                except Exception:  # noqa: S110 - nobody needs these bytes any more
-                    pass
                 self._stats.prefetch_wasted_bytes += pending.ticket.bytes_read
                 self._stats.bytes_read += pending.ticket.bytes_read
                 self._pool.release(pending.slab)
@@ -128,9 +130,7 @@ class KeySource:
         # A span that starts inside its segment cannot be cut at the front without a second read path; its chunks
         # before `offset` are read and skipped.
         per_chunk = self._prefix.geometry.extent_bytes // 2
-        return self._start(
-            span.segment, f"leader_keys.{layer}", device, (span.offset + span.chunks) * per_chunk
-        )
+        return self._start(span.segment, f"leader_keys.{layer}", device, (span.offset + span.chunks) * per_chunk)
 
     def _finish(self, pending: _Pending) -> torch.Tensor:
         try:

@@ -45,6 +45,7 @@ class ContiguousLayer(DynamicLayer):
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
+        self.is_initialized: bool = False
         self.layer_idx = layer_idx
         self.attached: AttachedState | None = None
         self._forget()
@@ -95,7 +96,7 @@ class ContiguousLayer(DynamicLayer):
         start = self._offset + self._suffix
         self._suffix += key_states.shape[2]
         self._reserve(self._offset + self._suffix)
-        assert self._buffers is not None  # noqa: S101 - for the type checker
+        assert self._buffers is not None
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             if buffer.shape[0] != states.shape[0]:
                 raise InputError(f"the cache holds {buffer.shape[0]} rows, but {states.shape[0]} were passed")
@@ -108,14 +109,15 @@ class ContiguousLayer(DynamicLayer):
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `attention.KVSource`."""
-        assert self.attached is not None and self._buffers is not None  # noqa: S101, PT018 - for the type checker
+        assert self.attached is not None
+        assert self._buffers is not None
         if not self._loaded:
             self._load(query, options)
         length = self._offset + self._suffix
         if self._joined:
             keys, values = (self._part(buffer, 0, length) for buffer in self._buffers)
         else:
-            assert self._prefix is not None  # noqa: S101 - for the type checker
+            assert self._prefix is not None
             keys, values = (
                 torch.cat([self._of_rows(prefix), self._part(buffer, 0, self._suffix)], dim=2)
                 for prefix, buffer in zip(self._prefix, self._buffers, strict=True)
@@ -186,7 +188,8 @@ class ContiguousLayer(DynamicLayer):
 
         Returns also the first token: from the prefix, the chunk that it shares with the suffix is enough.
         """
-        assert self.attached is not None and self._buffers is not None  # noqa: S101, PT018 - for the type checker
+        assert self.attached is not None
+        assert self._buffers is not None
         prefix = self.attached.request.prefix
         tail = prefix.tail_tokens
         end = self._offset + self._suffix
@@ -207,7 +210,7 @@ class ContiguousLayer(DynamicLayer):
 
     def _of_rows(self, prefix: torch.Tensor) -> torch.Tensor:
         """One prefix row for each batch row; a single one is shared by all."""
-        assert self.row_of is not None  # noqa: S101 - for the type checker
+        assert self.row_of is not None
         return prefix.expand(len(self.row_of), -1, -1, -1) if prefix.shape[0] == 1 else prefix[self.row_of]
 
     @staticmethod
@@ -215,7 +218,7 @@ class ContiguousLayer(DynamicLayer):
         return buffer[:, :, start : start + length]
 
     def _start(self, key_states: torch.Tensor) -> None:
-        assert self.attached is not None  # noqa: S101 - for the type checker
+        assert self.attached is not None
         rows = self.attached.request.rows
         batch, kv_heads, length, head_dim = key_states.shape
         if rows is not None and rows.of_batch.shape[0] != batch:
@@ -229,7 +232,7 @@ class ContiguousLayer(DynamicLayer):
         )
 
     def _reserve(self, length: int) -> None:
-        assert self._buffers is not None  # noqa: S101 - for the type checker
+        assert self._buffers is not None
         room = self._buffers[0].shape[2]
         if length <= room:
             return
@@ -241,7 +244,8 @@ class ContiguousLayer(DynamicLayer):
         self._buffers = (larger[0], larger[1])
 
     def _load(self, query: torch.Tensor, options: Mapping[str, Any]) -> None:
-        assert self.attached is not None and self._buffers is not None  # noqa: S101, PT018 - for the type checker
+        assert self.attached is not None
+        assert self._buffers is not None
         request, kept = self.attached.request, self.attached.request.kept_tokens
         rows = request.rows
         self.row_of = (torch.arange(query.shape[0]) if rows is None else rows.of_batch).to(query.device)
@@ -307,7 +311,7 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         return keys, values
 
     def _load_tail(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        assert self.attached is not None  # noqa: S101 - for the type checker
+        assert self.attached is not None
         self.lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
         keys, values = self.attached.request.load_tail(self.layer_idx, self.sliding_window)

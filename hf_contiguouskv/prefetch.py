@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -68,9 +69,7 @@ class PayloadReads:
             return
         nbytes = len(missing) * self._prefix.geometry.extent_bytes
         slab = self._pool.acquire(nbytes, device)
-        ticket = self._reader.submit(
-            self._prefix.payload_reads(layer, missing, slab.view(nbytes), self._verify)
-        )
+        ticket = self._reader.submit(self._prefix.payload_reads(layer, missing, slab.view(nbytes), self._verify))
         reads.asked.update(missing)
         reads.batches.append(Batch(missing, slab, ticket, speculative))
 
@@ -100,10 +99,8 @@ class PayloadReads:
     def _abandon(self, batches: Sequence[Batch]) -> None:
         # A slab may be reused only when no reader thread writes to it any more.
         for batch in batches:
-            try:
+            with suppress(Exception):  # Another error is on its way up, or nobody needs these bytes any more.
                 batch.ticket.wait()
-            except Exception:  # noqa: S110 - the first error is the one that is raised
-                pass
             self._stats.bytes_read += batch.ticket.bytes_read
         self.give_back(batches)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix
 from .selection import build_key_index
 from .stats import RequestStats
+from .store import PrefixStore
+from .store.entries import StoredPrefix
 from .store.format import KVGeometry
-from .store.prefix_store import PrefixStore, StoredPrefix
 from .store.writer import SegmentWriter
 from .support import ModelSupport
 
@@ -163,7 +165,7 @@ def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSuppo
         ahead.add(
             layer,
             len(chunks) * prefix.geometry.extent_bytes,
-            lambda layer=layer, device=device: payload.ask(layer, chunks, device),  # type: ignore[misc]
+            partial(payload.ask, layer, chunks, device),
         )
     ahead.pump()
     try:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .store.entries import SegmentSpan, StoredPrefix
 from .store.format import KVGeometry
-from .store.prefix_store import SegmentSpan, StoredPrefix
 from .store.reader import Read
 from .store.segment import Segment
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .prefetch import Batch, Lookahead, PayloadReads
 from .prefix import AttachedPrefix
 from .selection import SelectionInput, choose_chunks
 from .stats import RequestStats
-from .store.prefix_store import PrefixStore
+from .store import PrefixStore
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,13 @@ class PrefixRequest:
             device = self.plan.devices[layer]
             if window is not None:
                 chunks = list(range(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks))
-                self._ahead.add(layer, len(chunks) * size, self._asking(layer, chunks, device))
+                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, layer, chunks, device))
             elif self.keeps_all:
                 chunks = list(range(self.prefix.chunks))
-                self._ahead.add(layer, len(chunks) * size, self._asking(layer, chunks, device))
+                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, layer, chunks, device))
             elif self._is_leader(layer):
-                self._ahead.add(layer, self._keys.nbytes(layer), lambda l=layer, d=device: self._keys.ask(l, d))  # type: ignore[misc]
+                self._ahead.add(layer, self._keys.nbytes(layer), partial(self._keys.ask, layer, device))
         self._ahead.pump()
-
-    def _asking(self, layer: int, chunks: Sequence[int], device: torch.device) -> Any:
-        return lambda: self._payload.ask(layer, chunks, device)
 
     def _is_leader(self, layer: int) -> bool:
         return self._ordinal[layer] % self.config.period == 0
@@ -177,7 +175,7 @@ class PrefixRequest:
         """
         if self.rows is None:
             self.begin(Rows.distinct(query.shape[0], query.shape[2]))
-        assert self.rows is not None  # noqa: S101 - for the type checker
+        assert self.rows is not None
         if self.keeps_all:
             self._ahead.need(layer)
             self._wanted[layer] = list(range(self.prefix.chunks))
@@ -283,9 +281,7 @@ def _slots_of(slots: Sequence[int], selected: list[int] | None) -> tuple[list[in
     return [slot for slot, _ in pairs], [position for _, position in pairs]
 
 
-def _copy_chunks(
-    source: torch.Tensor, take: Sequence[int], destination: torch.Tensor, put: Sequence[int]
-) -> None:
+def _copy_chunks(source: torch.Tensor, take: Sequence[int], destination: torch.Tensor, put: Sequence[int]) -> None:
     """Copy chunks `(n, kv_heads, c, head_dim)` to their positions in `(kv_heads, kept, c, head_dim)`."""
     if not take:
         return

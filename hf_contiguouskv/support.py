@@ -39,15 +39,16 @@ class ModelSupport:
 
 def innermost_causal_lm(model: nn.Module) -> nn.Module:
     """The module whose forward takes `input_ids` and the cache, below wrappers (PEFT, `torch.compile`, DDP)."""
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
-            model = model.module  # type: ignore[assignment]
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner  # type: ignore[no-any-return]
 
 
 def decoder_config(model: nn.Module) -> Any:
@@ -59,7 +60,7 @@ def decoder_config(model: nn.Module) -> Any:
 
 
 def layer_windows(model: nn.Module) -> tuple[int | None, ...]:
-    """The sliding window of each layer (`None`: full attention); refuses what the config already tells is not served."""
+    """The sliding window of each layer (`None`: full attention); refuses what the config already rules out."""
     config = getattr(model, "config", None)
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):

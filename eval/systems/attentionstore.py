@@ -88,5 +88,3 @@ def overlapped_full_load(model: Any, prefix_ids: torch.Tensor, store: PrefixStor
     for layer in range(prefix.geometry.num_layers):
         reads.ask(layer, range(prefix.chunks), torch.device("cpu"))
     return cache
-
-
