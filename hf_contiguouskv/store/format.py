@@ -26,140 +26,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ..errors import InputError, SegmentCorruptError, StoreFormatError
+from .geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
+
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "PAGE",
+    "KVGeometry",
+    "SegmentHeader",
+    "TensorPlace",
+    "parse_header",
+    "place_tensors",
+    "read_header",
+]
 
 FORMAT_VERSION = 1
 PAGE = 4096
 MAX_HEADER_BYTES = 8 * 2**20
 _FIRST_READ = 64 * 1024
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "U64": 8}
 _HASH = re.compile(r"[0-9a-f]{32}")
-
-
-@dataclass(frozen=True)
-class KVGeometry:
-    """Shape of the KV cache of one model and how a segment lays it out.
-
-    Args:
-        num_layers: layers with a KV cache.
-        kv_heads: key/value heads per layer.
-        head_dim: channels per head.
-        dtype: of keys and values: float32, float16 or bfloat16.
-        chunk_size: tokens per chunk.
-        layers_per_group: consecutive layers stored next to each other for one chunk.
-        leader_layers: layers whose exact keys are stored once more, without the values between them.
-        indexed_layers: layers that have an int8 key index.
-
-    Raises:
-        InputError: a field is out of its range.
-    """
-
-    num_layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    chunk_size: int = 16
-    layers_per_group: int = 1
-    leader_layers: tuple[int, ...] = ()
-    indexed_layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        limits = {"num_layers": 4096, "kv_heads": 4096, "head_dim": 65536, "chunk_size": 4096, "layers_per_group": 4096}
-        for field, high in limits.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-                raise InputError(f"geometry: {field} must be a whole number from 1 to {high}, got {value!r}")
-        if self.dtype not in _DTYPES:
-            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {self.dtype}")
-        for field in ("leader_layers", "indexed_layers"):
-            layers = getattr(self, field)
-            if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
-                raise InputError(
-                    f"geometry: {field} must be different layers from 0 to {self.num_layers - 1} in ascending order, "
-                    f"got {layers}"
-                )
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per number of K and V."""
-        return self.dtype.itemsize
-
-    @property
-    def dtype_name(self) -> str:
-        """`"float32"`, `"float16"` or `"bfloat16"`."""
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def keys_bytes(self) -> int:
-        """Bytes of the keys of one chunk of one layer."""
-        return self.kv_heads * self.chunk_size * self.head_dim * self.itemsize
-
-    @property
-    def extent_bytes(self) -> int:
-        """Bytes of one extent, `[2 (K, V), kv_heads, chunk_size, head_dim]`: one chunk of one layer."""
-        return 2 * self.keys_bytes
-
-    @property
-    def num_groups(self) -> int:
-        """Layer groups; the last one may hold fewer layers."""
-        return -(-self.num_layers // self.layers_per_group)
-
-    def group_layers(self, group: int) -> int:
-        """How many layers group `group` holds."""
-        return min(self.layers_per_group, self.num_layers - group * self.layers_per_group)
-
-    def to_metadata(self) -> dict[str, str]:
-        """As strings, for the `__metadata__` of a segment."""
-        return {
-            "num_layers": str(self.num_layers),
-            "kv_heads": str(self.kv_heads),
-            "head_dim": str(self.head_dim),
-            "dtype": self.dtype_name,
-            "chunk_size": str(self.chunk_size),
-            "layers_per_group": str(self.layers_per_group),
-            "leader_layers": ",".join(map(str, self.leader_layers)),
-            "indexed_layers": ",".join(map(str, self.indexed_layers)),
-        }
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> KVGeometry:
-        """The inverse of `to_metadata`; other keys are ignored.
-
-        Raises:
-            InputError: a field is missing or makes no sense.
-        """
-        dtype = metadata.get("dtype")
-        if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
-            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {dtype!r}")
-        return cls(
-            num_layers=_whole(metadata, "num_layers"),
-            kv_heads=_whole(metadata, "kv_heads"),
-            head_dim=_whole(metadata, "head_dim"),
-            dtype=_DTYPE_NAMES[dtype],
-            chunk_size=_whole(metadata, "chunk_size"),
-            layers_per_group=_whole(metadata, "layers_per_group"),
-            leader_layers=_layers(metadata, "leader_layers"),
-            indexed_layers=_layers(metadata, "indexed_layers"),
-        )
-
-
-def _whole(metadata: Mapping[str, Any], field: str) -> int:
-    text = metadata.get(field)
-    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,15}", text):
-        raise InputError(f"{field} must be a whole number, got {text!r}")
-    return int(text)
-
-
-def _layers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
-    text = metadata.get(field)
-    if not isinstance(text, str) or not re.fullmatch(r"([0-9]{1,5}(,[0-9]{1,5})*)?", text):
-        raise InputError(f"{field} must be layer numbers separated by commas, got {text!r}")
-    return tuple(int(layer) for layer in text.split(",")) if text else ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +62,7 @@ class TensorPlace:
 def _tensors(geometry: KVGeometry, chunks: int, tokens: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """Name, dtype, shape and alignment of every tensor of a segment, in file order."""
     g = geometry
-    dtype = _DTYPES[g.dtype]
+    dtype = SAFETENSORS_DTYPES[g.dtype]
     for group in range(g.num_groups):
         shape = (chunks, g.group_layers(group), 2, g.kv_heads, g.chunk_size, g.head_dim)
         yield f"payload.{group}", dtype, shape, PAGE
@@ -334,7 +221,7 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     if not isinstance(metadata, dict) or metadata.get("format") != "hf_contiguouskv":
         raise SegmentCorruptError(f"{name}: not a segment of this library (no format mark in its metadata)")
     try:
-        version = _whole(metadata, "version")
+        version = whole_number(metadata, "version")
         if version > FORMAT_VERSION:
             raise StoreFormatError(
                 f"{name}: segment format {version}; this library reads up to {FORMAT_VERSION}. Update it."
@@ -368,8 +255,8 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         root=metadata["root"],
         parent=metadata["parent"],
         key=metadata["key"],
-        first_chunk=_whole(metadata, "first_chunk"),
-        num_tokens=_whole(metadata, "num_tokens"),
+        first_chunk=whole_number(metadata, "first_chunk"),
+        num_tokens=whole_number(metadata, "num_tokens"),
         salted=metadata["salted"] == "1",
     )
     if header.num_tokens == 0 or (header.first_chunk == 0) != (header.parent == ""):

@@ -19,7 +19,7 @@ from .folder import MARKER, segment_files
 from .format import PAGE
 from .hashing import segment_hashes
 from .index import SegmentRow, StoreIndex, all_segments, drop_segment, insert_segment, parent_ids
-from .reader import aligned_buffer, as_memoryview
+from .pread import aligned_buffer, as_memoryview
 from .segment import Segment
 
 logger = logging.getLogger("hf_contiguouskv")

@@ -9,7 +9,6 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,14 +34,16 @@ from .index import (
     mark_used,
     segment_by_key,
 )
+from .opened import OpenSegments
 from .reader import ExtentReader
 from .search import Chain, chain_to, choose_victims, continuations, longest_match, too_large
 from .segment import Segment
 from .writer import SegmentWriter
 
+__all__ = ["PrefixStore", "SegmentSpan", "StoredPrefix"]
+
 logger = logging.getLogger("hf_contiguouskv")
 
-_MAX_OPEN_SEGMENTS = 128
 _MARKS_BEFORE_FLUSH = 256
 
 _shared: weakref.WeakValueDictionary[str, PrefixStore] = weakref.WeakValueDictionary()
@@ -101,8 +102,7 @@ class PrefixStore:
         self._background = Background()
         self._reader: ExtentReader | None = None
         self._reader_threads = reader_threads
-        self._open_segments: OrderedDict[str, Segment] = OrderedDict()
-        self._all_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
+        self._opened = OpenSegments(self.path, direct=direct)
         self._uses: dict[str, tuple[int, float]] = {}
         self._counters = StoreStats()
         folder = self.path
@@ -190,33 +190,13 @@ class PrefixStore:
 
     def _segment(self, row: SegmentRow) -> Segment | None:
         """The open file of `row`; `None`, after forgetting it, when it is missing or damaged."""
-        path = self.path / row.file
         try:
-            status = os.stat(path)
-            with self._lock:
-                segment = self._open_segments.get(row.key)
-                if segment is not None and (segment.inode, segment.file_bytes) == (status.st_ino, status.st_size):
-                    self._open_segments.move_to_end(row.key)
-                    return segment
-            segment = Segment(path, direct=self.direct)
-            if segment.key != row.key or segment.header.fingerprint != row.fingerprint:
-                raise SegmentCorruptError(f"{path}: holds segment {segment.key}, expected {row.key}")
+            return self._opened.get(row)
         except (FileNotFoundError, SegmentCorruptError) as error:
             logger.warning("a stored segment is lost and will be computed again: %s", error)
-            self._forget(row.key)
+            self._opened.forget([row.key])
+            self._write(lambda db: drop_segment(db, row.key))
             return None
-        with self._lock:
-            self._open_segments[row.key] = segment
-            self._open_segments.move_to_end(row.key)
-            self._all_segments.add(segment)
-            while len(self._open_segments) > _MAX_OPEN_SEGMENTS:
-                self._open_segments.popitem(last=False)
-            return segment
-
-    def _forget(self, key: str) -> None:
-        with self._lock:
-            self._open_segments.pop(key, None)
-        self._write(lambda db: drop_segment(db, key))
 
     def discard(self, segment: Segment, reason: str) -> None:
         """Take a segment whose bytes proved wrong out of service; its file is kept under `damaged/`.
@@ -235,8 +215,7 @@ class PrefixStore:
             except FileNotFoundError:
                 pass
 
-        with self._lock:
-            self._open_segments.pop(segment.key, None)
+        self._opened.forget([segment.key])
         self._write(move)
 
     # -- storing ------------------------------------------------------------------------------------------------
@@ -310,9 +289,8 @@ class PrefixStore:
         published = self._write(publish)
         if not published:
             partial_file.unlink(missing_ok=True)
+        self._opened.forget([row.key for row in evicted])
         with self._lock:
-            for row in evicted:
-                self._open_segments.pop(row.key, None)
             self._counters.published += published
             self._counters.bytes_written += nbytes if published else 0
             self._counters.evicted += len(evicted)
@@ -355,9 +333,7 @@ class PrefixStore:
             return [row.key for row in doomed]
 
         deleted: list[str] = self._write(delete)
-        with self._lock:
-            for one in deleted:
-                self._open_segments.pop(one, None)
+        self._opened.forget(deleted)
         return deleted
 
     def pin(self, key: str) -> None:
@@ -402,9 +378,7 @@ class PrefixStore:
             dry_run: only say what would be done.
         """
         report = maintenance.collect_garbage(self.path, self._index, dry_run=dry_run)
-        with self._lock:
-            for key in report.forgotten:
-                self._open_segments.pop(key, None)
+        self._opened.forget(report.forgotten)
         return report
 
     def rebuild_index(self) -> None:
@@ -499,10 +473,7 @@ class PrefixStore:
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
-        with self._lock:
-            self._open_segments.clear()
-            for segment in list(self._all_segments):
-                segment.close()
+        self._opened.close()
         self._index.close()
         self.host.clear()
 

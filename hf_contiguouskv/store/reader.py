@@ -7,7 +7,6 @@ few KiB, and the interpreter lock is shared with the model.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import mmap
@@ -19,39 +18,16 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 
-import torch
 import xxhash
 
 from ..errors import InputError, SegmentCorruptError, StoreError
 from .format import PAGE
+from .pread import MAX_PART, aligned_buffer, as_memoryview, bounce_buffer, read_range
 from .segment import Segment
 
-MAX_PART = 2**20
-_BOUNCE = MAX_PART + 2 * PAGE
-_HUGE = 2 * 2**20
+__all__ = ["Check", "ExtentReader", "Read", "Ticket", "aligned_buffer", "as_memoryview"]
 
 Check = tuple[int, int, int]
-
-
-def aligned_buffer(nbytes: int) -> torch.Tensor:
-    """A page-aligned uint8 tensor `[nbytes]` on the CPU, so that direct reads can land in it without a copy."""
-    mapping = mmap.mmap(-1, max(PAGE, -(-nbytes // PAGE) * PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Only a hint: kernels built without huge pages refuse it.
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
-
-
-def as_memoryview(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor of any dtype, writable, without a copy.
-
-    Raises:
-        InputError: the tensor is not contiguous, or not on the CPU.
-    """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise InputError(f"expected a contiguous CPU tensor, got {tensor.device}, strides {tensor.stride()}")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -160,7 +136,7 @@ class Ticket:
                 continue
             part = parts[position]
             try:
-                physical += _read(part, bounce)
+                physical += read_range(part.segment, part.offset, part.into, bounce)
                 if part.checks:
                     _verify(part.segment, part.offset, part.into, part.checks)
                 if type(part) is _Part:
@@ -278,7 +254,7 @@ class ExtentReader:
 
 
 def _work(queue: SimpleQueue[Ticket | None], total: _Total) -> None:
-    bounce = mmap.mmap(-1, _BOUNCE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    bounce = bounce_buffer()
     while (ticket := queue.get()) is not None:
         ticket._serve(bounce, total)
         del ticket  # Or an idle thread would keep the buffers of its last request.
@@ -325,60 +301,3 @@ def _explain(error: BaseException, segment: Segment) -> BaseException:
     if error.errno == errno.EBADF:
         return StoreError(f"{segment.path}: the segment was closed while it was being read")
     return StoreError(f"{segment.path}: read failed: {error.strerror}")
-
-
-def _read(part: Read | _Part, bounce: mmap.mmap) -> int:
-    """Fill `part.into`; return the bytes that storage was asked for."""
-    segment, offset, nbytes = part.segment, part.offset, part.nbytes
-    if nbytes == 0:
-        return 0
-    direct = segment.fd_direct
-    if direct is None:
-        _read_buffered(segment, offset, part.into)
-        return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
-    physical = 0
-    whole_pages = nbytes & -PAGE
-    if whole_pages and not offset & (PAGE - 1):
-        # The kernel refuses a misaligned address at once, which is cheaper than asking for the address here.
-        try:
-            got = os.preadv(direct, (part.into if whole_pages == nbytes else part.into[:whole_pages],), offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            got = 0
-        physical = got & -PAGE
-        if physical == nbytes:
-            return physical
-    while physical < nbytes:
-        physical += _read_bounced(segment, direct, offset + physical, part.into[physical:], bounce)
-    return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
-
-
-def _read_bounced(segment: Segment, direct: int, offset: int, into: memoryview, bounce: mmap.mmap) -> int:
-    """Read some bytes from `offset` through the aligned buffer and copy them; return how many."""
-    begin = offset & -PAGE
-    skip = offset - begin
-    span = min(-(-(skip + into.nbytes) // PAGE) * PAGE, _BOUNCE)
-    with memoryview(bounce) as aligned:
-        try:
-            got = os.preadv(direct, (aligned[:span],), begin)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # The file system let the file be opened for direct reads but does not serve them like this.
-            _read_buffered(segment, offset, into)
-            return into.nbytes
-        useful = min(got - skip, into.nbytes)
-        if useful <= 0:
-            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
-        into[:useful] = aligned[skip : skip + useful]
-    return useful
-
-
-def _read_buffered(segment: Segment, offset: int, into: memoryview) -> None:
-    done = 0
-    while done < into.nbytes:
-        got = os.preadv(segment.fd_buffered, (into[done:],), offset + done)
-        if got == 0:
-            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
-        done += got

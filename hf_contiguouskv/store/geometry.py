@@ -1,0 +1,141 @@
+"""Shape of a KV cache, and how a segment lays it out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """Shape of the KV cache of one model and how a segment lays it out.
+
+    Args:
+        num_layers: layers with a KV cache.
+        kv_heads: key/value heads per layer.
+        head_dim: channels per head.
+        dtype: of keys and values: float32, float16 or bfloat16.
+        chunk_size: tokens per chunk.
+        layers_per_group: consecutive layers stored next to each other for one chunk.
+        leader_layers: layers whose exact keys are stored once more, without the values between them.
+        indexed_layers: layers that have an int8 key index.
+
+    Raises:
+        InputError: a field is out of its range.
+    """
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    chunk_size: int = 16
+    layers_per_group: int = 1
+    leader_layers: tuple[int, ...] = ()
+    indexed_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        limits = {"num_layers": 4096, "kv_heads": 4096, "head_dim": 65536, "chunk_size": 4096, "layers_per_group": 4096}
+        for field, high in limits.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+                raise InputError(f"geometry: {field} must be a whole number from 1 to {high}, got {value!r}")
+        if self.dtype not in SAFETENSORS_DTYPES:
+            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {self.dtype}")
+        for field in ("leader_layers", "indexed_layers"):
+            layers = getattr(self, field)
+            if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
+                raise InputError(
+                    f"geometry: {field} must be different layers from 0 to {self.num_layers - 1} in ascending order, "
+                    f"got {layers}"
+                )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per number of K and V."""
+        return self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """`"float32"`, `"float16"` or `"bfloat16"`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def keys_bytes(self) -> int:
+        """Bytes of the keys of one chunk of one layer."""
+        return self.kv_heads * self.chunk_size * self.head_dim * self.itemsize
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes of one extent, `[2 (K, V), kv_heads, chunk_size, head_dim]`: one chunk of one layer."""
+        return 2 * self.keys_bytes
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups; the last one may hold fewer layers."""
+        return -(-self.num_layers // self.layers_per_group)
+
+    def group_layers(self, group: int) -> int:
+        """How many layers group `group` holds."""
+        return min(self.layers_per_group, self.num_layers - group * self.layers_per_group)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As strings, for the `__metadata__` of a segment."""
+        return {
+            "num_layers": str(self.num_layers),
+            "kv_heads": str(self.kv_heads),
+            "head_dim": str(self.head_dim),
+            "dtype": self.dtype_name,
+            "chunk_size": str(self.chunk_size),
+            "layers_per_group": str(self.layers_per_group),
+            "leader_layers": ",".join(map(str, self.leader_layers)),
+            "indexed_layers": ",".join(map(str, self.indexed_layers)),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> KVGeometry:
+        """The inverse of `to_metadata`; other keys are ignored.
+
+        Raises:
+            InputError: a field is missing or makes no sense.
+        """
+        dtype = metadata.get("dtype")
+        if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
+            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {dtype!r}")
+        return cls(
+            num_layers=whole_number(metadata, "num_layers"),
+            kv_heads=whole_number(metadata, "kv_heads"),
+            head_dim=whole_number(metadata, "head_dim"),
+            dtype=_DTYPE_NAMES[dtype],
+            chunk_size=whole_number(metadata, "chunk_size"),
+            layers_per_group=whole_number(metadata, "layers_per_group"),
+            leader_layers=_layer_numbers(metadata, "leader_layers"),
+            indexed_layers=_layer_numbers(metadata, "indexed_layers"),
+        )
+
+
+def whole_number(metadata: Mapping[str, Any], field: str) -> int:
+    """Field `field` of the metadata as a number.
+
+    Raises:
+        InputError: missing, or no whole number.
+    """
+    text = metadata.get(field)
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,15}", text):
+        raise InputError(f"{field} must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _layer_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    text = metadata.get(field)
+    if not isinstance(text, str) or not re.fullmatch(r"([0-9]{1,5}(,[0-9]{1,5})*)?", text):
+        raise InputError(f"{field} must be layer numbers separated by commas, got {text!r}")
+    return tuple(int(layer) for layer in text.split(",")) if text else ()

@@ -1,0 +1,111 @@
+"""Positioned reads past the page cache, and the page-aligned memory that they want."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+
+import torch
+
+from ..errors import InputError, SegmentCorruptError
+from .format import PAGE
+from .segment import Segment
+
+MAX_PART = 2**20
+BOUNCE_BYTES = MAX_PART + 2 * PAGE
+_HUGE = 2 * 2**20
+
+
+def aligned_buffer(nbytes: int) -> torch.Tensor:
+    """A page-aligned uint8 tensor `[nbytes]` on the CPU, so that direct reads can land in it without a copy."""
+    mapping = mmap.mmap(-1, max(PAGE, -(-nbytes // PAGE) * PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Only a hint: kernels built without huge pages refuse it.
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+
+
+def as_memoryview(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any dtype, writable, without a copy.
+
+    Raises:
+        InputError: the tensor is not contiguous, or not on the CPU.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise InputError(f"expected a contiguous CPU tensor, got {tensor.device}, strides {tensor.stride()}")
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def bounce_buffer() -> mmap.mmap:
+    """Page-aligned memory that holds any read of up to `MAX_PART` bytes, wherever it begins."""
+    return mmap.mmap(-1, BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def read_range(segment: Segment, offset: int, into: memoryview, bounce: mmap.mmap) -> int:
+    """Fill `into` from `offset` of a segment; return the bytes that storage was asked for, page rounding included.
+
+    Args:
+        segment: open file.
+        offset: in bytes.
+        into: writable bytes.
+        bounce: from `bounce_buffer`, for ranges that direct reads cannot serve as they are.
+
+    Raises:
+        SegmentCorruptError: the file ends before.
+    """
+    nbytes = into.nbytes
+    if nbytes == 0:
+        return 0
+    direct = segment.fd_direct
+    if direct is None:
+        _read_buffered(segment, offset, into)
+        return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
+    physical = 0
+    whole_pages = nbytes & -PAGE
+    if whole_pages and not offset & (PAGE - 1):
+        # The kernel refuses a misaligned address at once, which is cheaper than asking for the address here.
+        try:
+            got = os.preadv(direct, (into if whole_pages == nbytes else into[:whole_pages],), offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            got = 0
+        physical = got & -PAGE
+        if physical == nbytes:
+            return physical
+    while physical < nbytes:
+        physical += _read_bounced(segment, direct, offset + physical, into[physical:], bounce)
+    return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
+
+
+def _read_bounced(segment: Segment, direct: int, offset: int, into: memoryview, bounce: mmap.mmap) -> int:
+    """Read some bytes from `offset` through the aligned buffer and copy them; return how many."""
+    begin = offset & -PAGE
+    skip = offset - begin
+    span = min(-(-(skip + into.nbytes) // PAGE) * PAGE, BOUNCE_BYTES)
+    with memoryview(bounce) as aligned:
+        try:
+            got = os.preadv(direct, (aligned[:span],), begin)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # The file system let the file be opened for direct reads but does not serve them like this.
+            _read_buffered(segment, offset, into)
+            return into.nbytes
+        useful = min(got - skip, into.nbytes)
+        if useful <= 0:
+            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
+        into[:useful] = aligned[skip : skip + useful]
+    return useful
+
+
+def _read_buffered(segment: Segment, offset: int, into: memoryview) -> None:
+    done = 0
+    while done < into.nbytes:
+        got = os.preadv(segment.fd_buffered, (into[done:],), offset + done)
+        if got == 0:
+            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
+        done += got
