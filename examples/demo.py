@@ -51,7 +51,7 @@ QUESTIONS = (
     Question(
         "How tightly does the power operator bind?", "The power operator binds more tightly than", "unary operators"
     ),
-    Question("What is the unit of the imaginary literal?", "An imaginary literal yields", "a complex number"),
+    Question("What are lambda expressions used for?", "Lambda expressions are used to", "create anonymous functions"),
     Question("What is a global statement?", 'The "global" statement is a declaration which', "holds for the entire"),
 )
 SHORT_QUESTIONS = (
@@ -228,8 +228,8 @@ def ask(job: Job, json_path: Path | None) -> None:
             progress.advance(task)
     report(job, list(systems), answers)
     CONSOLE.print(
-        f"   Cold: at most {max(resident)} of {pages:,} pages of the stored KV were in the page cache\n"
-        "   before a request (asked with mincore, after posix_fadvise); the library reads with O_DIRECT besides."
+        f"   Cold: at most {max(resident)} of {pages:,} pages of the stored KV were in the page cache before\n"
+        "   a request (mincore, after posix_fadvise); the library reads with O_DIRECT besides."
     )
     facts = machine()
     CONSOLE.print(
