@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sqlite3
@@ -15,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock
 
-from ..errors import StoreError, StoreFormatError
+from ..errors import StoreError, StoreFormatError, StoreFullError
 from .format import SegmentHeader
 from .hashing import TokenIds, segment_hashes
 
@@ -72,7 +73,7 @@ class SegmentRow:
 
 
 class StoreIndex:
-    """The SQLite file of a store, shared by threads (one connection, one lock) and processes (WAL).
+    """The SQLite file of a store, shared by threads (two connections, each with its lock) and processes (WAL).
 
     Args:
         path: of the database.
@@ -84,69 +85,37 @@ class StoreIndex:
     def __init__(self, path: Path, refill: Callable[[sqlite3.Connection], None]) -> None:
         self.path = path
         self._refill = refill
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._opened_as: tuple[int, int] = (0, 0)
+        # Two connections: a look-up must not wait for a publish of this process, which flushes folders to the disk.
+        self._for_reading, self._for_writing = _Connection(path), _Connection(path)
         self.read(lambda db: None)
 
     def read(self, query: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Run `query`, which only reads."""
-        return self._run(query, write=False)
+        """Run `query`, which only reads, on one state of the index."""
+        return self._run(self._for_reading, query, "BEGIN")
 
     def write(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `change` as one transaction that excludes all other writers, in all processes."""
-        return self._run(change, write=True)
+        return self._run(self._for_writing, change, "BEGIN IMMEDIATE")
 
-    def _run(self, action: Callable[[sqlite3.Connection], Result], *, write: bool) -> Result:
-        with self._lock:
+    def _run(self, connection: _Connection, action: Callable[[sqlite3.Connection], Result], begin: str) -> Result:
+        with connection.lock:
             for attempt in (1, 2):
                 try:
-                    db = self._open()
-                    return _transaction(db, action, "BEGIN IMMEDIATE" if write else "BEGIN")
+                    db = connection.open()
+                    if db is None:
+                        self._replace(None)
+                        db = connection.open()
+                    if db is not None:
+                        return _transaction(db, action, begin)
                 except sqlite3.DatabaseError as error:
                     if attempt == 2 or not _is_damage(error):
-                        raise StoreError(f"{self.path}: {error}") from error
+                        raise _as_store_error(self.path, error) from error
+                    connection.close()
                     self._replace(str(error))
-            raise StoreError(f"{self.path}: cannot be opened")
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            identity = (os.stat(self.path).st_ino, os.getpid())
-        except FileNotFoundError:
-            identity = (-1, os.getpid())
-        if self._connection is not None and identity == self._opened_as:
-            return self._connection
-        # Somebody replaced the file, or this is a forked child, which must not use its parent's connection.
-        if self._connection is not None and identity[1] == self._opened_as[1]:
-            self._connection.close()
-        self._connection = None
-        if identity[0] < 0:
-            self._replace(None)
-            identity = (os.stat(self.path).st_ino, identity[1])
-        db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA synchronous = NORMAL")
-            row = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
-        except BaseException:
-            db.close()
-            raise
-        if row is None or not str(row[0]).isdigit():
-            db.close()
-            raise sqlite3.DatabaseError("no format mark")
-        if int(row[0]) > INDEX_FORMAT:
-            db.close()
-            raise StoreFormatError(
-                f"{self.path}: index format {row[0]}, this library knows {INDEX_FORMAT}. Update it, or delete the "
-                "file: it is rebuilt from the segments."
-            )
-        self._connection, self._opened_as = db, identity
-        return db
+            raise StoreError(f"{self.path}: disappears again and again; is another program deleting it?")
 
     def _replace(self, damage: str | None) -> None:
         """Build a new database from the segment files and put it in place; the damaged one is moved aside."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
         with FileLock(self.path.with_suffix(".lock"), timeout=600):
             if self.path.exists():
                 if damage is None or _is_sound(self.path):
@@ -189,11 +158,53 @@ class StoreIndex:
         self.write(refill)
 
     def close(self) -> None:
-        """Close the connection; the next use opens it again."""
-        with self._lock:
-            if self._connection is not None and self._opened_as[1] == os.getpid():
-                self._connection.close()
-            self._connection = None
+        """Close the connections; the next use opens them again."""
+        for connection in (self._for_reading, self._for_writing):
+            with connection.lock:
+                connection.close()
+
+
+class _Connection:
+    """One connection with the lock for it; opened anew after a fork, or when the file has been replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self._db: sqlite3.Connection | None = None
+        self._opened_as = (0, 0)
+
+    def open(self) -> sqlite3.Connection | None:
+        """The connection; `None` when there is no file."""
+        try:
+            identity = (os.stat(self.path).st_ino, os.getpid())
+        except FileNotFoundError:
+            self.close()
+            return None
+        if self._db is not None and identity == self._opened_as:
+            return self._db
+        self.close()
+        db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA synchronous = NORMAL")
+            row = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
+            if row is None or not str(row[0]).isdigit():
+                raise sqlite3.DatabaseError("no format mark")
+            if int(row[0]) > INDEX_FORMAT:
+                raise StoreFormatError(
+                    f"{self.path}: index format {row[0]}, this library knows {INDEX_FORMAT}. Update it, or delete the "
+                    "file: it is rebuilt from the segments."
+                )
+        except BaseException:
+            db.close()
+            raise
+        self._db, self._opened_as = db, identity
+        return db
+
+    def close(self) -> None:
+        # A forked child must not touch the connection of its parent, not even to close it.
+        if self._db is not None and self._opened_as[1] == os.getpid():
+            self._db.close()
+        self._db = None
 
 
 def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], Result], begin: str) -> Result:
@@ -207,6 +218,12 @@ def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], 
             db.execute("ROLLBACK")
         raise
     return result
+
+
+def _as_store_error(path: Path, error: sqlite3.DatabaseError) -> StoreError:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return StoreFullError(errno.ENOSPC, f"{path}: {error}; free space or delete stored prefixes")
+    return StoreError(f"{path}: {error}")
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:

@@ -487,6 +487,10 @@ class PrefixStore:
         if not getattr(self, "_closed", True):
             self.close()
 
+    def __deepcopy__(self, memo: object) -> PrefixStore:
+        # A copy of a cache reads from the same store.
+        return self
+
     def __repr__(self) -> str:
         return f"PrefixStore({str(self.path)!r}{', closed' if self._closed else ''})"
 

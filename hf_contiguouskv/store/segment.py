@@ -202,6 +202,10 @@ class Segment:
         if getattr(self, "fd_buffered", -1) >= 0:
             self.close()
 
+    def __deepcopy__(self, memo: object) -> Segment:
+        # An open file is shared by the copies of a cache; its descriptors belong to one object.
+        return self
+
     def __repr__(self) -> str:
         return f"Segment({self.path.name}, chunks {self.first_chunk}+{self.num_chunks}, {self.num_tokens} tokens)"
 

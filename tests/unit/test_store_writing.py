@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import torch
 from store_helpers import FINGERPRINT, expected_kv, geometry, read_back, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError
-from hf_contiguouskv.store import PrefixStore
+from hf_contiguouskv.store import PrefixStore, prefix_store
 
 IDS = some_tokens(40)
 
@@ -170,6 +171,35 @@ def test_a_forked_child_may_use_the_store_of_its_parent(store_path: Path) -> Non
                 os._exit(0 if ok else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert torch.equal(read_back(store, stored, [1])[0], expected_kv(geometry(), IDS, 1))
+
+
+def test_a_look_up_does_not_wait_for_a_publish(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_publish, go_on = threading.Event(), threading.Event()
+    real = prefix_store.put_in_place
+
+    def slow(partial: Path, final: Path) -> None:
+        in_publish.set()
+        assert go_on.wait(30)
+        real(partial, final)
+
+    with PrefixStore(store_path) as store:
+        write_prefix(store, IDS[:20])
+        monkeypatch.setattr(prefix_store, "put_in_place", slow)
+        thread = threading.Thread(target=write_prefix, args=(store, IDS, 5))
+        thread.start()
+        assert in_publish.wait(30)
+        # Neither sees half of what is being published.
+        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 20  # type: ignore[union-attr]
+        go_on.set()
+        thread.join()
+        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+
+
+def test_copies_share_the_store_and_its_files(store_path: Path) -> None:
+    with PrefixStore(store_path) as store:
+        stored = write_prefix(store, IDS)
+        assert copy.deepcopy(store) is store
+        assert copy.deepcopy(stored).spans[0].segment is stored.spans[0].segment
 
 
 CRASH = """
