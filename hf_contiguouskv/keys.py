@@ -122,7 +122,7 @@ class KeySource:
         slab = self._pool.acquire(length, device)
         checks: tuple[tuple[int, int, int], ...] = ()
         if self._config.verify and length == full and not name.startswith("key_scale"):
-            checks = ((0, full, segment.index_checksum(name)),)
+            checks = ((0, full, segment.tensor_checksum(name)),)
         read = Read(segment, offset, length, slab.view(length), checks)
         return _Pending(name, slab, slab.data[:length], self._store.reader.submit([read]))
 
@@ -158,27 +158,25 @@ class KeySource:
         return parts
 
     def _leader_keys(self, layer: int, device: torch.device) -> torch.Tensor:
+        """Exact keys, float32 `(kv_heads, tokens, head_dim)`."""
         g = self._prefix.geometry
-        parts = []
+        keys = torch.empty(g.kv_heads, self._prefix.chunks, g.chunk_size, g.head_dim, device=device)
         for span, pending in zip(self._prefix.spans, self._pending.pop(layer), strict=True):
             chunks = self._finish(pending).view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
-            parts.append(_token_order(upload(chunks[span.offset :], device, pending.slab)))
+            part = upload(chunks[span.offset :], device, pending.slab)
+            # One pass for both: from the order on disk to that of the product, and to float32.
+            keys[:, span.first_chunk : span.first_chunk + span.chunks].copy_(part.transpose(0, 1))
             self._pool.release(pending.slab)
-        return torch.cat(parts, dim=1)[:, : self._prefix.tokens]
+        return keys.flatten(1, 2)[:, : self._prefix.tokens]
 
     def _keys_of_payload(self, layer: int, device: torch.device) -> torch.Tensor:
         # Everything of this layer is read now; the payload stays with `PayloadReads` for the selected chunks.
         (batch,) = self._payload.peek(layer)
         kv = self._prefix.kv_view(batch.slab.data, len(batch.chunks))
-        return _token_order(upload(kv[:, 0].contiguous(), device))[:, : self._prefix.tokens]
+        keys = upload(kv[:, 0].contiguous(), device).transpose(0, 1)
+        return keys.flatten(1, 2)[:, : self._prefix.tokens]
 
 
 def _index_names(span: SegmentSpan, layer: int) -> tuple[str, str]:
     """Names of a segment's index and scale in the store's host memory."""
     return f"{span.segment.key}/key_index.{layer}", f"{span.segment.key}/key_scale.{layer}"
-
-
-def _token_order(chunks: torch.Tensor) -> torch.Tensor:
-    """`(chunks, kv_heads, c, head_dim)` as `(kv_heads, tokens, head_dim)`."""
-    count, kv_heads, c, head_dim = chunks.shape
-    return chunks.transpose(0, 1).reshape(kv_heads, count * c, head_dim)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,11 +29,18 @@ class AttachedPrefix:
 
     @classmethod
     def of(cls, stored: StoredPrefix, tokens: int) -> AttachedPrefix:
-        return cls(tokens, stored.spans, stored.spans[0].segment.geometry)
+        """The first `tokens` tokens of `stored`."""
+        return cls(stored.tokens, stored.spans, stored.spans[0].segment.geometry).truncated(tokens)
 
     def truncated(self, tokens: int) -> AttachedPrefix:
-        """The same prefix, ending after `tokens` tokens."""
-        return AttachedPrefix(tokens, self.spans, self.geometry)
+        """The same prefix, ending after `tokens` tokens; spans behind its end are left out."""
+        chunks = -(-tokens // self.geometry.chunk_size)
+        spans = tuple(
+            replace(span, chunks=min(span.chunks, chunks - span.first_chunk))
+            for span in self.spans
+            if span.first_chunk < chunks
+        )
+        return AttachedPrefix(tokens, spans, self.geometry)
 
     @property
     def whole_chunks(self) -> int:
@@ -50,39 +57,42 @@ class AttachedPrefix:
         """All chunks, the partial last one included."""
         return self.whole_chunks + (1 if self.tail_tokens else 0)
 
-    def locate(self, chunk: int) -> tuple[Segment, int]:
-        """The segment that holds a chunk, and its position there."""
-        for span in self.spans:
-            if chunk < span.first_chunk + span.chunks:
-                return span.segment, span.offset + chunk - span.first_chunk
-        raise IndexError(f"chunk {chunk} is beyond the stored prefix of {self.tokens} tokens")
+    def runs(self, chunks: Sequence[int]) -> Iterator[tuple[Segment, int, int, int]]:
+        """Neighbours on disk among `chunks` (ascending): `(segment, first chunk in it, how many, position of the run)`."""
+        spans = iter(self.spans)
+        span = next(spans)
+        position, count = 0, len(chunks)
+        while position < count:
+            chunk = chunks[position]
+            while chunk >= span.first_chunk + span.chunks:
+                span = next(spans)
+            limit = min(count, position + span.first_chunk + span.chunks - chunk)
+            end = position + 1
+            while end < limit and chunks[end] == chunk + end - position:
+                end += 1
+            yield span.segment, span.offset + chunk - span.first_chunk, end - position, position
+            position = end
 
     def payload_reads(self, layer: int, chunks: Sequence[int], into: memoryview, verify: bool) -> list[Read]:
         """Reads that bring `chunks` (ascending) of one layer into `into`, extent after extent.
 
-        Chunks that are neighbours on disk become one read.
+        Chunks that are neighbours on disk become one read; a whole layer of a segment is checked as a whole.
         """
         size = self.geometry.extent_bytes
         reads: list[Read] = []
-        run_segment: Segment | None = None
-        run_start = run_end = slot_start = 0
-        checks: list[tuple[int, int, int]] = []
-
-        def finish(slot_end: int) -> None:
-            if run_segment is not None:
-                part = into[slot_start * size : slot_end * size]
-                reads.append(Read(run_segment, run_start, run_end - run_start, part, tuple(checks)))
-
-        for slot, chunk in enumerate(chunks):
-            segment, position = self.locate(chunk)
-            offset, nbytes = segment.payload_extent(layer, position)
-            if segment is not run_segment or offset != run_end:
-                finish(slot)
-                run_segment, run_start, slot_start, checks = segment, offset, slot, []
-            if verify:
-                checks.append((offset - run_start, nbytes, segment.payload_checksum(layer, position)))
-            run_end = offset + nbytes
-        finish(len(chunks))
+        for segment, first, count, position in self.runs(chunks):
+            offset, _ = segment.payload_extent(layer, first)
+            stride = segment.payload_stride(layer)
+            whole = segment.layer_checksum(layer) if verify and count == segment.num_chunks else None
+            sums = segment.run_checksums(layer, first, count) if verify and whole is None else []
+            # Layers that share a group lie between each other's chunks: then every chunk is a read of its own.
+            step = count if stride == size else 1
+            for start in range(0, count, step):
+                checks = [(i * size, size, checksum) for i, checksum in enumerate(sums[start : start + step])]
+                if whole is not None:
+                    checks = [(0, count * size, whole)]
+                part = into[(position + start) * size : (position + start + step) * size]
+                reads.append(Read(segment, offset + start * stride, step * size, part, checks))
         return reads
 
     def kv_view(self, data: torch.Tensor, chunks: int) -> torch.Tensor:

@@ -18,6 +18,9 @@ from .selection import SelectionInput, choose_chunks
 from .stats import RequestStats
 from .store import PrefixStore
 
+# Leader layers whose keys are read ahead.
+KEYS_AHEAD = 3
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -88,7 +91,7 @@ class PrefixRequest:
         self._ordinal = {layer: ordinal for ordinal, layer in enumerate(self._full)}
         self._payload = PayloadReads(prefix, store.reader, pool, stats, config.verify)
         self._keys = KeySource(prefix, config, store, pool, self._payload, stats)
-        self._ahead = Lookahead(config.lookahead_bytes)
+        self._ahead = Lookahead(self._ahead_bytes())
         self._wanted: dict[int, list[int]] = {}
 
     @property
@@ -100,6 +103,13 @@ class PrefixRequest:
     def kept_tokens(self) -> int:
         """Prefix tokens that a full-attention layer shows to attention: the same for every layer and row."""
         return self.keep * self.prefix.geometry.chunk_size + self.prefix.tail_tokens
+
+    def _ahead_bytes(self) -> int:
+        """How far ahead of compute to read. Reads are served in order, so keys that are far from being needed must
+        not stand in the way of the chunks that a selection has just named."""
+        if self.keeps_all or not self._full:
+            return self.config.lookahead_bytes
+        return min(self.config.lookahead_bytes, KEYS_AHEAD * self._keys.nbytes(self._full[0]))
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 
@@ -289,5 +299,5 @@ def _copy_chunks(source: torch.Tensor, take: Sequence[int], destination: torch.T
         part = source[take[0] : take[-1] + 1].transpose(0, 1)
         destination[:, put[0] : put[-1] + 1].copy_(part)
         return
-    taken = source[torch.tensor(take, device=source.device)]
-    destination[:, torch.tensor(put, device=destination.device)] = taken.transpose(0, 1)
+    taken = source.index_select(0, torch.tensor(take, device=source.device))
+    destination.index_copy_(1, torch.tensor(put, device=destination.device), taken.transpose(0, 1))

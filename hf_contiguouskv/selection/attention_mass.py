@@ -6,6 +6,9 @@ import torch
 
 from .base import SelectionInput
 
+# Logits held at once (float32), so that a long suffix does not need gigabytes.
+LOGITS_AT_ONCE = 2**23
+
 
 class AttentionMass:
     """`A_j`: softmax over [prefix ; suffix, causal] in float32, summed over queries, mean over heads, sum per chunk.
@@ -32,35 +35,41 @@ class AttentionMass:
 
     def __call__(self, inputs: SelectionInput) -> torch.Tensor:
         """Importance, float32 `(rows, whole_chunks)`."""
-        rows = inputs.queries.shape[0]
         keys = self.prefix_keys.float()
-        return torch.stack([self._row(inputs, row, keys) for row in range(rows)])
+        return torch.stack([self._row(inputs, row, keys) for row in range(inputs.queries.shape[0])])
 
     def _row(self, inputs: SelectionInput, row: int, prefix_keys: torch.Tensor) -> torch.Tensor:
-        kv_heads, prefix_tokens, head_dim = prefix_keys.shape
-        whole = prefix_tokens // self.chunk_size
+        kv_heads, tokens, head_dim = prefix_keys.shape
         voters = voting_queries(inputs.voting[row], self.suffix_queries)
         group = inputs.queries.shape[1] // kv_heads
-        # (kv_heads, group * voters, head_dim): one matrix product per KV head serves all its query heads.
+        # All query heads of a KV head are rows of one matrix product: (kv_heads, group * voters, head_dim).
         queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, head_dim) * inputs.scaling
-        on_prefix = squash(torch.bmm(queries, prefix_keys.transpose(1, 2)), inputs.softcap)
-        on_suffix = squash(torch.bmm(queries, inputs.suffix_keys[row].float().transpose(1, 2)), inputs.softcap)
-        length = inputs.suffix_keys.shape[2]
+        suffix_keys = inputs.suffix_keys[row].float()
+        length = suffix_keys.shape[1]
         causal = voters[:, None] >= torch.arange(length, device=voters.device)[None, :]
-        allowed = (causal & inputs.visible[row][None, :]).repeat(group, 1)
-        on_suffix = on_suffix.masked_fill(~allowed[None], float("-inf"))
+        hidden = ~(causal & inputs.visible[row][None, :]).repeat(group, 1)
+        mass = prefix_keys.new_zeros(tokens // self.chunk_size)
+        step = max(1, LOGITS_AT_ONCE // (tokens + length))
+        for head in range(kv_heads):
+            for start in range(0, queries.shape[1], step):
+                some = slice(start, start + step)
+                block = queries[head, some]
+                logits = block.new_empty(block.shape[0], tokens + length)
+                torch.mm(block, prefix_keys[head].T, out=logits[:, :tokens])
+                torch.mm(block, suffix_keys[head].T, out=logits[:, tokens:])
+                logits = squash(logits, inputs.softcap)
+                logits[:, tokens:].masked_fill_(hidden[some], float("-inf"))
+                mass += self._chunk_mass(torch.softmax(logits, dim=-1))
+        return mass / inputs.queries.shape[1]
 
-        # exp in place and one product with 1/denominator: the weights themselves are never written.
-        peak = torch.maximum(on_prefix.amax(-1, keepdim=True), on_suffix.amax(-1, keepdim=True))
-        mass = on_prefix.sub_(peak).exp_()
-        denominator = mass.sum(-1) + (on_suffix - peak).exp_().sum(-1)
+    def _chunk_mass(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention weights `(n, tokens + suffix)` as one number per whole chunk."""
+        whole = self.prefix_keys.shape[1] // self.chunk_size
         if self.concentration == 1.0:
-            per_token = torch.bmm((1.0 / denominator).unsqueeze(1), mass).sum((0, 1))
-            per_chunk = per_token[: whole * self.chunk_size].view(whole, self.chunk_size).sum(-1)
-        else:
-            chunks = mass[..., : whole * self.chunk_size].unflatten(-1, (whole, self.chunk_size)).sum(-1)
-            per_chunk = (chunks / denominator[..., None]).pow_(self.concentration).sum((0, 1))
-        return per_chunk / inputs.queries.shape[1]
+            # Rows first: that sum runs along the fast axis, and 16 neighbours are summed only once.
+            return weights.sum(0)[: whole * self.chunk_size].view(whole, self.chunk_size).sum(-1)
+        chunks = weights[:, : whole * self.chunk_size].reshape(-1, whole, self.chunk_size).sum(-1)
+        return chunks.pow_(self.concentration).sum(0)
 
 
 def voting_queries(voting: torch.Tensor, suffix_queries: int | None) -> torch.Tensor:

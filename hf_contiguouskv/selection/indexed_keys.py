@@ -99,10 +99,11 @@ def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor)
     # Each query row gets its own scale, so that the product can run in integers.
     row_scale = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20) / 127.0
     rounded = (scaled / row_scale).round_().to(torch.int8)
+    # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
     peaks = torch.stack(
         [
-            torch._int_mm(rounded[head], index[head].view(-1, head_dim).t()).view(-1, c, chunks).amax(1)
+            torch._int_mm(index[head].view(-1, head_dim), rounded[head].t()).view(c, chunks, -1).amax(0)
             for head in range(kv_heads)
         ]
     )
-    return peaks.float().mul_(row_scale)
+    return peaks.transpose(1, 2).float().mul_(row_scale)

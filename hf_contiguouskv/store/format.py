@@ -8,8 +8,8 @@
              key_scale.{l}    [kv_heads, head_dim]                                 float32, one per indexed layer
              token_ids        [num_tokens]                                         int64, of this segment only
              checksums.payload [num_layers, chunks]                                uint64, xxh3_64 of each extent
-             checksums.index  [k]                                                  uint64, xxh3_64 of whole tensors:
-                              leader_keys, key_index, key_scale and token_ids, in the order above
+             checksums.tensors [k]                                                 uint64, xxh3_64 of whole tensors:
+                              all of the above but checksums.payload, in their order
              padding.{i}      [n]   uint8 zeros, so that payload, leader_keys and key_index start on a page
 
 Everything follows from the geometry and the number of tokens, so a header is written before any data is known, and a
@@ -74,7 +74,7 @@ def _tensors(geometry: KVGeometry, chunks: int, tokens: int) -> Iterator[tuple[s
         yield f"key_scale.{layer}", "F32", (g.kv_heads, g.head_dim), 8
     yield "token_ids", "I64", (tokens,), 8
     yield "checksums.payload", "U64", (g.num_layers, chunks), 8
-    yield "checksums.index", "U64", (len(g.leader_layers) + 2 * len(g.indexed_layers) + 1,), 8
+    yield "checksums.tensors", "U64", (g.num_groups + len(g.leader_layers) + 2 * len(g.indexed_layers) + 1,), 8
 
 
 def place_tensors(geometry: KVGeometry, chunks: int, tokens: int) -> dict[str, TensorPlace]:
@@ -144,9 +144,9 @@ class SegmentHeader:
         return len(text).to_bytes(8, "little") + text
 
     @cached_property
-    def index_names(self) -> tuple[str, ...]:
-        """Names of the tensors that `checksums.index` covers, in its order."""
-        kinds = ("leader_keys", "key_index", "key_scale", "token_ids")
+    def checked_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that `checksums.tensors` covers, in its order: a whole layer read at once needs one check."""
+        kinds = ("payload", "leader_keys", "key_index", "key_scale", "token_ids")
         return tuple(name for name in self.places if name.split(".")[0] in kinds)
 
     @property

@@ -80,7 +80,9 @@ def _verify_segment(segment: Segment, row: SegmentRow) -> list[str]:
     if header.key != row.key or header.fingerprint != row.fingerprint:
         return [f"holds segment {header.key}, expected {row.key}"]
     problems = []
-    for name in header.index_names:
+    for name in header.checked_tensors:
+        if name.startswith("payload."):
+            continue  # Its extents are compared one by one below, which tells where the damage is.
         try:
             segment.read_tensor(name)
         except StoreError as error:

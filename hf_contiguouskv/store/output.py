@@ -119,9 +119,9 @@ class SegmentOutput:
         missing = set(self.header.geometry.indexed_layers) - self.indexed
         if missing:
             raise StoreError(f"{self.path.name}: segment is incomplete, no key index for layers {sorted(missing)}")
-        whole = [self._digest(name) for name in self.header.index_names]
+        whole = [self._digest(name) for name in self.header.checked_tensors]
         self.write(self.start("checksums.payload"), memoryview(self.checksums.tobytes()))
-        self.write(self.start("checksums.index"), memoryview(np.array(whole, dtype="<u8").tobytes()))
+        self.write(self.start("checksums.tensors"), memoryview(np.array(whole, dtype="<u8").tobytes()))
         os.fsync(self.fd)
 
     def _digest(self, name: str) -> int:

@@ -65,7 +65,7 @@ class Segment:
             self._layer_start.append(start + inside * self._extent)
             self._layer_stride.append(geometry.group_layers(group) * self._extent)
         self._checksums: npt.NDArray[np.uint64] | None = None
-        self._index_checksums: dict[str, int] = {}
+        self._tensor_checksums: dict[str, int] = {}
         self._token_ids: TokenIds | None = None
 
     @property
@@ -128,11 +128,22 @@ class Segment:
         checksums = self._checksums
         return checksums.item(layer, chunk)  # type: ignore[union-attr]
 
-    def index_checksum(self, name: str) -> int:
-        """xxh3_64 of the whole tensor `name`: one of leader_keys, key_index, key_scale or token_ids."""
+    def layer_checksum(self, layer: int) -> int | None:
+        """xxh3_64 of all chunks of `layer` together, if they are one range of the file."""
+        groups = self.header.geometry.layers_per_group
+        return self.tensor_checksum(f"payload.{layer}") if groups == 1 else None
+
+    def run_checksums(self, layer: int, first: int, chunks: int) -> list[int]:
+        """`payload_checksum` of consecutive chunks."""
         if self._checksums is None:
             self._load_checksums()
-        return self._index_checksums[name]
+        return self._checksums[layer, first : first + chunks].tolist()  # type: ignore[index,no-any-return]
+
+    def tensor_checksum(self, name: str) -> int:
+        """xxh3_64 of the whole tensor `name`, one of `header.checked_tensors`."""
+        if self._checksums is None:
+            self._load_checksums()
+        return self._tensor_checksums[name]
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Read a whole tensor through the page cache and compare its checksum, where it has one.
@@ -143,7 +154,7 @@ class Segment:
         """
         offset, nbytes = self.tensor_extent(name)
         octets = self.read_bytes(offset, nbytes)
-        if name in self.header.index_names and xxhash.xxh3_64_intdigest(octets) != self.index_checksum(name):
+        if name in self.header.checked_tensors and xxhash.xxh3_64_intdigest(octets) != self.tensor_checksum(name):
             raise SegmentCorruptError(f"{self.path}: the bytes of {name} do not match their checksum")
         place = self.header.places[name]
         return torch.frombuffer(octets, dtype=_TORCH_DTYPES[place.dtype]).reshape(place.shape)
@@ -182,10 +193,10 @@ class Segment:
     def _load_checksums(self) -> None:
         # The two tensors of checksums are neighbours at the end of the file: one read.
         offset, nbytes = self.tensor_extent("checksums.payload")
-        last, last_bytes = self.tensor_extent("checksums.index")
+        last, last_bytes = self.tensor_extent("checksums.tensors")
         octets = self.read_bytes(offset, last + last_bytes - offset)
         index = np.frombuffer(octets, dtype="<u8", offset=last - offset)
-        self._index_checksums = dict(zip(self.header.index_names, index.tolist(), strict=True))
+        self._tensor_checksums = dict(zip(self.header.checked_tensors, index.tolist(), strict=True))
         shape = self.header.places["checksums.payload"].shape
         self._checksums = np.frombuffer(octets, dtype="<u8", count=nbytes // 8).reshape(shape)
 
