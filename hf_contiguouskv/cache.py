@@ -230,8 +230,9 @@ class ContiguousKVCache(Cache):
         if self.prefix_ids is None:
             return
         mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        padded = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        pads = pads_before_prefix(mask).tolist() if padded else [0] * len(ids)
+        pads = [0] * len(ids)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            pads = pads_before_prefix(mask).tolist()
         for row, skip in zip(ids, pads, strict=True):
             self.check(row[skip:], partial=True)
 

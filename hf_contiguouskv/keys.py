@@ -89,7 +89,7 @@ class KeySource:
         elif self._has_leader_keys(layer):
             self._pending[layer] = [self._start_leader(span, layer, device) for span in self._prefix.spans]
         else:
-            self._payload.ask(layer, range(self._prefix.chunks), device)
+            self._payload.ask([layer], range(self._prefix.chunks), device)
 
     def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
         """Wait for the keys of a layer, and make its scorer."""
@@ -97,15 +97,12 @@ class KeySource:
             return IndexedKeys(
                 self._index_parts(layer, device),
                 self._prefix.whole_chunks,
-                self._config.suffix_queries,
                 self._config.concentration,
             )
         keys = (
             self._leader_keys(layer, device) if self._has_leader_keys(layer) else self._keys_of_payload(layer, device)
         )
-        return AttentionMass(
-            keys, self._prefix.geometry.chunk_size, self._config.suffix_queries, self._config.concentration
-        )
+        return AttentionMass(keys, self._prefix.geometry.chunk_size, self._config.concentration)
 
     def close(self) -> None:
         for layer in list(self._pending):

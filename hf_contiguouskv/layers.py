@@ -53,11 +53,11 @@ class ContiguousLayer(DynamicLayer):
     def _forget(self) -> None:
         self._suffix = 0
         self._loaded = False
-        # (batch, kv_heads, room, head_dim): [prefix ; suffix] if `_joined`, else the suffix alone.
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        # (2 (K, V), batch, kv_heads, room, head_dim): [prefix ; suffix] if `_joined`, else the suffix alone.
+        self._buffer: torch.Tensor | None = None
         self._joined = True
-        # (distinct rows or 1, kv_heads, kept_tokens, head_dim), if not `_joined`.
-        self._prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+        # (2, distinct rows or 1, kv_heads, kept_tokens, head_dim), if not `_joined`.
+        self._prefix: torch.Tensor | None = None
         # int64 (batch,): which distinct row of the request each batch row is.
         self.row_of: torch.Tensor | None = None
 
@@ -91,17 +91,17 @@ class ContiguousLayer(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
-        if self._buffers is None:
+        if self._buffer is None:
             self._start(key_states)
         start = self._offset + self._suffix
-        self._suffix += key_states.shape[2]
-        self._reserve(self._offset + self._suffix)
-        assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            if buffer.shape[0] != states.shape[0]:
-                raise InputError(f"the cache holds {buffer.shape[0]} rows, but {states.shape[0]} were passed")
-            buffer[:, :, start : self._offset + self._suffix] = states
-        self.keys, self.values = (self._part(b, self._offset, self._suffix) for b in self._buffers)
+        end = start + key_states.shape[2]
+        buffer = self._with_room(end)
+        if buffer.shape[1] != key_states.shape[0]:
+            raise InputError(f"the cache holds {buffer.shape[1]} rows, but {key_states.shape[0]} were passed")
+        buffer[0, :, :, start:end] = key_states
+        buffer[1, :, :, start:end] = value_states
+        self._suffix = end - self._offset
+        self._show_suffix()
         return tagged(self.keys, self), self.values
 
     @torch.compiler.disable
@@ -109,25 +109,19 @@ class ContiguousLayer(DynamicLayer):
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `attention.KVSource`."""
-        assert self.attached is not None
-        assert self._buffers is not None
         if not self._loaded:
             self._load(query, options)
-        length = self._offset + self._suffix
+        assert self._buffer is not None
         if self._joined:
-            keys, values = (self._part(buffer, 0, length) for buffer in self._buffers)
+            visible = self._buffer[:, :, :, : self._offset + self._suffix]
         else:
-            assert self._prefix is not None
-            keys, values = (
-                torch.cat([self._of_rows(prefix), self._part(buffer, 0, self._suffix)], dim=2)
-                for prefix, buffer in zip(self._prefix, self._buffers, strict=True)
-            )
-        if attention_mask is not None and attention_mask.shape[-1] != keys.shape[2]:
+            visible = torch.cat([self._prefix_rows(), self._buffer[:, :, :, : self._suffix]], dim=3)
+        if attention_mask is not None and attention_mask.shape[-1] != visible.shape[3]:
             raise InputError(
-                f"the attention mask has {attention_mask.shape[-1]} columns, but attention sees {keys.shape[2]} tokens "
-                f"of layer {self.layer_idx} (pruned prefix and suffix); pass a 2D mask over all tokens instead"
+                f"the attention mask has {attention_mask.shape[-1]} columns, but attention sees {visible.shape[3]} "
+                f"tokens of layer {self.layer_idx} (pruned prefix and suffix); pass a 2D mask over all tokens instead"
             )
-        return keys, values
+        return visible[0], visible[1]
 
     def get_seq_length(self) -> int:
         """Tokens in the cache: the whole prefix, kept or not, and the suffix."""
@@ -149,8 +143,7 @@ class ContiguousLayer(DynamicLayer):
             super().crop(tokens_to_remove)
             return
         self._suffix -= abs(tokens_to_remove)
-        if self._buffers is not None:
-            self.keys, self.values = (self._part(b, self._offset, self._suffix) for b in self._buffers)
+        self._show_suffix()
 
     def reset(self) -> None:
         """Drop the suffix; the prefix stays attached."""
@@ -167,15 +160,15 @@ class ContiguousLayer(DynamicLayer):
         """Each row `repeats` times."""
         if self.attached is None:
             super().batch_repeat_interleave(repeats)
-        elif self._buffers is not None:
-            self._take_rows(torch.arange(self._buffers[0].shape[0]).repeat_interleave(repeats))
+        elif self._buffer is not None:
+            self._take_rows(torch.arange(self._buffer.shape[1]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices` (positions, or a bool mask)."""
         if self.attached is None:
             super().batch_select_indices(indices)
-        elif self._buffers is not None:
-            self._take_rows(torch.arange(self._buffers[0].shape[0], device=indices.device)[indices])
+        elif self._buffer is not None:
+            self._take_rows(torch.arange(self._buffer.shape[1], device=indices.device)[indices])
 
     def offload(self) -> None:
         """Offloading is what the store is for."""
@@ -189,84 +182,89 @@ class ContiguousLayer(DynamicLayer):
         Returns also the first token: from the prefix, the chunk that it shares with the suffix is enough.
         """
         assert self.attached is not None
-        assert self._buffers is not None
+        assert self._buffer is not None
         prefix = self.attached.request.prefix
         tail = prefix.tail_tokens
         end = self._offset + self._suffix
-        parts = []
-        for half, buffer in enumerate(self._buffers):
-            first = buffer if self._joined else self._prefix[half]  # type: ignore[index]
-            source = first[row] if self._joined else self._of_rows(first)[row]
-            shared = source[:, prefix.tokens - tail : prefix.tokens]
-            parts.append(torch.cat([shared, buffer[row, :, self._offset + pads : end]], dim=1))
-        return parts[0], parts[1], prefix.tokens - tail
+        before = self._buffer[:, row] if self._joined else self._prefix_rows()[:, row]
+        states = torch.cat(
+            [
+                before[:, :, prefix.tokens - tail : prefix.tokens],
+                self._buffer[:, row, :, self._offset + pads : end],
+            ],
+            dim=2,
+        )
+        return states[0], states[1], prefix.tokens - tail
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
     def _offset(self) -> int:
-        """Where the suffix begins in `_buffers`."""
+        """Where the suffix begins in `_buffer`."""
         return self.attached.request.kept_tokens if self.attached is not None and self._joined else 0
 
-    def _of_rows(self, prefix: torch.Tensor) -> torch.Tensor:
-        """One prefix row for each batch row; a single one is shared by all."""
+    def _prefix_rows(self) -> torch.Tensor:
+        """The prefix once for each batch row; a single one is shared by all without a copy."""
+        assert self._prefix is not None
         assert self.row_of is not None
-        return prefix.expand(len(self.row_of), -1, -1, -1) if prefix.shape[0] == 1 else prefix[self.row_of]
+        if self._prefix.shape[1] == 1:
+            return self._prefix.expand(-1, len(self.row_of), -1, -1, -1)
+        return self._prefix[:, self.row_of]
 
-    @staticmethod
-    def _part(buffer: torch.Tensor, start: int, length: int) -> torch.Tensor:
-        return buffer[:, :, start : start + length]
+    def _show_suffix(self) -> None:
+        if self._buffer is not None:
+            self.keys, self.values = self._buffer[:, :, :, self._offset : self._offset + self._suffix]
 
     def _start(self, key_states: torch.Tensor) -> None:
         assert self.attached is not None
         rows = self.attached.request.rows
-        batch, kv_heads, length, head_dim = key_states.shape
+        batch, _, length, _ = key_states.shape
         if rows is not None and rows.of_batch.shape[0] != batch:
             raise InputError(f"the batch has {rows.of_batch.shape[0]} rows, but layer {self.layer_idx} got {batch}")
-        distinct = batch if rows is None else rows.representatives.shape[0]
-        self._joined = batch == 1 or (distinct == batch and not self.attached.request.keeps_all)
-        room = self._offset + length + GROWTH
-        self._buffers = (
-            key_states.new_empty(batch, kv_heads, room, head_dim),
-            key_states.new_empty(batch, kv_heads, room, head_dim),
-        )
+        in_order = rows is None or rows.in_order
+        self._joined = batch == 1 or (in_order and not self.attached.request.keeps_all)
+        self._buffer = _empty(key_states, batch, self._offset + length + GROWTH)
 
-    def _reserve(self, length: int) -> None:
-        assert self._buffers is not None
-        room = self._buffers[0].shape[2]
-        if length <= room:
-            return
-        grown = length + max(GROWTH, length // 4)
-        batch, kv_heads, _, head_dim = self._buffers[0].shape
-        larger = tuple(buffer.new_empty(batch, kv_heads, grown, head_dim) for buffer in self._buffers)
-        for new, old in zip(larger, self._buffers, strict=True):
-            new[:, :, :room] = old
-        self._buffers = (larger[0], larger[1])
+    def _with_room(self, length: int) -> torch.Tensor:
+        """The buffer, with room for `length` tokens."""
+        assert self._buffer is not None
+        room = self._buffer.shape[3]
+        if length > room:
+            larger = _empty(self._buffer, self._buffer.shape[1], length + max(GROWTH, length // 4))
+            larger[:, :, :, :room] = self._buffer
+            self._buffer = larger
+        return self._buffer
 
     def _load(self, query: torch.Tensor, options: Mapping[str, Any]) -> None:
         assert self.attached is not None
-        assert self._buffers is not None
-        request, kept = self.attached.request, self.attached.request.kept_tokens
+        assert self._buffer is not None
+        request = self.attached.request
         rows = request.rows
         self.row_of = (torch.arange(query.shape[0]) if rows is None else rows.of_batch).to(query.device)
         if self._joined:
-            target = tuple(self._part(buffer, 0, kept) for buffer in self._buffers)
+            destination = self._buffer[:, :, :, : request.kept_tokens]
         else:
-            distinct = 1 if request.keeps_all or rows is None else rows.representatives.shape[0]
-            _, kv_heads, _, head_dim = self._buffers[0].shape
-            target = tuple(buffer.new_empty(distinct, kv_heads, kept, head_dim) for buffer in self._buffers)
-            self._prefix = (target[0], target[1])
-        request.load_full(self.layer_idx, query, self.keys, options, target[0], target[1])
+            distinct = 1 if request.keeps_all or rows is None else len(rows.representatives)
+            destination = self._prefix = _empty(self._buffer, distinct, request.kept_tokens)
+        request.load_full(self.layer_idx, query, self.keys, options, destination)
         self._loaded = True
 
     def _take_rows(self, indices: torch.Tensor) -> None:
-        if self._buffers is None:
+        if self._buffer is None:
             return
-        first, second = (buffer.index_select(0, indices.to(buffer.device)) for buffer in self._buffers)
-        self._buffers = (first, second)
+        self._buffer = self._buffer.index_select(1, indices.to(self._buffer.device))
         if self.row_of is not None:
             self.row_of = self.row_of.index_select(0, indices.to(self.row_of.device))
-        self.keys, self.values = (self._part(b, self._offset, self._suffix) for b in self._buffers)
+        self._show_suffix()
+
+
+def _empty(like: torch.Tensor, batch: int, room: int) -> torch.Tensor:
+    """Memory for K and V, `(2, batch, kv_heads, room, head_dim)`, `like` a tensor `(..., kv_heads, any, head_dim)`.
+
+    An ordinary tensor even in inference mode, so that a cache may be continued outside of it.
+    """
+    with torch.inference_mode(False):
+        return like.new_empty(2, batch, like.shape[-3], room, like.shape[-1])
 
 
 class ContiguousSlidingLayer(DynamicSlidingWindowLayer):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .device import Slab, SlabPool
-from .prefix import AttachedPrefix
+from .prefix import AttachedPrefix, Run
 from .stats import RequestStats
 from .store.reader import ExtentReader, Ticket
 
@@ -30,7 +30,8 @@ class Batch:
     """Chunks of one layer that were asked for together.
 
     Attributes:
-        chunks: global chunk indices, ascending; slot `i` of `slab` holds `chunks[i]`.
+        chunks: global chunk indices, ascending; slot `i` of `slab` holds `chunks[i]`. Layers that asked for the same
+            chunks share the list.
         slab: where they land.
         ticket: tells when they have landed.
         speculative: asked for before they were selected.
@@ -61,17 +62,26 @@ class PayloadReads:
         self._verify = verify
         self._layers: dict[int, _LayerReads] = {}
 
-    def ask(self, layer: int, chunks: Sequence[int], device: torch.device, speculative: bool = False) -> None:
-        """Start reading those of `chunks` (ascending) that nobody asked for yet."""
-        reads = self._layers.setdefault(layer, _LayerReads())
-        missing = [chunk for chunk in chunks if chunk not in reads.asked] if reads.asked else list(chunks)
-        if not missing:
-            return
-        nbytes = len(missing) * self._prefix.geometry.extent_bytes
-        slab = self._pool.acquire(nbytes, device)
-        ticket = self._reader.submit(self._prefix.payload_reads(layer, missing, slab.view(nbytes), self._verify))
-        reads.asked.update(missing)
-        reads.batches.append(Batch(missing, slab, ticket, speculative))
+    def ask(
+        self, layers: Sequence[int], chunks: Sequence[int], device: torch.device, speculative: bool = False
+    ) -> None:
+        """Start reading, in each of `layers`, those of `chunks` (ascending) that nobody asked for yet."""
+        plans: dict[tuple[int, ...], tuple[list[int], list[Run]]] = {}
+        for layer in layers:
+            reads = self._layers.setdefault(layer, _LayerReads())
+            # Layers of a period have asked for the same lists before: what is missing is found once for all.
+            before = tuple(id(batch.chunks) for batch in reads.batches)
+            if before not in plans:
+                missing = [chunk for chunk in chunks if chunk not in reads.asked] if before else list(chunks)
+                plans[before] = missing, self._prefix.runs(missing)
+            missing, runs = plans[before]
+            if not missing:
+                continue
+            nbytes = len(missing) * self._prefix.geometry.extent_bytes
+            slab = self._pool.acquire(nbytes, device)
+            ticket = self._reader.submit(self._prefix.payload_reads(layer, runs, slab.view(nbytes), self._verify))
+            reads.asked.update(missing)
+            reads.batches.append(Batch(missing, slab, ticket, speculative))
 
     def take(self, layer: int) -> list[Batch]:
         """Wait for everything asked for in this layer. The caller gives it back with `give_back`."""

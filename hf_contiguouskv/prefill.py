@@ -165,7 +165,7 @@ def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSuppo
         ahead.add(
             layer,
             len(chunks) * prefix.geometry.extent_bytes,
-            partial(payload.ask, layer, chunks, device),
+            partial(payload.ask, [layer], chunks, device),
         )
     ahead.pump()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,58 @@ from .store.entries import SegmentSpan, StoredPrefix
 from .store.format import KVGeometry
 from .store.reader import Read
 from .store.segment import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Chunks that lie next to each other in one segment.
+
+    Attributes:
+        segment: the file.
+        first: position of the first of them in the segment.
+        count: how many.
+        position: place of the first of them in the list that was asked for.
+    """
+
+    segment: Segment
+    first: int
+    count: int
+    position: int
+
+
+class ExtentChecks(Sequence[tuple[int, int, int]]):
+    """The checksums of a run of extents, looked up when a reader thread compares them.
+
+    A whole layer of a segment is compared as a whole: hashing megabytes at once costs a tenth of hashing them in
+    kilobytes.
+    """
+
+    __slots__ = ("_count", "_first", "_layer", "_segment", "_size")
+
+    def __init__(self, segment: Segment, layer: int, first: int, count: int, size: int) -> None:
+        self._segment = segment
+        self._layer = layer
+        self._first = first
+        self._count = count
+        self._size = size
+
+    def _resolved(self) -> list[tuple[int, int, int]]:
+        size = self._size
+        if self._count == self._segment.num_chunks and self._count > 1:
+            whole = self._segment.layer_checksum(self._layer)
+            if whole is not None:
+                return [(0, self._count * size, whole)]
+        sums = self._segment.run_checksums(self._layer, self._first, self._count)
+        return [(position * size, size, checksum) for position, checksum in enumerate(sums)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return iter(self._resolved())
+
+    def __getitem__(self, item: Any) -> Any:
+        return self._resolved()[item]
 
 
 @dataclass(frozen=True)
@@ -57,8 +110,9 @@ class AttachedPrefix:
         """All chunks, the partial last one included."""
         return self.whole_chunks + (1 if self.tail_tokens else 0)
 
-    def runs(self, chunks: Sequence[int]) -> Iterator[tuple[Segment, int, int, int]]:
-        """Neighbours on disk among `chunks` (ascending): `(segment, first chunk in it, how many, position of the run)`."""
+    def runs(self, chunks: Sequence[int]) -> list[Run]:
+        """Neighbours on disk among `chunks` (ascending); they are the same for every layer."""
+        found: list[Run] = []
         spans = iter(self.spans)
         span = next(spans)
         position, count = 0, len(chunks)
@@ -70,29 +124,23 @@ class AttachedPrefix:
             end = position + 1
             while end < limit and chunks[end] == chunk + end - position:
                 end += 1
-            yield span.segment, span.offset + chunk - span.first_chunk, end - position, position
+            found.append(Run(span.segment, span.offset + chunk - span.first_chunk, end - position, position))
             position = end
+        return found
 
-    def payload_reads(self, layer: int, chunks: Sequence[int], into: memoryview, verify: bool) -> list[Read]:
-        """Reads that bring `chunks` (ascending) of one layer into `into`, extent after extent.
-
-        Chunks that are neighbours on disk become one read; a whole layer of a segment is checked as a whole.
-        """
+    def payload_reads(self, layer: int, runs: Sequence[Run], into: memoryview, verify: bool) -> list[Read]:
+        """Reads that bring `runs` of one layer into `into`, extent after extent."""
         size = self.geometry.extent_bytes
         reads: list[Read] = []
-        for segment, first, count, position in self.runs(chunks):
-            offset, _ = segment.payload_extent(layer, first)
-            stride = segment.payload_stride(layer)
-            whole = segment.layer_checksum(layer) if verify and count == segment.num_chunks else None
-            sums = segment.run_checksums(layer, first, count) if verify and whole is None else []
+        for run in runs:
+            offset, _ = run.segment.payload_extent(layer, run.first)
+            stride = run.segment.payload_stride(layer)
             # Layers that share a group lie between each other's chunks: then every chunk is a read of its own.
-            step = count if stride == size else 1
-            for start in range(0, count, step):
-                checks = [(i * size, size, checksum) for i, checksum in enumerate(sums[start : start + step])]
-                if whole is not None:
-                    checks = [(0, count * size, whole)]
-                part = into[(position + start) * size : (position + start + step) * size]
-                reads.append(Read(segment, offset + start * stride, step * size, part, checks))
+            step = run.count if stride == size else 1
+            for start in range(0, run.count, step):
+                checks = ExtentChecks(run.segment, layer, run.first + start, step, size) if verify else ()
+                part = into[(run.position + start) * size : (run.position + start + step) * size]
+                reads.append(Read(run.segment, offset + start * stride, step * size, part, checks))
         return reads
 
     def kv_view(self, data: torch.Tensor, chunks: int) -> torch.Tensor:

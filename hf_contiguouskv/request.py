@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .device import SlabPool, upload
 from .keys import KeySource
 from .prefetch import Batch, Lookahead, PayloadReads
 from .prefix import AttachedPrefix
-from .selection import SelectionInput, choose_chunks
+from .selection import SelectionInput, choose_chunks, voting_queries
 from .stats import RequestStats
 from .store import PrefixStore
 
@@ -56,6 +57,15 @@ class Rows:
     voting: torch.Tensor
     visible: torch.Tensor
 
+    def voters(self, limit: int | None) -> list[torch.Tensor]:
+        """Per distinct row, the positions of the (last `limit`) queries that vote."""
+        return [voting_queries(voting, limit) for voting in self.voting]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the distinct rows are the batch's rows."""
+        return len(self.representatives) == len(self.of_batch)
+
     @classmethod
     def distinct(cls, batch: int, q_length: int) -> Rows:
         """Every row for itself, every token real and voting."""
@@ -93,6 +103,8 @@ class PrefixRequest:
         self._keys = KeySource(prefix, config, store, pool, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
         self._wanted: dict[int, list[int]] = {}
+        self._voters: list[torch.Tensor] = []
+        self._slots: dict[tuple[int, int], _Slots] = {}
 
     @property
     def keeps_all(self) -> bool:
@@ -116,15 +128,16 @@ class PrefixRequest:
     def begin(self, rows: Rows) -> None:
         """The first suffix tokens are here: start the reads that do not depend on their queries."""
         self.rows = rows
+        self._voters = rows.voters(self.config.suffix_queries)
         size = self.prefix.geometry.extent_bytes
         for layer, window in enumerate(self.plan.windows):
             device = self.plan.devices[layer]
             if window is not None:
                 chunks = list(range(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks))
-                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, layer, chunks, device))
+                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
             elif self.keeps_all:
                 chunks = list(range(self.prefix.chunks))
-                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, layer, chunks, device))
+                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
             elif self._is_leader(layer):
                 self._ahead.add(layer, self._keys.nbytes(layer), partial(self._keys.ask, layer, device))
         self._ahead.pump()
@@ -142,11 +155,16 @@ class PrefixRequest:
         scores = self._keys.scorer(layer, self.plan.devices[layer])(inputs)
         selected = choose_chunks(scores, self.keep, self.config.keep_first, self.config.keep_last)
         wanted = self._chunks_to_read(selected)
-        for member in self._period(layer):
-            self.selected[member] = selected
-            self._wanted[member] = wanted
-            self._payload.ask(member, wanted, self.plan.devices[member])
+        self._slots.clear()
+        members = self._period(layer)
+        for member in members:
+            self.selected[member], self._wanted[member] = selected, wanted
+        self._ask(members, wanted)
         self._ahead.used(layer)
+
+    def _ask(self, layers: Sequence[int], chunks: Sequence[int], speculative: bool = False) -> None:
+        for device, group in groupby(layers, key=lambda layer: self.plan.devices[layer]):
+            self._payload.ask(list(group), chunks, device, speculative)
 
     def _chunks_to_read(self, selected: torch.Tensor) -> list[int]:
         chunks: list[int] = torch.unique(selected).tolist() if selected.shape[0] > 1 else selected[0].tolist()
@@ -160,8 +178,7 @@ class PrefixRequest:
         if config.subperiod == config.period or ordinal % config.period != config.subperiod:
             return
         start = ordinal - config.subperiod + config.period
-        for member in self._full[start : start + config.period]:
-            self._payload.ask(member, self._wanted[layer], self.plan.devices[member], speculative=True)
+        self._ask(self._full[start : start + config.period], self._wanted[layer], speculative=True)
 
     # -- what layers ask for ------------------------------------------------------------------------------------------
 
@@ -171,17 +188,17 @@ class PrefixRequest:
         query: torch.Tensor,
         suffix_keys: torch.Tensor,
         options: Mapping[str, Any],
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        destination: torch.Tensor,
     ) -> None:
-        """Fill `keys` and `values` `(rows, kv_heads, kept_tokens, head_dim)` with the chunks of a full layer.
+        """Fill `destination` with the chunks of a full-attention layer.
 
         Args:
             layer: layer index.
             query: `(batch, heads, q, head_dim)` after RoPE.
             suffix_keys: `(batch, kv_heads, q, head_dim)`.
             options: the attention function's keyword arguments (`scaling`, `softcap`).
-            keys, values: the destination, one row for each distinct row, or a single one if all chunks are kept.
+            destination: `(2 (K, V), rows, kv_heads, kept_tokens, head_dim)`, one row for each distinct row, or a
+                single one if all chunks are kept.
         """
         if self.rows is None:
             self.begin(Rows.distinct(query.shape[0], query.shape[2]))
@@ -190,24 +207,20 @@ class PrefixRequest:
             self._ahead.need(layer)
             self._wanted[layer] = list(range(self.prefix.chunks))
         elif self._is_leader(layer):
-            device = query.device
-            some = self.rows.representatives.to(device)
-            self._identify(
-                layer,
-                SelectionInput(
-                    query[some],
-                    suffix_keys[some],
-                    self.rows.voting.to(device),
-                    self.rows.visible.to(device),
-                    options["scaling"],
-                    options.get("softcap"),
-                ),
-            )
+            if not self.rows.in_order:
+                some = self.rows.representatives.to(query.device)
+                query, suffix_keys = query[some], suffix_keys[some]
+            visible = self.rows.visible.to(query.device)
+            voters = [positions.to(query.device) for positions in self._voters]
+            softcap = options.get("softcap")
+            self._identify(layer, SelectionInput(query, suffix_keys, voters, visible, options["scaling"], softcap))
         if not self.keeps_all:
             self._speculate(layer)
         batches = self._payload.take(layer)
-        self._assemble(layer, batches, keys, values)
-        self._payload.give_back(batches)
+        try:
+            self._assemble(layer, batches, destination)
+        finally:
+            self._payload.give_back(batches)
         self._count(layer, batches)
         if self.keeps_all:
             self._ahead.used(layer)
@@ -234,22 +247,27 @@ class PrefixRequest:
 
     # -- from extents to K and V --------------------------------------------------------------------------------------
 
-    def _assemble(self, layer: int, batches: Sequence[Batch], keys: torch.Tensor, values: torch.Tensor) -> None:
-        c = self.prefix.geometry.chunk_size
+    def _assemble(self, layer: int, batches: Sequence[Batch], destination: torch.Tensor) -> None:
+        c, tail = self.prefix.geometry.chunk_size, self.prefix.tail_tokens
         whole = self.keep * c
-        selected = self.selected.get(layer)
-        destinations = [part[:, :, :whole].unflatten(2, (self.keep, c)) for part in (keys, values)]
+        chunks = destination[:, :, :, :whole].unflatten(3, (self.keep, c))
         for batch in batches:
-            kv = upload(self.prefix.kv_view(batch.slab.data, len(batch.chunks)), keys.device, batch.slab)
-            slots = batch.chunks
-            if self.prefix.tail_tokens and slots[-1] == self.prefix.whole_chunks:
-                for half, part in enumerate((keys, values)):
-                    part[:, :, whole:] = kv[-1, half, :, : self.prefix.tail_tokens]
-                slots = slots[:-1]
-            for row in range(keys.shape[0]):
-                take, put = _slots_of(slots, None if selected is None else selected[row].tolist())
-                for half, destination in enumerate(destinations):
-                    _copy_chunks(kv[:, half], take, destination[row], put)
+            kv = upload(self.prefix.kv_view(batch.slab.data, len(batch.chunks)), destination.device, batch.slab)
+            if tail and batch.chunks[-1] == self.prefix.whole_chunks:
+                destination[:, :, :, whole:] = kv[-1, :, None, :, :tail]
+            for row in range(destination.shape[1]):
+                # (n, 2, kv_heads, c, head_dim) -> (2, kv_heads, n, c, head_dim)
+                self._slots_of(layer, batch.chunks, row, destination.device).copy(kv, chunks[:, row])
+
+    def _slots_of(self, layer: int, slots: list[int], row: int, device: torch.device) -> _Slots:
+        """Which slots of a batch a row takes; found once for all layers of a period that read the same lists."""
+        key = (id(slots), row)
+        known = self._slots.get(key)
+        if known is None or known.chunks is not slots:
+            selected = self.selected.get(layer)
+            known = _Slots.of(slots, None if selected is None else selected[row].tolist(), self.keep, device)
+            self._slots[key] = known
+        return known
 
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]
@@ -281,23 +299,36 @@ class PrefixRequest:
         self._payload.close()
 
 
-def _slots_of(slots: Sequence[int], selected: list[int] | None) -> tuple[list[int], list[int]]:
-    """Which slots a row takes from a batch, and which positions of the row they fill. Both inputs ascend."""
-    if selected is None or list(slots) == selected:
-        everything = list(range(len(slots)))
-        return everything, everything if selected is not None else list(slots)
-    slot_of = {chunk: slot for slot, chunk in enumerate(slots)}
-    pairs = [(slot_of[chunk], position) for position, chunk in enumerate(selected) if chunk in slot_of]
-    return [slot for slot, _ in pairs], [position for _, position in pairs]
+@dataclass(frozen=True)
+class _Slots:
+    """Which slots of a slab go to which positions of a row.
 
+    Attributes:
+        chunks: what the slab holds (kept so that its identity stays its own).
+        take, put: slots and positions; as an index, or `None` where they are `0 .. count - 1` on both sides.
+        count: how many.
+    """
 
-def _copy_chunks(source: torch.Tensor, take: Sequence[int], destination: torch.Tensor, put: Sequence[int]) -> None:
-    """Copy chunks `(n, kv_heads, c, head_dim)` to their positions in `(kv_heads, kept, c, head_dim)`."""
-    if not take:
-        return
-    if len(take) == take[-1] - take[0] + 1 and len(put) == put[-1] - put[0] + 1:
-        part = source[take[0] : take[-1] + 1].transpose(0, 1)
-        destination[:, put[0] : put[-1] + 1].copy_(part)
-        return
-    taken = source.index_select(0, torch.tensor(take, device=source.device))
-    destination.index_copy_(1, torch.tensor(put, device=destination.device), taken.transpose(0, 1))
+    chunks: list[int]
+    take: torch.Tensor | None
+    put: torch.Tensor | None
+    count: int
+
+    @classmethod
+    def of(cls, chunks: list[int], selected: list[int] | None, keep: int, device: torch.device) -> _Slots:
+        """Slots of `chunks` for a row that uses `selected` (`None`: the first `keep` chunks). Both ascend."""
+        wanted = range(keep) if selected is None else selected
+        if chunks[: len(wanted)] == list(wanted):
+            return cls(chunks, None, None, len(wanted))
+        slot_of = {chunk: slot for slot, chunk in enumerate(chunks)}
+        pairs = [(slot_of[chunk], position) for position, chunk in enumerate(wanted) if chunk in slot_of]
+        take = torch.tensor([slot for slot, _ in pairs], dtype=torch.long, device=device)
+        put = torch.tensor([position for _, position in pairs], dtype=torch.long, device=device)
+        return cls(chunks, take, put, len(pairs))
+
+    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """From `(n, 2, kv_heads, c, head_dim)` to `(2, kv_heads, kept, c, head_dim)`."""
+        if self.take is None or self.put is None:
+            destination.copy_(source[: self.count].permute(1, 2, 0, 3, 4))
+        elif self.count:
+            destination.index_copy_(2, self.put, source.index_select(0, self.take).permute(1, 2, 0, 3, 4))

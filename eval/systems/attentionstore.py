@@ -86,5 +86,5 @@ def overlapped_full_load(model: Any, prefix_ids: torch.Tensor, store: PrefixStor
     cache.layers = [_LoadedLayer(layer, prefix, reads) for layer in range(prefix.geometry.num_layers)]
     cache.layer_class_to_replicate = None
     for layer in range(prefix.geometry.num_layers):
-        reads.ask(layer, range(prefix.chunks), torch.device("cpu"))
+        reads.ask([layer], range(prefix.chunks), torch.device("cpu"))
     return cache

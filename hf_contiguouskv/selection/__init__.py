@@ -1,7 +1,15 @@
 """Which chunks of the prefix a request needs: one module per method, one protocol."""
 
 from .attention_mass import AttentionMass
-from .base import ChunkScorer, SelectionInput, choose_chunks
+from .base import ChunkScorer, SelectionInput, choose_chunks, voting_queries
 from .indexed_keys import IndexedKeys, build_key_index
 
-__all__ = ["AttentionMass", "ChunkScorer", "IndexedKeys", "SelectionInput", "build_key_index", "choose_chunks"]
+__all__ = [
+    "AttentionMass",
+    "ChunkScorer",
+    "IndexedKeys",
+    "SelectionInput",
+    "build_key_index",
+    "choose_chunks",
+    "voting_queries",
+]

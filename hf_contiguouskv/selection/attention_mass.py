@@ -17,20 +17,12 @@ class AttentionMass:
         prefix_keys: `(kv_heads, prefix_tokens, head_dim)`, all keys of the leader layer (a partial last chunk's
             tokens included: they take part in the softmax), in the model's dtype.
         chunk_size: tokens per chunk.
-        suffix_queries: how many of the last voting queries count; `None` is all (published).
         concentration: exponent on a chunk's mass per head and query before the sum; 1 is published.
     """
 
-    def __init__(
-        self,
-        prefix_keys: torch.Tensor,
-        chunk_size: int,
-        suffix_queries: int | None = None,
-        concentration: float = 1.0,
-    ) -> None:
+    def __init__(self, prefix_keys: torch.Tensor, chunk_size: int, concentration: float = 1.0) -> None:
         self.prefix_keys = prefix_keys
         self.chunk_size = chunk_size
-        self.suffix_queries = suffix_queries
         self.concentration = concentration
 
     def __call__(self, inputs: SelectionInput) -> torch.Tensor:
@@ -40,7 +32,7 @@ class AttentionMass:
 
     def _row(self, inputs: SelectionInput, row: int, prefix_keys: torch.Tensor) -> torch.Tensor:
         kv_heads, tokens, head_dim = prefix_keys.shape
-        voters = voting_queries(inputs.voting[row], self.suffix_queries)
+        voters = inputs.voters[row]
         group = inputs.queries.shape[1] // kv_heads
         # All query heads of a KV head are rows of one matrix product: (kv_heads, group * voters, head_dim).
         queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, head_dim) * inputs.scaling
@@ -49,17 +41,18 @@ class AttentionMass:
         causal = voters[:, None] >= torch.arange(length, device=voters.device)[None, :]
         hidden = ~(causal & inputs.visible[row][None, :]).repeat(group, 1)
         mass = prefix_keys.new_zeros(tokens // self.chunk_size)
-        step = max(1, LOGITS_AT_ONCE // (tokens + length))
+        step = min(queries.shape[1], max(1, LOGITS_AT_ONCE // (tokens + length)))
+        # One piece of memory for all heads: fresh megabytes cost more than the arithmetic on them.
+        scratch = queries.new_empty(step, tokens + length)
         for head in range(kv_heads):
             for start in range(0, queries.shape[1], step):
-                some = slice(start, start + step)
-                block = queries[head, some]
-                logits = block.new_empty(block.shape[0], tokens + length)
+                block = queries[head, start : start + step]
+                logits = scratch[: block.shape[0]]
                 torch.mm(block, prefix_keys[head].T, out=logits[:, :tokens])
                 torch.mm(block, suffix_keys[head].T, out=logits[:, tokens:])
                 logits = squash(logits, inputs.softcap)
-                logits[:, tokens:].masked_fill_(hidden[some], float("-inf"))
-                mass += self._chunk_mass(torch.softmax(logits, dim=-1))
+                logits[:, tokens:].masked_fill_(hidden[start : start + step], float("-inf"))
+                mass += self._chunk_mass(torch.softmax(logits, dim=-1, out=logits))
         return mass / inputs.queries.shape[1]
 
     def _chunk_mass(self, weights: torch.Tensor) -> torch.Tensor:
@@ -70,17 +63,6 @@ class AttentionMass:
             return weights.sum(0)[: whole * self.chunk_size].view(whole, self.chunk_size).sum(-1)
         chunks = weights[:, : whole * self.chunk_size].reshape(-1, whole, self.chunk_size).sum(-1)
         return chunks.pow_(self.concentration).sum(0)
-
-
-def voting_queries(voting: torch.Tensor, suffix_queries: int | None) -> torch.Tensor:
-    """Positions `(n,)` int64 of the queries that count, at most the last `suffix_queries`; never empty.
-
-    A row of nothing but padding (it may happen in a padded batch) lets its last query vote.
-    """
-    positions = voting.nonzero().squeeze(-1)
-    if positions.numel() == 0:
-        return torch.tensor([voting.shape[0] - 1], device=voting.device)
-    return positions if suffix_queries is None else positions[-suffix_queries:]
 
 
 def squash(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

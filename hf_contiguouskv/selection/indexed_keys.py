@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention_mass import squash, voting_queries
+from .attention_mass import squash
 from .base import SelectionInput
 
 
@@ -46,7 +46,6 @@ class IndexedKeys:
     Args:
         parts: one `(index, scale)` pair per segment of the prefix, in order (see the module's docstring).
         whole_chunks: how many chunks at the beginning are candidates (a partial last one is not).
-        suffix_queries: how many of the last voting queries count; `None` is all.
         concentration: exponent on a chunk's share per head and query.
     """
 
@@ -54,12 +53,10 @@ class IndexedKeys:
         self,
         parts: list[tuple[torch.Tensor, torch.Tensor]],
         whole_chunks: int,
-        suffix_queries: int | None,
         concentration: float,
     ) -> None:
         self.parts = parts
         self.whole_chunks = whole_chunks
-        self.suffix_queries = suffix_queries
         self.concentration = concentration
 
     def __call__(self, inputs: SelectionInput) -> torch.Tensor:
@@ -68,8 +65,7 @@ class IndexedKeys:
 
     def _row(self, inputs: SelectionInput, row: int) -> torch.Tensor:
         kv_heads = self.parts[0][0].shape[0]
-        voters = voting_queries(inputs.voting[row], self.suffix_queries)
-        queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, inputs.queries.shape[-1])
+        queries = inputs.queries[row][:, inputs.voters[row]].float().reshape(kv_heads, -1, inputs.queries.shape[-1])
         best = torch.cat([chunk_peaks(queries, index, scale) for index, scale in self.parts], dim=-1)
         best = squash(best[..., : self.whole_chunks] * inputs.scaling, inputs.softcap)
         share = torch.softmax(best, dim=-1)
@@ -100,10 +96,10 @@ def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor)
     row_scale = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20) / 127.0
     rounded = (scaled / row_scale).round_().to(torch.int8)
     # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
-    peaks = torch.stack(
-        [
-            torch._int_mm(index[head].view(-1, head_dim), rounded[head].t()).view(c, chunks, -1).amax(0)
-            for head in range(kv_heads)
-        ]
-    )
+    rows = rounded.shape[1]
+    products = torch.empty(c * chunks, rows, dtype=torch.int32)
+    peaks = torch.empty(kv_heads, chunks, rows, dtype=torch.int32)
+    for head in range(kv_heads):
+        torch._int_mm(index[head].view(-1, head_dim), rounded[head].t(), out=products)
+        torch.amax(products.view(c, chunks, rows), 0, out=peaks[head])
     return peaks.transpose(1, 2).float().mul_(row_scale)

@@ -145,7 +145,10 @@ class SegmentHeader:
 
     @cached_property
     def checked_tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that `checksums.tensors` covers, in its order: a whole layer read at once needs one check."""
+        """Names of the tensors that `checksums.tensors` covers, in its order.
+
+        Payload is among them: a layer that is read as a whole is checked as a whole.
+        """
         kinds = ("payload", "leader_keys", "key_index", "key_scale", "token_ids")
         return tuple(name for name in self.places if name.split(".")[0] in kinds)
 

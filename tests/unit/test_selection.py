@@ -7,8 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index, choose_chunks
-from hf_contiguouskv.selection.attention_mass import voting_queries
+from hf_contiguouskv.selection import (
+    AttentionMass,
+    IndexedKeys,
+    SelectionInput,
+    build_key_index,
+    choose_chunks,
+    voting_queries,
+)
 from hf_contiguouskv.selection.indexed_keys import chunk_peaks
 
 
@@ -22,7 +28,7 @@ def some_input(rows=2, heads=4, kv_heads=2, q=5, head_dim=8, seed=0, **changes):
     fields = {
         "queries": normal(rows, heads, q, head_dim),
         "suffix_keys": normal(rows, kv_heads, q, head_dim),
-        "voting": real,
+        "voters": [torch.arange(q)] * rows,
         "visible": real,
         "scaling": head_dim**-0.5,
     }
@@ -33,16 +39,14 @@ def keys_of(tokens, kv_heads=2, head_dim=8, seed=9):
     return torch.randn(kv_heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_importance(inputs, prefix_keys, chunk_size, votes=None, power=1.0):
+def slow_importance(inputs, prefix_keys, chunk_size, power=1.0):
     """The published formula in Python loops: one softmax at a time, in float64."""
-    rows, heads, q, _ = inputs.queries.shape
+    rows, heads, _, _ = inputs.queries.shape
     kv_heads, tokens, _ = prefix_keys.shape
     whole = tokens // chunk_size
     result = torch.zeros(rows, whole, dtype=torch.float64)
     for row in range(rows):
-        voters = [i for i in range(q) if inputs.voting[row, i]]
-        voters = voters if votes is None else voters[-votes:]
-        for i in voters:
+        for i in inputs.voters[row].tolist():
             for head in range(heads):
                 kv_head = head // (heads // kv_heads)
                 query = inputs.queries[row, head, i].double()
@@ -63,17 +67,25 @@ def slow_importance(inputs, prefix_keys, chunk_size, votes=None, power=1.0):
 @pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_attention_mass_is_the_published_formula(tokens, votes, power, softcap):
-    inputs, keys = some_input(softcap=softcap), keys_of(tokens)
-    fast = AttentionMass(keys, 4, votes, power)(inputs)
-    torch.testing.assert_close(fast, slow_importance(inputs, keys, 4, votes, power), rtol=1e-5, atol=1e-6)
+    voters = [voting_queries(torch.ones(5, dtype=torch.bool), votes)] * 2
+    inputs, keys = some_input(softcap=softcap, voters=voters), keys_of(tokens)
+    fast = AttentionMass(keys, 4, power)(inputs)
+    torch.testing.assert_close(fast, slow_importance(inputs, keys, 4, power), rtol=1e-5, atol=1e-6)
 
 
 def test_padding_and_drafts_neither_vote_nor_are_seen():
-    voting = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    voters = [torch.tensor([2, 3]), torch.arange(5)]
     visible = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    inputs, keys = some_input(voting=voting, visible=visible), keys_of(32)
+    inputs, keys = some_input(voters=voters, visible=visible), keys_of(32)
     fast = AttentionMass(keys, 4)(inputs)
     torch.testing.assert_close(fast, slow_importance(inputs, keys, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_suffix_is_scored_in_pieces(monkeypatch):
+    inputs, keys = some_input(), keys_of(32)
+    whole = AttentionMass(keys, 4)(inputs)
+    monkeypatch.setattr("hf_contiguouskv.selection.attention_mass.LOGITS_AT_ONCE", 3 * 37)
+    torch.testing.assert_close(AttentionMass(keys, 4)(inputs), whole)
 
 
 def test_large_logits_do_not_overflow():
@@ -113,15 +125,15 @@ def test_chunk_peaks_come_close_to_the_exact_maximum():
 
 def test_segments_are_scored_as_one_prefix():
     inputs, keys = some_input(), keys_of(48)
-    whole = IndexedKeys([build_key_index(keys, 4)], 12, None, 2.0)(inputs)
+    whole = IndexedKeys([build_key_index(keys, 4)], 12, 2.0)(inputs)
     parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
-    torch.testing.assert_close(IndexedKeys(parts, 12, None, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
+    torch.testing.assert_close(IndexedKeys(parts, 12, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
 
 
 def test_an_obvious_needle_is_found_by_both_scorers():
     inputs, keys = some_input(rows=1), keys_of(64) * 0.1
     keys[:, 41] = inputs.queries[0, :, -1].unflatten(0, (2, 2)).sum(1) * 5
-    for scorer in (AttentionMass(keys, 4), IndexedKeys([build_key_index(keys, 4)], 16, None, 2.0)):
+    for scorer in (AttentionMass(keys, 4), IndexedKeys([build_key_index(keys, 4)], 16, 2.0)):
         assert scorer(inputs)[0].argmax() == 10
 
 
