@@ -74,9 +74,46 @@ def _make_attention(base: str) -> Callable[..., Any]:
             if options.get("scaling") is None:
                 options["scaling"] = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
             key, value = source.visible_kv(query, attention_mask, options)
+            if base == "sdpa" and _groups_without_repeating(query, key, attention_mask, kwargs):
+                return _grouped_sdpa(query, key, value, attention_mask, options)
         return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
     return attention  # type: ignore[no-any-return]
+
+
+def _groups_without_repeating(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
+) -> bool:
+    """Whether torch's own grouped-query attention does what `sdpa` does, without copying K/V for each query head.
+
+    transformers repeats K/V whenever there is a mask, which on a CPU costs more than the attention itself.
+    """
+    return (
+        query.device.type == "cpu"
+        and query.shape[1] != key.shape[1]
+        and (attention_mask is not None or query.shape[2] == 1)
+        and options.get("position_bias") is None
+        and options.get("softcap") is None
+    )
+
+
+def _grouped_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: Mapping[str, Any],
+) -> tuple[torch.Tensor, None]:
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=options.get("dropout", 0.0),
+        scale=options["scaling"],
+        enable_gqa=True,
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 for _base in BASES:

@@ -79,7 +79,10 @@ class PayloadReads:
                 continue
             nbytes = len(missing) * self._prefix.geometry.extent_bytes
             slab = self._pool.acquire(nbytes, device)
-            ticket = self._reader.submit(self._prefix.payload_reads(layer, runs, slab.view(nbytes), self._verify))
+            reads_of_layer = self._prefix.payload_reads(layer, runs, slab.view(nbytes), self._verify)
+            # Somebody waits for the first layer now: all threads share it. The others have a thread each.
+            threads = None if layer == layers[0] and not speculative else 1
+            ticket = self._reader.submit(reads_of_layer, threads=threads)
             reads.asked.update(missing)
             reads.batches.append(Batch(missing, slab, ticket, speculative))
 

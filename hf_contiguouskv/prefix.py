@@ -133,14 +133,17 @@ class AttachedPrefix:
         size = self.geometry.extent_bytes
         reads: list[Read] = []
         for run in runs:
-            offset, _ = run.segment.payload_extent(layer, run.first)
-            stride = run.segment.payload_stride(layer)
-            # Layers that share a group lie between each other's chunks: then every chunk is a read of its own.
-            step = run.count if stride == size else 1
-            for start in range(0, run.count, step):
-                checks = ExtentChecks(run.segment, layer, run.first + start, step, size) if verify else ()
-                part = into[(run.position + start) * size : (run.position + start + step) * size]
-                reads.append(Read(run.segment, offset + start * stride, step * size, part, checks))
+            segment, first, count, position = run.segment, run.first, run.count, run.position
+            offset, _ = segment.payload_extent(layer, first)
+            if self.geometry.layers_per_group == 1 or count == 1:
+                part = into[position * size : (position + count) * size]
+                checks = ExtentChecks(segment, layer, first, count, size) if verify else ()
+                reads.append(Read(segment, offset, count * size, part, checks))
+                continue
+            # Layers that share a group lie between each other's chunks: every chunk is a read of its own.
+            for number in range(count):
+                single = replace(run, first=first + number, count=1, position=position + number)
+                reads += self.payload_reads(layer, [single], into, verify)
         return reads
 
     def kv_view(self, data: torch.Tensor, chunks: int) -> torch.Tensor:

@@ -207,8 +207,13 @@ class ExtentReader:
         """Bytes read since the reader was made, page rounding included."""
         return self._total.nbytes
 
-    def submit(self, reads: Sequence[Read]) -> Ticket:
+    def submit(self, reads: Sequence[Read], *, threads: int | None = None) -> Ticket:
         """Queue `reads` behind everything that was submitted before.
+
+        Args:
+            reads: what to read.
+            threads: how many threads share these reads; all by default. Where several tickets are queued together,
+                one thread for each keeps the device as busy, and wakes fewer threads.
 
         Raises:
             InputError: a buffer has another length than its read.
@@ -228,7 +233,7 @@ class ExtentReader:
                 raise StoreError("the reader is closed")
             if self._pid != os.getpid():
                 self._start()  # Threads do not survive a fork.
-            for _ in range(min(self.threads, len(parts))):
+            for _ in range(min(threads or self.threads, self.threads, len(parts))):
                 self._queue.put(ticket)
         return ticket
 
