@@ -144,14 +144,19 @@ class Installation:
     def __init__(self, config: Any) -> None:
         with _lock:
             entry = _installed.get(id(config))
-            if entry is None:
-                base = config._attn_implementation
+            current = config._attn_implementation
+            # A copy of a config that was in use still names our function.
+            base = current.removeprefix(PREFIX) if isinstance(current, str) else current
+            if entry is None or base != entry.base:
                 if base not in BASES:
                     raise UnsupportedModelError(
                         f"attention implementation {base!r} is not supported: a cache with a prefix needs one of "
                         f"{BASES}. Load the model with attn_implementation='sdpa'."
                     )
-                entry = _installed[id(config)] = _Installed(config, base)
+                if entry is None:
+                    entry = _installed[id(config)] = _Installed(config, base)
+                # Chosen by the user since then: it is what comes back in the end.
+                entry.base = base
             entry.count += 1
             config._attn_implementation_internal = PREFIX + entry.base
         self._config = config

@@ -10,7 +10,7 @@ import torch
 
 from .config import ContiguousKVConfig
 from .forward import Prompt, cut_cached, ordinary_prompt
-from .layers import ContiguousLayer
+from .layers import ContiguousLayer, ContiguousSlidingLayer
 from .prefill import geometry_of, persist_rows
 from .prefix import AttachedPrefix
 from .store import PrefixStore
@@ -29,9 +29,8 @@ class AutomaticPrefix:
     tokens are wanted.
     """
 
-    def __init__(self, store: PrefixStore, fingerprint: str, support: ModelSupport, config: ContiguousKVConfig) -> None:
+    def __init__(self, store: PrefixStore, support: ModelSupport, config: ContiguousKVConfig) -> None:
         self._store = store
-        self._fingerprint = fingerprint
         self._support = support
         self._config = config
         self._prompt: Prompt | None = None
@@ -39,7 +38,7 @@ class AutomaticPrefix:
         self._block: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutomaticPrefix:
-        twin = AutomaticPrefix(self._store, self._fingerprint, self._support, self._config)
+        twin = AutomaticPrefix(self._store, self._support, self._config)
         twin._prompt, twin._block = self._prompt, self._block
         return twin
 
@@ -51,30 +50,30 @@ class AutomaticPrefix:
         self, cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool, block: int | None
     ) -> None:
         """Look up the prompt of an empty cache; attach what is stored and cut it from `inputs`."""
-        for layer in cache.layers:
-            if hasattr(layer, "recording"):
-                layer.recording = False
+        self._record(cache, False)
         if cache.get_seq_length() > 0:
             self._continue(cache, inputs)
             return
         self._block = block
-        self._prompt = prompt = ordinary_prompt(inputs)
+        self._prompt = prompt = ordinary_prompt(inputs) if _ordinary_model(cache) else None
         if prompt is None:
             return
-        limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs, from_generate)
+        # Weights, adapters and dtype may have changed since the last prompt: they decide what fits.
+        cache.refresh_model()
+        self._support = cache._support
+        limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs)
         # Sliding windows count columns: padding behind the prefix would push tokens out of them.
         in_order = not any(prompt.pads) or not any(self._support.plan.windows)
         if limit >= self._config.chunk_size and in_order and _caller_cannot_notice(cache, inputs, from_generate):
             self._attach(cache, inputs, prompt, limit)
         if self._stays_exact(cache):
-            self._record(cache)
+            self._record(cache, True)
         else:
             self._prompt = None  # What is computed behind a pruned prefix is never stored.
 
     def _attach(self, cache: ContiguousKVCache, inputs: dict[str, Any], prompt: Prompt, limit: int) -> None:
-        self._store.flush()
         shared = _shared_beginning([prompt.row(row) for row in range(prompt.ids.shape[0])])[:limit]
-        stored = self._store.lookup(self._fingerprint, shared, self._config.chunk_size)
+        stored = cache._look_up(shared)
         if stored is None or stored.tokens < self._config.chunk_size:
             return
         # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
@@ -90,12 +89,14 @@ class AutomaticPrefix:
             self._prompt = None
             return
         self._prompt = Prompt(torch.cat([self._prompt.ids, ids], dim=1), self._prompt.pads)
-        self._record(cache)
+        self._record(cache, True)
 
-    def _record(self, cache: ContiguousKVCache) -> None:
+    @staticmethod
+    def _record(cache: ContiguousKVCache, recording: bool) -> None:
         for layer in cache.layers:
-            if hasattr(layer, "recording"):
-                layer.recording = True
+            if isinstance(layer, ContiguousSlidingLayer):
+                layer.recording = recording
+                layer.recorded = None
 
     def _stays_exact(self, cache: ContiguousKVCache) -> bool:
         return cache._attached is None or cache._attached.request.keeps_all
@@ -115,11 +116,9 @@ class AutomaticPrefix:
                 seen.add(numbers.tobytes())
                 states = [_row_states(layer, row, prompt, len(numbers)) for layer in cache.layers]
                 rows.append((numbers, states))
-        for layer in cache.layers:
-            if hasattr(layer, "recording"):
-                layer.recording, layer.recorded = False, None
+        self._record(cache, False)
         geometry = geometry_of(self._support, self._config.chunk_size)
-        store, fingerprint = self._store, self._fingerprint
+        store, fingerprint = self._store, cache._fingerprint
         store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry))
 
 
@@ -129,21 +128,27 @@ def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerState
     attached = layer.attached
     prefix = 0 if attached is None else attached.request.prefix.tokens
     if not isinstance(layer, ContiguousLayer):
+        # What the layer saw ends with the prompt. (With padding nothing is attached before a sliding window.)
         keys, values = (states[row] for states in layer.recorded)
-        # The last columns are this row's last tokens; padding may stand between them and the prefix.
-        columns = tokens - prefix
-        known = keys.shape[1] - columns - pads if prefix else 0
-        if prefix == 0 or pads == 0:
-            start = tokens - columns - max(0, known)
-            return keys[:, -(tokens - start) :], values[:, -(tokens - start) :], start
-        keys, values = (torch.cat([part[:, :known], part[:, known + pads :]], dim=1) for part in (keys, values))
-        return keys, values, prefix - known
+        known = min(keys.shape[1] - (pads if prefix == 0 and keys.shape[1] == tokens + pads else 0), tokens)
+        return keys[:, -known:], values[:, -known:], tokens - known
     if attached is None:
         return layer.keys[row, :, pads:], layer.values[row, :, pads:], 0
     return layer.row_states(row, pads)
 
 
-def _uncached_needed(inputs: dict[str, Any], from_generate: bool) -> int:
+def _ordinary_model(cache: ContiguousKVCache) -> bool:
+    """Whether the model computes now what its weights and tokens alone determine."""
+    model = cache._living_model()
+    if model.training or torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return False
+    # PEFT chooses an adapter per row with hooks on its layers (`adapter_names`).
+    return not hasattr(model, "peft_config") or not any(
+        module._forward_pre_hooks for module in model.modules() if hasattr(module, "_active_adapter")
+    )
+
+
+def _uncached_needed(inputs: dict[str, Any]) -> int:
     wanted = inputs.get("logits_to_keep")
     return max(1, wanted) if isinstance(wanted, int) else 1
 
@@ -151,7 +156,9 @@ def _uncached_needed(inputs: dict[str, Any], from_generate: bool) -> int:
 def _caller_cannot_notice(cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool) -> bool:
     if inputs.get("labels") is not None:
         return False
-    model = cache._model()
+    model = cache._living_model()
+    if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        return False  # Stored KV has no gradient.
     config = getattr(model, "config", None)
     for name in ("output_hidden_states", "output_attentions"):
         asked = inputs.get(name)

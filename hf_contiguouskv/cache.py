@@ -21,13 +21,14 @@ from .config import ContiguousKVConfig
 from .device import SLABS
 from .errors import ConfigError, InputError
 from .forward import cut_cached, decoding, is_refed, mask_behind_prefix, pads_before_prefix, rows_of, uncut_prefix
-from .hook import ForwardHook, caller_generation_config
+from .hook import ForwardHook, GenerateCall, running_generate
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
 from .prefill import prefill_into_store
 from .prefix import AttachedPrefix
 from .request import PrefixRequest
 from .stats import RequestStats
 from .store import PrefixStore
+from .store.entries import StoredPrefix
 from .store.fingerprint import model_fingerprint
 from .support import decoder_config, innermost_causal_lm, layer_windows, require_support
 
@@ -86,7 +87,8 @@ class ContiguousKVCache(Cache):
         **overrides: Any,
     ) -> None:
         self.config = _configured(config, overrides)
-        windows = layer_windows(innermost_causal_lm(model))
+        lm = innermost_causal_lm(model)
+        windows = layer_windows(lm)
         super().__init__(
             layers=[
                 ContiguousLayer(position) if window is None else ContiguousSlidingLayer(position, window)
@@ -95,26 +97,33 @@ class ContiguousKVCache(Cache):
         )
         ids = None if prefix_ids is None else checked_ids(prefix_ids)
         self.prefix_ids: torch.Tensor | None = None
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(lm)
         self._attached: AttachedState | None = None
         self._whole_prefix: AttachedPrefix | None = None
         self._stats = RequestStats()
         self._automatic: AutomaticPrefix | None = None
         self._installation: Installation | None = None
         self._hook: ForwardHook | None = None
-        self._generation_config: Any = None
-        self._from_generate = False
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._generate_begins = False
+        # Tokens after the prefix, int64 (n,), for as long as there is one row and all of them were seen.
+        self._suffix_ids: torch.Tensor | None = torch.zeros(0, dtype=torch.long)
+        # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
+        self._before: int | None = None
+        self._temporary: _TemporaryStore | None = None
         self.store = self._opened(store, ids is not None)
         if self.store is None:
             return
-        self._support = require_support(innermost_causal_lm(model))
-        self._fingerprint = model_fingerprint(innermost_causal_lm(model))
-        self._install(model)
-        if ids is None:
-            self._automatic = AutomaticPrefix(self.store, self._fingerprint, self._support, self.config)
-        else:
-            self._attach_ids(model, ids)
+        self._support = require_support(lm)
+        self._fingerprint = model_fingerprint(lm)
+        try:
+            self._install(lm)
+            if ids is None:
+                self._automatic = AutomaticPrefix(self.store, self._support, self.config)
+            else:
+                self._attach_ids(lm, ids)
+        except BaseException:
+            self.close()
+            raise
 
     def _opened(self, store: PrefixStore | str | Path | None, needed: bool) -> PrefixStore | None:
         if isinstance(store, PrefixStore):
@@ -125,26 +134,38 @@ class ContiguousKVCache(Cache):
             raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")
         if not needed:
             return None
-        self._temporary = tempfile.TemporaryDirectory(prefix="contiguouskv-")
-        return PrefixStore(Path(self._temporary.name) / "store")
+        self._temporary = _TemporaryStore()
+        return self._temporary.store
 
-    def _install(self, model: nn.Module) -> None:
-        lm = innermost_causal_lm(model)
+    def _install(self, lm: nn.Module) -> None:
         self._installation = Installation(decoder_config(lm))
         self._hook = ForwardHook(self, lm)
 
+    def refresh_model(self) -> None:
+        """Find out anew what the model is: its weights, adapters, dtype or devices may have changed."""
+        lm = self._living_model()
+        self._fingerprint = model_fingerprint(lm)
+        self._support = require_support(lm)
+
+    def _living_model(self) -> nn.Module:
+        lm = self._model()
+        if lm is None:
+            raise InputError("the model of this cache is gone")
+        return lm
+
     # -- attaching ----------------------------------------------------------------------------------------------------
 
-    def _attach_ids(self, model: nn.Module, ids: torch.Tensor) -> None:
+    def _attach_ids(self, lm: nn.Module, ids: torch.Tensor) -> None:
         assert self.store is not None
-        self.store.flush()
         numbers = ids.numpy().astype(np.int64)
-        stored = self.store.lookup(self._fingerprint, numbers, self.config.chunk_size)
+        stored = self._look_up(numbers)
         found = 0 if stored is None else stored.tokens
         if stored is None or found < len(numbers):
-            lm = innermost_causal_lm(model)
             if lm.training:
                 raise InputError("the model is in training mode; call model.eval() before its KV is stored")
+            images = getattr(lm.config, "image_token_id", getattr(lm.config, "image_token_index", None))
+            if images is not None and bool((ids == images).any()):
+                raise InputError(f"the prefix holds image placeholders (token {images}); only text can be stored")
             stored = prefill_into_store(lm, ids, stored, self.store, self._fingerprint, self._support, self.config)
         self.prefix_ids = ids
         self._whole_prefix = AttachedPrefix.of(stored, len(numbers))
@@ -152,15 +173,30 @@ class ContiguousKVCache(Cache):
         self._stats.tokens_from_store = found
         self._stats.tokens_prefilled = len(numbers) - found
 
-    def _attach(self, prefix: AttachedPrefix | None, config: ContiguousKVConfig | None = None) -> None:
+    def _look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
+        """The longest stored beginning of `ids`; waits for prompts that are still being written only if that helps."""
+        assert self.store is not None
+        stored = self.store.lookup(self._fingerprint, ids, self.config.chunk_size)
+        if (stored is None or stored.tokens < len(ids)) and self.store.flush():
+            stored = self.store.lookup(self._fingerprint, ids, self.config.chunk_size)
+        return stored
+
+    def _attach(
+        self, prefix: AttachedPrefix | None, config: ContiguousKVConfig | None = None, stats: RequestStats | None = None
+    ) -> None:
         """Begin a new request on `prefix` (or none): every layer forgets its suffix."""
         self._close_request()
+        self._before = None
+        self._suffix_ids = torch.zeros(0, dtype=torch.long)
         self._stats = RequestStats()
         if prefix is not None:
             assert self.store is not None
             assert self._installation is not None
             self._stats.prefix_tokens = self._stats.tokens_from_store = prefix.tokens
             self._stats.chunks_total = prefix.chunks
+            if stats is not None:
+                self._stats.tokens_from_store = min(stats.tokens_from_store, prefix.tokens)
+                self._stats.tokens_prefilled = prefix.tokens - self._stats.tokens_from_store
             request = PrefixRequest(prefix, config or self.config, self._support.plan, self.store, SLABS, self._stats)
             self._attached = AttachedState(request, self._installation)
         for layer in self.layers:
@@ -175,42 +211,69 @@ class ContiguousKVCache(Cache):
 
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """Make the arguments of the model's forward fit what is cached. `inputs` are changed in place."""
-        from_generate, self._from_generate = self._from_generate, False
+        self._recover()
+        call = running_generate()
+        begins, self._generate_begins = self._generate_begins and call is not None, False
         if self._automatic is not None:
-            blocks = getattr(self._generation_config, "prefill_chunk_size", None) if from_generate else None
-            self._automatic.before_forward(self, inputs, from_generate, blocks)
-        if self._attached is None:
-            return
+            self._automatic.before_forward(self, inputs, begins, call.block if begins and call else None)
+        if self._attached is not None:
+            self._fit(inputs, begins, more_follows=call is not None and bool(call.block) and not decoding(inputs))
+        self._remember(inputs)
+        self._before = self._suffix_length()
+
+    def _fit(self, inputs: dict[str, Any], generate_begins: bool, more_follows: bool) -> None:
+        assert self._attached is not None
         self._attached.require_active()
+        self._attached.expected = None
         cached = self.get_seq_length()
-        if is_refed(inputs, cached, from_generate, self.prefix_ids):
-            self._check_refed(inputs)
-            needed = inputs.get("logits_to_keep", 1)
-            needed = max(1, needed) if isinstance(needed, int) else 1
-            length = inputs["input_ids"].shape[1]
-            if length < cached:
-                raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
-            if length - cached < needed:
-                self.crop(length - cached - needed)
+        if is_refed(inputs, cached, generate_begins, self.prefix_ids):
+            self._cut_refed(inputs, cached, generate_begins)
             cached = self.get_seq_length()
-            cut_cached(inputs, cached)
-        if self._attached is None:  # The crop took everything.
+        if self._attached is None:  # The whole prefix had to be given up.
             return
-        mask = inputs.get("attention_mask")
-        request = self._attached.request
+        request, mask = self._attached.request, inputs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            block = getattr(self._generation_config, "prefill_chunk_size", None)
-            moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows=bool(block) and not decoding(inputs))
+            moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows)
             if moved is not mask and any(request.plan.windows):
                 self._compute_everything(inputs, request.prefix.tokens)
                 return
             inputs["attention_mask"] = moved
+            if request.rows is None and not request.keeps_all and not bool(moved[:, : request.prefix.tokens].all()):
+                raise InputError("the attention mask hides tokens of a prefix that is pruned; use budget=1.0")
         elif isinstance(mask, torch.Tensor) and not request.keeps_all:
             raise InputError("a 4D attention mask cannot say what to do with a pruned prefix; pass a 2D mask")
         if request.rows is None:
-            drafts = inputs.get("logits_to_keep", 1) if from_generate else 1
+            if self._automatic is None and model_fingerprint(self._living_model()) != self._fingerprint:
+                raise InputError(
+                    "the model's weights, adapters or configuration have changed since this cache was made: its prefix "
+                    "does not fit any more; make a new cache"
+                )
+            drafts = inputs.get("logits_to_keep", 1) if generate_begins else 1
             drafts = drafts - 1 if isinstance(drafts, int) and drafts > 1 else 0
             request.begin(rows_of(inputs, cached, drafts))
+
+    def _cut_refed(self, inputs: dict[str, Any], cached: int, generate_begins: bool) -> None:
+        """The whole prompt is at hand although most of it is cached: keep what is new, and at least one token."""
+        needed, length = inputs.get("logits_to_keep", 0), inputs["input_ids"].shape[1]
+        if not generate_begins and (not isinstance(needed, int) or needed < 1 or needed > length - cached):
+            raise InputError(
+                f"{cached} of these {length} tokens are in the cache already: pass the new ones only (the attention "
+                "mask covers both), or logits_to_keep for no more than the new ones"
+            )
+        needed = max(1, needed) if isinstance(needed, int) else 1
+        mask = inputs.get("attention_mask")
+        self._check_rows(inputs["input_ids"], mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
+        if length < cached:
+            raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
+        if length - cached < needed:
+            self.crop(length - cached - needed)
+        cut_cached(inputs, self.get_seq_length())
+
+    def _check_rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Make sure that whole prompts begin with the prefix, behind their left padding."""
+        pads = [0] * len(ids) if mask is None else pads_before_prefix(mask).tolist()
+        for row, skip in zip(ids, pads, strict=True):
+            self.check(row[skip:], partial=True)
 
     def _compute_everything(self, inputs: dict[str, Any], tokens: int) -> None:
         """Left padding before the prefix on a model with sliding windows: they count columns, and the padding cannot
@@ -225,31 +288,70 @@ class ContiguousKVCache(Cache):
         uncut_prefix(inputs, self.prefix_ids[:tokens])
         self._attach(None)
 
-    def _check_refed(self, inputs: dict[str, Any]) -> None:
-        """The whole prompt is at hand: make sure that it begins with the prefix."""
-        if self.prefix_ids is None:
-            return
-        mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        pads = [0] * len(ids)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            pads = pads_before_prefix(mask).tolist()
-        for row, skip in zip(ids, pads, strict=True):
-            self.check(row[skip:], partial=True)
-
     def after_forward(self) -> None:
         """The model is through with a forward on this cache."""
+        self._before = None
         if self._automatic is not None:
             self._automatic.after_forward(self)
+
+    def _suffix_length(self) -> int:
+        return int(self.get_seq_length()) - self._tokens()
+
+    def _recover(self) -> None:
+        """After a forward that was interrupted: start over if it was the first, else the cache cannot be repaired."""
+        if self._before == 0:
+            self._start_over()
+        elif self._before is not None:
+            raise InputError(
+                "an earlier forward with this cache was interrupted, its layers hold different tokens; call reset()"
+            )
+
+    def _start_over(self) -> None:
+        if self._automatic is not None:
+            self.reset()
+        else:
+            self._attach(None if self._attached is None else self._attached.request.prefix, stats=self._stats)
+
+    def _remember(self, inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids")
+        known = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[0] == 1
+        if known and self._suffix_ids is not None:
+            self._suffix_ids = torch.cat([self._suffix_ids, ids[0].cpu()])  # type: ignore[index]
+        else:
+            self._suffix_ids = None
 
     @property
     def _is_user_defined(self) -> bool:
         """`generate` sets this on a cache that it is given: the sign that a new call begins."""
-        return self._generation_config is not None
+        return self._generate_begins
 
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
-        self._from_generate = True
-        self._generation_config = caller_generation_config() or False
+        self._generate_begins = True
+        call = running_generate()
+        if self.store is not None and call is not None:
+            self._recover()
+            self._begin_generate(call)
+
+    def _begin_generate(self, call: GenerateCall) -> None:
+        """Another prompt than the one in the cache needs no `reset`: the next question on the same prefix begins."""
+        prompt = call.whole_prompt
+        if prompt is None or self.get_seq_length() == 0:
+            return
+        if self._suffix_length() > 0:
+            continues = prompt.shape[1] >= self.get_seq_length()
+            if continues and self._suffix_ids is not None and len(prompt) == 1:
+                prefix = self.prefix_ids if self._attached is not None else None
+                cached = self._suffix_ids if prefix is None else torch.cat([prefix[: self._tokens()], self._suffix_ids])
+                continues = torch.equal(prompt[0, : len(cached)].cpu(), cached)
+            if not continues:
+                self.reset()
+        if self._attached is not None:
+            self._check_rows(prompt, call.attention_mask)
+
+    def _tokens(self) -> int:
+        """Tokens of the prefix that is attached now."""
+        return 0 if self._attached is None else self._attached.request.prefix.tokens
 
     # -- the public interface -----------------------------------------------------------------------------------------
 
@@ -263,10 +365,10 @@ class ContiguousKVCache(Cache):
 
         With `partial`, ids shorter than the prefix need only agree as far as they go.
         """
-        if self.prefix_ids is None:
+        if self.prefix_ids is None or self._attached is None:
             return
         rows = input_ids[None] if input_ids.ndim == 1 else input_ids
-        wanted = self.prefix_ids
+        wanted = self.prefix_ids[: self._tokens()]
         for position, row in enumerate(rows.cpu()):
             length = min(len(row), len(wanted))
             if length < len(wanted) and not partial:
@@ -307,35 +409,37 @@ class ContiguousKVCache(Cache):
         """Remove the last `-tokens_to_remove` tokens. Back to the prefix, its chunks are selected anew."""
         if self._attached is None:
             super().crop(tokens_to_remove)
+            self._suffix_ids = None
             return
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes a negative number of tokens to remove (or 0), got {tokens_to_remove}; to keep "
                 f"{tokens_to_remove} of {self.get_seq_length()} tokens, pass {tokens_to_remove - self.get_seq_length()}"
             )
-        prefix = self._attached.request.prefix
+        request = self._attached.request
         left = self.get_seq_length() + tokens_to_remove
-        if left > prefix.tokens or tokens_to_remove == 0:
+        if left > request.prefix.tokens or tokens_to_remove == 0:
             for layer in self.layers:
                 layer.crop(tokens_to_remove)
+            if self._suffix_ids is not None:
+                self._suffix_ids = self._suffix_ids[: left - request.prefix.tokens]
         elif left > 0:
-            self._attach(prefix.truncated(left))
+            self._attach(request.prefix.truncated(left), request.config, stats=self._stats)
         else:
             self._attach(None)
 
     def close(self) -> None:
-        """Detach the prefix and let go of model and store. The cache is empty afterwards, and ordinary."""
+        """Detach the prefix, let go of model and store: an empty, ordinary cache is left. `stats` stay readable."""
+        stats = self._stats
         self._automatic = None
         self._attach(None)
+        self._stats = stats
         self._whole_prefix = self.prefix_ids = None
         if self._hook is not None:
             self._hook.remove()
         if self._installation is not None:
             self._installation.release()
-        if self._temporary is not None and self.store is not None:
-            self.store.close()
-            self._temporary.cleanup()
-        self.store = None
+        self._hook = self._installation = self._temporary = self.store = None
 
     def __enter__(self) -> ContiguousKVCache:
         return self
@@ -349,20 +453,33 @@ class ContiguousKVCache(Cache):
         """An independent cache in the same state; model and store are shared, not copied."""
         twin: ContiguousKVCache = object.__new__(type(self))
         memo[id(self)] = twin
-        shared = ("_model", "store", "_support", "_temporary", "_whole_prefix", "_generation_config")
+        shared = ("_model", "store", "_support", "_temporary", "_whole_prefix")
         apart = ("layers", "_attached", "_installation", "_hook")
         for name, value in vars(self).items():
             if name not in apart:
                 setattr(twin, name, value if name in shared else copy.deepcopy(value, memo))
         twin._attached = twin._installation = twin._hook = None
-        model = self._model()
-        if self._installation is not None and model is not None:
-            twin._install(model)
+        if self._installation is not None:
+            twin._install(self._living_model())
         if self._attached is not None and twin._installation is not None:
             request = self._attached.request.twin(twin._stats)
             twin._attached = AttachedState(request, twin._installation)
         twin.layers = [layer.copy_of(twin._attached, memo) for layer in self.layers]
         return twin
+
+
+class _TemporaryStore:
+    """A store in a folder that goes when nobody holds this object any more (a cache and its copies)."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="contiguouskv-")
+        self.store = PrefixStore(Path(self._folder.name) / "store")
+        weakref.finalize(self, _close_temporary, self.store, self._folder)
+
+
+def _close_temporary(store: PrefixStore, folder: tempfile.TemporaryDirectory[str]) -> None:
+    store.close()
+    folder.cleanup()
 
 
 def _configured(config: ContiguousKVConfig | None, overrides: dict[str, Any]) -> ContiguousKVConfig:

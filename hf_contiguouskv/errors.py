@@ -33,7 +33,15 @@ class StoreFormatError(StoreError):
 
 
 class SegmentCorruptError(StoreError):
-    """A segment file is truncated, foreign, or its bytes do not match their checksum."""
+    """A segment file is truncated, foreign, or its bytes do not match their checksum.
+
+    Attributes:
+        segment: the open segment, where the damage showed while it was read; else `None`.
+    """
+
+    def __init__(self, message: str, segment: object = None) -> None:
+        super().__init__(message)
+        self.segment = segment
 
 
 class StoreFullError(StoreError, OSError):

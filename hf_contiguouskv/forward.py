@@ -14,6 +14,24 @@ import torch
 from .errors import InputError
 from .request import Rows
 
+# Arguments of a forward that leave K and V what token ids, mask and positions make them.
+ORDINARY_INPUTS = frozenset(
+    (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "labels",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "cache_position",
+    )
+)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -35,9 +53,9 @@ class Prompt:
 def ordinary_prompt(inputs: dict[str, Any]) -> Prompt | None:
     """The prompt in `inputs`, or `None` if its KV would not be that of its tokens at positions 0, 1, 2, ..."""
     ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
         return None
-    if inputs.get("token_type_ids") is not None or ids.shape[1] == 0:
+    if any(value is not None for name, value in inputs.items() if name not in ORDINARY_INPUTS):
         return None
     batch, length = ids.shape
     pads = [0] * batch

@@ -67,6 +67,10 @@ class KeySource:
     def _has_leader_keys(self, layer: int) -> bool:
         return all(layer in span.segment.geometry.leader_layers for span in self._prefix.spans)
 
+    def reads_payload(self, layer: int) -> bool:
+        """Whether the keys of this layer can only be had by reading its whole payload."""
+        return not self.uses_index(layer) and not self._has_leader_keys(layer)
+
     def nbytes(self, layer: int) -> int:
         """Bytes that `ask` would read for this layer."""
         if self.uses_index(layer):
@@ -118,7 +122,7 @@ class KeySource:
         length = full if nbytes is None else nbytes
         slab = self._pool.acquire(length, device)
         checks: tuple[tuple[int, int, int], ...] = ()
-        if self._config.verify and length == full and not name.startswith("key_scale"):
+        if self._config.verify and length == full:
             checks = ((0, full, segment.tensor_checksum(name)),)
         read = Read(segment, offset, length, slab.view(length), checks)
         return _Pending(name, slab, slab.data[:length], self._store.reader.submit([read]))

@@ -27,6 +27,18 @@ class AttachedState:
         self.request = request
         self.installation = installation
 
+        # The layer whose K/V went to the model last, until attention has asked for what belongs to them.
+        self.expected: int | None = None
+
+    def expect(self, layer: int) -> None:
+        """A layer hands its suffix to the model; raise if the one before was attended to without its prefix."""
+        if self.expected is not None:
+            raise AttentionNotActiveError(
+                f"attention of layer {self.expected} did not ask this cache for its prefix: the cache was made for "
+                "another model, or the model's attention implementation was changed; make a new cache"
+            )
+        self.expected = layer
+
     def require_active(self) -> None:
         """Raise if the model would not call our attention function: its answers would be silently wrong."""
         if not self.installation.active:
@@ -88,6 +100,7 @@ class ContiguousLayer(DynamicLayer):
         if self.attached is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         self.attached.require_active()
+        self.attached.expect(self.layer_idx)
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
@@ -109,6 +122,8 @@ class ContiguousLayer(DynamicLayer):
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `attention.KVSource`."""
+        assert self.attached is not None
+        self.attached.expected = None
         if not self._loaded:
             self._load(query, options)
         assert self._buffer is not None
@@ -142,7 +157,7 @@ class ContiguousLayer(DynamicLayer):
         if self.attached is None:
             super().crop(tokens_to_remove)
             return
-        self._suffix -= abs(tokens_to_remove)
+        self._suffix = max(0, self._suffix - abs(tokens_to_remove))
         self._show_suffix()
 
     def reset(self) -> None:
@@ -312,7 +327,7 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         assert self.attached is not None
         self.lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
-        keys, values = self.attached.request.load_tail(self.layer_idx, self.sliding_window)
+        keys, values = self.attached.request.load_tail(self.layer_idx, self.sliding_window, batch, key_states.shape[2])
         self.keys, self.values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -66,7 +66,7 @@ class SegmentFeed:
         Args:
             layer: layer index.
             keys, values: `(kv_heads, t, head_dim)`: tokens `[start, start + t)`, `start` at or before the first
-                chunk not written yet. They are read later, on the writer's thread: they must not change.
+                chunk not written yet.
         """
         c = self._geometry.chunk_size
         end = start + keys.shape[1]
@@ -74,8 +74,9 @@ class SegmentFeed:
         last = end // c if end < self._tokens else -(-end // c)
         if last > first:
             part = slice(first * c - start, min(last * c, end) - start)
-            k, v = keys[:, part], values[:, part]
-            self._writer.write_chunks(layer, first - self._first, lambda: _to_extents(k, v, c))
+            # Arranged here, on the thread that computed them: a queued view would keep all of the cache's tokens
+            # alive, and on an accelerator another thread would have to know which stream they come from.
+            self._writer.write_chunks(layer, first - self._first, _to_extents(keys[:, part], values[:, part], c))
             self._written[layer] = last
         if end == self._tokens and layer in self._geometry.indexed_layers:
             own = keys[:, self._first * c - start :]
@@ -198,7 +199,8 @@ def persist_rows(
         known = store.lookup(fingerprint, ids, c)
         done = 0 if known is None else known.tokens
         first_chunk = done // c
-        if done == len(ids) or any(start > first_chunk * c for _, _, start in layers):
+        exact = all(keys.dtype == values.dtype == geometry.dtype for keys, values, _ in layers)
+        if done == len(ids) or not exact or any(start > first_chunk * c for _, _, start in layers):
             continue
         writer = store.begin_segment(fingerprint, geometry, ids, first_chunk)
         try:

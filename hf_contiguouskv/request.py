@@ -12,12 +12,14 @@ import torch
 
 from .config import ContiguousKVConfig
 from .device import SlabPool, upload
+from .errors import InputError, SegmentCorruptError
 from .keys import KeySource
 from .prefetch import Batch, Lookahead, PayloadReads
 from .prefix import AttachedPrefix
 from .selection import SelectionInput, choose_chunks, voting_queries
 from .stats import RequestStats
 from .store import PrefixStore
+from .store.segment import Segment
 
 # Leader layers whose keys are read ahead.
 KEYS_AHEAD = 3
@@ -149,10 +151,16 @@ class PrefixRequest:
         start = self._ordinal[leader]
         return self._full[start : start + self.config.period]
 
+    @torch.no_grad()
     def _identify(self, layer: int, inputs: SelectionInput) -> None:
         """Select for the period that `layer` leads, and ask for what that needs (intra-period prefetch)."""
         self._ahead.need(layer)
-        scores = self._keys.scorer(layer, self.plan.devices[layer])(inputs)
+        try:
+            scorer = self._keys.scorer(layer, self.plan.devices[layer])
+        except SegmentCorruptError as error:
+            self._discard(error)
+            raise
+        scores = scorer(inputs)
         selected = choose_chunks(scores, self.keep, self.config.keep_first, self.config.keep_last)
         wanted = self._chunks_to_read(selected)
         self._slots.clear()
@@ -178,9 +186,29 @@ class PrefixRequest:
         if config.subperiod == config.period or ordinal % config.period != config.subperiod:
             return
         start = ordinal - config.subperiod + config.period
-        self._ask(self._full[start : start + config.period], self._wanted[layer], speculative=True)
+        members = self._full[start : start + config.period]
+        if members and self._keys.reads_payload(members[0]):
+            members = members[1:]  # All of the next leader's chunks are read for its keys anyway.
+        self._ask(members, self._wanted[layer], speculative=True)
 
     # -- what layers ask for ------------------------------------------------------------------------------------------
+
+    def _begun(self, batch: int, q_length: int) -> None:
+        """The model was called past the cache's hook (its base model, say): nothing is known of the rows."""
+        if self.rows is None:
+            self.begin(Rows.distinct(batch, q_length))
+
+    def _take(self, layer: int) -> list[Batch]:
+        try:
+            return self._payload.take(layer)
+        except SegmentCorruptError as error:
+            self._discard(error)
+            raise
+
+    def _discard(self, error: SegmentCorruptError) -> None:
+        """Take a damaged segment out of service, so that the next request computes its tokens anew."""
+        if isinstance(error.segment, Segment):
+            self._store.discard(error.segment, str(error))
 
     def load_full(
         self,
@@ -200,8 +228,7 @@ class PrefixRequest:
             destination: `(2 (K, V), rows, kv_heads, kept_tokens, head_dim)`, one row for each distinct row, or a
                 single one if all chunks are kept.
         """
-        if self.rows is None:
-            self.begin(Rows.distinct(query.shape[0], query.shape[2]))
+        self._begun(query.shape[0], query.shape[2])
         assert self.rows is not None
         if self.keeps_all:
             self._ahead.need(layer)
@@ -216,8 +243,11 @@ class PrefixRequest:
             self._identify(layer, SelectionInput(query, suffix_keys, voters, visible, options["scaling"], softcap))
         if not self.keeps_all:
             self._speculate(layer)
-        batches = self._payload.take(layer)
+        batches = self._take(layer)
         try:
+            arrived = {chunk for batch in batches for chunk in batch.chunks}
+            if not arrived.issuperset(self._wanted[layer]):
+                raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
             self._assemble(layer, batches, destination)
         finally:
             self._payload.give_back(batches)
@@ -225,19 +255,20 @@ class PrefixRequest:
         if self.keeps_all:
             self._ahead.used(layer)
 
-    def load_tail(self, layer: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def load_tail(self, layer: int, window: int, batch: int, q_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `(1, kv_heads, min(tokens, window - 1), head_dim)` of a sliding-window layer: all that it can see."""
+        self._begun(batch, q_length)
         self._ahead.need(layer)
-        batches = self._payload.take(layer)
-        (batch,) = batches
+        (read,) = batches = self._take(layer)
         c = self.prefix.geometry.chunk_size
-        kv = upload(self.prefix.kv_view(batch.slab.data, len(batch.chunks)), self.plan.devices[layer], batch.slab)
-        skip = self._tail_start(window) - batch.chunks[0] * c
+        kv = upload(self.prefix.kv_view(read.slab.data, len(read.chunks)), self.plan.devices[layer], read.slab)
+        begin = read.chunks[0] * c
+        skip = self._tail_start(window) - begin
         # (chunks, 2, h, c, d) -> (2, 1, h, tokens, d), without the tokens before the window and after the prefix.
-        tokens = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, skip : self.prefix.tokens - batch.chunks[0] * c]
+        tokens = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, skip : self.prefix.tokens - begin]
         keys, values = tokens[0].clone(), tokens[1].clone()
         self._payload.give_back(batches)
-        self.stats.hits["disk"] += len(batch.chunks)
+        self.stats.hits["disk"] += len(read.chunks)
         self.stats.bytes_used += keys.shape[2] * self.prefix.token_bytes()
         self._ahead.used(layer)
         return keys, values

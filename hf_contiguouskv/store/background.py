@@ -52,13 +52,17 @@ class Background:
         with self._lock:
             self._pending.discard(future)
 
-    def flush(self) -> None:
-        """Wait for everything that was submitted before. From inside a background task: return at once."""
+    def flush(self) -> bool:
+        """Wait for everything that was submitted before; whether there was anything to wait for.
+
+        From inside a background task: return at once.
+        """
         if getattr(self._here, "inside", False):
-            return
+            return False
         with self._lock:
             pending = set(self._pending)
         wait(pending)
+        return bool(pending)
 
     def close(self) -> None:
         """Wait for everything, then end the thread; a later `submit` starts a new one."""

@@ -97,7 +97,7 @@ def _read_bounced(segment: Segment, direct: int, offset: int, into: memoryview, 
             return into.nbytes
         useful = min(got - skip, into.nbytes)
         if useful <= 0:
-            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
+            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}", segment)
         into[:useful] = aligned[skip : skip + useful]
     return useful
 
@@ -107,5 +107,5 @@ def _read_buffered(segment: Segment, offset: int, into: memoryview) -> None:
     while done < into.nbytes:
         got = os.preadv(segment.fd_buffered, (into[done:],), offset + done)
         if got == 0:
-            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}")
+            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}", segment)
         done += got

@@ -47,7 +47,7 @@ logger = logging.getLogger("hf_contiguouskv")
 _MARKS_BEFORE_FLUSH = 256
 
 _shared: weakref.WeakValueDictionary[str, PrefixStore] = weakref.WeakValueDictionary()
-_shared_lock = threading.Lock()
+_shared_lock = threading.RLock()
 _open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
 
 
@@ -109,16 +109,17 @@ class PrefixStore:
         self._index = StoreIndex(folder / "index.sqlite", lambda db: maintenance.index_files(db, folder))
         self._closed = False
         _open_stores.add(self)
+        with _shared_lock:
+            earlier = _shared.get(os.path.realpath(self.path))
+            if earlier is None or earlier._closed:
+                _shared[os.path.realpath(self.path)] = self
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
-        """The open store of this process for `path`, with default settings if there is none yet."""
-        real = os.path.realpath(path)
+        """The store that this process has open at `path` (the first, with its settings), or a new one."""
         with _shared_lock:
-            store = _shared.get(real)
-            if store is None or store._closed:
-                store = _shared[real] = cls(real)
-            return store
+            store = _shared.get(os.path.realpath(path))
+            return cls(path) if store is None or store._closed else store
 
     # -- finding ------------------------------------------------------------------------------------------------
 
@@ -424,9 +425,9 @@ class PrefixStore:
         """
         self._background.submit(function)
 
-    def flush(self) -> None:
-        """Wait until everything that was given to `submit_background` has run."""
-        self._background.flush()
+    def flush(self) -> bool:
+        """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
+        return self._background.flush()
 
     @property
     def background_failures(self) -> int:

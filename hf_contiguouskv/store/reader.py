@@ -295,8 +295,9 @@ def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Ch
     for start, length, checksum in checks:
         if xxhash.xxh3_64_intdigest(into[start : start + length]) != checksum:
             raise SegmentCorruptError(
-                f"{segment.path}: {segment.describe(offset + start)}: bytes do not match their checksum. "
-                "Run `contiguouskv verify` on the store and delete the segment."
+                f"{segment.path}: {segment.describe(offset + start)}: bytes do not match their checksum; "
+                "`contiguouskv verify` looks for more damage",
+                segment,
             )
 
 
