@@ -172,6 +172,9 @@ class ContiguousKVCache(Cache):
         self._attach(self._whole_prefix)
         self._stats.tokens_from_store = found
         self._stats.tokens_prefilled = len(numbers) - found
+        if self._attached is not None:
+            # A cache is made to be used: its first reads go on while `generate` prepares its inputs.
+            self._attached.request.start()
 
     def _look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
         """The longest stored beginning of `ids`; waits for prompts that are still being written only if that helps."""

@@ -111,8 +111,9 @@ class ContiguousLayer(DynamicLayer):
         buffer = self._with_room(end)
         if buffer.shape[1] != key_states.shape[0]:
             raise InputError(f"the cache holds {buffer.shape[1]} rows, but {key_states.shape[0]} were passed")
-        buffer[0, :, :, start:end] = key_states
-        buffer[1, :, :, start:end] = value_states
+        new = buffer.narrow(3, start, end - start)
+        new[0].copy_(key_states)
+        new[1].copy_(value_states)
         self._suffix = end - self._offset
         self._show_suffix()
         return tagged(self.keys, self), self.values
@@ -128,7 +129,7 @@ class ContiguousLayer(DynamicLayer):
             self._load(query, options)
         assert self._buffer is not None
         if self._joined:
-            visible = self._buffer[:, :, :, : self._offset + self._suffix]
+            visible = self._buffer.narrow(3, 0, self._offset + self._suffix)
         else:
             visible = torch.cat([self._prefix_rows(), self._buffer[:, :, :, : self._suffix]], dim=3)
         if attention_mask is not None and attention_mask.shape[-1] != visible.shape[3]:
@@ -228,7 +229,7 @@ class ContiguousLayer(DynamicLayer):
 
     def _show_suffix(self) -> None:
         if self._buffer is not None:
-            self.keys, self.values = self._buffer[:, :, :, self._offset : self._offset + self._suffix]
+            self.keys, self.values = self._buffer.narrow(3, self._offset, self._suffix).unbind(0)
 
     def _start(self, key_states: torch.Tensor) -> None:
         assert self.attached is not None

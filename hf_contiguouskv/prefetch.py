@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from .device import Slab, SlabPool
 from .prefix import AttachedPrefix, Run
 from .stats import RequestStats
-from .store.reader import ExtentReader, Ticket
+from .store.reader import ExtentReader, Task, Ticket
 
 
 @dataclass
@@ -61,11 +62,32 @@ class PayloadReads:
         self._stats = stats
         self._verify = verify
         self._layers: dict[int, _LayerReads] = {}
+        self._tasks: dict[int, Task] = {}
 
     def ask(
         self, layers: Sequence[int], chunks: Sequence[int], device: torch.device, speculative: bool = False
     ) -> None:
-        """Start reading, in each of `layers`, those of `chunks` (ascending) that nobody asked for yet."""
+        """Start reading, in each of `layers`, those of `chunks` (ascending) that nobody asked for yet.
+
+        Somebody waits for the first layer (unless the reads are speculative), so its reads are issued at once. Those of
+        the others are worked out by a reader thread, while the model computes.
+        """
+        for layer in layers:
+            self._settle(layer)
+        now, later = (layers[:0], layers) if speculative else (layers[:1], layers[1:])
+        if now:
+            self._issue(now, chunks, device, speculative)
+        if later:
+            task = self._reader.run(partial(self._issue, later, chunks, device, speculative))
+            self._tasks.update(dict.fromkeys(later, task))
+
+    def _settle(self, layer: int) -> None:
+        """Wait until a reader thread has issued what was asked for in this layer before."""
+        task = self._tasks.pop(layer, None)
+        if task is not None:
+            task.wait()
+
+    def _issue(self, layers: Sequence[int], chunks: Sequence[int], device: torch.device, speculative: bool) -> None:
         plans: dict[tuple[int, ...], tuple[list[int], list[Run]]] = {}
         for layer in layers:
             reads = self._layers.setdefault(layer, _LayerReads())
@@ -80,14 +102,14 @@ class PayloadReads:
             nbytes = len(missing) * self._prefix.geometry.extent_bytes
             slab = self._pool.acquire(nbytes, device)
             reads_of_layer = self._prefix.payload_reads(layer, runs, slab.view(nbytes), self._verify)
-            # Somebody waits for the first layer now: all threads share it. The others have a thread each.
-            threads = None if layer == layers[0] and not speculative else 1
-            ticket = self._reader.submit(reads_of_layer, threads=threads)
+            # Of several layers each has a thread of its own; a single one is shared by all.
+            ticket = self._reader.submit(reads_of_layer, threads=None if len(layers) == 1 else 1)
             reads.asked.update(missing)
             reads.batches.append(Batch(missing, slab, ticket, speculative))
 
     def take(self, layer: int) -> list[Batch]:
         """Wait for everything asked for in this layer. The caller gives it back with `give_back`."""
+        self._settle(layer)
         reads = self._layers.pop(layer, _LayerReads())
         for position, batch in enumerate(reads.batches):
             try:
@@ -100,6 +122,7 @@ class PayloadReads:
 
     def peek(self, layer: int) -> list[Batch]:
         """Wait as `take` does, but leave the batches here for the `take` that follows."""
+        self._settle(layer)
         reads = self._layers.get(layer, _LayerReads())
         for batch in reads.batches:
             wait(batch.ticket, self._stats)
@@ -118,6 +141,10 @@ class PayloadReads:
         self.give_back(batches)
 
     def close(self) -> None:
+        """Wait for what is under way, and give all buffers back; what was read for nothing is counted."""
+        for layer in list(self._tasks):
+            with suppress(Exception):  # Nobody needs these reads any more.
+                self._settle(layer)
         for layer in list(self._layers):
             batches = self._layers.pop(layer).batches
             self._stats.prefetch_wasted_bytes += sum(

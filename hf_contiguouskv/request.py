@@ -106,6 +106,7 @@ class PrefixRequest:
         self._ahead = Lookahead(self._ahead_bytes())
         self._wanted: dict[int, list[int]] = {}
         self._voters: list[torch.Tensor] = []
+        self._started = False
         self._slots: dict[tuple[int, int], _Slots] = {}
 
     @property
@@ -128,9 +129,16 @@ class PrefixRequest:
     # -- the schedule -------------------------------------------------------------------------------------------------
 
     def begin(self, rows: Rows) -> None:
-        """The first suffix tokens are here: start the reads that do not depend on their queries."""
+        """The first suffix tokens are here."""
         self.rows = rows
         self._voters = rows.voters(self.config.suffix_queries)
+        self.start()
+
+    def start(self) -> None:
+        """Start the reads that do not depend on the queries, unless they have been started."""
+        if self._started:
+            return
+        self._started = True
         size = self.prefix.geometry.extent_bytes
         for layer, window in enumerate(self.plan.windows):
             device = self.plan.devices[layer]

@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
@@ -154,6 +154,35 @@ class Ticket:
                 self._gate.release()
 
 
+class Task:
+    """Work that a reader thread does in the order of the queue; it must not wait for reads."""
+
+    __slots__ = ("_error", "_function", "_gate")
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+        self._error: BaseException | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def wait(self) -> None:
+        """Block until it has been done; raises what it raised."""
+        with self._gate:
+            pass
+        if self._error is not None:
+            raise self._error
+
+    def _serve(self, bounce: mmap.mmap, total: _Total) -> None:
+        function, self._function = self._function, None
+        try:
+            if function is not None:
+                function()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._gate.release()
+
+
 class _Total:
     """Bytes read by all tickets of a reader."""
 
@@ -192,7 +221,7 @@ class ExtentReader:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._queue: SimpleQueue[Ticket | None] = SimpleQueue()
+        self._queue: SimpleQueue[Ticket | Task | None] = SimpleQueue()
         # The threads know the queue, not the reader, so that a forgotten reader is collected and ends them.
         self._workers = [
             threading.Thread(target=_work, args=(self._queue, self._total), name=f"contiguouskv-read-{i}", daemon=True)
@@ -237,6 +266,21 @@ class ExtentReader:
                 self._queue.put(ticket)
         return ticket
 
+    def run(self, function: Callable[[], None]) -> Task:
+        """Have a reader thread call `function` (which may `submit`), behind everything that was submitted before.
+
+        Raises:
+            StoreError: the reader is closed.
+        """
+        task = Task(function)
+        with self._lock:
+            if self._closed:
+                raise StoreError("the reader is closed")
+            if self._pid != os.getpid():
+                self._start()
+            self._queue.put(task)
+        return task
+
     def close(self) -> None:
         """Finish what was submitted, then stop and join the threads. May be called more than once."""
         with self._lock:
@@ -258,14 +302,14 @@ class ExtentReader:
         self.close()
 
 
-def _work(queue: SimpleQueue[Ticket | None], total: _Total) -> None:
+def _work(queue: SimpleQueue[Ticket | Task | None], total: _Total) -> None:
     bounce = bounce_buffer()
     while (ticket := queue.get()) is not None:
         ticket._serve(bounce, total)
         del ticket  # Or an idle thread would keep the buffers of its last request.
 
 
-def _stop(queue: SimpleQueue[Ticket | None], threads: int) -> None:
+def _stop(queue: SimpleQueue[Ticket | Task | None], threads: int) -> None:
     for _ in range(threads):
         queue.put(None)
 
