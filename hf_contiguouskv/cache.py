@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,12 +13,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .arguments import TemporaryStore, checked_ids, configured
 from .attention import Installation
 from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
 from .device import SLABS
-from .errors import ConfigError, InputError
-from .forward import cut_cached, decoding, is_refed, mask_behind_prefix, pads_before_prefix, rows_of, uncut_prefix
+from .errors import InputError
+from .fitting import check_rows, fit_to_prefix
+from .forward import decoding
 from .hook import ForwardHook, GenerateCall, running_generate
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
 from .prefill import prefill_into_store
@@ -31,24 +31,6 @@ from .store import PrefixStore
 from .store.entries import StoredPrefix
 from .store.fingerprint import model_fingerprint
 from .support import decoder_config, innermost_causal_lm, layer_windows, require_support
-
-
-def checked_ids(ids: Any) -> torch.Tensor:
-    """`ids` as int64 `(n,)` on the CPU; raises `InputError` for anything but `[n]` or `[1, n]` token ids, n >= 1."""
-    if not isinstance(ids, torch.Tensor):
-        try:
-            ids = torch.as_tensor(ids)
-        except Exception as error:
-            raise InputError(f"token ids must be an int64 tensor [n] or [1, n], got {type(ids).__name__}") from error
-    if ids.ndim == 2 and ids.shape[0] == 1:
-        ids = ids[0]
-    if ids.ndim != 1:
-        raise InputError(f"token ids must have the shape [n] or [1, n], got {list(ids.shape)}")
-    if ids.shape[0] == 0:
-        raise InputError("the prefix is empty: at least one token is needed")
-    if ids.dtype != torch.int64:
-        raise InputError(f"token ids must be int64 (torch.long), got {ids.dtype}")
-    return torch.Tensor.cpu(ids.detach())
 
 
 class ContiguousKVCache(Cache):
@@ -86,7 +68,7 @@ class ContiguousKVCache(Cache):
         config: ContiguousKVConfig | None = None,
         **overrides: Any,
     ) -> None:
-        self.config = _configured(config, overrides)
+        self.config = configured(config, overrides)
         lm = innermost_causal_lm(model)
         windows = layer_windows(lm)
         super().__init__(
@@ -109,7 +91,7 @@ class ContiguousKVCache(Cache):
         self._suffix_ids: torch.Tensor | None = torch.zeros(0, dtype=torch.long)
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
         self._before: int | None = None
-        self._temporary: _TemporaryStore | None = None
+        self._temporary: TemporaryStore | None = None
         self.store = self._opened(store, ids is not None)
         if self.store is None:
             return
@@ -134,7 +116,7 @@ class ContiguousKVCache(Cache):
             raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")
         if not needed:
             return None
-        self._temporary = _TemporaryStore()
+        self._temporary = TemporaryStore()
         return self._temporary.store
 
     def _install(self, lm: nn.Module) -> None:
@@ -220,76 +202,9 @@ class ContiguousKVCache(Cache):
         if self._automatic is not None:
             self._automatic.before_forward(self, inputs, begins, call.block if begins and call else None)
         if self._attached is not None:
-            self._fit(inputs, begins, more_follows=call is not None and bool(call.block) and not decoding(inputs))
+            fit_to_prefix(self, inputs, begins, call is not None and bool(call.block) and not decoding(inputs))
         self._remember(inputs)
         self._before = self._suffix_length()
-
-    def _fit(self, inputs: dict[str, Any], generate_begins: bool, more_follows: bool) -> None:
-        assert self._attached is not None
-        self._attached.require_active()
-        self._attached.expected = None
-        cached = self.get_seq_length()
-        if is_refed(inputs, cached, generate_begins, self.prefix_ids):
-            self._cut_refed(inputs, cached, generate_begins)
-            cached = self.get_seq_length()
-        if self._attached is None:  # The whole prefix had to be given up.
-            return
-        request, mask = self._attached.request, inputs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows)
-            if moved is not mask and any(request.plan.windows):
-                self._compute_everything(inputs, request.prefix.tokens)
-                return
-            inputs["attention_mask"] = moved
-            if request.rows is None and not request.keeps_all and not bool(moved[:, : request.prefix.tokens].all()):
-                raise InputError("the attention mask hides tokens of a prefix that is pruned; use budget=1.0")
-        elif isinstance(mask, torch.Tensor) and not request.keeps_all:
-            raise InputError("a 4D attention mask cannot say what to do with a pruned prefix; pass a 2D mask")
-        if request.rows is None:
-            if self._automatic is None and model_fingerprint(self._living_model()) != self._fingerprint:
-                raise InputError(
-                    "the model's weights, adapters or configuration have changed since this cache was made: its prefix "
-                    "does not fit any more; make a new cache"
-                )
-            drafts = inputs.get("logits_to_keep", 1) if generate_begins else 1
-            drafts = drafts - 1 if isinstance(drafts, int) and drafts > 1 else 0
-            request.begin(rows_of(inputs, cached, drafts))
-
-    def _cut_refed(self, inputs: dict[str, Any], cached: int, generate_begins: bool) -> None:
-        """The whole prompt is at hand although most of it is cached: keep what is new, and at least one token."""
-        needed, length = inputs.get("logits_to_keep", 0), inputs["input_ids"].shape[1]
-        if not generate_begins and (not isinstance(needed, int) or needed < 1 or needed > length - cached):
-            raise InputError(
-                f"{cached} of these {length} tokens are in the cache already: pass the new ones only (the attention "
-                "mask covers both), or logits_to_keep for no more than the new ones"
-            )
-        needed = max(1, needed) if isinstance(needed, int) else 1
-        mask = inputs.get("attention_mask")
-        self._check_rows(inputs["input_ids"], mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
-        if length < cached:
-            raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
-        if length - cached < needed:
-            self.crop(length - cached - needed)
-        cut_cached(inputs, self.get_seq_length())
-
-    def _check_rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Make sure that whole prompts begin with the prefix, behind their left padding."""
-        pads = [0] * len(ids) if mask is None else pads_before_prefix(mask).tolist()
-        for row, skip in zip(ids, pads, strict=True):
-            self.check(row[skip:], partial=True)
-
-    def _compute_everything(self, inputs: dict[str, Any], tokens: int) -> None:
-        """Left padding before the prefix on a model with sliding windows: they count columns, and the padding cannot
-        be moved behind the prefix. This request computes the prefix with its rows, exactly; `reset` attaches it again.
-        """
-        ids = inputs.get("input_ids")
-        if self.get_seq_length() > tokens or not isinstance(ids, torch.Tensor) or self.prefix_ids is None:
-            raise InputError(
-                "left padding before the prefix is not supported on a model with sliding-window attention once a "
-                "suffix is cached, or with inputs_embeds; pad between prefix and suffix, or pass one row at a time"
-            )
-        uncut_prefix(inputs, self.prefix_ids[:tokens])
-        self._attach(None)
 
     def after_forward(self) -> None:
         """The model is through with a forward on this cache."""
@@ -350,7 +265,7 @@ class ContiguousKVCache(Cache):
             if not continues:
                 self.reset()
         if self._attached is not None:
-            self._check_rows(prompt, call.attention_mask)
+            check_rows(self, prompt, call.attention_mask)
 
     def _tokens(self) -> int:
         """Tokens of the prefix that is attached now."""
@@ -469,27 +384,3 @@ class ContiguousKVCache(Cache):
             twin._attached = AttachedState(request, twin._installation)
         twin.layers = [layer.copy_of(twin._attached, memo) for layer in self.layers]
         return twin
-
-
-class _TemporaryStore:
-    """A store in a folder that goes when nobody holds this object any more (a cache and its copies)."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="contiguouskv-")
-        self.store = PrefixStore(Path(self._folder.name) / "store")
-        weakref.finalize(self, _close_temporary, self.store, self._folder)
-
-
-def _close_temporary(store: PrefixStore, folder: tempfile.TemporaryDirectory[str]) -> None:
-    store.close()
-    folder.cleanup()
-
-
-def _configured(config: ContiguousKVConfig | None, overrides: dict[str, Any]) -> ContiguousKVConfig:
-    if config is not None and not isinstance(config, ContiguousKVConfig):
-        raise ConfigError(f"config must be a ContiguousKVConfig, got {type(config).__name__}")
-    try:
-        return replace(config or ContiguousKVConfig(), **overrides)
-    except TypeError as error:
-        known = ", ".join(ContiguousKVConfig.__dataclass_fields__)
-        raise ConfigError(f"unknown option in {sorted(overrides)}; the options are {known}") from error
