@@ -2,7 +2,7 @@
 # make demo DOC=FILE   ... your document      MODEL=NAME_OR_FOLDER   ... your model
 # make test            everything that runs without a GPU
 # make lint            ruff and mypy
-# make bench           the measurements of `python -m eval` (BENCH_ARGS=...)
+# make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
 # make clean           remove the virtual environment, the demo's store and the tools' caches
 #
 # The first call makes .venv; later calls install nothing. PYTHON=python3.12 picks the interpreter (3.11 to 3.13).
@@ -37,7 +37,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py examples/demo.py
 
 bench: $(VENV)/.eval
-	$(BIN)/python -m eval $(BENCH_ARGS)
+	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
