@@ -205,10 +205,17 @@ class ContiguousKVCache(Cache):
             fit_to_prefix(self, inputs, begins, call is not None and bool(call.block) and not decoding(inputs))
         self._remember(inputs)
         self._before = self._suffix_length()
+        self.announce(True)
+
+    def announce(self, running: bool) -> None:
+        """A forward of this cache's own model begins, or is over."""
+        if self._attached is not None:
+            self._attached.announced = running
 
     def after_forward(self) -> None:
         """The model is through with a forward on this cache."""
         self._before = None
+        self.announce(False)
         if self._automatic is not None:
             self._automatic.after_forward(self)
 
@@ -225,10 +232,13 @@ class ContiguousKVCache(Cache):
             )
 
     def _start_over(self) -> None:
-        if self._automatic is not None:
+        if self._automatic is not None or self._damaged():
             self.reset()
         else:
             self._attach(None if self._attached is None else self._attached.request.prefix, stats=self._stats)
+
+    def _damaged(self) -> bool:
+        return self._attached is not None and self._attached.request.damaged
 
     def _remember(self, inputs: dict[str, Any]) -> None:
         ids = inputs.get("input_ids")
@@ -318,6 +328,9 @@ class ContiguousKVCache(Cache):
             self._automatic.reset()
             self.prefix_ids = None
             self._attach(None)
+        elif self._damaged() and self.prefix_ids is not None:
+            # What is stored proved wrong and is out of service: compute it anew.
+            self._attach_ids(self._living_model(), self.prefix_ids)
         elif self._whole_prefix is not None:
             self._attach(self._whole_prefix)
         else:

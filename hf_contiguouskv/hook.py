@@ -28,6 +28,12 @@ class ForwardHook:
             model.register_forward_pre_hook(_Before(owner, inspect.signature(model.forward)), with_kwargs=True),
             model.register_forward_hook(_After(owner), with_kwargs=True),
         ]
+        # The base model may be called by itself. Its inputs are not changed, but the cache learns who calls.
+        find: Any = getattr(model, "get_decoder", None)
+        decoder = find() if callable(find) else None
+        if isinstance(decoder, nn.Module) and decoder is not model:
+            handles.append(decoder.register_forward_pre_hook(_Announce(owner, True), with_kwargs=True))
+            handles.append(decoder.register_forward_hook(_Announce(owner, False), with_kwargs=True))
         self._finalizer = weakref.finalize(cache, _remove, handles)
 
     def remove(self) -> None:
@@ -88,6 +94,18 @@ class _After(_Hook):
         cache = self._owner()
         if cache is not None and isinstance(kwargs, dict) and _mentions(cache, args, kwargs):
             cache.after_forward()
+
+
+class _Announce(_Hook):
+    def __init__(self, owner: weakref.ref[ContiguousKVCache], running: bool) -> None:
+        self._owner = owner
+        self._running = running
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, *output: Any) -> None:
+        cache = self._owner()
+        if cache is not None and isinstance(kwargs, dict) and _mentions(cache, args, kwargs):
+            cache.announce(self._running)
 
 
 def _mentions(cache: ContiguousKVCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -27,17 +27,27 @@ class AttachedState:
         self.request = request
         self.installation = installation
 
+        # Whether a forward of the cache's own model is running.
+        self.announced = False
         # The layer whose K/V went to the model last, until attention has asked for what belongs to them.
         self.expected: int | None = None
 
     def expect(self, layer: int) -> None:
         """A layer hands its suffix to the model; raise if the one before was attended to without its prefix."""
+        self.require_own_model()
         if self.expected is not None:
             raise AttentionNotActiveError(
                 f"attention of layer {self.expected} did not ask this cache for its prefix: the cache was made for "
                 "another model, or the model's attention implementation was changed; make a new cache"
             )
         self.expected = layer
+
+    def require_own_model(self) -> None:
+        """Raise if no forward of the model that this cache was made for is running."""
+        if not self.announced:
+            raise AttentionNotActiveError(
+                "this cache with a prefix was passed to another model than it was made for; make a cache for that model"
+            )
 
     def require_active(self) -> None:
         """Raise if the model would not call our attention function: its answers would be silently wrong."""
@@ -317,6 +327,7 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         """See `DynamicSlidingWindowLayer.update`; the prefix's tail is loaded when the first suffix tokens come."""
         if self.attached is not None:
             self.attached.require_active()
+            self.attached.require_own_model()
             if not self.is_initialized:
                 self._load_tail(key_states, value_states)
         keys, values = super().update(key_states, value_states, *args, **kwargs)

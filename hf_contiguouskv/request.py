@@ -107,6 +107,8 @@ class PrefixRequest:
         self._wanted: dict[int, list[int]] = {}
         self._voters: list[torch.Tensor] = []
         self._started = False
+        # Whether bytes of this prefix proved wrong.
+        self.damaged = False
         self._slots: dict[tuple[int, int], _Slots] = {}
 
     @property
@@ -215,6 +217,7 @@ class PrefixRequest:
 
     def _discard(self, error: SegmentCorruptError) -> None:
         """Take a damaged segment out of service, so that the next request computes its tokens anew."""
+        self.damaged = True
         if isinstance(error.segment, Segment):
             self._store.discard(error.segment, str(error))
 
