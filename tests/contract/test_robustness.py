@@ -253,8 +253,7 @@ WRONG_BEGINNINGS = {
 }
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["fresh", "after an answer"])
-@pytest.mark.parametrize("budget", [0.3, 1.0])
+@pytest.mark.parametrize(("begun", "budget"), [(False, 1.0), (True, 0.3)], ids=["fresh", "after an answer"])
 @pytest.mark.parametrize("prompt", WRONG_BEGINNINGS)
 def test_generate_refuses_a_prompt_that_does_not_begin_with_the_prefix(tiny_model, store_path, prompt, budget, begun):
     model = tiny_model("llama")
