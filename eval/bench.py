@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,32 @@ def run(
     return results
 
 
+def persist_overhead(load: Workload, rounds: int = 3, progress: bool = True) -> dict[str, float]:
+    """What storing adds to computing a prefix: the same forwards, in the same blocks, with and without the store.
+
+    Returns:
+        Medians in seconds (`prefill_s`, `prefill_and_store_s`) and their ratio minus one (`overhead`).
+    """
+    block = ContiguousKVConfig().prefill_block
+    seconds: dict[str, list[float]] = {"prefill_s": [], "prefill_and_store_s": []}
+    order = list(interleave(list(seconds), rounds + 1))
+    for number, kind in tqdm(order, "prefills", disable=not progress, leave=False):
+        with tempfile.TemporaryDirectory(dir=load.folder.parent) as empty:
+            start = time.perf_counter()
+            if kind == "prefill_s":
+                cache = DynamicCache()
+                with torch.no_grad():
+                    for part in load.prefix_ids.split(block):
+                        load.model(input_ids=part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            else:
+                with PrefixStore(Path(empty) / "store") as store:
+                    ContiguousKVCache(load.model, load.prefix_ids, store=store).close()
+            if number:
+                seconds[kind].append(time.perf_counter() - start)
+    medians = {kind: median_spread(values).median for kind, values in seconds.items()}
+    return medians | {"overhead": medians["prefill_and_store_s"] / medians["prefill_s"] - 1}
+
+
 def report(results: dict[str, Measured], load: Workload, console: Console) -> dict[str, Any]:
     """Print the table, and return the numbers (seconds, ratios, bytes) ready for JSON."""
     floor = median_spread(results[FLOOR].seconds).median
@@ -175,6 +202,11 @@ def main(
         load = Workload(model, ids[:prefix_tokens], ids[prefix_tokens:], Path(temporary) / "store")
         results = run(load, budget, rounds)
         numbers = report(results, load, console)
+        numbers["persist"] = persist = persist_overhead(load)
+    console.print(
+        f"prefill {persist['prefill_s']:.1f} s, prefill and store {persist['prefill_and_store_s']:.1f} s: "
+        f"storing costs {persist['overhead']:.0%}"
+    )
     console.print(f"on {numbers['machine']}")
     if json_path is not None:
         json_path.write_text(json.dumps(numbers, indent=2, default=str) + "\n")

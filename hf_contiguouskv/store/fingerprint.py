@@ -4,7 +4,8 @@ Two models with the same fingerprint give the same keys and values for the same 
 
 - the text configuration (RoPE included), without names, versions, token ids of generation, output flags and the
   choice of an attention implementation;
-- name, shape, dtype and *sampled* bytes of all parameters and persistent buffers, LoRA weights among them;
+- name, shape, dtype and *sampled* bytes of all parameters and persistent buffers, LoRA weights among them, and of the
+  inverse frequencies of RoPE;
 - which adapters are active, disabled or merged, and their scaling.
 
 Sampling: tensors up to 64 KiB are digested whole; of larger ones the first and last 1024 elements and 4096 elements
@@ -127,12 +128,20 @@ def _signature(model: torch.nn.Module) -> tuple[Any, ...]:
                 tensors.append(_state(parameter))
         if module._buffers:
             for name, tensor in module._buffers.items():
-                if tensor is not None and name not in module._non_persistent_buffers_set:
+                if tensor is not None and _counts(module, name):
                     tensors.append(_state(tensor))
         if "_active_adapter" in module.__dict__:
             adapters.append(_adapter_state(module))
         stack.extend([child for child in module._modules.values() if child is not None])
     return tensors, adapters, _config_signature(model)
+
+
+def _counts(module: torch.nn.Module, buffer: str) -> bool:
+    """Persistent buffers, and the frequencies of RoPE, which a change of dtype rounds for good.
+
+    Other buffers that are not saved may be scratch space of a forward.
+    """
+    return buffer not in module._non_persistent_buffers_set or "inv_freq" in buffer
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
@@ -201,7 +210,7 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
             if parameter is not None:
                 yield f"{prefix}.{name}", parameter, _materialised(module, name, parameter)
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+            if buffer is not None and _counts(module, name):
                 yield f"{prefix}.{name}", buffer, _materialised(module, name, buffer)
 
 

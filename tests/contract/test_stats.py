@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +169,25 @@ def test_a_store_reports_what_it_holds(tiny_model, store_path):
         assert store.match(model, token_ids(50, seed=603)) == 0
         assert len(store.entries()) >= 1
         assert store.stats.disk_bytes >= LAYERS * 10 * CHUNK_BYTES
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc/self/io")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_system_counts_the_bytes_that_the_stats_claim(tiny_model, store_path, config):
+    model = tiny_model("llama")
+    prefix, ids = prompt(3200)
+    write_prefix(model, prefix, store_path)
+
+    def device_bytes() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
+
+    with PrefixStore(store_path) as store:
+        if not store.stats.direct_reads:
+            pytest.skip("this file system does not read past the page cache")
+        before = device_bytes()
+        with ContiguousKVCache(model, prefix, store=store, config=CONFIGS[config](0.05)) as cache:
+            generate(model, ids, cache, tokens=2)
+            claimed = cache.stats.bytes_read
+        # Headers and the index may come from the device as well, if the page cache has lost them.
+        assert claimed <= device_bytes() - before <= claimed + 2**20

@@ -232,3 +232,13 @@ def test_a_model_is_forgotten_with_its_last_user() -> None:
     del model
     gc.collect()
     assert len(fingerprint._known) == known - 1
+
+
+def test_frequencies_of_rope_that_a_dtype_has_rounded_differ() -> None:
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    before = model_fingerprint(model)
+    model.to(torch.bfloat16).float()
+    assert model_fingerprint(model) != before
