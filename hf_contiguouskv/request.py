@@ -293,13 +293,17 @@ class PrefixRequest:
         c, tail = self.prefix.geometry.chunk_size, self.prefix.tail_tokens
         whole = self.keep * c
         chunks = destination[:, :, :, :whole].unflatten(3, (self.keep, c))
+        # RoPE is in the keys, so attention does not mind the order of chunks: they are put as they were read.
+        filled = [0] * destination.shape[1]
         for batch in batches:
             kv = upload(self.prefix.kv_view(batch.slab.data, len(batch.chunks)), destination.device, batch.slab)
             if tail and batch.chunks[-1] == self.prefix.whole_chunks:
                 destination[:, :, :, whole:] = kv[-1, :, None, :, :tail]
             for row in range(destination.shape[1]):
                 # (n, 2, kv_heads, c, head_dim) -> (2, kv_heads, n, c, head_dim)
-                self._slots_of(layer, batch.chunks, row, destination.device).copy(kv, chunks[:, row])
+                slots = self._slots_of(layer, batch.chunks, row, destination.device)
+                slots.copy(kv, chunks[:, row], filled[row])
+                filled[row] += slots.count
 
     def _slots_of(self, layer: int, slots: list[int], row: int, device: torch.device) -> _Slots:
         """Which slots of a batch a row takes; found once for all layers of a period that read the same lists."""
@@ -343,34 +347,29 @@ class PrefixRequest:
 
 @dataclass(frozen=True)
 class _Slots:
-    """Which slots of a slab go to which positions of a row.
+    """Which slots of a slab a row uses.
 
     Attributes:
         chunks: what the slab holds (kept so that its identity stays its own).
-        take, put: slots and positions; as an index, or `None` where they are `0 .. count - 1` on both sides.
+        take: the slots as an index, or `None` where they are the first `count`.
         count: how many.
     """
 
     chunks: list[int]
     take: torch.Tensor | None
-    put: torch.Tensor | None
     count: int
 
     @classmethod
     def of(cls, chunks: list[int], selected: list[int] | None, keep: int, device: torch.device) -> _Slots:
-        """Slots of `chunks` for a row that uses `selected` (`None`: the first `keep` chunks). Both ascend."""
-        wanted = range(keep) if selected is None else selected
-        if chunks[: len(wanted)] == list(wanted):
-            return cls(chunks, None, None, len(wanted))
-        slot_of = {chunk: slot for slot, chunk in enumerate(chunks)}
-        pairs = [(slot_of[chunk], position) for position, chunk in enumerate(wanted) if chunk in slot_of]
-        take = torch.tensor([slot for slot, _ in pairs], dtype=torch.long, device=device)
-        put = torch.tensor([position for _, position in pairs], dtype=torch.long, device=device)
-        return cls(chunks, take, put, len(pairs))
+        """Slots of `chunks` for a row that uses `selected` (`None`: the first `keep` chunks)."""
+        wanted = set(range(keep) if selected is None else selected)
+        slots = [slot for slot, chunk in enumerate(chunks) if chunk in wanted]
+        if not slots or slots[-1] == len(slots) - 1:
+            return cls(chunks, None, len(slots))
+        return cls(chunks, torch.tensor(slots, dtype=torch.long, device=device), len(slots))
 
-    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """From `(n, 2, kv_heads, c, head_dim)` to `(2, kv_heads, kept, c, head_dim)`."""
-        if self.take is None or self.put is None:
-            destination.copy_(source[: self.count].permute(1, 2, 0, 3, 4))
-        elif self.count:
-            destination.index_copy_(2, self.put, source.index_select(0, self.take).permute(1, 2, 0, 3, 4))
+    def copy(self, source: torch.Tensor, destination: torch.Tensor, start: int) -> None:
+        """From `(n, 2, kv_heads, c, head_dim)` to `(2, kv_heads, kept, c, head_dim)`, from position `start` on."""
+        if self.count:
+            used = source[: self.count] if self.take is None else source.index_select(0, self.take)
+            destination.narrow(2, start, self.count).copy_(used.permute(1, 2, 0, 3, 4))
