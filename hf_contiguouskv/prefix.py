@@ -60,6 +60,8 @@ class ExtentChecks(Sequence[tuple[int, int, int]]):
         return self._count
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        if self._count == 1:
+            return iter(((0, self._size, self._segment.run_checksums(self._layer, self._first, 1)[0]),))
         return iter(self._resolved())
 
     def __getitem__(self, item: Any) -> Any:

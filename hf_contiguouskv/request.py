@@ -21,7 +21,8 @@ from .stats import RequestStats
 from .store import PrefixStore
 from .store.segment import Segment
 
-# Leader layers whose keys are read ahead.
+# Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
+# once this one's are used: there is time.)
 KEYS_AHEAD = 3
 
 
@@ -126,7 +127,8 @@ class PrefixRequest:
         not stand in the way of the chunks that a selection has just named."""
         if self.keeps_all or not self._full:
             return self.config.lookahead_bytes
-        return min(self.config.lookahead_bytes, KEYS_AHEAD * self._keys.nbytes(self._full[0]))
+        layers_ahead = KEYS_AHEAD if self.config.period == 1 else 1
+        return min(self.config.lookahead_bytes, layers_ahead * self._keys.nbytes(self._full[0]))
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 
@@ -191,13 +193,16 @@ class PrefixRequest:
         return chunks
 
     def _speculate(self, layer: int) -> None:
-        """At the subperiod boundary, start reading the current selection for the next period (inter-period)."""
-        ordinal, config = self._ordinal[layer], self.config
-        if config.subperiod == config.period or ordinal % config.period != config.subperiod:
+        """At a subperiod boundary, start reading the current selection for the next period (inter-period).
+
+        One step a boundary: as many layers of the next period as have been computed of this one since the last.
+        """
+        ordinal, step = self._ordinal[layer], self.config.subperiod
+        if ordinal % self.config.period == 0 or ordinal % self.config.period % step:
             return
-        start = ordinal - config.subperiod + config.period
-        members = self._full[start : start + config.period]
-        if members and self._keys.reads_payload(members[0]):
+        start = ordinal - step + self.config.period
+        members = self._full[start : start + step]
+        if members and self._is_leader(members[0]) and self._keys.reads_payload(members[0]):
             members = members[1:]  # All of the next leader's chunks are read for its keys anyway.
         self._ask(members, self._wanted[layer], speculative=True)
 
