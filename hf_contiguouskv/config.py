@@ -34,7 +34,8 @@ class ContiguousKVConfig:
             4 favours needles. The published rule is 1.
         keep_first: chunks at the beginning of the prefix that are always kept (attention sinks).
         keep_last: whole chunks at the end of the prefix that are always kept (recent window).
-        prefill_block: tokens per forward when a prefix that is not stored yet is prefilled.
+        prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less
+            memory and more time: attention of all but the first block cannot use a plain causal kernel.
         lookahead_bytes: how many bytes of payload may be read ahead of compute when every chunk is used.
         verify: compare the checksum of every extent that is read from disk.
 
@@ -52,7 +53,7 @@ class ContiguousKVConfig:
     concentration: float = 2.0
     keep_first: int = 1
     keep_last: int = 1
-    prefill_block: int = 1024
+    prefill_block: int = 8192
     lookahead_bytes: int = 64 * 2**20
     verify: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ from .store.format import KVGeometry
 from .store.writer import SegmentWriter
 from .support import ModelSupport
 
-PROGRESS_BLOCKS = 4
+# Prefilling more tokens than this shows a progress bar.
+PROGRESS_TOKENS = 2048
 LEADER_PERIOD = 8
 
 
@@ -99,6 +100,22 @@ def _to_extents(keys: torch.Tensor, values: torch.Tensor, chunk_size: int) -> to
     return out
 
 
+class _WriteThroughCache(DynamicCache):
+    """Tells of each layer's K/V as soon as they are known, while the model goes on with the layers behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_done: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.layer_done is not None:
+            self.layer_done(layer_idx, keys, values)
+        return keys, values
+
+
 def prefill_into_store(
     model: nn.Module,
     ids: torch.Tensor,
@@ -122,7 +139,7 @@ def prefill_into_store(
     tokens = ids.shape[0]
     c = config.chunk_size
     # Without a config every layer keeps all tokens, so that sliding-window layers can be stored in full as well.
-    cache = DynamicCache()
+    cache = _WriteThroughCache()
     done = 0
     if known is not None:
         done = known.tokens
@@ -135,12 +152,20 @@ def prefill_into_store(
         feed = SegmentFeed(writer, geometry, first_chunk, tokens)
         starts = range(done, tokens, config.prefill_block)
         device = getattr(model, "device", torch.device("cpu"))
-        for start in tqdm(starts, "prefill", unit="block", disable=len(starts) < PROGRESS_BLOCKS, leave=False):
-            block = ids[start : start + config.prefill_block][None].to(device)
-            with torch.no_grad():
-                model(input_ids=block, past_key_values=cache, use_cache=True, **_last_logit_only(model))
-            for position, layer in enumerate(cache.layers):
-                feed.feed(position, layer.keys[0], layer.values[0], 0)
+        steps = len(starts) * geometry.num_layers
+        with tqdm(
+            total=steps, desc="prefill", unit="layer", disable=tokens - done < PROGRESS_TOKENS, leave=False
+        ) as bar:
+
+            def layer_done(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+                feed.feed(layer, keys[0], values[0], 0)
+                bar.update()
+
+            cache.layer_done = layer_done
+            for start in starts:
+                block = ids[start : start + config.prefill_block][None].to(device)
+                with torch.no_grad():
+                    model(input_ids=block, past_key_values=cache, use_cache=True, **_last_logit_only(model))
         writer.commit()
     except BaseException:
         writer.abort()

@@ -27,7 +27,7 @@ def build_key_index(keys: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, 
     chunks = -(-tokens // chunk_size)
     peak = keys.abs().amax(1).float()
     scale = torch.where(peak > 0, peak / 127.0, torch.ones_like(peak))
-    quantised = (keys.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    quantised = (keys.float() / scale[:, None]).round_().to(torch.int8)
     index = torch.zeros(kv_heads, chunk_size, chunks, head_dim, dtype=torch.int8)
     whole = tokens // chunk_size
     full = quantised[:, : whole * chunk_size].view(kv_heads, whole, chunk_size, head_dim)

@@ -161,3 +161,12 @@ def test_the_best_chunks_are_kept_with_both_ends(chunks, data):
 
 def test_ties_go_to_the_earlier_chunk():
     assert choose_chunks(torch.zeros(1, 8), 3, 0, 0).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_building_an_index_leaves_the_keys_alone_and_stays_in_range(dtype):
+    keys = (keys_of(50) * 7).to(dtype)
+    before = keys.clone()
+    index, _ = build_key_index(keys, 4)
+    assert torch.equal(keys, before)
+    assert -127 <= int(index.min()) <= int(index.max()) <= 127
