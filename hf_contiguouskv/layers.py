@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -58,6 +58,18 @@ class AttachedState:
             )
 
 
+L = TypeVar("L", bound="ContiguousLayer | ContiguousSlidingLayer")
+
+
+def _twin(layer: L, state: AttachedState | None, memo: dict[int, Any]) -> L:
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if name != "attached":
+            setattr(twin, name, copy.deepcopy(value, memo))
+    twin.attached = state
+    return twin
+
+
 class ContiguousLayer(DynamicLayer):
     """A full-attention layer: selected prefix chunks, then the suffix.
 
@@ -93,12 +105,7 @@ class ContiguousLayer(DynamicLayer):
 
     def copy_of(self, state: AttachedState | None, memo: dict[int, Any]) -> ContiguousLayer:
         """A deep copy whose prefix belongs to `state`."""
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
-            if name != "attached":
-                setattr(twin, name, copy.deepcopy(value, memo))
-        twin.attached = state
-        return twin
+        return _twin(self, state, memo)
 
     # -- the transformers contract ------------------------------------------------------------------------------------
 
@@ -313,12 +320,7 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
 
     def copy_of(self, state: AttachedState | None, memo: dict[int, Any]) -> ContiguousSlidingLayer:
         """A deep copy whose prefix belongs to `state`."""
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
-            if name != "attached":
-                setattr(twin, name, copy.deepcopy(value, memo))
-        twin.attached = state
-        return twin
+        return _twin(self, state, memo)
 
     @torch.compiler.disable
     def update(
