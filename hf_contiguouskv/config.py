@@ -27,8 +27,8 @@ class ContiguousKVConfig:
             the leader layer, in float32, summed over queries and tokens, averaged over heads.
             `"indexed_keys"` scores with a resident int8 copy of the keys and rewards concentrated attention.
         period: consecutive full-attention layers that share one selection. The first of them is the leader layer.
-        subperiod: step of the inter-period prefetch, in layers: when so many layers of a period are through, reads of
-            the current selection start for so many layers of the next period. Equal to `period`: none.
+        subperiod: layers of a period after which reads of the current selection start for the next period
+            (inter-period prefetch). Equal to `period`: none.
         suffix_queries: how many of the last real suffix tokens (per row) vote; `None` is all of them.
         concentration: exponent on a chunk's attention mass per (head, query) before the sum. 1 favours breadth,
             4 favours needles. The published rule is 1.

@@ -193,16 +193,13 @@ class PrefixRequest:
         return chunks
 
     def _speculate(self, layer: int) -> None:
-        """At a subperiod boundary, start reading the current selection for the next period (inter-period).
-
-        One step a boundary: as many layers of the next period as have been computed of this one since the last.
-        """
-        ordinal, step = self._ordinal[layer], self.config.subperiod
-        if ordinal % self.config.period == 0 or ordinal % self.config.period % step:
+        """At the subperiod boundary, start reading the current selection for the next period (inter-period)."""
+        ordinal, config = self._ordinal[layer], self.config
+        if config.subperiod == config.period or ordinal % config.period != config.subperiod:
             return
-        start = ordinal - step + self.config.period
-        members = self._full[start : start + step]
-        if members and self._is_leader(members[0]) and self._keys.reads_payload(members[0]):
+        start = ordinal - config.subperiod + config.period
+        members = self._full[start : start + config.period]
+        if members and self._keys.reads_payload(members[0]):
             members = members[1:]  # All of the next leader's chunks are read for its keys anyway.
         self._ask(members, self._wanted[layer], speculative=True)
 
