@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from .store.format import PAGE
-from .store.reader import aligned_buffer, as_memoryview
+from .store.pread import PAGE, aligned_buffer, as_memoryview
 
 
 @dataclass

@@ -32,16 +32,32 @@ class StoreFormatError(StoreError):
     """The folder is not a store, or was written by a newer format of this library."""
 
 
-class SegmentCorruptError(StoreError):
-    """A segment file is truncated, foreign, or its bytes do not match their checksum.
+class StoreClosedError(StoreError):
+    """The store, its reader or a segment writer was closed before."""
+
+
+class SegmentMissingError(StoreError):
+    """There is no segment under this key (any more)."""
+
+
+class _SegmentError(StoreError):
+    """An error about the bytes of one segment.
 
     Attributes:
-        segment: the open segment, where the damage showed while it was read; else `None`.
+        segment: the open segment, where the error showed while it was read; else `None`.
     """
 
     def __init__(self, message: str, segment: object = None) -> None:
         super().__init__(message)
         self.segment = segment
+
+
+class SegmentCorruptError(_SegmentError):
+    """A segment is truncated, foreign, or its bytes do not match their checksum."""
+
+
+class SegmentReadError(_SegmentError):
+    """The storage failed to deliver the bytes of a segment."""
 
 
 class StoreFullError(StoreError, OSError):

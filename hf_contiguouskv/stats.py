@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,32 +62,87 @@ class RequestStats:
         }
 
 
+MISS_REASONS = ("not_stored", "other_model", "corrupt", "expired")
+
+
+def _no_misses() -> dict[str, int]:
+    return dict.fromkeys(MISS_REASONS, 0)
+
+
 @dataclass
 class StoreStats:
-    """What a store holds and what it did since it was opened.
+    """What a store holds, and what this process did with it since it was opened.
 
     Attributes:
-        segments: segment files that are published.
+        segments: segments that are published.
         prefix_tokens: tokens of KV that they hold.
-        disk_bytes: bytes of all segment files.
+        segment_bytes: what they take up where they lie; `max_disk_bytes` bounds this.
+        disk_bytes: what everything takes up: segments, index, quarantine, files being written, directories.
+        quarantined_bytes: what damaged segments take up that are kept to be looked at (`gc` deletes them).
         host_bytes: bytes that this process keeps in memory for the store.
-        bytes_read: bytes read from segment files since the store was opened, page rounding included.
-        bytes_written: bytes of published segments written since the store was opened.
-        published: segments published since the store was opened.
-        evicted: segments removed to stay within `max_disk_bytes` since the store was opened.
+        bytes_read: bytes read from segments, page rounding included.
+        bytes_written: bytes of published segments.
+        published: segments published.
+        hits: look-ups of a request that found at least one token.
+        misses: look-ups that found nothing, by reason: `not_stored`, `other_model` (stored for another model only),
+            `corrupt` (damaged or lost; counted as well when damage shows while a request reads), `expired`.
+        tokens_found: tokens that look-ups found.
+        tokens_asked: tokens that were looked up.
+        evicted: segments removed to stay within `max_disk_bytes`.
+        expired: segments removed because nobody used them for `ttl_s`.
+        quarantined: damaged segments taken out of service.
+        recovered: requests that met damage while reading and computed what was lost.
+        write_failures: prefixes that could not be stored; their requests were answered from memory.
         direct_reads: whether reads bypass the operating system's page cache (`O_DIRECT`).
     """
 
     segments: int = 0
     prefix_tokens: int = 0
+    segment_bytes: int = 0
     disk_bytes: int = 0
+    quarantined_bytes: int = 0
     host_bytes: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     published: int = 0
+    hits: int = 0
+    misses: dict[str, int] = field(default_factory=_no_misses)
+    tokens_found: int = 0
+    tokens_asked: int = 0
     evicted: int = 0
+    expired: int = 0
+    quarantined: int = 0
+    recovered: int = 0
+    write_failures: int = 0
     direct_reads: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """All counters as plain numbers (ready for JSON)."""
+        """All counters as plain numbers and dicts (ready for JSON)."""
         return asdict(self)
+
+
+class StoreCounters:
+    """The counters of `StoreStats` that only grow. Thread-safe.
+
+    Counted are the fields of `StoreStats` by their names, and misses as "misses.<reason>".
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, number: int = 1) -> None:
+        """Count `number` more of `name`."""
+        with self._lock:
+            self._counts[name] = self._counts.get(name, 0) + number
+
+    def put_into(self, stats: StoreStats) -> None:
+        """Set the fields of `stats` that are counted here."""
+        with self._lock:
+            counts = dict(self._counts)
+        for name, number in counts.items():
+            field_name, _, reason = name.partition(".")
+            if reason:
+                getattr(stats, field_name)[reason] = number
+            else:
+                setattr(stats, field_name, number)

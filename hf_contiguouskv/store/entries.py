@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from .index import SegmentRow
+from .rows import SegmentRow
 from .segment import Segment
 
 
@@ -13,7 +14,7 @@ class SegmentSpan:
     """Consecutive chunks of a stored prefix that lie in one segment.
 
     Attributes:
-        segment: open handle of the file.
+        segment: open handle.
         first_chunk: position of the first of these chunks in the prefix.
         chunks: how many.
         offset: position of the first of these chunks in the segment.
@@ -46,7 +47,7 @@ class PrefixInfo:
         key: name of the segment, hex.
         tokens: length of the whole prefix that ends with this segment, parents included.
         chunks: chunks in this segment alone.
-        bytes: size of its file.
+        bytes: what it takes up where it lies.
         dtype: of K and V.
         layers: layers with a KV cache.
         fingerprint: of the model, hex.
@@ -55,6 +56,7 @@ class PrefixInfo:
         last_used: when it was last looked up, seconds since the epoch.
         uses: how often it was looked up.
         pinned: whether eviction leaves it alone.
+        compute_s: how long the model took to compute it, seconds; 0 is unknown.
     """
 
     key: str
@@ -69,10 +71,11 @@ class PrefixInfo:
     last_used: float
     uses: int
     pinned: bool
+    compute_s: float = 0.0
 
     @classmethod
-    def from_row(cls, row: SegmentRow) -> PrefixInfo:
-        """The record of a row of the index."""
+    def from_row(cls, row: SegmentRow, uses: int = 0, last_used: float = 0.0) -> PrefixInfo:
+        """The record of a row of the index, with uses that the index does not know of yet."""
         return cls(
             key=row.key,
             tokens=row.first_chunk * row.chunk_size + row.num_tokens,
@@ -83,9 +86,10 @@ class PrefixInfo:
             fingerprint=row.fingerprint,
             parent=row.parent.hex() if row.first_chunk else "",
             created=row.created,
-            last_used=row.last_used,
-            uses=row.uses,
+            last_used=max(row.last_used, last_used),
+            uses=row.uses + uses,
             pinned=bool(row.pinned),
+            compute_s=row.compute_ms / 1000,
         )
 
 
@@ -95,16 +99,16 @@ class StoreProblem:
 
     Attributes:
         key: of the segment, or "" when it has none.
-        file: path inside the store.
+        where: the blob, the index, or a file of the store.
         problem: what is wrong, in words.
     """
 
     key: str
-    file: str
+    where: str
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.problem}"
+        return f"{self.where}: {self.problem}"
 
 
 @dataclass(frozen=True)
@@ -112,19 +116,27 @@ class GcReport:
     """What `gc` did, or would do.
 
     Attributes:
-        removed: leftovers that were deleted, paths inside the store.
-        bytes_freed: their bytes.
-        indexed: keys of segment files that were not in the index and now are.
-        forgotten: keys in the index whose file is gone.
+        removed: leftovers of crashes that were deleted.
+        quarantine: keys of damaged segments that were kept to be looked at, and were deleted.
+        expired: keys of segments that nobody used for `ttl_s`.
+        bytes_freed: bytes of all of these.
+        indexed: keys of segments that were not in the index and now are.
+        forgotten: keys in the index whose segment is gone.
         unreachable: keys of segments whose parent is not stored; found again once it is.
-        unreadable: segment files that cannot be indexed, with the reason; left in place.
+        unreadable: segments that cannot be indexed, with the reason; left in place.
         in_use: partial files that another process is writing.
     """
 
     removed: tuple[str, ...] = ()
+    quarantine: tuple[str, ...] = ()
+    expired: tuple[str, ...] = ()
     bytes_freed: int = 0
     indexed: tuple[str, ...] = ()
     forgotten: tuple[str, ...] = ()
     unreachable: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     in_use: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain lists and numbers (ready for JSON)."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -1,13 +1,15 @@
-"""The folder of a store: its marker, and where files lie in it."""
+"""The folder of a store: its marker, and what else lies in it besides segments and index."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
 
 from ..errors import StoreFormatError
+from .backend import checked_key
 
 STORE_FORMAT = 1
 MARKER = "contiguouskv-store.json"
@@ -33,8 +35,6 @@ def open_folder(path: str | os.PathLike[str], *, create: bool) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make_marker(folder, marker)
     _check_marker(marker)
-    for inner in ("segments", "partial"):
-        (folder / inner).mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
@@ -77,28 +77,42 @@ def _check_marker(marker: Path) -> None:
         )
 
 
-def segment_file(key: str) -> str:
-    """Path of segment `key` inside the folder."""
-    return f"segments/{key[:2]}/{key}.safetensors"
+class Pins:
+    """Which segments are pinned: an empty file each, so that a pin outlives the index.
+
+    Args:
+        folder: of the store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "pins"
+
+    def keys(self) -> set[str]:
+        """Keys of all pinned segments."""
+        try:
+            return set(os.listdir(self._folder))
+        except FileNotFoundError:
+            return set()
+
+    def set(self, key: str, pinned: bool) -> None:
+        """Pin or unpin."""
+        path = self._folder / checked_key(key)
+        if pinned:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            path.touch(mode=0o600)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def segment_files(folder: Path) -> list[str]:
-    """Paths of all segment files, inside the folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.glob("segments/??/*.safetensors"))
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Rename a finished file to its place so that it is there after a crash, complete or not at all."""
-    if not final.parent.exists():
-        final.parent.mkdir(mode=0o700, exist_ok=True)
-        _sync_folder(final.parent.parent)
-    os.replace(partial, final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def folder_bytes(folder: Path) -> int:
+    """What a store's own files take up besides its segments: the marker, the index, the pins."""
+    total = 0
+    for path in (folder, folder / "pins"):
+        with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+    with contextlib.suppress(FileNotFoundError):
+        total += os.stat(folder / "pins").st_blocks * 512
+    return total

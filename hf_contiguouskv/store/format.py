@@ -13,21 +13,24 @@
              padding.{i}      [n]   uint8 zeros, so that payload, leader_keys and key_index start on a page
 
 Everything follows from the geometry and the number of tokens, so a header is written before any data is known, and a
-header that is read is compared with the one that its own geometry demands.
+header that is read is compared with the one that its own geometry demands. `docs/FORMAT.md` tells the whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import xxhash
+
 from ..errors import InputError, SegmentCorruptError, StoreFormatError
+from .backend import Blob
 from .geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
+from .pread import PAGE
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -41,12 +44,14 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-PAGE = 4096
 MAX_HEADER_BYTES = 8 * 2**20
 _FIRST_READ = 64 * 1024
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "U64": 8}
 _HASH = re.compile(r"[0-9a-f]{32}")
+# The header covers itself: its checksum is taken with these digits in the place of the checksum.
+_NO_CHECKSUM = "0" * 16
+_CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{16})"')
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,9 @@ class SegmentHeader:
         first_chunk: position of the first chunk of this segment in the prefix.
         num_tokens: tokens in this segment; the last chunk may be partial.
         salted: whether the root hash covers a tenant salt.
+        beginning: name of the first chunk's tokens for no model in particular (same salt, same chunk size), hex; "" for
+            a segment that does not begin its prefix. Tells "stored for another model" from "not stored".
+        compute_ms: how long the model took to compute it, in milliseconds; 0 is unknown.
     """
 
     geometry: KVGeometry
@@ -118,6 +126,8 @@ class SegmentHeader:
     first_chunk: int
     num_tokens: int
     salted: bool = False
+    beginning: str = ""
+    compute_ms: int = 0
 
     @property
     def num_chunks(self) -> int:
@@ -141,7 +151,7 @@ class SegmentHeader:
         content |= _as_json(self.places)
         text = json.dumps(content, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE)
-        return len(text).to_bytes(8, "little") + text
+        return len(text).to_bytes(8, "little") + _with_checksum(text, _header_checksum(text))
 
     @cached_property
     def checked_tensors(self) -> tuple[str, ...]:
@@ -151,6 +161,11 @@ class SegmentHeader:
         """
         kinds = ("payload", "leader_keys", "key_index", "key_scale", "token_ids")
         return tuple(name for name in self.places if name.split(".")[0] in kinds)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole segment."""
+        return len(self.encoded) + self.data_bytes
 
     @property
     def data_bytes(self) -> int:
@@ -169,6 +184,10 @@ class SegmentHeader:
             "first_chunk": str(self.first_chunk),
             "num_tokens": str(self.num_tokens),
             "salted": "1" if self.salted else "0",
+            "beginning": self.beginning,
+            # Of fixed width: it is known only when everything else has been written.
+            "compute_ms": f"{min(self.compute_ms, 10**12 - 1):012d}",
+            "checksum": _NO_CHECKSUM,
         }
         return own | self.geometry.to_metadata()
 
@@ -180,34 +199,44 @@ def _as_json(places: Mapping[str, TensorPlace]) -> dict[str, Any]:
     }
 
 
-def read_header(fd: int, name: str) -> tuple[SegmentHeader, int]:
-    """Read and check the header of an open segment file.
+def _header_checksum(text: bytes) -> str:
+    """xxh3_64 of the JSON and its padding, taken with zeros for the checksum itself."""
+    return f"{xxhash.xxh3_64_intdigest(_with_checksum(text, _NO_CHECKSUM)):016x}"
 
-    Args:
-        fd: readable descriptor.
-        name: of the file, for messages.
+
+def _with_checksum(text: bytes, checksum: str) -> bytes:
+    return _CHECKSUM.sub(f'"checksum":"{checksum}"'.encode(), text, count=1)
+
+
+def read_header(blob: Blob) -> tuple[SegmentHeader, int]:
+    """Read and check the header of an open blob.
 
     Returns:
         the header, and where the data section starts, in bytes.
 
     Raises:
-        SegmentCorruptError: truncated, foreign, or a header that contradicts itself.
+        SegmentCorruptError: truncated, foreign, or a header that contradicts itself or its checksum.
         StoreFormatError: written by a newer format.
+        OSError: the storage failed.
     """
-    size = os.fstat(fd).st_size
-    beginning = os.pread(fd, _FIRST_READ, 0)
-    if len(beginning) < 8:
+    size, name = blob.nbytes, blob.name
+    if size < 8:
         raise SegmentCorruptError(f"{name}: {size} bytes is too short for a segment")
-    length = int.from_bytes(beginning[:8], "little")
-    if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
-        raise SegmentCorruptError(f"{name}: header of {length} bytes in a file of {size} bytes; not a segment, or cut")
-    text = beginning[8 : 8 + length]
-    while len(text) < length:
-        more = os.pread(fd, length - len(text), 8 + len(text))
-        if not more:
-            raise SegmentCorruptError(f"{name}: file ends inside its header")
-        text += more
-    return parse_header(text, size, name), 8 + length
+    beginning = bytearray(min(size, _FIRST_READ))
+    try:
+        blob.read_into([(0, memoryview(beginning))])
+        length = int.from_bytes(beginning[:8], "little")
+        if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
+            raise SegmentCorruptError(
+                f"{name}: header of {length} bytes in a file of {size} bytes; not a segment, or cut"
+            )
+        if 8 + length > len(beginning):
+            rest = bytearray(8 + length - len(beginning))
+            blob.read_into([(len(beginning), memoryview(rest))])
+            beginning += rest
+    except EOFError as error:
+        raise SegmentCorruptError(f"{name}: ends inside its header ({error})") from None
+    return parse_header(bytes(beginning[8 : 8 + length]), size, name), 8 + length
 
 
 def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
@@ -223,12 +252,17 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     metadata = content.pop("__metadata__", None) if isinstance(content, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != "hf_contiguouskv":
         raise SegmentCorruptError(f"{name}: not a segment of this library (no format mark in its metadata)")
+    # Of a newer format nothing is known but its number.
+    if _newer(metadata):
+        raise StoreFormatError(
+            f"{name}: segment format {metadata['version']}; this library reads up to {FORMAT_VERSION}. Update it."
+        )
+    checksum = _header_checksum(text)
+    if metadata.get("checksum") != checksum:
+        raise SegmentCorruptError(f"{name}: checksum {checksum} of its header, expected {metadata.get('checksum')!r}")
     try:
-        version = whole_number(metadata, "version")
-        if version > FORMAT_VERSION:
-            raise StoreFormatError(
-                f"{name}: segment format {version}; this library reads up to {FORMAT_VERSION}. Update it."
-            )
+        if whole_number(metadata, "version") != FORMAT_VERSION:
+            raise InputError(f"version must be {FORMAT_VERSION}")
         header = _header_from(metadata)
     except InputError as error:
         raise SegmentCorruptError(f"{name}: {error}") from None
@@ -245,10 +279,16 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     return header
 
 
+def _newer(metadata: Mapping[str, Any]) -> bool:
+    version = metadata.get("version")
+    return isinstance(version, str) and bool(re.fullmatch(r"[0-9]{1,9}", version)) and int(version) > FORMAT_VERSION
+
+
 def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
-    for field in ("root", "key", "parent"):
+    for field in ("root", "key", "parent", "beginning"):
         value = metadata.get(field)
-        if not isinstance(value, str) or not (_HASH.fullmatch(value) or (field == "parent" and not value)):
+        optional = field in ("parent", "beginning")
+        if not isinstance(value, str) or not (_HASH.fullmatch(value) or (optional and not value)):
             raise InputError(f"{field} must be 32 hex digits, got {value!r}")
     if not isinstance(metadata.get("fingerprint"), str) or metadata.get("salted") not in ("0", "1"):
         raise InputError("fingerprint or salted is missing")
@@ -261,6 +301,8 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         first_chunk=whole_number(metadata, "first_chunk"),
         num_tokens=whole_number(metadata, "num_tokens"),
         salted=metadata["salted"] == "1",
+        beginning=metadata["beginning"],
+        compute_ms=whole_number(metadata, "compute_ms"),
     )
     if header.num_tokens == 0 or (header.first_chunk == 0) != (header.parent == ""):
         raise InputError(f"{header.num_tokens} tokens from chunk {header.first_chunk} after parent {header.parent!r}")

@@ -1,159 +1,120 @@
-"""Looking after a store folder: index files, verify them, clean up after crashes."""
+"""Looking after a store: index segments, reconcile index and backend, clean up after crashes."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import sqlite3
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import xxhash
-
 from ..errors import StoreError
-from .entries import GcReport, StoreProblem
-from .folder import MARKER, segment_files
-from .format import PAGE
-from .hashing import segment_hashes
-from .index import SegmentRow, StoreIndex, all_segments, drop_segment, insert_segment, parent_ids
-from .pread import aligned_buffer, as_memoryview
+from .backend import SegmentBackend
+from .entries import GcReport
+from .index import StoreIndex
+from .local_disk import remove_unlocked
+from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids
 from .segment import Segment
 
 logger = logging.getLogger("hf_contiguouskv")
 
-# Where the file system has no locks, only age tells a leftover from a file that is being written.
-_YOUNG_S = 3600.0
-_SCAN_BYTES = 4 * 2**20
 
-
-def index_files(db: sqlite3.Connection, folder: Path) -> None:
-    """Insert every readable segment file into an empty index; a file that cannot be read is named in a warning."""
-    for file in segment_files(folder):
+def index_segments(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str]) -> None:
+    """Insert every readable segment into an empty index; one that cannot be read is named in a warning."""
+    for key in sorted(backend.list_keys()):
         try:
-            _index_file(db, folder, file)
+            _index_segment(db, backend, key, pinned)
         except (StoreError, OSError) as error:
             logger.warning("not indexed: %s", error)
 
 
-def _index_file(db: sqlite3.Connection, folder: Path, file: str) -> str:
-    segment = Segment(folder / file, direct=False)
+def _index_segment(db: sqlite3.Connection, backend: SegmentBackend, key: str, pinned: set[str]) -> None:
+    segment = Segment(backend.open(key))
     try:
-        created = os.fstat(segment.fd_buffered).st_mtime
-        insert_segment(db, segment.header, segment.token_ids, segment.file_bytes, file, created)
-        return segment.key
+        if segment.key != key:
+            raise StoreError(f"{segment.name}: holds segment {segment.key}; it is left alone")
+        blob = segment.blob
+        insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, key in pinned)
     finally:
         segment.close()
 
 
-def verify_segments(
-    folder: Path, rows: Sequence[SegmentRow], *, whole_store: bool, progress: Callable[[int, int], None] | None
-) -> list[StoreProblem]:
-    """Compare all bytes of `rows` with their checksums; with `whole_store`, look for files outside the index too."""
-    problems: list[StoreProblem] = []
-    total, done = sum(row.nbytes for row in rows), 0
-    for row in rows:
+def reconcile(
+    db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Index what is not indexed, and forget what is gone.
+
+    Returns:
+        keys that were indexed, keys that were forgotten, and what could not be read.
+    """
+    known = {row.key for row in all_segments(db)}
+    there = backend.list_keys()
+    indexed, unreadable = [], []
+    forgotten = sorted(known - there)
+    for key in forgotten:
+        drop_segment(db, key)
+    for key in sorted(there - known):
         try:
-            segment = Segment(folder / row.file, direct=False)
+            _index_segment(db, backend, key, pinned)
+            indexed.append(key)
         except (StoreError, OSError) as error:
-            problems.append(StoreProblem(row.key, row.file, str(error)))
-        else:
-            try:
-                problems.extend(StoreProblem(row.key, row.file, text) for text in _verify_segment(segment, row))
-            finally:
-                segment.close()
-        done += row.nbytes
-        if progress is not None:
-            progress(done, total)
-    if whole_store:
-        known = {row.file for row in rows}
-        for file in segment_files(folder):
-            if file not in known:
-                problems.append(StoreProblem("", file, "not in the index; `gc` adds it"))
-    return problems
+            unreadable.append(str(error))
+    return indexed, forgotten, unreadable
 
 
-def _verify_segment(segment: Segment, row: SegmentRow) -> list[str]:
-    header, geometry = segment.header, segment.geometry
-    if header.key != row.key or header.fingerprint != row.fingerprint:
-        return [f"holds segment {header.key}, expected {row.key}"]
-    problems = []
-    for name in header.checked_tensors:
-        if name.startswith("payload."):
-            continue  # Its extents are compared one by one below, which tells where the damage is.
-        try:
-            segment.read_tensor(name)
-        except StoreError as error:
-            problems.append(str(error))
-    if segment_hashes(header.parent_hash, _token_ids(segment), geometry.chunk_size)[-1].hex() != header.key:
-        problems.append("token ids do not match the key")
-    for group in range(geometry.num_groups):
-        offset, nbytes = segment.tensor_extent(f"payload.{group}")
-        step = max(1, _SCAN_BYTES // geometry.extent_bytes) * geometry.extent_bytes
-        layers = geometry.group_layers(group)
-        for start in range(0, nbytes, step):
-            octets = memoryview(segment.read_bytes(offset + start, min(step, nbytes - start)))
-            for inside in range(0, octets.nbytes, geometry.extent_bytes):
-                chunk, place = divmod((start + inside) // geometry.extent_bytes, layers)
-                layer = group * geometry.layers_per_group + place
-                checksum = xxhash.xxh3_64_intdigest(octets[inside : inside + geometry.extent_bytes])
-                if checksum != segment.payload_checksum(layer, chunk):
-                    problems.append(f"layer {layer}, chunk {segment.first_chunk + chunk}: checksum does not match")
-    return problems
+def reconcile_on_opening(index: StoreIndex, backend: SegmentBackend, pinned: Callable[[], set[str]]) -> None:
+    """Where a crash came between the publication of a segment and its entry in the index, make up for it.
+
+    Only looks, if all is well; and where another process is writing, that one is left in peace.
+    """
+    known = {key for (key,) in index.read(lambda db: db.execute("SELECT key FROM segments").fetchall())}
+    if not backend.lists_cheaply or known == backend.list_keys():
+        return
+    done = index.try_write(lambda db: reconcile(db, backend, pinned()))
+    for text in done[2] if done else ():
+        logger.warning("skipped: %s", text)
 
 
-def _token_ids(segment: Segment) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    offset, nbytes = segment.tensor_extent("token_ids")
-    return np.frombuffer(segment.read_bytes(offset, nbytes), dtype="<i8")
+def collect_garbage(
+    folder: Path,
+    index: StoreIndex,
+    backend: SegmentBackend,
+    pinned: set[str],
+    *,
+    expired: list[SegmentRow],
+    dry_run: bool,
+) -> GcReport:
+    """See `PrefixStore.gc`; `expired` have been (or would be) removed before."""
+    leftovers = backend.collect(dry_run)
+    removed, in_use, freed = list(leftovers.removed), list(leftovers.in_use), leftovers.bytes_freed
+    freed += sum(row.nbytes for row in expired)
+    # A damaged index has been replaced by one that was built from the segments.
+    for path in sorted([*folder.glob("index.sqlite.damaged-*"), *folder.glob("index.sqlite.new")]):
+        nbytes = remove_unlocked(path, dry_run=dry_run)
+        removed.append(path.name)
+        freed += nbytes or 0
+    quarantine = list(backend.quarantined())
+    for info in quarantine:
+        freed += info.stored_bytes if dry_run else backend.drop_quarantined(info.key)
 
-
-def collect_garbage(folder: Path, index: StoreIndex, *, dry_run: bool) -> GcReport:
-    """See `PrefixStore.gc`."""
-    removed: list[str] = []
-    in_use: list[str] = []
-    freed = 0
-    # `index.sqlite.damaged-*` has been replaced by an index that was built from the files.
-    for path in sorted([*folder.glob("partial/*.partial"), *folder.glob("index.sqlite.damaged-*")]):
-        name = str(path.relative_to(folder))
-        nbytes = _remove_leftover(path, dry_run=dry_run)
-        if nbytes is None:
-            in_use.append(name)
-        else:
-            removed.append(name)
-            freed += nbytes
-    indexed: list[str] = []
-    forgotten: list[str] = []
-    unreadable: list[str] = []
-
-    def reconcile(db: sqlite3.Connection) -> list[str]:
-        for found in (indexed, forgotten, unreadable):
-            found.clear()
-        known = {row.file: row.key for row in all_segments(db)}
-        files = set(segment_files(folder))
-        for file in sorted(known.keys() - files):
-            forgotten.append(known[file])
-            drop_segment(db, known[file])
-        for file in sorted(files - known.keys()):
-            try:
-                indexed.append(_index_file(db, folder, file))
-            except (StoreError, OSError) as error:
-                unreadable.append(str(error))
-            except sqlite3.IntegrityError:
-                unreadable.append(f"{file}: a copy of a segment that is indexed under another name")
+    def change(db: sqlite3.Connection) -> tuple[list[str], list[str], list[str], list[str]]:
+        indexed, forgotten, unreadable = reconcile(db, backend, pinned)
         linked = {child for child, _ in parent_ids(db)}
-        lost = [row.key for row in all_segments(db) if row.first_chunk and row.id not in linked]
+        unreachable = [row.key for row in all_segments(db) if row.first_chunk and row.id not in linked]
         if dry_run:
-            raise _DryRunEnd(lost)
-        return lost
+            raise _DryRunEnd(indexed, forgotten, unreadable, unreachable)
+        return indexed, forgotten, unreadable, unreachable
 
     try:
-        unreachable = index.write(reconcile)
+        indexed, forgotten, unreadable, unreachable = index.write(change)
     except _DryRunEnd as outcome:
-        unreachable = outcome.unreachable
+        indexed, forgotten, unreadable, unreachable = outcome.args
+    if not dry_run:
+        for key in pinned - backend.list_keys():
+            (folder / "pins" / key).unlink(missing_ok=True)
     return GcReport(
         removed=tuple(removed),
+        quarantine=tuple(info.key for info in quarantine),
+        expired=tuple(row.key for row in expired),
         bytes_freed=freed,
         indexed=tuple(indexed),
         forgotten=tuple(forgotten),
@@ -164,44 +125,4 @@ def collect_garbage(folder: Path, index: StoreIndex, *, dry_run: bool) -> GcRepo
 
 
 class _DryRunEnd(Exception):  # noqa: N818 (it reports no error)
-    """Rolls a transaction back."""
-
-    def __init__(self, unreachable: list[str]) -> None:
-        self.unreachable = unreachable
-
-
-def _remove_leftover(path: Path, *, dry_run: bool) -> int | None:
-    """Delete a file that no process is writing; its bytes, or `None` when it is in use."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return 0
-    try:
-        status = os.fstat(fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        except OSError:
-            if time.time() - status.st_mtime < _YOUNG_S:
-                return None
-        if not dry_run:
-            path.unlink(missing_ok=True)
-        return status.st_blocks * 512
-    finally:
-        os.close(fd)
-
-
-def can_read_directly(folder: Path) -> bool:
-    """Whether the file system of `folder` serves reads that bypass the page cache."""
-    if not hasattr(os, "O_DIRECT"):
-        return False
-    buffer = as_memoryview(aligned_buffer(PAGE))
-    try:
-        fd = os.open(folder / MARKER, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        try:
-            return os.preadv(fd, (buffer,), 0) > 0
-        finally:
-            os.close(fd)
-    except OSError:
-        return False
+    """Rolls a transaction back; its arguments are the outcome."""

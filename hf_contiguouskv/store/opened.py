@@ -1,16 +1,15 @@
-"""The segment files that a store keeps open, so that the next look-up opens nothing."""
+"""The segments that a store keeps open, so that the next look-up opens nothing."""
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 
-from ..errors import SegmentCorruptError
-from .index import SegmentRow
+from ..errors import SegmentCorruptError, SegmentMissingError, SegmentReadError
+from .backend import SegmentBackend
+from .rows import SegmentRow
 from .segment import Segment
 
 _MAX_OPEN = 128
@@ -20,35 +19,38 @@ class OpenSegments:
     """A bounded table of open segments by key. One that is pushed out stays open as long as somebody uses it.
 
     Args:
-        folder: of the store.
-        direct: open files for direct reads as well, where the file system can.
+        backend: where they lie.
     """
 
-    def __init__(self, folder: Path, *, direct: bool) -> None:
-        self._folder = folder
-        self._direct = direct
+    def __init__(self, backend: SegmentBackend) -> None:
+        self._backend = backend
         self._recent: OrderedDict[str, Segment] = OrderedDict()
         self._all: weakref.WeakSet[Segment] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def get(self, row: SegmentRow) -> Segment:
-        """The open file of `row`.
+        """The open segment of `row`.
 
         Raises:
-            FileNotFoundError: it is gone.
-            SegmentCorruptError: it was cut, or is not this segment.
+            SegmentMissingError: it is gone.
+            SegmentCorruptError: it was cut, or is another segment.
+            SegmentReadError: the storage failed.
         """
-        path = self._folder / row.file
-        # An open file that was deleted or cut since is no longer what the store holds.
-        status = os.stat(path)
-        with self._lock:
-            segment = self._recent.get(row.key)
-            if segment is not None and (segment.inode, segment.file_bytes) == (status.st_ino, status.st_size):
-                self._recent.move_to_end(row.key)
-                return segment
-        segment = Segment(path, direct=self._direct)
-        if segment.key != row.key or segment.header.fingerprint != row.fingerprint:
-            raise SegmentCorruptError(f"{path}: holds segment {segment.key}, expected {row.key}")
+        # An open segment that was deleted or replaced since is no longer what the store holds.
+        try:
+            identity = self._backend.identity(row.key)
+            if identity is None:
+                raise SegmentMissingError(f"segment {row.key} is gone from {self._backend.name}")
+            with self._lock:
+                segment = self._recent.get(row.key)
+                if segment is not None and segment.identity == identity:
+                    self._recent.move_to_end(row.key)
+                    return segment
+            segment = Segment(self._backend.open(row.key))
+        except OSError as error:
+            raise SegmentReadError(f"segment {row.key} of {self._backend.name}: {error.strerror or error}") from error
+        if segment.key != row.key:
+            raise SegmentCorruptError(f"{segment.name}: holds segment {segment.key}, expected {row.key}", segment)
         with self._lock:
             self._recent[row.key] = segment
             self._recent.move_to_end(row.key)
@@ -58,13 +60,13 @@ class OpenSegments:
         return segment
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Drop segments whose files have been removed."""
+        """Drop segments that have been removed."""
         with self._lock:
             for key in keys:
                 self._recent.pop(key, None)
 
     def close(self) -> None:
-        """Close all files, those in use as well."""
+        """Close all segments, those in use as well."""
         with self._lock:
             self._recent.clear()
             for segment in list(self._all):

@@ -6,16 +6,18 @@ import contextlib
 import errno
 import mmap
 import os
+import threading
 
 import torch
 
-from ..errors import InputError, SegmentCorruptError
-from .format import PAGE
-from .segment import Segment
+from ..errors import InputError
 
+PAGE = 4096
 MAX_PART = 2**20
 BOUNCE_BYTES = MAX_PART + 2 * PAGE
 _HUGE = 2 * 2**20
+
+_of_thread = threading.local()
 
 
 def aligned_buffer(nbytes: int) -> torch.Tensor:
@@ -39,29 +41,24 @@ def as_memoryview(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def bounce_buffer() -> mmap.mmap:
-    """Page-aligned memory that holds any read of up to `MAX_PART` bytes, wherever it begins."""
-    return mmap.mmap(-1, BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def read_range(segment: Segment, offset: int, into: memoryview, bounce: mmap.mmap) -> int:
-    """Fill `into` from `offset` of a segment; return the bytes that storage was asked for, page rounding included.
+def read_range(direct: int | None, buffered: int, offset: int, into: memoryview) -> int:
+    """Fill `into` from `offset` of a file; return the bytes that storage was asked for, page rounding included.
 
     Args:
-        segment: open file.
+        direct: descriptor with `O_DIRECT`, if there is one.
+        buffered: ordinary descriptor of the same file.
         offset: in bytes.
         into: writable bytes.
-        bounce: from `bounce_buffer`, for ranges that direct reads cannot serve as they are.
 
     Raises:
-        SegmentCorruptError: the file ends before.
+        EOFError: the file ends before.
+        OSError: what the system says.
     """
     nbytes = into.nbytes
     if nbytes == 0:
         return 0
-    direct = segment.fd_direct
     if direct is None:
-        _read_buffered(segment, offset, into)
+        _read_buffered(buffered, offset, into)
         return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
     physical = 0
     whole_pages = nbytes & -PAGE
@@ -77,35 +74,43 @@ def read_range(segment: Segment, offset: int, into: memoryview, bounce: mmap.mma
         if physical == nbytes:
             return physical
     while physical < nbytes:
-        physical += _read_bounced(segment, direct, offset + physical, into[physical:], bounce)
+        physical += _read_bounced(direct, buffered, offset + physical, into[physical:])
     return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
 
 
-def _read_bounced(segment: Segment, direct: int, offset: int, into: memoryview, bounce: mmap.mmap) -> int:
+def _bounce_buffer() -> mmap.mmap:
+    """Page-aligned memory of this thread that holds any read of up to `MAX_PART` bytes, wherever it begins."""
+    bounce: mmap.mmap | None = getattr(_of_thread, "bounce", None)
+    if bounce is None:
+        bounce = _of_thread.bounce = mmap.mmap(-1, BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return bounce
+
+
+def _read_bounced(direct: int, buffered: int, offset: int, into: memoryview) -> int:
     """Read some bytes from `offset` through the aligned buffer and copy them; return how many."""
     begin = offset & -PAGE
     skip = offset - begin
     span = min(-(-(skip + into.nbytes) // PAGE) * PAGE, BOUNCE_BYTES)
-    with memoryview(bounce) as aligned:
+    with memoryview(_bounce_buffer()) as aligned:
         try:
             got = os.preadv(direct, (aligned[:span],), begin)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             # The file system let the file be opened for direct reads but does not serve them like this.
-            _read_buffered(segment, offset, into)
+            _read_buffered(buffered, offset, into)
             return into.nbytes
         useful = min(got - skip, into.nbytes)
         if useful <= 0:
-            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}", segment)
+            raise EOFError(f"the file ends before offset {offset}")
         into[:useful] = aligned[skip : skip + useful]
     return useful
 
 
-def _read_buffered(segment: Segment, offset: int, into: memoryview) -> None:
+def _read_buffered(fd: int, offset: int, into: memoryview) -> None:
     done = 0
     while done < into.nbytes:
-        got = os.preadv(segment.fd_buffered, (into[done:],), offset + done)
+        got = os.preadv(fd, (into[done:],), offset + done)
         if got == 0:
-            raise SegmentCorruptError(f"{segment.path}: file ends inside {segment.describe(offset)}", segment)
+            raise EOFError(f"the file ends before offset {offset + done}")
         done += got

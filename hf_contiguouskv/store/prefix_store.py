@@ -10,34 +10,29 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, InputError, PrefixInUseError, SegmentCorruptError, StoreError
+from ..errors import ConfigError, InputError, PrefixInUseError, StoreClosedError, StoreError
 from ..memory import HostTier
-from ..stats import StoreStats
+from ..stats import StoreCounters, StoreStats
 from . import maintenance
+from .backend import SegmentBackend
 from .background import Background
 from .entries import GcReport, PrefixInfo, SegmentSpan, StoredPrefix, StoreProblem
+from .finding import Finder, Found
 from .fingerprint import model_fingerprint
-from .folder import open_folder, put_in_place, segment_file
-from .format import KVGeometry, SegmentHeader
-from .hashing import TokenIds, as_token_ids, chain_hashes, root_hash, segment_hashes
-from .index import (
-    SegmentRow,
-    StoreIndex,
-    all_segments,
-    drop_segment,
-    find_chunk,
-    insert_segment,
-    mark_used,
-    segment_by_key,
-)
+from .folder import Pins, folder_bytes, open_folder
+from .format import KVGeometry
+from .hashing import TokenIds, as_token_ids, chain_hashes
+from .index import StoreIndex
+from .local_disk import LocalDisk
 from .opened import OpenSegments
+from .publishing import Publisher
 from .reader import ExtentReader
-from .search import Chain, chain_to, choose_victims, continuations, longest_match, too_large
+from .rows import SegmentRow, all_segments, drop_segment, index_problems, mark_used, segment_by_key
+from .search import continuations, next_stored
 from .segment import Segment
+from .verification import verify_segments
 from .writer import SegmentWriter
 
 __all__ = ["PrefixStore", "SegmentSpan", "StoredPrefix"]
@@ -58,13 +53,17 @@ class PrefixStore:
 
     Args:
         path: the folder. Missing: it is created, for this user only. It must be a store, or empty.
-        max_disk_bytes: bound on the bytes of all segment files; the least recently used make room. `None`: no bound.
+        max_disk_bytes: bound on what all segments take up; what is worth least makes room (`eviction.worth`). `None`:
+            no bound.
+        ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned
+            ones stay. `None`: never.
         host_bytes: bound on what this process keeps in host memory.
         device_bytes: bound on what this process keeps in device memory.
         salt: tenants with different salts do not see each other's prefixes.
         create: whether a missing store may be created.
         direct: read past the operating system's page cache where the file system can.
         reader_threads: reads in flight at once.
+        backend: where segments lie, if not in `path`; index and pins are in `path` all the same.
 
     Raises:
         StoreFormatError: `path` is something else than a store, or newer than this library.
@@ -80,39 +79,72 @@ class PrefixStore:
         path: str | os.PathLike[str],
         *,
         max_disk_bytes: int | None = None,
+        ttl_s: float | None = None,
         host_bytes: int = 2 * 2**30,
         device_bytes: int = 2**30,
         salt: str | bytes = b"",
         create: bool = True,
         direct: bool = True,
         reader_threads: int = 8,
+        backend: SegmentBackend | None = None,
     ) -> None:
-        bounds = {"max_disk_bytes": max_disk_bytes, "host_bytes": host_bytes, "device_bytes": device_bytes}
+        bounds = {
+            "max_disk_bytes": max_disk_bytes,
+            "ttl_s": ttl_s,
+            "host_bytes": host_bytes,
+            "device_bytes": device_bytes,
+        }
         for name, value in bounds.items():
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
         self._closed = True  # Until everything below has worked: `__del__` sees half-made stores too.
         self.path = open_folder(path, create=create)
         self.max_disk_bytes = max_disk_bytes
         self.device_bytes = device_bytes
-        self.direct = direct
+        self.backend: SegmentBackend = LocalDisk(self.path, direct=direct) if backend is None else backend
         self.host = HostTier(host_bytes)
-        self._salt = salt.encode() if isinstance(salt, str) else bytes(salt)
         self._lock = threading.RLock()
         self._background = Background()
         self._reader: ExtentReader | None = None
         self._reader_threads = reader_threads
-        self._opened = OpenSegments(self.path, direct=direct)
         self._uses: dict[str, tuple[int, float]] = {}
-        self._counters = StoreStats()
-        folder = self.path
-        self._index = StoreIndex(folder / "index.sqlite", lambda db: maintenance.index_files(db, folder))
+        self._pins = Pins(self.path)
+        self.counters = StoreCounters()
+        salt = salt.encode() if isinstance(salt, str) else bytes(salt)
+        index = self._index = StoreIndex(self.path / "index.sqlite", self._refill)
+        opened = self._opened = OpenSegments(self.backend)
+        self._finder = Finder(
+            index, self.backend, opened, salt, ttl_s, self._last_use, lambda: self.counters.add("quarantined")
+        )
+        self._publisher = Publisher(
+            index,
+            self.backend,
+            opened,
+            self._finder,
+            self.counters,
+            salted=bool(salt),
+            max_disk_bytes=max_disk_bytes,
+            ttl_s=ttl_s,
+            before_eviction=self._flush_uses,
+        )
         self._closed = False
+        self._clean_up()
         _open_stores.add(self)
         with _shared_lock:
             earlier = _shared.get(os.path.realpath(self.path))
             if earlier is None or earlier._closed:
                 _shared[os.path.realpath(self.path)] = self
+
+    def _refill(self, db: sqlite3.Connection) -> None:
+        maintenance.index_segments(db, self.backend, self._pins.keys())
+
+    def _clean_up(self) -> None:
+        """After a crash of somebody else: free what it left, and index what it had just published."""
+        try:
+            self.backend.collect()
+            maintenance.reconcile_on_opening(self._index, self.backend, self._pins.keys)
+        except (StoreError, OSError) as error:
+            logger.warning("%s could not be cleaned up: %s", self.path, error)
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
@@ -140,89 +172,74 @@ class PrefixStore:
                 "SELECT DISTINCT chunk_size FROM segments WHERE fingerprint = ?", (fingerprint,)
             ).fetchall()
         )
-        found = (self._find(fingerprint, ids, size) for (size,) in sizes)
+        found = (self._finder.find(fingerprint, ids, size).stored for (size,) in sizes)
         return max((stored.tokens for stored in found if stored), default=0)
 
-    def lookup(self, fingerprint: str, ids: TokenIds, chunk_size: int) -> StoredPrefix | None:
-        """The longest stored prefix of `ids`, and count it as used.
+    def lookup(self, fingerprint: str, ids: TokenIds, chunk_size: int, *, count: bool = True) -> StoredPrefix | None:
+        """The longest stored prefix of `ids`.
 
         Args:
             fingerprint: of the model.
             ids: int64 `[n]`.
             chunk_size: of the cache that asks; prefixes stored with another one do not match.
+            count: whether this is a request's own look-up: it counts in `stats`, and as a use of what it finds.
 
         Returns:
-            where it lies, or `None` when not even one token is stored.
+            where it lies, or `None` when not even one token is stored. An index that cannot be read finds nothing.
         """
-        stored = self._find(fingerprint, as_token_ids(ids), chunk_size)
-        if stored is not None:
-            self._mark(stored)
-        return stored
-
-    def _find(self, fingerprint: str, ids: TokenIds, chunk_size: int) -> StoredPrefix | None:
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
-        root = root_hash(fingerprint, chunk_size, self._salt)
-        hashes = chain_hashes(root, ids, chunk_size)
-        while True:
-            found = self._read(partial(longest_match, root=root, hashes=hashes, ids=ids, chunk_size=chunk_size))
-            if found is None:
-                return None
-            if isinstance(found, int):
-                hashes = hashes[:found]  # A parent is missing: what lies before it may still be whole.
-                continue
-            tokens, rows = found
-            spans = self._spans(rows)
-            if spans is not None:
-                return StoredPrefix(tokens, spans)
-            # A file is gone, so the index has changed: look again.
-
-    def _spans(self, chain: Chain) -> tuple[SegmentSpan, ...] | None:
-        """Open the segments of a chain; `None` when one of them is lost."""
-        spans = []
-        position = 0
-        for row, chunks in chain:
-            segment = self._segment(row)
-            if segment is None:
-                return None
-            spans.append(SegmentSpan(segment, position, chunks, position - row.first_chunk))
-            position += chunks
-        return tuple(spans)
-
-    def _segment(self, row: SegmentRow) -> Segment | None:
-        """The open file of `row`; `None`, after forgetting it, when it is missing or damaged."""
+        ids = as_token_ids(ids)
+        self._require_open()
         try:
-            return self._opened.get(row)
-        except (FileNotFoundError, SegmentCorruptError) as error:
-            logger.warning("a stored segment is lost and will be computed again: %s", error)
-            self._opened.forget([row.key])
-            self._write(lambda db: drop_segment(db, row.key))
+            found = self._finder.find(fingerprint, ids, chunk_size)
+            reason = None if found.stored else self._finder.why_missing(found, fingerprint, ids, chunk_size)
+        except StoreError as error:
+            self._require_open()
+            logger.warning("nothing is found in %s: %s", self.path, error)
+            found, reason = Found(None), "corrupt"
+        if count:
+            self._count(found.stored, len(ids), reason)
+        return found.stored
+
+    def _count(self, stored: StoredPrefix | None, asked: int, reason: str | None) -> None:
+        self.counters.add("tokens_asked", asked)
+        if stored is None:
+            self.counters.add(f"misses.{reason}")
+        else:
+            self.counters.add("hits")
+            self.counters.add("tokens_found", stored.tokens)
+            self._mark(stored)
+
+    def next_stored(self, fingerprint: str, ids: TokenIds, chunk_size: int, first_chunk: int) -> int | None:
+        """The first chunk of `ids` from `first_chunk` on that is stored although the one before it is not.
+
+        Where a segment in the middle of a prefix was lost, only what lies before that chunk needs to be computed.
+        """
+        hashes = chain_hashes(self._finder.root(fingerprint, chunk_size), as_token_ids(ids), chunk_size)
+        try:
+            found: int | None = self._read(lambda db: next_stored(db, hashes, first_chunk))
+        except StoreError:
+            self._require_open()
             return None
+        return found
 
     def discard(self, segment: Segment, reason: str) -> None:
-        """Take a segment whose bytes proved wrong out of service; its file is kept under `damaged/`.
+        """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside until `gc`.
 
-        Segments that continue it stay, and are found again once its chunks have been stored anew.
+        Segments that continue it stay, and are found again once its chunks have been stored anew. Never fails.
         """
-        logger.warning("%s is taken out of service: %s", segment.path, reason)
-        aside = self.path / "damaged"
-        aside.mkdir(mode=0o700, exist_ok=True)
-
-        def move(db: sqlite3.Connection) -> None:
-            drop_segment(db, segment.key)
-            try:
-                if os.stat(segment.path).st_ino == segment.inode:
-                    os.replace(segment.path, aside / segment.path.name)
-            except FileNotFoundError:
-                pass
-
-        self._opened.forget([segment.key])
-        self._write(move)
+        self._finder.discard(segment, reason)
 
     # -- storing ------------------------------------------------------------------------------------------------
 
     def begin_segment(
-        self, fingerprint: str, geometry: KVGeometry, ids: TokenIds, first_chunk: int = 0
+        self,
+        fingerprint: str,
+        geometry: KVGeometry,
+        ids: TokenIds,
+        first_chunk: int = 0,
+        before: StoredPrefix | None = None,
     ) -> SegmentWriter:
         """Start storing chunks `first_chunk` to the end of a prefix.
 
@@ -231,82 +248,40 @@ class PrefixStore:
             geometry: of its KV cache.
             ids: int64 `[n]`, all tokens of the prefix.
             first_chunk: chunks before this one are stored already.
+            before: where they are, if that is known.
 
         Raises:
             InputError: no chunk is left to store.
             StoreError: the chunks before `first_chunk` are not stored.
             StoreFullError: it cannot fit in `max_disk_bytes`, or the disk is full.
         """
-        ids = as_token_ids(ids)
-        chunk_size = geometry.chunk_size
-        begin = first_chunk * chunk_size
-        if not 0 <= begin < len(ids):
-            raise InputError(f"first_chunk {first_chunk} leaves nothing to store of {len(ids)} tokens")
-        root = root_hash(fingerprint, chunk_size, self._salt)
-        before = chain_hashes(root, ids[:begin], chunk_size)
-        parent = before[-1] if before else root
-        own = ids[begin:].copy()
-        header = SegmentHeader(
-            geometry=geometry,
-            fingerprint=fingerprint,
-            root=root.hex(),
-            parent=parent.hex() if before else "",
-            key=segment_hashes(parent, own, chunk_size)[-1].hex(),
-            first_chunk=first_chunk,
-            num_tokens=len(own),
-            salted=bool(self._salt),
-        )
-        if before and self._read(lambda db: find_chunk(db, parent)) is None:
-            raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
-        nbytes = len(header.encoded) + header.data_bytes
-        if self.max_disk_bytes is not None and nbytes > self.max_disk_bytes:
-            raise too_large(nbytes, self.max_disk_bytes)
-        return SegmentWriter(header, own, self.path / "partial", self._publish, drop_cached=self.direct)
+        self._require_open()
+        return self._publisher.begin(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
 
-    def _publish(self, header: SegmentHeader, ids: TokenIds, partial_file: Path, nbytes: int) -> StoredPrefix:
-        file = segment_file(header.key)
-        final = self.path / file
-        evicted: list[SegmentRow] = []
+    def begin_memory_segment(
+        self,
+        fingerprint: str,
+        geometry: KVGeometry,
+        ids: TokenIds,
+        first_chunk: int = 0,
+        before: StoredPrefix | None = None,
+    ) -> SegmentWriter:
+        """As `begin_segment`, for what could not be stored: nobody but the caller finds it, and it goes with them."""
+        return self._publisher.begin_in_memory(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
 
-        def publish(db: sqlite3.Connection) -> bool:
-            evicted.clear()
-            existing = segment_by_key(db, header.key)
-            if existing is not None:
-                if (self.path / existing.file).exists():
-                    return False
-                drop_segment(db, header.key)
-            if header.parent and find_chunk(db, header.parent_hash) is None:
-                raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
-            if self.max_disk_bytes is not None:
-                evicted.extend(choose_victims(db, header, nbytes, self.max_disk_bytes))
-                for row in evicted:
-                    drop_segment(db, row.key)
-                    (self.path / row.file).unlink(missing_ok=True)
-            put_in_place(partial_file, final)
-            insert_segment(db, header, ids, nbytes, file, time.time())
-            return True
-
-        self._flush_uses()
-        published = self._write(publish)
-        if not published:
-            partial_file.unlink(missing_ok=True)
-        self._opened.forget([row.key for row in evicted])
-        with self._lock:
-            self._counters.published += published
-            self._counters.bytes_written += nbytes if published else 0
-            self._counters.evicted += len(evicted)
-        rows = self._read(lambda db: chain_to(db, bytes.fromhex(header.key), header.first_chunk + header.num_chunks))
-        spans = self._spans(rows) if isinstance(rows, list) else None
-        if spans is None:
-            raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
-        return StoredPrefix(header.first_chunk * header.geometry.chunk_size + header.num_tokens, spans)
+    def write_failed(self, error: Exception) -> None:
+        """Count and report that a prefix could not be stored."""
+        self.counters.add("write_failures")
+        logger.warning("a prefix could not be stored (its request is answered all the same): %s", error)
 
     # -- looking after ------------------------------------------------------------------------------------------
 
     def entries(self) -> list[PrefixInfo]:
         """All stored segments, oldest first."""
-        self._flush_uses()
-        return [PrefixInfo.from_row(row) for row in self._read(all_segments)]
+        rows = self._read(all_segments)
+        with self._lock:
+            uses = dict(self._uses)
+        return [PrefixInfo.from_row(row, *uses.get(row.key, (0, 0.0))) for row in rows]
 
     def delete(self, key: str, recursive: bool = False) -> list[str]:
         """Delete the segment named `key`. Caches that have it open keep working.
@@ -330,11 +305,13 @@ class PrefixStore:
                 raise PrefixInUseError(f"{key} is continued by {names}; delete these first, or all of them at once")
             for row in doomed:
                 drop_segment(db, row.key)
-                (self.path / row.file).unlink(missing_ok=True)
+                self.backend.delete(row.key)
             return [row.key for row in doomed]
 
         deleted: list[str] = self._write(delete)
         self._opened.forget(deleted)
+        for gone in deleted:
+            self._pins.set(gone, False)
         return deleted
 
     def pin(self, key: str) -> None:
@@ -355,7 +332,9 @@ class PrefixStore:
 
     def _set_pinned(self, key: str, pinned: bool) -> None:
         def change(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE segments SET pinned = ? WHERE id = ?", (int(pinned), _known(db, key).id))
+            number = _known(db, key).id
+            self._pins.set(key, pinned)
+            db.execute("UPDATE segments SET pinned = ? WHERE id = ?", (int(pinned), number))
 
         self._write(change)
 
@@ -370,20 +349,31 @@ class PrefixStore:
             what is wrong; empty when all is well. Nothing is changed.
         """
         rows = self._read(lambda db: [_known(db, key)] if key else all_segments(db))
-        return maintenance.verify_segments(self.path, rows, whole_store=key is None, progress=progress)
+        return verify_segments(self.backend, self._index, rows, whole_store=key is None, progress=progress)
 
     def gc(self, dry_run: bool = False) -> GcReport:
-        """Clean up after crashes: remove leftovers, index files that are not indexed, forget those that are gone.
+        """Clean up: remove leftovers of crashes, damaged and expired segments; make index and segments agree.
 
         Args:
             dry_run: only say what would be done.
         """
-        report = maintenance.collect_garbage(self.path, self._index, dry_run=dry_run)
+        self._require_open()
+        if not dry_run and self._read(index_problems):
+            self._index.rebuild()
+        report = maintenance.collect_garbage(
+            self.path,
+            self._index,
+            self.backend,
+            self._pins.keys(),
+            expired=self._publisher.expire(dry_run),
+            dry_run=dry_run,
+        )
         self._opened.forget(report.forgotten)
         return report
 
     def rebuild_index(self) -> None:
-        """Build the index anew from the segment files; pins and counters are kept."""
+        """Build the index anew from the segments; pins and counters are kept."""
+        self._require_open()
         self._index.rebuild()
 
     @property
@@ -392,18 +382,18 @@ class PrefixStore:
         count, tokens, nbytes = self._read(
             lambda db: db.execute("SELECT count(*), total(num_tokens), total(nbytes) FROM segments").fetchone()
         )
-        with self._lock:
-            return StoreStats(
-                segments=count,
-                prefix_tokens=int(tokens),
-                disk_bytes=int(nbytes),
-                host_bytes=self.host.bytes_used,
-                bytes_read=self._reader.bytes_read if self._reader else 0,
-                bytes_written=self._counters.bytes_written,
-                published=self._counters.published,
-                evicted=self._counters.evicted,
-                direct_reads=self.direct and maintenance.can_read_directly(self.path),
-            )
+        stats = StoreStats(
+            segments=count,
+            prefix_tokens=int(tokens),
+            segment_bytes=int(nbytes),
+            disk_bytes=int(nbytes) + self.backend.overhead_bytes() + folder_bytes(self.path),
+            quarantined_bytes=sum(info.stored_bytes for info in self.backend.quarantined()),
+            host_bytes=self.host.bytes_used,
+            bytes_read=self._reader.bytes_read if self._reader else 0,
+            direct_reads=self.backend.direct,
+        )
+        self.counters.put_into(stats)
+        return stats
 
     # -- shared services ----------------------------------------------------------------------------------------
 
@@ -411,8 +401,7 @@ class PrefixStore:
     def reader(self) -> ExtentReader:
         """The reader threads of this store; started at the first use."""
         with self._lock:
-            if self._closed:
-                raise StoreError(f"{self.path}: the store is closed")
+            self._require_open()
             if self._reader is None:
                 self._reader = ExtentReader(self._reader_threads)
             return self._reader
@@ -442,22 +431,31 @@ class PrefixStore:
                 self._uses[span.segment.key] = (count + 1, now)
             due = len(self._uses) >= _MARKS_BEFORE_FLUSH
         if due:
-            self._flush_uses()
+            self._background.submit(self._flush_uses)  # A look-up waits for no writer.
+
+    def _last_use(self, key: str) -> float:
+        with self._lock:
+            return self._uses.get(key, (0, 0.0))[1]
 
     def _flush_uses(self) -> None:
         with self._lock:
             uses, self._uses = self._uses, {}
-        if uses:
-            self._write(lambda db: mark_used(db, [(count, when, key) for key, (count, when) in uses.items()]))
+        try:
+            if uses:
+                self._write(lambda db: mark_used(db, [(count, when, key) for key, (count, when) in uses.items()]))
+        except StoreError as error:
+            logger.warning("counters of use are lost: %s", error)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(f"{self.path}: the store is closed")
 
     def _read(self, query: Callable[[sqlite3.Connection], Any]) -> Any:
-        if self._closed:
-            raise StoreError(f"{self.path}: the store is closed")
+        self._require_open()
         return self._index.read(query)
 
     def _write(self, change: Callable[[sqlite3.Connection], Any]) -> Any:
-        if self._closed:
-            raise StoreError(f"{self.path}: the store is closed")
+        self._require_open()
         return self._index.write(change)
 
     def close(self) -> None:
@@ -465,16 +463,14 @@ class PrefixStore:
         if self._closed:
             return
         self._background.close()
-        try:
-            self._flush_uses()
-        except StoreError as error:
-            logger.warning("counters of use are lost: %s", error)
+        self._flush_uses()
         with self._lock:
             self._closed = True
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
         self._opened.close()
+        self.backend.close()
         self._index.close()
         self.host.clear()
 

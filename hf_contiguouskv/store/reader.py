@@ -1,4 +1,4 @@
-"""Reading many extents at once: a few named threads that issue positioned reads, past the page cache where possible.
+"""Reading many extents at once: a few named threads that hand them to the backend.
 
 A request submits all reads of one layer as one `Ticket` and waits for it when it needs them. Reads are served in the
 order in which they were submitted. The work per read is kept small on purpose: a request has hundreds of reads of a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import mmap
 import os
 import threading
 import weakref
@@ -20,9 +19,8 @@ from types import TracebackType
 
 import xxhash
 
-from ..errors import InputError, SegmentCorruptError, StoreError
-from .format import PAGE
-from .pread import MAX_PART, aligned_buffer, as_memoryview, bounce_buffer, read_range
+from ..errors import InputError, SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
+from .pread import MAX_PART, PAGE, aligned_buffer, as_memoryview
 from .segment import Segment
 
 __all__ = ["Check", "ExtentReader", "Read", "Ticket", "aligned_buffer", "as_memoryview"]
@@ -83,6 +81,29 @@ class _Whole:
             _verify(self.read.segment, self.read.offset, self.read.into, self.checks)
 
 
+class _Batch:
+    """Parts of one segment that its backend takes in one call."""
+
+    __slots__ = ("offset", "parts", "segment")
+
+    def __init__(self, parts: list[Read | _Part]) -> None:
+        self.parts = parts
+        self.segment = parts[0].segment
+        self.offset = parts[0].offset
+
+    @classmethod
+    def grouped(cls, parts: list[Read | _Part]) -> list[Read | _Part | _Batch]:
+        """Neighbours in `parts` put together, where their backend wants that."""
+        found: list[Read | _Part | _Batch] = []
+        for segment, group in itertools.groupby(parts, key=lambda part: part.segment):
+            own, size = list(group), segment.blob.extents_per_read
+            if size <= 1:
+                found += own
+            else:
+                found += [cls(own[start : start + size]) for start in range(0, len(own), size)]
+        return found
+
+
 class Ticket:
     """The reads of one `submit`, to wait for.
 
@@ -92,7 +113,7 @@ class Ticket:
 
     __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "bytes_read")
 
-    def __init__(self, parts: list[Read | _Part]) -> None:
+    def __init__(self, parts: Sequence[Read | _Part | _Batch]) -> None:
         self.bytes_read = 0
         self._parts = parts
         self._missing = len(parts)
@@ -105,6 +126,11 @@ class Ticket:
             self._gate.acquire()
 
     @property
+    def parts(self) -> int:
+        """How many threads could share the reads."""
+        return len(self._parts)
+
+    @property
     def done(self) -> bool:
         """Whether all reads have ended, well or badly."""
         return self._missing == 0
@@ -113,8 +139,9 @@ class Ticket:
         """Block until all reads have ended.
 
         Raises:
-            SegmentCorruptError: a file ends too early, or a checksum does not match.
-            StoreError: a segment was closed, or the device failed.
+            SegmentCorruptError: a segment ends too early, or a checksum does not match.
+            SegmentReadError: the storage failed.
+            StoreClosedError: a segment was closed.
         """
         if self._missing:
             with self._gate:
@@ -122,7 +149,7 @@ class Ticket:
         if self._error is not None:
             raise self._error
 
-    def _serve(self, bounce: mmap.mmap, total: _Total) -> None:
+    def _serve(self, total: _Total) -> None:
         """Read parts until none is left; called by every reader thread that is free."""
         parts, order = self._parts, self._next
         count = len(parts)
@@ -136,13 +163,15 @@ class Ticket:
                 continue
             part = parts[position]
             try:
-                physical += read_range(part.segment, part.offset, part.into, bounce)
-                if part.checks:
-                    _verify(part.segment, part.offset, part.into, part.checks)
-                if type(part) is _Part:
-                    part.whole.part_done()
+                if type(part) is _Batch:
+                    physical += part.segment.read_into([(one.offset, one.into) for one in part.parts])
+                    for one in part.parts:
+                        _finish(one)
+                else:
+                    physical += part.segment.read_into(((part.offset, part.into),))  # type: ignore[union-attr]
+                    _finish(part)  # type: ignore[arg-type]
             except BaseException as error:
-                self._error = _explain(error, part.segment)
+                self._error = _explain(error, part)
         if not served:
             return
         total.add(physical)
@@ -150,7 +179,7 @@ class Ticket:
             self.bytes_read += physical
             self._missing -= served
             if self._missing == 0:
-                self._parts = []  # Let go of the buffers: a ticket may be kept for its counters.
+                self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
                 self._gate.release()
 
 
@@ -172,7 +201,7 @@ class Task:
         if self._error is not None:
             raise self._error
 
-    def _serve(self, bounce: mmap.mmap, total: _Total) -> None:
+    def _serve(self, total: _Total) -> None:
         function, self._function = self._function, None
         try:
             if function is not None:
@@ -246,7 +275,7 @@ class ExtentReader:
 
         Raises:
             InputError: a buffer has another length than its read.
-            StoreError: the reader is closed.
+            StoreClosedError: the reader is closed.
         """
         parts: list[Read | _Part] = []
         for read in reads:
@@ -256,13 +285,14 @@ class ExtentReader:
                 parts.append(read)
             else:
                 parts.extend(_cut(read))
-        ticket = Ticket(parts)
+        batched = any(part.segment.blob.extents_per_read > 1 for part in parts)
+        ticket = Ticket(_Batch.grouped(parts) if batched else parts)
         with self._lock:
             if self._closed:
-                raise StoreError("the reader is closed")
+                raise StoreClosedError("the reader is closed")
             if self._pid != os.getpid():
                 self._start()  # Threads do not survive a fork.
-            for _ in range(min(threads or self.threads, self.threads, len(parts))):
+            for _ in range(min(threads or self.threads, self.threads, ticket.parts)):
                 self._queue.put(ticket)
         return ticket
 
@@ -270,12 +300,12 @@ class ExtentReader:
         """Have a reader thread call `function` (which may `submit`), behind everything that was submitted before.
 
         Raises:
-            StoreError: the reader is closed.
+            StoreClosedError: the reader is closed.
         """
         task = Task(function)
         with self._lock:
             if self._closed:
-                raise StoreError("the reader is closed")
+                raise StoreClosedError("the reader is closed")
             if self._pid != os.getpid():
                 self._start()
             self._queue.put(task)
@@ -303,9 +333,8 @@ class ExtentReader:
 
 
 def _work(queue: SimpleQueue[Ticket | Task | None], total: _Total) -> None:
-    bounce = bounce_buffer()
     while (ticket := queue.get()) is not None:
-        ticket._serve(bounce, total)
+        ticket._serve(total)
         del ticket  # Or an idle thread would keep the buffers of its last request.
 
 
@@ -335,19 +364,27 @@ def _cut(read: Read) -> list[_Part]:
     return [_Part(read, begins[i], begins[i + 1] - begins[i], checks[i], whole) for i in range(count)]
 
 
+def _finish(part: Read | _Part) -> None:
+    if part.checks:
+        _verify(part.segment, part.offset, part.into, part.checks)
+    if type(part) is _Part:
+        part.whole.part_done()
+
+
 def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> None:
     for start, length, checksum in checks:
         if xxhash.xxh3_64_intdigest(into[start : start + length]) != checksum:
             raise SegmentCorruptError(
-                f"{segment.path}: {segment.describe(offset + start)}: bytes do not match their checksum; "
-                "`contiguouskv verify` looks for more damage",
-                segment,
+                f"{segment.name}: {segment.describe(offset + start)}: bytes do not match their checksum", segment
             )
 
 
-def _explain(error: BaseException, segment: Segment) -> BaseException:
+def _explain(error: BaseException, part: Read | _Part | _Batch) -> BaseException:
+    segment = part.segment
+    if isinstance(error, EOFError):
+        return segment.cut_short(part.offset, error)
     if not isinstance(error, OSError) or isinstance(error, StoreError):
         return error
     if error.errno == errno.EBADF:
-        return StoreError(f"{segment.path}: the segment was closed while it was being read")
-    return StoreError(f"{segment.path}: read failed: {error.strerror}")
+        return StoreClosedError(f"{segment.name}: the segment was closed while it was being read")
+    return SegmentReadError(f"{segment.name}: read failed: {error.strerror or error}", segment)

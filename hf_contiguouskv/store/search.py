@@ -1,13 +1,11 @@
-"""Questions to the index: the longest stored beginning of some token ids, and what to evict."""
+"""Questions to the index: the longest stored beginning of some token ids, and what continues a segment."""
 
 from __future__ import annotations
 
 import sqlite3
 
-from ..errors import StoreFullError
-from .format import SegmentHeader
 from .hashing import TokenIds
-from .index import SegmentRow, all_segments, closest_child, find_chunk, parent_ids, segment_by_id
+from .rows import IndexDamagedError, SegmentRow, closest_child, find_chunk, known_chunks, parent_ids, segment_by_id
 
 # Segments from the beginning of a prefix on, and how many chunks up to the end (or the next segment) each one serves.
 Chain = list[tuple[SegmentRow, int]]
@@ -61,6 +59,8 @@ def _walk(db: sqlite3.Connection, segment: int, position: int, chunks: int) -> C
         row = segment_by_id(db, segment)
         chain.append((row, position + 1))
         chunks -= position + 1
+        if chunks < 0 or position >= row.num_chunks:
+            raise IndexDamagedError(f"segment {row.key} holds more chunks than the prefix that it is part of")
         if chunks == 0:
             return chain[::-1]
         place = find_chunk(db, row.parent)
@@ -69,37 +69,13 @@ def _walk(db: sqlite3.Connection, segment: int, position: int, chunks: int) -> C
         segment, position = place
 
 
-def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, max_disk_bytes: int) -> list[SegmentRow]:
-    """Which segments to delete so that a new one of `nbytes` fits: the least recently used that nothing continues.
+def next_stored(db: sqlite3.Connection, hashes: list[bytes], first: int) -> int | None:
+    """The first chunk from `first` on that is stored although the one before it is not, if there is any.
 
-    Raises:
-        StoreFullError: pinned segments and the ones that the new one continues leave too little room.
+    That happens when a segment in the middle of a prefix was lost: what continues it needs only the missing part.
     """
-    rows = {row.id: row for row in all_segments(db)}
-    excess = sum(row.nbytes for row in rows.values()) + nbytes - max_disk_bytes
-    if excess <= 0:
-        return []
-    children: dict[int, set[int]] = {number: set() for number in rows}
-    for child, parent in parent_ids(db):
-        children[parent].add(child)
-    kept = {number for number, row in rows.items() if row.pinned}
-    if header.parent:
-        # The new segment is not indexed yet, so its ancestors may look unused.
-        chain = chain_to(db, header.parent_hash, header.first_chunk)
-        if not isinstance(chain, int):
-            kept |= {row.id for row, _ in chain}
-    victims: list[SegmentRow] = []
-    while excess > 0:
-        leaves = [row for number, row in rows.items() if number not in kept and not children[number]]
-        if not leaves:
-            raise too_large(nbytes, max_disk_bytes)
-        victim = min(leaves, key=lambda row: (row.last_used, row.created))
-        victims.append(victim)
-        excess -= victim.nbytes
-        del rows[victim.id]
-        for others in children.values():
-            others.discard(victim.id)
-    return victims
+    stored = known_chunks(db, hashes[first:])
+    return next((chunk for chunk in range(first, len(hashes)) if hashes[chunk] in stored), None)
 
 
 def continuations(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
@@ -115,11 +91,3 @@ def continuations(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
         lost += more
         grown = bool(more)
     return [segment_by_id(db, number) for number in lost]
-
-
-def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:
-    """The error for a segment that cannot fit."""
-    return StoreFullError(
-        f"a segment of {nbytes} bytes does not fit in max_disk_bytes={max_disk_bytes} with what must stay there; "
-        "raise the bound, or delete or unpin stored prefixes"
-    )

@@ -1,16 +1,16 @@
-"""One published segment file, open for reading."""
+"""One published segment, open for reading."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Hashable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
 
-from ..errors import SegmentCorruptError, StoreError
+from ..errors import SegmentCorruptError, SegmentReadError
+from .backend import Blob
 from .format import KVGeometry, read_header
 from .hashing import TokenIds
 
@@ -26,35 +26,36 @@ _TORCH_DTYPES = {
 
 
 class Segment:
-    """An open handle of one segment file.
+    """A segment in an open blob.
 
-    The descriptors stay open until the handle is closed or collected, so deleting the file does not disturb readers.
+    The blob stays open until the segment is closed or collected, so deleting what lies under its key does not disturb
+    readers.
+
+    Args:
+        blob: open blob; it is closed when it holds no segment.
 
     Attributes:
-        path: of the file.
+        blob: where the bytes are.
+        name: of the blob, for messages.
         header: its header, checked.
-        fd_direct: descriptor with `O_DIRECT`, or `None` where the file system refuses it.
-        fd_buffered: ordinary descriptor; -1 once closed.
 
     Raises:
-        FileNotFoundError: no such file.
         SegmentCorruptError, StoreFormatError: see `format.read_header`.
+        SegmentReadError: the storage failed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, direct: bool = True) -> None:
-        self.path = Path(path)
-        self.fd_direct: int | None = None
-        self.fd_buffered = -1
-        self.fd_buffered = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, blob: Blob) -> None:
+        self.blob = blob
+        self.name = blob.name
         try:
-            self.header, self._data_start = read_header(self.fd_buffered, str(self.path))
-            status = os.fstat(self.fd_buffered)
-            self.file_bytes, self.inode = status.st_size, status.st_ino
-            if direct and hasattr(os, "O_DIRECT"):
-                self.fd_direct = _open_direct(self.path)
+            self.header, self._data_start = read_header(blob)
+        except OSError as error:
+            blob.close()
+            raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}") from error
         except BaseException:
-            self.close()
+            blob.close()
             raise
+        self.read_into = blob.read_into
         geometry = self.header.geometry
         self._extent = geometry.extent_bytes
         self._layer_start: list[int] = []
@@ -70,8 +71,18 @@ class Segment:
         self._token_ids: TokenIds | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Length of the blob."""
+        return self.blob.nbytes
+
+    @property
+    def identity(self) -> Hashable:
+        """Tells this blob from others under the same key."""
+        return self.blob.identity
+
+    @property
     def geometry(self) -> KVGeometry:
-        """Shapes and layout of the file."""
+        """Shapes and layout."""
         return self.header.geometry
 
     @property
@@ -102,7 +113,7 @@ class Segment:
         return self._token_ids
 
     def payload_extent(self, layer: int, chunk: int) -> tuple[int, int]:
-        """`(offset, nbytes)` in the file of K and V of `layer` for chunk number `chunk` of this segment.
+        """`(offset, nbytes)` in the blob of K and V of `layer` for chunk number `chunk` of this segment.
 
         Consecutive chunks of a layer are `payload_stride(layer)` bytes apart; with one layer per group that is
         `nbytes`, so that a run of chunks is one range.
@@ -151,36 +162,39 @@ class Segment:
         return self._tensor_checksums[name]
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        """Read a whole tensor through the page cache and compare its checksum, where it has one.
+        """Read a whole tensor and compare its checksum, where it has one.
 
         Raises:
             KeyError: the segment has no such tensor.
-            SegmentCorruptError: the file was cut, or its bytes do not match.
+            SegmentCorruptError: the blob was cut, or its bytes do not match.
+            SegmentReadError: the storage failed.
         """
         offset, nbytes = self.tensor_extent(name)
         octets = self.read_bytes(offset, nbytes)
         if name in self.header.checked_tensors and xxhash.xxh3_64_intdigest(octets) != self.tensor_checksum(name):
-            raise SegmentCorruptError(f"{self.path}: the bytes of {name} do not match their checksum")
+            raise SegmentCorruptError(f"{self.name}: the bytes of {name} do not match their checksum", self)
         place = self.header.places[name]
         return torch.frombuffer(octets, dtype=_TORCH_DTYPES[place.dtype]).reshape(place.shape)
 
     def read_bytes(self, offset: int, nbytes: int) -> bytearray:
-        """Read `nbytes` from `offset` through the page cache.
+        """Read `nbytes` from `offset`, here and now.
 
         Raises:
-            SegmentCorruptError: the file ends before.
+            SegmentCorruptError: the blob ends before.
+            SegmentReadError: the storage failed.
         """
-        if self.fd_buffered < 0:
-            raise StoreError(f"{self.path}: the segment is closed")
         octets = bytearray(nbytes)
-        view = memoryview(octets)
-        done = 0
-        while done < nbytes:
-            got = os.preadv(self.fd_buffered, (view[done:],), offset + done)
-            if got == 0:
-                raise SegmentCorruptError(f"{self.path}: file ends inside {self.describe(offset)}")
-            done += got
+        try:
+            self.blob.read_into([(offset, memoryview(octets))])
+        except EOFError as error:
+            raise self.cut_short(offset, error) from None
+        except OSError as error:
+            raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}", self) from error
         return octets
+
+    def cut_short(self, offset: int, error: EOFError) -> SegmentCorruptError:
+        """The error for a blob that ends inside what begins at `offset`."""
+        return SegmentCorruptError(f"{self.name}: ends inside {self.describe(offset)} ({error})", self)
 
     def describe(self, offset: int) -> str:
         """What lies at `offset` of the file, in words: layer and chunk, or a tensor."""
@@ -206,29 +220,12 @@ class Segment:
         self._checksums = np.frombuffer(octets, dtype="<u8", count=nbytes // 8).reshape(shape)
 
     def close(self) -> None:
-        """Close the descriptors; reads that are under way must have ended."""
-        buffered, direct = self.fd_buffered, self.fd_direct
-        self.fd_buffered, self.fd_direct = -1, None
-        for fd in (buffered, direct):
-            if fd is not None and fd >= 0:
-                os.close(fd)
-
-    def __del__(self) -> None:
-        # A handle that the store's table of open files has let go may still serve a request: the last user closes it.
-        if getattr(self, "fd_buffered", -1) >= 0:
-            self.close()
+        """Close the blob; reads that are under way must have ended."""
+        self.blob.close()
 
     def __deepcopy__(self, memo: object) -> Segment:
         # An open file is shared by the copies of a cache; its descriptors belong to one object.
         return self
 
     def __repr__(self) -> str:
-        return f"Segment({self.path.name}, chunks {self.first_chunk}+{self.num_chunks}, {self.num_tokens} tokens)"
-
-
-def _open_direct(path: Path) -> int | None:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
-        # tmpfs of older kernels, some network and overlay file systems: reads go through the page cache instead.
-        return None
+        return f"Segment({self.name}, chunks {self.first_chunk}+{self.num_chunks}, {self.num_tokens} tokens)"

@@ -6,12 +6,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import InputError, StoreError
+from ..errors import InputError, StoreClosedError, StoreError
+from .backend import BlobWriter, SegmentBackend
 from .format import SegmentHeader
 from .hashing import TokenIds
 from .output import SegmentOutput, as_store_error
@@ -40,7 +40,7 @@ class _Jobs:
                 lambda: not self.bytes_waiting or self.bytes_waiting + nbytes <= self.max_bytes or self.ended
             )
             if self.ended:
-                raise StoreError("the segment writer is closed")
+                raise StoreClosedError("the segment writer is closed")
             self.waiting.append((nbytes, job))
             self.bytes_waiting += nbytes
             self.changed.notify_all()
@@ -76,28 +76,34 @@ class SegmentWriter:
 
     Chunks and layers may come in any order. The first error of the background thread is raised by `commit`; until
     `commit` returns, no reader sees anything. A writer that is dropped, or left by an exception when it is used as a
-    context manager, removes its partial file.
+    context manager, gives its blob up.
 
-    Attributes:
-        header: what the file will say about itself.
+    Args:
+        header: what the segment will say about itself.
+        token_ids: int64 `[num_tokens]`.
+        backend: where it goes.
+        publish: called by `commit` with the final header, the token ids and the sealed blob.
+        max_queued_bytes: chunks that wait to be written; `write_chunks` waits while there are more.
+
+    Raises:
+        StoreFullError: the storage is full.
+        StoreError: it refuses for another reason.
     """
 
     def __init__(
         self,
         header: SegmentHeader,
         token_ids: TokenIds,
-        folder: Path,
-        publish: Callable[[SegmentHeader, TokenIds, Path, int], StoredPrefix],
+        backend: SegmentBackend,
+        publish: Callable[[SegmentHeader, TokenIds, BlobWriter], StoredPrefix],
         *,
         max_queued_bytes: int = 256 * 2**20,
-        drop_cached: bool = False,
     ) -> None:
         self.header = header
         self._token_ids = token_ids
         self._publish = publish
-        self._drop_cached = drop_cached
         try:
-            self._output = SegmentOutput(header, token_ids, folder)
+            self._output = SegmentOutput(header, token_ids, backend.create(header.key, header.nbytes))
         except OSError as error:
             raise as_store_error(error, header.key) from error
         self._jobs = _Jobs(max_queued_bytes)
@@ -109,8 +115,8 @@ class SegmentWriter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the finished file."""
-        return self._output.nbytes
+        """Bytes of the finished segment."""
+        return self.header.nbytes
 
     def write_chunks(self, layer: int, first: int, kv: KVSource) -> None:
         """Queue K and V of consecutive chunks of one layer; waits while too many bytes are queued.
@@ -166,8 +172,11 @@ class SegmentWriter:
         output = self._output
         self._jobs.put(index.nbytes + scale.nbytes, lambda: output.write_index(layer, index.detach(), scale.detach()))
 
-    def commit(self) -> StoredPrefix:
-        """Wait for the queue, make the file durable and publish it.
+    def commit(self, compute_s: float = 0.0) -> StoredPrefix:
+        """Wait for the queue, make the segment durable and publish it.
+
+        Args:
+            compute_s: how long the model took to compute it, seconds: what losing it would cost. 0 is unknown.
 
         Returns:
             the whole prefix that ends with this segment. If somebody else has published the same one meanwhile,
@@ -178,14 +187,14 @@ class SegmentWriter:
             StoreError: incomplete, already committed or aborted, or its parent was deleted meanwhile.
         """
         if not self._finalizer.alive:
-            raise StoreError("the segment writer was committed or aborted before")
+            raise StoreClosedError("the segment writer was committed or aborted before")
         self._jobs.end()
         self._thread.join()
         try:
             if self._jobs.error is not None:
                 raise self._jobs.error
-            self._output.finish()
-            stored = self._publish(self.header, self._token_ids, self._output.path, self._output.nbytes)
+            self._output.finish(compute_s)
+            stored = self._publish(self._output.header, self._token_ids, self._output.blob)
         except OSError as error:
             self.abort()
             if isinstance(error, StoreError):
@@ -195,11 +204,11 @@ class SegmentWriter:
             self.abort()
             raise
         self._finalizer.detach()
-        self._output.close(drop_cached=self._drop_cached)
+        self._output.blob.discard()  # Closes it; where somebody else was faster, theirs stays.
         return stored
 
     def abort(self) -> None:
-        """Stop, and remove the partial file. Does nothing after `commit` or another `abort`."""
+        """Stop, and give the blob up. Does nothing after `commit` or another `abort`."""
         self._finalizer()
 
     @staticmethod
@@ -227,4 +236,4 @@ def _abandon(jobs: _Jobs, thread: threading.Thread, output: SegmentOutput) -> No
     jobs.end(drop=True)
     if thread is not threading.current_thread():
         thread.join()
-    output.discard()
+    output.blob.discard()

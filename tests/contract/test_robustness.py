@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import InputError, SegmentCorruptError
+from hf_contiguouskv.store.local_disk import FileBlob
 from hf_contiguouskv.store.segment import Segment
 
 from .models import full_attention_layers, token_ids
@@ -319,7 +320,7 @@ DAMAGED = {
 
 def flip_a_byte(path, tensor: str) -> None:
     (file,) = path.rglob("*.safetensors")
-    with closing(Segment(file)) as segment:
+    with closing(Segment(FileBlob(file))) as segment:
         offset, _ = segment.tensor_extent(tensor)
     with file.open("r+b") as stream:
         stream.seek(offset + 3)  # The exponent of a float32.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from hf_contiguouskv.store import KVGeometry, PrefixStore, StoredPrefix
 from hf_contiguouskv.store.hashing import TokenIds
+from hf_contiguouskv.store.local_disk import FileBlob
 from hf_contiguouskv.store.reader import Read, aligned_buffer, as_memoryview
+from hf_contiguouskv.store.segment import Segment
 
 FINGERPRINT = "f0" * 16
 
@@ -25,6 +28,17 @@ def geometry(**changes: object) -> KVGeometry:
         "indexed_layers": (1,),
     }
     return KVGeometry(**(fields | changes))  # type: ignore[arg-type]
+
+
+def open_segment(path: Path, direct: bool = True) -> Segment:
+    """The segment in a file, wherever that lies."""
+    return Segment(FileBlob(path, direct=direct))
+
+
+def path_of(segment: Segment) -> Path:
+    """The file of a segment on the local disk."""
+    assert isinstance(segment.blob, FileBlob)
+    return segment.blob.path
 
 
 def tokens(*numbers: int) -> TokenIds:

@@ -55,11 +55,11 @@ def test_verify_ends_with_status_1_when_bytes_are_wrong(store_path: Path, keys: 
 
 
 def test_gc_says_what_it_would_do_and_does_it(store_path: Path, keys: list[str]) -> None:
-    leftover = store_path / "partial" / "x.partial"
+    leftover = store_path / "index.sqlite.damaged-1"
     leftover.write_bytes(b"x" * 10_000)
-    assert "would be removed: partial/x.partial" in run("gc", store_path, "--dry-run").stdout
+    assert "would be removed: index.sqlite.damaged-1" in run("gc", store_path, "--dry-run").stdout
     assert leftover.exists()
-    assert "removed: partial/x.partial" in run("gc", store_path).stdout
+    assert "removed: index.sqlite.damaged-1" in run("gc", store_path).stdout
     assert not leftover.exists()
 
 

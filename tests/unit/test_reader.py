@@ -14,11 +14,11 @@ import torch
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_helpers import geometry, some_tokens, write_prefix
+from store_helpers import geometry, open_segment, path_of, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError
 from hf_contiguouskv.store import PrefixStore
-from hf_contiguouskv.store.format import PAGE
+from hf_contiguouskv.store.pread import PAGE
 from hf_contiguouskv.store.reader import ExtentReader, Read, aligned_buffer, as_memoryview
 from hf_contiguouskv.store.segment import Segment
 
@@ -28,12 +28,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A segment of about 5 MiB."""
     with PrefixStore(tmp_path_factory.mktemp("store")) as store:
         g = geometry(chunk_size=16, head_dim=64, num_layers=4, leader_layers=(0,), indexed_layers=(1,))
-        return write_prefix(store, some_tokens(1203), g=g).spans[0].segment.path
+        return path_of(write_prefix(store, some_tokens(1203), g=g).spans[0].segment)
 
 
 @pytest.fixture(params=["direct", "buffered"])
 def segment(request: pytest.FixtureRequest, file: Path) -> Iterator[Segment]:
-    opened = Segment(file, direct=request.param == "direct")
+    opened = open_segment(file, direct=request.param == "direct")
     yield opened
     opened.close()
 
@@ -49,7 +49,7 @@ def reader() -> Iterator[ExtentReader]:
 def test_any_range_is_read_as_it_stands_in_the_file(
     segment: Segment, reader: ExtentReader, data: st.DataObject
 ) -> None:
-    content = segment.path.read_bytes()
+    content = path_of(segment).read_bytes()
     ranges = []
     for _ in range(data.draw(st.integers(1, 5))):
         offset = data.draw(st.integers(0, len(content) - 1) | st.integers(0, len(content) // PAGE).map(PAGE.__mul__))
@@ -78,7 +78,7 @@ def test_any_range_is_read_as_it_stands_in_the_file(
 
 def test_long_reads_compare_checksums_inside_and_across_their_parts(segment: Segment, reader: ExtentReader) -> None:
     offset, nbytes = segment.tensor_extent("payload.1")
-    content = segment.path.read_bytes()[offset : offset + nbytes]
+    content = path_of(segment).read_bytes()[offset : offset + nbytes]
     assert nbytes > 2**20
     for step in (16384, 100_001):
         checks = [
@@ -100,7 +100,7 @@ def test_a_wrong_byte_is_reported_with_file_layer_and_chunk(tmp_path: Path, read
     with PrefixStore(tmp_path / "store") as store:
         segment = write_prefix(store, some_tokens(40)).spans[0].segment
         offset, nbytes = segment.payload_extent(2, 7)
-        with segment.path.open("r+b") as raw:
+        with path_of(segment).open("r+b") as raw:
             raw.seek(offset + 5)
             raw.write(b"\x7f")
         for chunk, broken in ((6, False), (7, True)):
@@ -110,7 +110,7 @@ def test_a_wrong_byte_is_reported_with_file_layer_and_chunk(tmp_path: Path, read
                 [Read(segment, offset, nbytes, into, [(0, nbytes, segment.payload_checksum(2, chunk))])]
             )
             if broken:
-                with pytest.raises(SegmentCorruptError, match=rf"{segment.path.name}.*layer 2, chunk 7"):
+                with pytest.raises(SegmentCorruptError, match=rf"{path_of(segment).name}.*layer 2, chunk 7"):
                     ticket.wait()
                 with pytest.raises(SegmentCorruptError):
                     ticket.wait()
@@ -121,8 +121,8 @@ def test_a_wrong_byte_is_reported_with_file_layer_and_chunk(tmp_path: Path, read
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_that_ends_too_early_is_reported_by_name(tmp_path: Path, reader: ExtentReader, direct: bool) -> None:
     with PrefixStore(tmp_path / "store") as store:
-        path = write_prefix(store, some_tokens(4000)).spans[0].segment.path
-    segment = Segment(path, direct=direct)
+        path = path_of(write_prefix(store, some_tokens(4000)).spans[0].segment)
+    segment = open_segment(path, direct=direct)
     with path.open("r+b") as raw:
         raw.truncate(PAGE + 100)
     for nbytes in (PAGE, 100, 50_000):
@@ -133,7 +133,7 @@ def test_a_file_that_ends_too_early_is_reported_by_name(tmp_path: Path, reader: 
 
 
 def test_reads_of_a_closed_segment_fail_cleanly(file: Path, reader: ExtentReader) -> None:
-    segment = Segment(file)
+    segment = open_segment(file)
     segment.close()
     with pytest.raises(StoreError, match="closed"):
         reader.submit([Read(segment, 0, 10, as_memoryview(aligned_buffer(10)))]).wait()
@@ -143,9 +143,9 @@ def test_a_deleted_file_can_still_be_read_through_an_open_segment(tmp_path: Path
     with PrefixStore(tmp_path / "store") as store:
         stored = write_prefix(store, some_tokens(40))
         segment = stored.spans[0].segment
-        content = segment.path.read_bytes()
+        content = path_of(segment).read_bytes()
         store.delete(segment.key)
-        assert not segment.path.exists()
+        assert not path_of(segment).exists()
         buffer = aligned_buffer(len(content))
         reader.submit([Read(segment, 0, len(content), as_memoryview(buffer))]).wait()
         assert buffer.numpy().tobytes() == content
@@ -157,11 +157,11 @@ def test_where_direct_reads_are_refused_later_the_page_cache_serves(
     import errno
     import os
 
-    segment = Segment(file)
+    segment = open_segment(file)
     real = os.preadv
 
     def refuse(fd: int, buffers: object, offset: int) -> int:
-        if fd == segment.fd_direct:
+        if fd == segment.blob.fd_direct:
             raise OSError(errno.EINVAL, "refused")
         return real(fd, buffers, offset)  # type: ignore[arg-type]
 
@@ -181,7 +181,7 @@ def test_short_reads_are_continued(segment: Segment, reader: ExtentReader, monke
         return real(fd, (memoryview(buffers[0])[:PAGE],), offset)
 
     monkeypatch.setattr(os, "preadv", short)
-    content = segment.path.read_bytes()
+    content = path_of(segment).read_bytes()
     for offset, nbytes in ((0, 5 * PAGE), (4097, 30_000), (PAGE, 30_000)):
         buffer = aligned_buffer(nbytes)
         reader.submit([Read(segment, offset, nbytes, as_memoryview(buffer))]).wait()
@@ -189,8 +189,8 @@ def test_short_reads_are_continued(segment: Segment, reader: ExtentReader, monke
 
 
 def test_direct_reads_reach_the_device_and_are_counted(file: Path) -> None:
-    segment = Segment(file)
-    if segment.fd_direct is None:
+    segment = open_segment(file)
+    if segment.blob.fd_direct is None:
         pytest.skip("the file system refuses O_DIRECT")
 
     def from_device() -> int:
@@ -216,7 +216,7 @@ def test_threads_have_names_and_end_with_the_reader(file: Path) -> None:
     before = len(names())
     reader = ExtentReader(threads=3)
     assert len(names()) == before + 3
-    segment = Segment(file)
+    segment = open_segment(file)
     buffers = [aligned_buffer(2**21) for _ in range(8)]
     tickets = [reader.submit([Read(segment, 0, 2**21, as_memoryview(buffer))]) for buffer in buffers]
     reader.close()
@@ -239,7 +239,7 @@ def test_a_forgotten_reader_ends_its_threads() -> None:
 
 
 def test_many_threads_may_submit_at_once(segment: Segment, reader: ExtentReader) -> None:
-    content = segment.path.read_bytes()
+    content = path_of(segment).read_bytes()
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:

@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from store_helpers import expected_kv, geometry, some_tokens, write_prefix
+from store_helpers import expected_kv, geometry, open_segment, path_of, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError, StoreFormatError
 from hf_contiguouskv.store import KVGeometry, PrefixStore
-from hf_contiguouskv.store.format import PAGE, SegmentHeader, parse_header, place_tensors
+from hf_contiguouskv.store.format import SegmentHeader, parse_header, place_tensors
 from hf_contiguouskv.store.hashing import chain_hashes, chunk_hash, root_hash, segment_hashes
-from hf_contiguouskv.store.segment import Segment
+from hf_contiguouskv.store.pread import PAGE
 
 
 @st.composite
@@ -75,7 +75,7 @@ def test_safetensors_reads_every_tensor_as_it_was_written(
         stored = write_prefix(store, ids, g=g)
         assert store.verify() == []
         segment = stored.spans[0].segment
-        with safe_open(segment.path, "pt") as file:
+        with safe_open(path_of(segment), "pt") as file:
             assert set(file.keys()) == set(segment.header.places)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             assert file.metadata()["num_tokens"] == str(num_tokens)
@@ -138,11 +138,11 @@ def test_a_header_with_one_changed_field_is_refused_or_consistent(data: st.DataO
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: object) -> None:
     with PrefixStore(tmp_path / "store") as store:
-        content = write_prefix(store, some_tokens(10)).spans[0].segment.path.read_bytes()
+        content = path_of(write_prefix(store, some_tokens(10)).spans[0].segment).read_bytes()
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(damage(content))  # type: ignore[operator]
     with pytest.raises(SegmentCorruptError, match=r"damaged\.safetensors"):
-        Segment(path)
+        open_segment(path)
 
 
 def test_a_newer_format_is_named_as_such() -> None:

@@ -33,9 +33,9 @@ def matched(store: PrefixStore, ids: TokenIds, chunk_size: int = 4, fingerprint:
 
 
 def segment_bytes(tmp_path: Path, count: int) -> int:
-    """Size of a segment file of `count` tokens."""
+    """What a segment of `count` tokens takes up."""
     with PrefixStore(tmp_path / "measure") as store:
-        return write_prefix(store, some_tokens(count)).spans[0].segment.file_bytes
+        return write_prefix(store, some_tokens(count)).spans[0].segment.blob.stored_bytes
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 16, 99, 100])
@@ -188,7 +188,7 @@ def test_the_least_recently_used_leaves_make_room(tmp_path: Path, store_path: Pa
         write_prefix(store, prefixes[3])
         assert [matched(store, ids) for ids in prefixes] == [16, 16, 0, 16, 0]
         assert store.stats.evicted == 1
-        assert store.stats.disk_bytes <= 3 * size
+        assert store.stats.segment_bytes <= 3 * size
         assert len(list(store_path.glob("segments/*/*"))) == 3
 
 
@@ -326,7 +326,7 @@ def test_where_direct_reads_are_refused_the_page_cache_serves(
     monkeypatch.setattr(os, "open", refuse)
     with PrefixStore(store_path) as store:
         stored = write_prefix(store, ids)
-        assert stored.spans[0].segment.fd_direct is None
+        assert stored.spans[0].segment.blob.fd_direct is None
         assert not store.stats.direct_reads
         assert torch.equal(read_back(store, stored, [2])[0], expected_kv(geometry(), ids, 2))
 
@@ -337,7 +337,8 @@ def test_statistics_say_what_is_stored_and_what_was_done(store_path: Path) -> No
         read_back(store, stored, [0])
         store.host.put("x", torch.zeros(10))
         stats = store.stats
-        size = stored.spans[0].segment.file_bytes
-        assert (stats.segments, stats.prefix_tokens, stats.disk_bytes, stats.bytes_written) == (1, 20, size, size)
+        size = stored.spans[0].segment.nbytes
+        assert (stats.segments, stats.prefix_tokens, stats.bytes_written) == (1, 20, size)
+        assert stats.segment_bytes == stored.spans[0].segment.blob.stored_bytes >= size
         assert (stats.published, stats.evicted, stats.host_bytes) == (1, 0, 40)
         assert stats.bytes_read >= 5 * geometry().extent_bytes

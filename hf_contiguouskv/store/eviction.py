@@ -1,0 +1,116 @@
+"""Which segments to give up when room is needed, and which have outlived their time."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+
+from ..errors import StoreFullError
+from .format import SegmentHeader
+from .rows import SegmentRow, all_segments, parent_ids
+from .search import chain_to
+
+# Segments that were used within one another's reach of this are equally recent.
+_GRACE_S = 1.0
+
+
+def worth(row: SegmentRow, now: float, seconds_per_token: float) -> float:
+    """What keeping a segment is worth: seconds of computing that it is expected to save, per byte and second.
+
+    Expected uses are estimated as `(uses + 1) / (time since the last one)`, which forgets what was popular once
+    (hyperbolic caching, Blankstein et al., USENIX ATC 2017, with the last use in the place of the insertion).
+
+    Args:
+        row: the segment.
+        now: seconds since the epoch.
+        seconds_per_token: what a token costs where that was not measured.
+    """
+    cost = row.compute_ms / 1000 if row.compute_ms else row.num_tokens * seconds_per_token
+    idle = max(0.0, now - row.last_used) + _GRACE_S
+    return (row.uses + 1) / idle * cost / max(1, row.nbytes)
+
+
+def typical_cost(rows: list[SegmentRow]) -> float:
+    """Measured seconds per token over all rows; 1.0 where nothing was measured (then only tokens count)."""
+    measured = [row for row in rows if row.compute_ms]
+    tokens = sum(row.num_tokens for row in measured)
+    return sum(row.compute_ms for row in measured) / 1000 / tokens if tokens else 1.0
+
+
+class _Tree:
+    """The segments that are left, and which of them nothing continues."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.rows = {row.id: row for row in all_segments(db)}
+        self._parents: dict[int, set[int]] = {}
+        self._children: dict[int, set[int]] = {number: set() for number in self.rows}
+        for child, parent in parent_ids(db):
+            self._parents.setdefault(child, set()).add(parent)
+            self._children[parent].add(child)
+
+    def is_leaf(self, number: int) -> bool:
+        return not self._children[number]
+
+    def remove(self, number: int) -> SegmentRow:
+        for parent in self._parents.pop(number, ()):
+            self._children[parent].discard(number)
+        return self.rows.pop(number)
+
+
+def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, max_disk_bytes: int) -> list[SegmentRow]:
+    """Which segments to delete so that a new one fits: leaves, the one that is worth least first.
+
+    Args:
+        header: of the new segment; what it continues stays.
+        nbytes: what it takes up.
+        max_disk_bytes: the bound.
+
+    Raises:
+        StoreFullError: pinned segments and the ones that the new one continues leave too little room.
+    """
+    tree = _Tree(db)
+    excess = sum(row.nbytes for row in tree.rows.values()) + nbytes - max_disk_bytes
+    if excess <= 0:
+        return []
+    kept = {number for number, row in tree.rows.items() if row.pinned}
+    if header.parent:
+        # The new segment is not indexed yet, so its ancestors may look unused.
+        chain = chain_to(db, header.parent_hash, header.first_chunk)
+        if not isinstance(chain, int):
+            kept |= {row.id for row, _ in chain}
+    now, typical = time.time(), typical_cost(list(tree.rows.values()))
+    victims: list[SegmentRow] = []
+    while excess > 0:
+        leaves = [row for number, row in tree.rows.items() if number not in kept and tree.is_leaf(number)]
+        if not leaves:
+            raise too_large(nbytes, max_disk_bytes)
+        victim = tree.remove(min(leaves, key=lambda row: (worth(row, now, typical), row.last_used, row.created)).id)
+        victims.append(victim)
+        excess -= victim.nbytes
+    return victims
+
+
+def expired_segments(db: sqlite3.Connection, unused_since: float) -> list[SegmentRow]:
+    """Leaves that nobody used after `unused_since` (seconds since the epoch), children before parents; no pinned ones.
+
+    A look-up uses every segment of the prefix that it finds, so a parent never expires before what continues it.
+    """
+    tree = _Tree(db)
+    found: list[SegmentRow] = []
+    while True:
+        more = [
+            number
+            for number, row in tree.rows.items()
+            if not row.pinned and row.last_used < unused_since and tree.is_leaf(number)
+        ]
+        if not more:
+            return found
+        found += [tree.remove(number) for number in more]
+
+
+def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:
+    """The error for a segment that cannot fit."""
+    return StoreFullError(
+        f"a segment of {nbytes} bytes does not fit in max_disk_bytes={max_disk_bytes} with what must stay there; "
+        "raise the bound, or delete or unpin stored prefixes"
+    )

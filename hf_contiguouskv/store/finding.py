@@ -1,0 +1,235 @@
+"""Finding the longest stored beginning of a prompt, and proving that it is what was asked for.
+
+The index only *claims* that some segments hold some tokens. Before a segment is used, its own header (which has a
+checksum) must agree: it belongs to this model and tenant, it continues the very chunks before it, and its name, a hash
+over all its tokens, is the one that these tokens have. So whatever happens to the index, a look-up can miss but not
+return another prefix's bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from ..errors import SegmentCorruptError, SegmentMissingError, SegmentReadError, StoreError, StoreFormatError
+from .backend import SegmentBackend
+from .entries import SegmentSpan, StoredPrefix
+from .hashing import TokenIds, chain_hashes, chunk_hash, root_hash, segment_hashes
+from .index import StoreIndex
+from .opened import OpenSegments
+from .rows import SegmentRow, drop_segment, is_stored_for_another_model
+from .search import Chain, longest_match
+from .segment import Segment
+
+logger = logging.getLogger("hf_contiguouskv")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look-up found.
+
+    Attributes:
+        stored: the longest stored beginning, or `None` when not even one token is stored.
+        shortened_by: why it is not longer although the index knew more: "corrupt" or "expired"; `None` if it did not.
+    """
+
+    stored: StoredPrefix | None
+    shortened_by: str | None = None
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Token ids with their hashes: what a chain of segments is compared with."""
+
+    fingerprint: str
+    root: bytes
+    ids: TokenIds
+    chunk_size: int
+    hashes: list[bytes]
+
+    def hash_before(self, chunk: int) -> bytes:
+        return self.hashes[chunk - 1] if chunk else self.root
+
+    def hash_after(self, tokens: int) -> bytes:
+        """The name that a segment has which ends after `tokens` tokens."""
+        chunk, rest = divmod(tokens, self.chunk_size)
+        before = self.hash_before(chunk)
+        return chunk_hash(before, self.ids[tokens - rest : tokens].tobytes()) if rest else before
+
+    def holds(self, segment: Segment, position: int, chunks: int, tokens: int) -> bool:
+        """Whether `segment` holds chunks `position` to `position + chunks` of this prompt, up to `tokens` tokens."""
+        header, c = segment.header, self.chunk_size
+        first, offset = header.first_chunk, position - header.first_chunk
+        if not 0 <= offset <= offset + chunks <= header.num_chunks or header.geometry.chunk_size != c:
+            return False
+        if header.fingerprint != self.fingerprint or header.root != self.root.hex():
+            return False
+        if header.parent_hash != self.hash_before(first):
+            return False
+        begin, end = first * c, first * c + header.num_tokens
+        used = min(tokens, (position + chunks) * c)
+        if used == end:
+            return header.key == self.hash_after(end).hex()
+        return used < end and bool(np.array_equal(segment.token_ids[: used - begin], self.ids[begin:used]))
+
+
+class Finder:
+    """Looks prompts up in the index and opens what it names.
+
+    Args:
+        index, backend, opened: of the store.
+        salt: of the tenant.
+        ttl_s: what nobody used for so many seconds is not found any more; `None`: everything is.
+        last_use: when this process used a segment last, as far as the index does not know yet.
+    """
+
+    def __init__(
+        self,
+        index: StoreIndex,
+        backend: SegmentBackend,
+        opened: OpenSegments,
+        salt: bytes,
+        ttl_s: float | None,
+        last_use: Callable[[str], float],
+        on_quarantine: Callable[[], None],
+    ) -> None:
+        self._index = index
+        self._backend = backend
+        self._opened = opened
+        self._salt = salt
+        self._ttl_s = ttl_s
+        self._last_use = last_use
+        self._on_quarantine = on_quarantine
+
+    def root(self, fingerprint: str, chunk_size: int) -> bytes:
+        """The hash before the first chunk."""
+        return root_hash(fingerprint, chunk_size, self._salt)
+
+    def beginning(self, ids: TokenIds, chunk_size: int) -> str:
+        """The name of the first chunk for no model in particular, hex."""
+        return segment_hashes(self.root("", chunk_size), ids[:chunk_size], chunk_size)[0].hex()
+
+    def find(self, fingerprint: str, ids: TokenIds, chunk_size: int) -> Found:
+        """The longest stored beginning of `ids` (int64 `[n]`).
+
+        Raises:
+            StoreError: the index cannot be read.
+        """
+        root = self.root(fingerprint, chunk_size)
+        prompt = _Prompt(fingerprint, root, ids, chunk_size, chain_hashes(root, ids, chunk_size))
+        limit, reason, doubts = len(ids), None, 0
+        while True:
+            query = partial(
+                longest_match,
+                root=root,
+                hashes=prompt.hashes[: limit // chunk_size],
+                ids=ids[:limit],
+                chunk_size=chunk_size,
+            )
+            found = self._index.read(query)
+            if found is None:
+                return Found(None, reason)
+            if isinstance(found, int):
+                # A parent is missing: what lies before it may still be whole.
+                limit, reason = found * chunk_size, reason or "corrupt"
+                continue
+            tokens, chain = found
+            spans, problem = self._open(prompt, tokens, chain)
+            if problem is None:
+                return Found(StoredPrefix(tokens, spans), reason)
+            if problem == "doubtful" and doubts < 2:
+                doubts += 1
+                self._doubt(chain, doubts)
+                continue
+            # What lies before the segment that cannot be used may still be whole.
+            limit = sum(span.chunks for span in spans) * chunk_size
+            reason = reason or ("corrupt" if problem == "doubtful" else problem)
+
+    def _open(self, prompt: _Prompt, tokens: int, chain: Chain) -> tuple[tuple[SegmentSpan, ...], str | None]:
+        """Open the segments of a chain up to the first one that cannot be used, and why it cannot."""
+        spans: list[SegmentSpan] = []
+        position = 0
+        for row, chunks in chain:
+            problem = self._expired(row)
+            segment = None
+            if problem is None:
+                segment, problem = self._segment(row)
+            if segment is None:
+                return tuple(spans), problem
+            try:
+                if not prompt.holds(segment, position, chunks, tokens):
+                    return tuple(spans), "doubtful"
+            except (SegmentCorruptError, SegmentReadError) as error:
+                self.discard(segment, str(error))
+                return tuple(spans), "corrupt"
+            spans.append(SegmentSpan(segment, position, chunks, position - segment.first_chunk))
+            position += chunks
+        return tuple(spans), None
+
+    def _expired(self, row: SegmentRow) -> str | None:
+        if self._ttl_s is None or row.pinned:
+            return None
+        used = max(row.last_used, self._last_use(row.key))
+        return "expired" if used < time.time() - self._ttl_s else None
+
+    def _segment(self, row: SegmentRow) -> tuple[Segment | None, str | None]:
+        """The open segment of `row`, or why there is none."""
+        try:
+            return self._opened.get(row), None
+        except StoreFormatError as error:
+            logger.warning("skipped: %s", error)
+            return None, "corrupt"
+        except (SegmentMissingError, SegmentCorruptError, SegmentReadError) as error:
+            logger.warning("a stored segment is lost and will be computed again: %s", error)
+            self._take_out(row.key, None if isinstance(error, SegmentMissingError) else self._identity(row.key))
+            return None, "corrupt"
+
+    def _identity(self, key: str) -> object:
+        try:
+            return self._backend.identity(key)
+        except OSError:
+            return None
+
+    def discard(self, segment: Segment, reason: str) -> None:
+        """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside.
+
+        Segments that continue it stay, and are found again once its chunks have been stored anew.
+        """
+        logger.warning("%s is taken out of service: %s", segment.name, reason)
+        self._take_out(segment.key, segment.identity)
+
+    def _take_out(self, key: str, identity: object) -> None:
+        # Nothing here may fail the request, and nothing depends on it: the next look-up would find out again.
+        self._opened.forget([key])
+        try:
+            if identity is not None and self._backend.quarantine(key, identity):
+                self._on_quarantine()
+            if self._backend.identity(key) is None:
+                self._index.try_write(lambda db: drop_segment(db, key))
+        except (StoreError, OSError) as error:
+            logger.warning("segment %s could not be taken out of service: %s", key, error)
+
+    def _doubt(self, chain: Chain, times: int) -> None:
+        """Index and segments contradict each other: look again, for a segment may just have been replaced; rebuild."""
+        self._opened.forget([row.key for row, _ in chain])
+        if times == 2:
+            logger.warning("%s contradicts the segments: it is rebuilt from them", self._index.path)
+            try:
+                self._index.rebuild()
+            except StoreError as error:
+                logger.warning("%s could not be rebuilt: %s", self._index.path, error)
+
+    def why_missing(self, found: Found, fingerprint: str, ids: TokenIds, chunk_size: int) -> str:
+        """Why nothing was found: "corrupt", "expired", "other_model" or "not_stored"."""
+        if found.shortened_by is not None:
+            return found.shortened_by
+        if len(ids) == 0:
+            return "not_stored"
+        beginning = self.beginning(ids, chunk_size)
+        other = self._index.read(lambda db: is_stored_for_another_model(db, beginning, fingerprint))
+        return "other_model" if other else "not_stored"

@@ -1,0 +1,237 @@
+"""Making segments and putting them into service, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+
+from ..errors import InputError, StoreError
+from ..stats import StoreCounters
+from .backend import BlobWriter, SegmentBackend
+from .entries import SegmentSpan, StoredPrefix
+from .eviction import choose_victims, expired_segments, too_large
+from .finding import Finder
+from .format import KVGeometry, SegmentHeader
+from .hashing import TokenIds, chain_hashes, segment_hashes
+from .index import StoreIndex
+from .memory_backend import MemoryBackend
+from .opened import OpenSegments
+from .rows import SegmentRow, drop_segment, find_chunk, insert_segment, segment_by_key, stored_chunk_rows
+from .segment import Segment
+from .writer import SegmentWriter
+
+logger = logging.getLogger("hf_contiguouskv")
+
+
+class Publisher:
+    """Begins segments, and publishes those that are complete.
+
+    Args:
+        index, backend, opened, finder, counters: of the store.
+        salted: whether the store has a tenant salt.
+        max_disk_bytes: bound on what all segments take up; `None`: no bound.
+        ttl_s: see `PrefixStore`.
+        before_eviction: called before victims are chosen, so that the index knows of all uses.
+    """
+
+    def __init__(
+        self,
+        index: StoreIndex,
+        backend: SegmentBackend,
+        opened: OpenSegments,
+        finder: Finder,
+        counters: StoreCounters,
+        *,
+        salted: bool,
+        max_disk_bytes: int | None,
+        ttl_s: float | None,
+        before_eviction: Callable[[], None],
+    ) -> None:
+        self._index = index
+        self._backend = backend
+        self._opened = opened
+        self._finder = finder
+        self._counters = counters
+        self._salted = salted
+        self._max_disk_bytes = max_disk_bytes
+        self._ttl_s = ttl_s
+        self._before_eviction = before_eviction
+
+    def _header(self, fingerprint: str, geometry: KVGeometry, ids: TokenIds, first_chunk: int) -> SegmentHeader:
+        c = geometry.chunk_size
+        begin = first_chunk * c
+        if not 0 <= begin < len(ids):
+            raise InputError(f"first_chunk {first_chunk} leaves nothing to store of {len(ids)} tokens")
+        root = self._finder.root(fingerprint, c)
+        before = chain_hashes(root, ids[:begin], c)
+        return SegmentHeader(
+            geometry=geometry,
+            fingerprint=fingerprint,
+            root=root.hex(),
+            parent=before[-1].hex() if before else "",
+            key=segment_hashes(before[-1] if before else root, ids[begin:], c)[-1].hex(),
+            first_chunk=first_chunk,
+            num_tokens=len(ids) - begin,
+            salted=self._salted,
+            beginning="" if before else self._finder.beginning(ids, c),
+        )
+
+    def begin(
+        self,
+        fingerprint: str,
+        geometry: KVGeometry,
+        ids: TokenIds,
+        first_chunk: int,
+        before: StoredPrefix | None = None,
+    ) -> SegmentWriter:
+        """See `PrefixStore.begin_segment`."""
+        header = self._header(fingerprint, geometry, ids, first_chunk)
+        if header.parent and self._index.read(lambda db: find_chunk(db, header.parent_hash)) is None:
+            raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
+        if self._max_disk_bytes is not None and header.nbytes > self._max_disk_bytes:
+            raise too_large(header.nbytes, self._max_disk_bytes)
+
+        def publish(final: SegmentHeader, own: TokenIds, blob: BlobWriter) -> StoredPrefix:
+            self.publish(final, own, blob)
+            return self._published(final, ids, before)
+
+        return SegmentWriter(header, _own(ids, header), self._backend, publish)
+
+    def begin_in_memory(
+        self,
+        fingerprint: str,
+        geometry: KVGeometry,
+        ids: TokenIds,
+        first_chunk: int,
+        before: StoredPrefix | None,
+    ) -> SegmentWriter:
+        """See `PrefixStore.begin_memory_segment`."""
+        header = self._header(fingerprint, geometry, ids, first_chunk)
+        memory = MemoryBackend()
+
+        def publish(final: SegmentHeader, own: TokenIds, blob: BlobWriter) -> StoredPrefix:
+            blob.publish()
+            return _continued(before, Segment(memory.open(final.key)), len(ids))
+
+        return SegmentWriter(header, _own(ids, header), memory, publish)
+
+    def _published(self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None) -> StoredPrefix:
+        """The prefix that ends with the segment that was just published, by us or by somebody else."""
+        found = self._finder.find(header.fingerprint, ids, header.geometry.chunk_size).stored
+        if found is not None and found.tokens == len(ids):
+            return found
+        # Evicted again at once, or what it continues was; its bytes are still there for those who hold them open.
+        if header.first_chunk == 0 or before is not None:
+            return _continued(before, Segment(self._backend.open(header.key)), len(ids))
+        raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
+
+    def publish(self, header: SegmentHeader, ids: TokenIds, blob: BlobWriter, pinned: bool = False) -> bool:
+        """Put a sealed blob into service, evicting what is worth least if room is needed.
+
+        Args:
+            header: of the segment.
+            ids: int64 `[num_tokens]`, of this segment alone.
+            blob: holds it.
+            pinned: whether eviction leaves it alone.
+
+        Returns:
+            false when it was there already: theirs is kept, and `blob` is not needed.
+
+        Raises:
+            StoreFullError: there is no room.
+            StoreError: what it continues is not stored.
+            OSError: the storage failed.
+        """
+        in_place = False
+        evicted: list[SegmentRow] = []
+
+        def change(db: sqlite3.Connection) -> bool:
+            nonlocal in_place
+            existing = segment_by_key(db, header.key)
+            if existing is not None and not in_place:
+                complete = len(stored_chunk_rows(db, existing.id)) == existing.num_chunks
+                if complete and self._backend.identity(header.key) is not None:
+                    return False
+            if header.parent and find_chunk(db, header.parent_hash) is None:
+                raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
+            if existing is not None:
+                drop_segment(db, header.key)
+            evicted[:] = self._victims(db, header, blob.stored_bytes)
+            if not in_place:  # (A damaged index is rebuilt, and this is called once more.)
+                blob.publish()
+                in_place = True
+            insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned)
+            # Last: if anything above fails, nothing has been lost.
+            for row in evicted:
+                drop_segment(db, row.key)
+                self._backend.delete(row.key)
+            return True
+
+        self._before_eviction()
+        try:
+            published = self._index.write(change)
+        except BaseException:
+            if in_place:
+                # It could not be indexed: nobody would find it, and it would take up room.
+                with contextlib.suppress(OSError):
+                    self._backend.delete(header.key)
+            raise
+        self._opened.forget([row.key for row in evicted])
+        if published:
+            self._counters.add("published")
+            self._counters.add("bytes_written", header.nbytes)
+        self._counters.add("evicted", len(evicted))
+        return published
+
+    def _victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
+        if self._max_disk_bytes is None:
+            return []
+        (stored,) = db.execute("SELECT total(nbytes) FROM segments").fetchone()
+        aside = list(self._backend.quarantined())
+        if stored + nbytes + sum(info.stored_bytes for info in aside) > self._max_disk_bytes:
+            # Damaged segments are kept to be looked at only as long as nobody needs the room.
+            for info in aside:
+                self._backend.drop_quarantined(info.key)
+        return choose_victims(db, header, nbytes, self._max_disk_bytes)
+
+    def expire(self, dry_run: bool) -> list[SegmentRow]:
+        """Delete what nobody used for `ttl_s`; what was (or would be) deleted."""
+        if self._ttl_s is None:
+            return []
+        unused_since = time.time() - self._ttl_s
+        self._before_eviction()
+        if dry_run:
+            return self._index.read(lambda db: expired_segments(db, unused_since))
+
+        def change(db: sqlite3.Connection) -> list[SegmentRow]:
+            rows = expired_segments(db, unused_since)
+            for row in rows:
+                drop_segment(db, row.key)
+                self._backend.delete(row.key)
+            return rows
+
+        rows = self._index.write(change)
+        self._opened.forget([row.key for row in rows])
+        self._counters.add("expired", len(rows))
+        return rows
+
+
+def _own(ids: TokenIds, header: SegmentHeader) -> TokenIds:
+    return ids[len(ids) - header.num_tokens :].copy()
+
+
+def _continued(before: StoredPrefix | None, segment: Segment, tokens: int) -> StoredPrefix:
+    """`before`, as far as it reaches, and then all of `segment`."""
+    first = segment.first_chunk
+    spans = []
+    for span in before.spans if before is not None else ():
+        if span.first_chunk < first:
+            spans.append(
+                SegmentSpan(span.segment, span.first_chunk, min(span.chunks, first - span.first_chunk), span.offset)
+            )
+    if sum(span.chunks for span in spans) != first:
+        raise StoreError(f"segment {segment.key}: the {first} chunks that it continues are not at hand")
+    return StoredPrefix(tokens, (*spans, SegmentSpan(segment, first, segment.num_chunks, 0)))

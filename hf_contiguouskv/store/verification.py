@@ -1,0 +1,125 @@
+"""Comparing every byte of segments with its checksum, and the index with the segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import xxhash
+
+from ..errors import StoreError
+from .backend import SegmentBackend
+from .entries import StoreProblem
+from .hashing import segment_hashes
+from .index import StoreIndex
+from .rows import SegmentRow, chunk_rows, index_problems, stored_chunk_rows
+from .segment import Segment
+
+_SCAN_BYTES = 4 * 2**20
+
+
+def verify_segments(
+    backend: SegmentBackend,
+    index: StoreIndex,
+    rows: Sequence[SegmentRow],
+    *,
+    whole_store: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[StoreProblem]:
+    """Everything that is wrong with the segments of `rows`; with `whole_store`, with the rest of the store as well."""
+    problems: list[StoreProblem] = []
+    total, done = sum(row.nbytes for row in rows), 0
+    for row in rows:
+        try:
+            segment = Segment(backend.open(row.key))
+        except (StoreError, OSError) as error:
+            problems.append(StoreProblem(row.key, f"segment {row.key}", str(error)))
+        else:
+            try:
+                problems += [StoreProblem(row.key, segment.name, text) for text in segment_problems(segment, row.key)]
+                if not problems or problems[-1].key != row.key:
+                    problems += [StoreProblem(row.key, "index", text) for text in _row_problems(index, segment, row)]
+            finally:
+                segment.close()
+        done += row.nbytes
+        if progress is not None:
+            progress(done, total)
+    if whole_store:
+        problems += [StoreProblem("", "index", text) for text in index.read(index_problems)]
+        for key in sorted(backend.list_keys() - {row.key for row in rows}):
+            problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
+    return problems
+
+
+def segment_problems(segment: Segment, key: str) -> list[str]:
+    """What is wrong with the bytes of a segment that should be the one named `key`, in words."""
+    if segment.key != key:
+        return [f"holds segment {segment.key}, expected {key}"]
+    try:
+        return list(_damage(segment))
+    except StoreError as error:
+        return [str(error)]
+
+
+def _damage(segment: Segment) -> Iterator[str]:
+    header = segment.header
+    for name in header.places:
+        kind = name.split(".")[0]
+        if kind == "payload":
+            continue  # Its extents are compared one by one below, which tells where the damage is.
+        try:
+            tensor = segment.read_tensor(name)
+        except StoreError as error:
+            yield str(error)
+            continue
+        if kind == "padding" and bool(tensor.any()):
+            yield f"{name} holds something"
+        if name == "token_ids":
+            hashes = segment_hashes(header.parent_hash, tensor.numpy(), header.geometry.chunk_size)
+            if hashes[-1].hex() != header.key:
+                yield "token ids do not match the key"
+    for group in range(header.geometry.num_groups):
+        yield from _damaged_extents(segment, group)
+
+
+def _damaged_extents(segment: Segment, group: int) -> Iterator[str]:
+    geometry = segment.geometry
+    size, layers = geometry.extent_bytes, geometry.group_layers(group)
+    offset, nbytes = segment.tensor_extent(f"payload.{group}")
+    step = max(1, _SCAN_BYTES // size) * size
+    whole, damaged = xxhash.xxh3_64(), False
+    for start in range(0, nbytes, step):
+        octets = memoryview(segment.read_bytes(offset + start, min(step, nbytes - start)))
+        whole.update(octets)
+        for inside in range(0, octets.nbytes, size):
+            chunk, place = divmod((start + inside) // size, layers)
+            layer = group * geometry.layers_per_group + place
+            checksum = xxhash.xxh3_64_intdigest(octets[inside : inside + size])
+            if checksum != segment.payload_checksum(layer, chunk):
+                damaged = True
+                yield f"layer {layer}, chunk {segment.first_chunk + chunk}: checksum does not match"
+    if not damaged and whole.intdigest() != segment.tensor_checksum(f"payload.{group}"):
+        yield f"payload.{group}: every chunk is right, but not the checksum of all of them"
+
+
+def _row_problems(index: StoreIndex, segment: Segment, row: SegmentRow) -> list[str]:
+    """Where the index says something else than a sound segment does."""
+    header, geometry = segment.header, segment.geometry
+    right = {
+        "fingerprint": header.fingerprint,
+        "beginning": header.beginning,
+        "parent": header.parent_hash,
+        "first_chunk": header.first_chunk,
+        "num_tokens": header.num_tokens,
+        "chunk_size": geometry.chunk_size,
+        "num_layers": geometry.num_layers,
+        "dtype": geometry.dtype_name,
+        "compute_ms": header.compute_ms,
+        "nbytes": segment.blob.stored_bytes,
+    }
+    wrong = [name for name, value in right.items() if getattr(row, name) != value]
+    problems = []
+    if wrong:
+        problems.append(f"its row of segment {row.key} is wrong in {', '.join(wrong)}; `gc` repairs it")
+    if index.read(lambda db: stored_chunk_rows(db, row.id)) != chunk_rows(header, segment.token_ids):
+        problems.append(f"its chunks of segment {row.key} differ from the segment; `gc` repairs them")
+    return problems
