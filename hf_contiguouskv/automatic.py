@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class AutomaticPrefix:
         self._prompt: Prompt | None = None
         # The blocks of a chunked prefill continue the prompt for as long as they are this long.
         self._block: int | None = None
+        self._began = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutomaticPrefix:
         twin = AutomaticPrefix(self._store, self._support, self._config)
@@ -55,6 +57,7 @@ class AutomaticPrefix:
             self._continue(cache, inputs)
             return
         self._block = block
+        self._began = time.perf_counter()
         self._prompt = prompt = ordinary_prompt(inputs) if _ordinary_model(cache) else None
         if prompt is None:
             return
@@ -119,7 +122,8 @@ class AutomaticPrefix:
         self._record(cache, False)
         geometry = geometry_of(self._support, self._config.chunk_size)
         store, fingerprint = self._store, cache._fingerprint
-        store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry))
+        seconds = time.perf_counter() - self._began
+        store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry, seconds))
 
 
 def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerStates:

@@ -23,8 +23,9 @@ from .fitting import check_rows, fit_to_prefix
 from .forward import decoding
 from .hook import ForwardHook, GenerateCall, running_generate
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
-from .prefill import prefill_into_store
+from .prefill import Prefill
 from .prefix import AttachedPrefix
+from .recovery import Recovery
 from .request import PrefixRequest
 from .stats import RequestStats
 from .store import PrefixStore
@@ -148,7 +149,8 @@ class ContiguousKVCache(Cache):
             images = getattr(lm.config, "image_token_id", getattr(lm.config, "image_token_index", None))
             if images is not None and bool((ids == images).any()):
                 raise InputError(f"the prefix holds image placeholders (token {images}); only text can be stored")
-            stored = prefill_into_store(lm, ids, stored, self.store, self._fingerprint, self._support, self.config)
+            prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
+            stored = prefill.complete(ids, stored)
         self.prefix_ids = ids
         self._whole_prefix = AttachedPrefix.of(stored, len(numbers))
         self._attach(self._whole_prefix)
@@ -161,10 +163,18 @@ class ContiguousKVCache(Cache):
     def _look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
         """The longest stored beginning of `ids`; waits for prompts that are still being written only if that helps."""
         assert self.store is not None
-        stored = self.store.lookup(self._fingerprint, ids, self.config.chunk_size)
-        if (stored is None or stored.tokens < len(ids)) and self.store.flush():
-            stored = self.store.lookup(self._fingerprint, ids, self.config.chunk_size)
-        return stored
+        if self.store.writing:
+            stored = self.store.lookup(self._fingerprint, ids, self.config.chunk_size, count=False)
+            if stored is None or stored.tokens < len(ids):
+                self.store.flush()
+        return self.store.lookup(self._fingerprint, ids, self.config.chunk_size)
+
+    def prefix_recovered(self, whole: AttachedPrefix, tokens_from_store: int) -> None:
+        """Damage showed in the middle of a request: `whole` is the prefix of all `prefix_ids` that has replaced it."""
+        if self._whole_prefix is not None:
+            self._whole_prefix = whole
+        self._stats.tokens_from_store = min(tokens_from_store, self._stats.prefix_tokens)
+        self._stats.tokens_prefilled = self._stats.prefix_tokens - self._stats.tokens_from_store
 
     def _attach(
         self, prefix: AttachedPrefix | None, config: ContiguousKVConfig | None = None, stats: RequestStats | None = None
@@ -182,7 +192,9 @@ class ContiguousKVCache(Cache):
             if stats is not None:
                 self._stats.tokens_from_store = min(stats.tokens_from_store, prefix.tokens)
                 self._stats.tokens_prefilled = prefix.tokens - self._stats.tokens_from_store
-            request = PrefixRequest(prefix, config or self.config, self._support.plan, self.store, SLABS, self._stats)
+            request = PrefixRequest(
+                prefix, config or self.config, self._support.plan, self.store, SLABS, self._stats, Recovery(self)
+            )
             self._attached = AttachedState(request, self._installation)
         for layer in self.layers:
             layer.attach(self._attached)
@@ -393,7 +405,7 @@ class ContiguousKVCache(Cache):
         if self._installation is not None:
             twin._install(self._living_model())
         if self._attached is not None and twin._installation is not None:
-            request = self._attached.request.twin(twin._stats)
+            request = self._attached.request.twin(twin._stats, Recovery(twin))
             twin._attached = AttachedState(request, twin._installation)
         twin.layers = [layer.copy_of(twin._attached, memo) for layer in self.layers]
         return twin

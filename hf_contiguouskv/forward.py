@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .request import Rows
+from .plan import Rows
 
 # Arguments of a forward that leave K and V what token ids, mask and positions make them.
 ORDINARY_INPUTS = frozenset(

@@ -120,10 +120,11 @@ class KeySource:
     def _start(self, segment: Segment, name: str, device: torch.device, nbytes: int | None = None) -> _Pending:
         offset, full = segment.tensor_extent(name)
         length = full if nbytes is None else nbytes
-        slab = self._pool.acquire(length, device)
         checks: tuple[tuple[int, int, int], ...] = ()
-        if self._config.verify and length == full:
+        if self._config.verify:
+            length = full  # There is one checksum for all of it.
             checks = ((0, full, segment.tensor_checksum(name)),)
+        slab = self._pool.acquire(length, device)
         read = Read(segment, offset, length, slab.view(length), checks)
         return _Pending(name, slab, slab.data[:length], self._store.reader.submit([read]))
 
@@ -164,7 +165,7 @@ class KeySource:
         keys = torch.empty(g.kv_heads, self._prefix.chunks, g.chunk_size, g.head_dim, device=device)
         for span, pending in zip(self._prefix.spans, self._pending.pop(layer), strict=True):
             chunks = self._finish(pending).view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
-            part = upload(chunks[span.offset :], device, pending.slab)
+            part = upload(chunks[span.offset : span.offset + span.chunks], device, pending.slab)
             # One pass for both: from the order on disk to that of the product, and to float32.
             keys[:, span.first_chunk : span.first_chunk + span.chunks].copy_(part.transpose(0, 1))
             self._pool.release(pending.slab)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from .config import ContiguousKVConfig
 from .device import SLABS, upload
+from .errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix
 from .selection import build_key_index
@@ -22,12 +24,18 @@ from .stats import RequestStats
 from .store import PrefixStore
 from .store.entries import StoredPrefix
 from .store.format import KVGeometry
+from .store.hashing import TokenIds
+from .store.segment import Segment
 from .store.writer import SegmentWriter
 from .support import ModelSupport
 
 # Prefilling more tokens than this shows a progress bar.
 PROGRESS_TOKENS = 2048
 LEADER_PERIOD = 8
+# A prefix that loses more segments than this while it is read is computed without the store.
+_MAX_LOST_SEGMENTS = 64
+
+T = TypeVar("T")
 
 
 def geometry_of(support: ModelSupport, chunk_size: int) -> KVGeometry:
@@ -116,64 +124,141 @@ class _WriteThroughCache(DynamicCache):
         return keys, values
 
 
-def prefill_into_store(
-    model: nn.Module,
-    ids: torch.Tensor,
-    known: StoredPrefix | None,
-    store: PrefixStore,
-    fingerprint: str,
-    support: ModelSupport,
-    config: ContiguousKVConfig,
-) -> StoredPrefix:
-    """Compute the KV of `ids` beyond what is stored, exactly, in blocks, and publish it.
+class Prefill:
+    """Computes the KV of prompts exactly, and stores it.
+
+    Whatever the storage does, a prompt ends up complete: what cannot be written is kept in memory, and what cannot be
+    read is taken out of service and computed anew.
 
     Args:
         model: the causal LM; runs under `torch.no_grad`.
-        ids: int64 `(n,)`.
-        known: the longest stored beginning, if any; it is loaded in full.
         store, fingerprint: where to, and as whose.
-
-    Returns:
-        The stored prefix, covering all of `ids`.
+        support, config: of the model and the cache.
     """
-    tokens = ids.shape[0]
-    c = config.chunk_size
-    # Without a config every layer keeps all tokens, so that sliding-window layers can be stored in full as well.
-    cache = _WriteThroughCache()
-    done = 0
-    if known is not None:
-        done = known.tokens
-        load_exactly(AttachedPrefix.of(known, done), store, support, cache)
-    geometry = geometry_of(support, c)
-    first_chunk = done // c
-    numbers = ids.cpu().numpy().astype(np.int64)
-    writer = store.begin_segment(fingerprint, geometry, numbers, first_chunk)
-    try:
-        feed = SegmentFeed(writer, geometry, first_chunk, tokens)
-        starts = range(done, tokens, config.prefill_block)
-        device = getattr(model, "device", torch.device("cpu"))
-        steps = len(starts) * geometry.num_layers
-        with tqdm(
-            total=steps, desc="prefill", unit="layer", disable=tokens - done < PROGRESS_TOKENS, leave=False
-        ) as bar:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: PrefixStore,
+        fingerprint: str,
+        support: ModelSupport,
+        config: ContiguousKVConfig,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._fingerprint = fingerprint
+        self._support = support
+        self._config = config
+
+    def complete(self, ids: torch.Tensor, known: StoredPrefix | None, *, in_memory: bool = False) -> StoredPrefix:
+        """Compute what `known` lacks of `ids`, in blocks, and publish it.
+
+        Args:
+            ids: int64 `(n,)`.
+            known: the longest stored beginning, if any; it is loaded in full.
+            in_memory: store nothing.
+
+        Returns:
+            The prefix, covering all of `ids`. Parts of it may be in memory, if they could not be stored.
+        """
+        numbers = ids.cpu().numpy().astype(np.int64)
+        for _ in range(_MAX_LOST_SEGMENTS):
+            try:
+                return self._complete(ids, numbers, known, in_memory)
+            except (SegmentCorruptError, SegmentReadError) as error:
+                # What was known proved unreadable: less is known.
+                if isinstance(error.segment, Segment):
+                    self._store.discard(error.segment, str(error))
+                known = self._look_up(numbers)
+        return self._complete(ids, numbers, None, True)
+
+    def _complete(
+        self, ids: torch.Tensor, numbers: TokenIds, known: StoredPrefix | None, in_memory: bool
+    ) -> StoredPrefix:
+        c = self._config.chunk_size
+        while known is None or known.tokens < len(numbers):
+            done = 0 if known is None else known.tokens
+            end = len(numbers)
+            if not in_memory:
+                # Where a segment in the middle was lost, those behind it are found again once it is there.
+                later = self._store.next_stored(self._fingerprint, numbers, c, done // c + 1)
+                end = end if later is None else later * c
+            known, in_memory = self._compute(ids[:end], numbers[:end], known, in_memory)
+            if end < len(numbers) and not in_memory:
+                found = self._look_up(numbers)
+                known = found if found is not None and found.tokens > known.tokens else known
+        return known
+
+    def _look_up(self, numbers: TokenIds) -> StoredPrefix | None:
+        return self._store.lookup(self._fingerprint, numbers, self._config.chunk_size, count=False)
+
+    def _compute(
+        self, ids: torch.Tensor, numbers: TokenIds, known: StoredPrefix | None, in_memory: bool
+    ) -> tuple[StoredPrefix, bool]:
+        """Compute all of `ids` that `known` lacks; the prefix, and whether its end could only be kept in memory."""
+        # Without a config every layer keeps all tokens, so that sliding-window layers can be stored in full as well.
+        cache = _WriteThroughCache()
+        done = 0 if known is None else known.tokens
+        if known is not None:
+            load_exactly(AttachedPrefix.of(known, done), self._store, self._support, cache)
+        c = self._config.chunk_size
+        geometry = geometry_of(self._support, c)
+        begin = self._store.begin_memory_segment if in_memory else self._store.begin_segment
+        begin_segment = partial(begin, self._fingerprint, geometry, numbers, done // c, known)
+        writer = self._try(begin_segment)
+        try:
+            feed = None if writer is None else SegmentFeed(writer, geometry, done // c, len(numbers))
+            started = time.perf_counter()
+            self._forward(ids, done, cache, feed)
+            seconds = time.perf_counter() - started
+            stored = None if writer is None else self._try(partial(writer.commit, seconds))
+        finally:
+            if writer is not None:
+                writer.abort()  # Does nothing after a commit.
+        if stored is not None:
+            return stored, in_memory
+        # It is all computed: keep it in memory, for this request and the others of its cache.
+        begin_segment = partial(
+            self._store.begin_memory_segment, self._fingerprint, geometry, numbers, done // c, known
+        )
+        with begin_segment() as writer:
+            feed = SegmentFeed(writer, geometry, done // c, len(numbers))
+            for layer, states in enumerate(cache.layers):
+                feed.feed(layer, states.keys[0], states.values[0], 0)
+            return writer.commit(seconds), True
+
+    def _try(self, action: Callable[[], T]) -> T | None:
+        """What `action` returns; `None`, counted and reported, where the storage refuses."""
+        try:
+            return action()
+        except StoreClosedError:
+            raise
+        except (StoreError, OSError) as error:
+            self._store.write_failed(error)
+            return None
+
+    def _forward(self, ids: torch.Tensor, done: int, cache: _WriteThroughCache, feed: SegmentFeed | None) -> None:
+        """Run the model over `ids[done:]` in blocks; layers are fed to the store as soon as they are known."""
+        tokens, layers = ids.shape[0], len(self._support.plan.windows)
+        block = self._config.prefill_block
+        starts = range(done, tokens, block)
+        device = getattr(self._model, "device", torch.device("cpu"))
+        silent = tokens - done < PROGRESS_TOKENS
+        with tqdm(total=len(starts) * layers, desc="prefill", unit="layer", disable=silent, leave=False) as bar:
 
             def layer_done(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-                feed.feed(layer, keys[0], values[0], 0)
+                if feed is not None:
+                    feed.feed(layer, keys[0], values[0], 0)
                 bar.update()
 
             cache.layer_done = layer_done
-            for start in starts:
-                block = ids[start : start + config.prefill_block][None].to(device)
-                with torch.no_grad():
-                    model(input_ids=block, past_key_values=cache, use_cache=True, **_last_logit_only(model))
-        writer.commit()
-    except BaseException:
-        writer.abort()
-        raise
-    stored = store.lookup(fingerprint, numbers, c)
-    if stored is None or stored.tokens != tokens:
-        raise RuntimeError(f"a prefix of {tokens} tokens was published, but only {stored} is found again")
-    return stored
+            # A request that runs under autocast finds out in the middle of it that it must compute this.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                for start in starts:
+                    part = ids[start : start + block][None].to(device)
+                    options = _last_logit_only(self._model)
+                    self._model(input_ids=part, past_key_values=cache, use_cache=True, **options)
+            cache.layer_done = None
 
 
 def _last_logit_only(model: nn.Module) -> dict[str, Any]:
@@ -212,27 +297,43 @@ def persist_rows(
     store: PrefixStore,
     fingerprint: str,
     geometry: KVGeometry,
+    compute_s: float = 0.0,
 ) -> None:
     """Publish prompts whose KV was computed exactly by somebody else's forward.
 
     Args:
         rows: per prompt its ids, int64 `(n,)`, and per layer `(keys, values, start)`: `(kv_heads, n - start,
             head_dim)` of tokens `[start, n)`. Tokens before `start` must be stored already, or the prompt is skipped.
+        compute_s: how long that forward took, in seconds.
+
+    What cannot be stored is counted and reported (`PrefixStore.write_failed`): its request was answered long ago.
     """
-    c = geometry.chunk_size
     for ids, layers in rows:
-        known = store.lookup(fingerprint, ids, c)
-        done = 0 if known is None else known.tokens
-        first_chunk = done // c
-        exact = all(keys.dtype == values.dtype == geometry.dtype for keys, values, _ in layers)
-        if done == len(ids) or not exact or any(start > first_chunk * c for _, _, start in layers):
-            continue
-        writer = store.begin_segment(fingerprint, geometry, ids, first_chunk)
         try:
-            feed = SegmentFeed(writer, geometry, first_chunk, len(ids))
-            for layer, (keys, values, start) in enumerate(layers):
-                feed.feed(layer, keys, values, start)
-            writer.commit()
-        except BaseException:
-            writer.abort()
+            _persist_row(ids, layers, store, fingerprint, geometry, compute_s / len(rows))
+        except StoreClosedError:
             raise
+        except (StoreError, OSError) as error:
+            store.write_failed(error)
+
+
+def _persist_row(
+    ids: np.ndarray,
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor, int]],
+    store: PrefixStore,
+    fingerprint: str,
+    geometry: KVGeometry,
+    compute_s: float,
+) -> None:
+    c = geometry.chunk_size
+    known = store.lookup(fingerprint, ids, c, count=False)
+    done = 0 if known is None else known.tokens
+    first_chunk = done // c
+    exact = all(keys.dtype == values.dtype == geometry.dtype for keys, values, _ in layers)
+    if done == len(ids) or not exact or any(start > first_chunk * c for _, _, start in layers):
+        return
+    with store.begin_segment(fingerprint, geometry, ids, first_chunk, known) as writer:
+        feed = SegmentFeed(writer, geometry, first_chunk, len(ids))
+        for layer, (keys, values, start) in enumerate(layers):
+            feed.feed(layer, keys, values, start)
+        writer.commit(compute_s)

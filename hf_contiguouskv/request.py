@@ -2,84 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
-from typing import Any
+from itertools import count, groupby
+from typing import Any, TypeVar
 
 import torch
 
 from .config import ContiguousKVConfig
 from .device import SlabPool, upload
-from .errors import InputError, SegmentCorruptError
+from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
+from .plan import LayerPlan, Rows
 from .prefetch import Batch, Lookahead, PayloadReads
 from .prefix import AttachedPrefix
-from .selection import SelectionInput, choose_chunks, voting_queries
+from .selection import SelectionInput, choose_chunks
+from .slots import Slots
 from .stats import RequestStats
 from .store import PrefixStore
-from .store.segment import Segment
 
 # Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
 # once this one's are used: there is time.)
 KEYS_AHEAD = 3
+# A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
+MAX_RECOVERIES = 4
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What the model's layers are, in order.
-
-    Attributes:
-        windows: sliding window in tokens per layer, `None` for full attention.
-        devices: where each layer's K and V live.
-    """
-
-    windows: tuple[int | None, ...]
-    devices: tuple[torch.device, ...]
-
-    @property
-    def full_layers(self) -> list[int]:
-        """Layers with full attention: the ones that budgets apply to."""
-        return [layer for layer, window in enumerate(self.windows) if window is None]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a batch, with equal rows (beams of one prompt) taken once.
-
-    Attributes:
-        representatives: int64 `(unique,)`: a batch row for each distinct one.
-        of_batch: int64 `(batch,)`: which distinct row each batch row is.
-        voting: bool `(unique, q)`: queries that count in a selection.
-        visible: bool `(unique, q)`: suffix tokens that are not padding.
-    """
-
-    representatives: torch.Tensor
-    of_batch: torch.Tensor
-    voting: torch.Tensor
-    visible: torch.Tensor
-
-    def voters(self, limit: int | None) -> list[torch.Tensor]:
-        """Per distinct row, the positions of the (last `limit`) queries that vote."""
-        return [voting_queries(voting, limit) for voting in self.voting]
-
-    @property
-    def in_order(self) -> bool:
-        """Whether the distinct rows are the batch's rows."""
-        return len(self.representatives) == len(self.of_batch)
-
-    @classmethod
-    def distinct(cls, batch: int, q_length: int) -> Rows:
-        """Every row for itself, every token real and voting."""
-        real = torch.ones(batch, q_length, dtype=torch.bool)
-        return cls(torch.arange(batch), torch.arange(batch), real, real)
+Result = TypeVar("Result")
+# Gets a readable prefix of the same tokens: from the prefix, the error that showed, and which attempt this is.
+Recover = Callable[[AttachedPrefix, SegmentCorruptError | SegmentReadError, int], AttachedPrefix]
 
 
 class PrefixRequest:
     """Life of a prefix from the first suffix token to `close`.
 
-    Layers call `load_full` (full attention) or `load_tail` (sliding window) once each, in model order.
+    Layers call `load_full` (full attention) or `load_tail` (sliding window) once each, in model order. Where stored
+    bytes prove wrong, `recover` is asked for a prefix that can be read, and the request goes on with that one.
     """
 
     def __init__(
@@ -90,6 +48,7 @@ class PrefixRequest:
         store: PrefixStore,
         pool: SlabPool,
         stats: RequestStats,
+        recover: Recover | None = None,
     ) -> None:
         self.prefix = prefix
         self.config = config
@@ -97,20 +56,26 @@ class PrefixRequest:
         self.stats = stats
         self._store = store
         self._pool = pool
+        self._recover = recover
         self.keep = config.chunks_kept(prefix.whole_chunks)
         self.selected: dict[int, torch.Tensor] = {}
         self.rows: Rows | None = None
         self._full = plan.full_layers
         self._ordinal = {layer: ordinal for ordinal, layer in enumerate(self._full)}
-        self._payload = PayloadReads(prefix, store.reader, pool, stats, config.verify)
-        self._keys = KeySource(prefix, config, store, pool, self._payload, stats)
-        self._ahead = Lookahead(self._ahead_bytes())
         self._wanted: dict[int, list[int]] = {}
+        self._loaded: set[int] = set()
         self._voters: list[torch.Tensor] = []
-        self._started = False
-        # Whether bytes of this prefix proved wrong.
+        # Whether bytes of this prefix proved wrong, and could not be computed anew.
         self.damaged = False
-        self._slots: dict[tuple[int, int], _Slots] = {}
+        self._slots: dict[tuple[int, int], Slots] = {}
+        self._open_reads()
+
+    def _open_reads(self) -> None:
+        store, stats = self._store, self.stats
+        self._payload = PayloadReads(self.prefix, store.reader, self._pool, stats, self.config.verify)
+        self._keys = KeySource(self.prefix, self.config, store, self._pool, self._payload, stats)
+        self._ahead = Lookahead(self._ahead_bytes())
+        self._reading = False
 
     @property
     def keeps_all(self) -> bool:
@@ -140,18 +105,46 @@ class PrefixRequest:
 
     def start(self) -> None:
         """Start the reads that do not depend on the queries, unless they have been started."""
-        if self._started:
+        self._recovering(lambda: None)
+
+    def _recovering(self, action: Callable[[], Result]) -> Result:
+        """Do what needs reads; where stored bytes prove wrong, do it again with a prefix that can be read."""
+        for attempt in count(1):
+            try:
+                self._ensure_reading()
+                return action()
+            except (SegmentCorruptError, SegmentReadError) as error:
+                self._replace_prefix(error, attempt)
+        raise AssertionError  # `count` does not end.
+
+    def _replace_prefix(self, error: SegmentCorruptError | SegmentReadError, attempt: int) -> None:
+        self._keys.close()
+        self._payload.close()
+        self._slots.clear()
+        self.damaged = True
+        if self._recover is None or attempt > MAX_RECOVERIES:
+            raise error
+        self.prefix = self._recover(self.prefix, error, attempt)
+        self.damaged = False
+        self._open_reads()
+
+    def _ensure_reading(self) -> None:
+        if self._reading:
             return
-        self._started = True
+        self._reading = True
         size = self.prefix.geometry.extent_bytes
         for layer, window in enumerate(self.plan.windows):
             device = self.plan.devices[layer]
+            if layer in self._loaded:
+                continue
             if window is not None:
                 chunks = list(range(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks))
                 self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
             elif self.keeps_all:
                 chunks = list(range(self.prefix.chunks))
                 self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
+            elif layer in self._wanted:
+                self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
             elif self._is_leader(layer):
                 self._ahead.add(layer, self._keys.nbytes(layer), partial(self._keys.ask, layer, device))
         self._ahead.pump()
@@ -167,11 +160,7 @@ class PrefixRequest:
     def _identify(self, layer: int, inputs: SelectionInput) -> None:
         """Select for the period that `layer` leads, and ask for what that needs (intra-period prefetch)."""
         self._ahead.need(layer)
-        try:
-            scorer = self._keys.scorer(layer, self.plan.devices[layer])
-        except SegmentCorruptError as error:
-            self._discard(error)
-            raise
+        scorer = self._keys.scorer(layer, self.plan.devices[layer])
         scores = scorer(inputs)
         selected = choose_chunks(scores, self.keep, self.config.keep_first, self.config.keep_last)
         wanted = self._chunks_to_read(selected)
@@ -210,19 +199,6 @@ class PrefixRequest:
         if self.rows is None:
             self.begin(Rows.distinct(batch, q_length))
 
-    def _take(self, layer: int) -> list[Batch]:
-        try:
-            return self._payload.take(layer)
-        except SegmentCorruptError as error:
-            self._discard(error)
-            raise
-
-    def _discard(self, error: SegmentCorruptError) -> None:
-        """Take a damaged segment out of service, so that the next request computes its tokens anew."""
-        self.damaged = True
-        if isinstance(error.segment, Segment):
-            self._store.discard(error.segment, str(error))
-
     def load_full(
         self,
         layer: int,
@@ -242,11 +218,29 @@ class PrefixRequest:
                 single one if all chunks are kept.
         """
         self._begun(query.shape[0], query.shape[2])
+        identify = partial(self._bring, layer, query, suffix_keys, options)
+        batches = self._recovering(identify)
+        try:
+            arrived = {chunk for batch in batches for chunk in batch.chunks}
+            if not arrived.issuperset(self._wanted[layer]):
+                raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
+            self._assemble(layer, batches, destination)
+        finally:
+            self._payload.give_back(batches)
+        self._count(layer, batches)
+        self._loaded.add(layer)
+        if self.keeps_all:
+            self._ahead.used(layer)
+
+    def _bring(
+        self, layer: int, query: torch.Tensor, suffix_keys: torch.Tensor, options: Mapping[str, Any]
+    ) -> list[Batch]:
+        """Select, if this layer leads a period, and wait for the chunks of this layer."""
         assert self.rows is not None
         if self.keeps_all:
             self._ahead.need(layer)
             self._wanted[layer] = list(range(self.prefix.chunks))
-        elif self._is_leader(layer):
+        elif self._is_leader(layer) and layer not in self._wanted:
             if not self.rows.in_order:
                 some = self.rows.representatives.to(query.device)
                 query, suffix_keys = query[some], suffix_keys[some]
@@ -256,23 +250,17 @@ class PrefixRequest:
             self._identify(layer, SelectionInput(query, suffix_keys, voters, visible, options["scaling"], softcap))
         if not self.keeps_all:
             self._speculate(layer)
-        batches = self._take(layer)
-        try:
-            arrived = {chunk for batch in batches for chunk in batch.chunks}
-            if not arrived.issuperset(self._wanted[layer]):
-                raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
-            self._assemble(layer, batches, destination)
-        finally:
-            self._payload.give_back(batches)
-        self._count(layer, batches)
-        if self.keeps_all:
-            self._ahead.used(layer)
+        return self._payload.take(layer)
 
     def load_tail(self, layer: int, window: int, batch: int, q_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `(1, kv_heads, min(tokens, window - 1), head_dim)` of a sliding-window layer: all that it can see."""
         self._begun(batch, q_length)
-        self._ahead.need(layer)
-        (read,) = batches = self._take(layer)
+
+        def bring() -> list[Batch]:
+            self._ahead.need(layer)
+            return self._payload.take(layer)
+
+        (read,) = batches = self._recovering(bring)
         c = self.prefix.geometry.chunk_size
         kv = upload(self.prefix.kv_view(read.slab.data, len(read.chunks)), self.plan.devices[layer], read.slab)
         begin = read.chunks[0] * c
@@ -283,6 +271,7 @@ class PrefixRequest:
         self._payload.give_back(batches)
         self.stats.hits["disk"] += len(read.chunks)
         self.stats.bytes_used += keys.shape[2] * self.prefix.token_bytes()
+        self._loaded.add(layer)
         self._ahead.used(layer)
         return keys, values
 
@@ -307,13 +296,13 @@ class PrefixRequest:
                 slots.copy(kv, chunks[:, row], filled[row])
                 filled[row] += slots.count
 
-    def _slots_of(self, layer: int, slots: list[int], row: int, device: torch.device) -> _Slots:
+    def _slots_of(self, layer: int, slots: list[int], row: int, device: torch.device) -> Slots:
         """Which slots of a batch a row takes; found once for all layers of a period that read the same lists."""
         key = (id(slots), row)
         known = self._slots.get(key)
         if known is None or known.chunks is not slots:
             selected = self.selected.get(layer)
-            known = _Slots.of(slots, None if selected is None else selected[row].tolist(), self.keep, device)
+            known = Slots.of(slots, None if selected is None else selected[row].tolist(), self.keep, device)
             self._slots[key] = known
         return known
 
@@ -335,43 +324,14 @@ class PrefixRequest:
         self.stats.bytes_used += whole * size + tail * self.prefix.token_bytes()
         self.stats.chunks_used.append(self.keep + (1 if tail else 0))
 
-    def twin(self, stats: RequestStats) -> PrefixRequest:
+    def twin(self, stats: RequestStats, recover: Recover | None) -> PrefixRequest:
         """The same request for a copy of the cache: selections are kept, reads under way are not."""
-        other = PrefixRequest(self.prefix, self.config, self.plan, self._store, self._pool, stats)
+        other = PrefixRequest(self.prefix, self.config, self.plan, self._store, self._pool, stats, recover)
         other.rows, other.selected, other._wanted = self.rows, dict(self.selected), dict(self._wanted)
+        other._loaded, other._voters = set(self._loaded), self._voters
         return other
 
     def close(self) -> None:
         """Wait for reads under way and give their buffers back."""
         self._keys.close()
         self._payload.close()
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """Which slots of a slab a row uses.
-
-    Attributes:
-        chunks: what the slab holds (kept so that its identity stays its own).
-        take: the slots as an index, or `None` where they are the first `count`.
-        count: how many.
-    """
-
-    chunks: list[int]
-    take: torch.Tensor | None
-    count: int
-
-    @classmethod
-    def of(cls, chunks: list[int], selected: list[int] | None, keep: int, device: torch.device) -> _Slots:
-        """Slots of `chunks` for a row that uses `selected` (`None`: the first `keep` chunks)."""
-        wanted = set(range(keep) if selected is None else selected)
-        slots = [slot for slot, chunk in enumerate(chunks) if chunk in wanted]
-        if not slots or slots[-1] == len(slots) - 1:
-            return cls(chunks, None, len(slots))
-        return cls(chunks, torch.tensor(slots, dtype=torch.long, device=device), len(slots))
-
-    def copy(self, source: torch.Tensor, destination: torch.Tensor, start: int) -> None:
-        """From `(n, 2, kv_heads, c, head_dim)` to `(2, kv_heads, kept, c, head_dim)`, from position `start` on."""
-        if self.count:
-            used = source[: self.count] if self.take is None else source.index_select(0, self.take)
-            destination.narrow(2, start, self.count).copy_(used.permute(1, 2, 0, 3, 4))

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 
 from .attention import Installation, tagged
 from .errors import UnsupportedModelError
-from .request import LayerPlan
+from .plan import LayerPlan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # These change their frequencies when a sequence grows past a length: stored keys would not fit later queries.

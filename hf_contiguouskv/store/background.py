@@ -52,6 +52,11 @@ class Background:
         with self._lock:
             self._pending.discard(future)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something that was submitted has not run yet (asked from outside of it)."""
+        return bool(self._pending) and not getattr(self._here, "inside", False)
+
     def flush(self) -> bool:
         """Wait for everything that was submitted before; whether there was anything to wait for.
 

@@ -414,6 +414,11 @@ class PrefixStore:
         """
         self._background.submit(function)
 
+    @property
+    def writing(self) -> bool:
+        """Whether something that was given to `submit_background` has not run yet."""
+        return self._background.busy
+
     def flush(self) -> bool:
         """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
         return self._background.flush()

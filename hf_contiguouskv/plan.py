@@ -1,0 +1,59 @@
+"""What a request is about: the layers of the model, and the rows of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .selection import voting_queries
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the model's layers are, in order.
+
+    Attributes:
+        windows: sliding window in tokens per layer, `None` for full attention.
+        devices: where each layer's K and V live.
+    """
+
+    windows: tuple[int | None, ...]
+    devices: tuple[torch.device, ...]
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers with full attention: the ones that budgets apply to."""
+        return [layer for layer, window in enumerate(self.windows) if window is None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch, with equal rows (beams of one prompt) taken once.
+
+    Attributes:
+        representatives: int64 `(unique,)`: a batch row for each distinct one.
+        of_batch: int64 `(batch,)`: which distinct row each batch row is.
+        voting: bool `(unique, q)`: queries that count in a selection.
+        visible: bool `(unique, q)`: suffix tokens that are not padding.
+    """
+
+    representatives: torch.Tensor
+    of_batch: torch.Tensor
+    voting: torch.Tensor
+    visible: torch.Tensor
+
+    def voters(self, limit: int | None) -> list[torch.Tensor]:
+        """Per distinct row, the positions of the (last `limit`) queries that vote."""
+        return [voting_queries(voting, limit) for voting in self.voting]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the distinct rows are the batch's rows."""
+        return len(self.representatives) == len(self.of_batch)
+
+    @classmethod
+    def distinct(cls, batch: int, q_length: int) -> Rows:
+        """Every row for itself, every token real and voting."""
+        real = torch.ones(batch, q_length, dtype=torch.bool)
+        return cls(torch.arange(batch), torch.arange(batch), real, real)
