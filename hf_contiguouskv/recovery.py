@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_contiguouskv")
 
 # After so many attempts with the store, the whole prefix is computed and kept in memory, where nothing can go wrong.
-ATTEMPTS_WITH_STORE = 2
+_MAX_ATTEMPTS_WITH_STORE = 16
 
 
 class Recovery:
@@ -57,7 +57,8 @@ class Recovery:
         if model.training or model_fingerprint(model) != cache._fingerprint:
             raise error  # What this model computes now is not what was stored.
         ids = cache.prefix_ids
-        in_memory = attempt > ATTEMPTS_WITH_STORE
+        # Each segment may show its own damage, one after the other.
+        in_memory = attempt > min(1 + len(prefix.spans), _MAX_ATTEMPTS_WITH_STORE)
         known = None
         if not in_memory:
             known = store.lookup(cache._fingerprint, ids.numpy(), cache.config.chunk_size, count=False)

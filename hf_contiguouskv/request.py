@@ -25,7 +25,7 @@ from .store import PrefixStore
 # once this one's are used: there is time.)
 KEYS_AHEAD = 3
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
-MAX_RECOVERIES = 4
+MAX_RECOVERIES = 20
 
 
 Result = TypeVar("Result")

@@ -7,7 +7,8 @@ import time
 
 from ..errors import StoreFullError
 from .format import SegmentHeader
-from .rows import SegmentRow, all_segments, parent_ids
+from .hashing import TokenIds
+from .rows import SegmentRow, all_segments, parent_ids, segments_after, stored_chunk_rows
 from .search import chain_to
 
 # Segments that were used within one another's reach of this are equally recent.
@@ -106,6 +107,28 @@ def expired_segments(db: sqlite3.Connection, unused_since: float) -> list[Segmen
         if not more:
             return found
         found += [tree.remove(number) for number in more]
+
+
+def superseded_by(db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> list[SegmentRow]:
+    """Segments of a single chunk that is not full, and that the first chunk of a new segment begins with.
+
+    The last chunk of a conversation so far grows with its next turn; where that chunk is all that a turn has added,
+    the new segment holds everything that the old one does.
+
+    Args:
+        header: of the new segment.
+        ids: int64 `[num_tokens]`, its own token ids.
+    """
+    size = header.geometry.chunk_size
+    rows = segments_after(db, header.parent_hash)
+    return [
+        row
+        for row in rows
+        if row.num_tokens < min(size, len(ids))
+        and not row.pinned
+        and row.fingerprint == header.fingerprint
+        and stored_chunk_rows(db, row.id)[0][3] == ids[: row.num_tokens].tobytes()
+    ]
 
 
 def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:

@@ -12,7 +12,7 @@ from ..errors import InputError, StoreError
 from ..stats import StoreCounters
 from .backend import BlobWriter, SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
-from .eviction import choose_victims, expired_segments, too_large
+from .eviction import choose_victims, expired_segments, superseded_by, too_large
 from .finding import Finder
 from .format import KVGeometry, SegmentHeader
 from .hashing import TokenIds, chain_hashes, segment_hashes
@@ -147,6 +147,7 @@ class Publisher:
         """
         in_place = False
         evicted: list[SegmentRow] = []
+        superseded: list[SegmentRow] = []
 
         def change(db: sqlite3.Connection) -> bool:
             nonlocal in_place
@@ -165,7 +166,8 @@ class Publisher:
                 in_place = True
             insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned)
             # Last: if anything above fails, nothing has been lost.
-            for row in evicted:
+            superseded[:] = superseded_by(db, header, ids)
+            for row in {row.id: row for row in (*evicted, *superseded)}.values():
                 drop_segment(db, row.key)
                 self._backend.delete(row.key)
             return True
@@ -179,7 +181,7 @@ class Publisher:
                 with contextlib.suppress(OSError):
                     self._backend.delete(header.key)
             raise
-        self._opened.forget([row.key for row in evicted])
+        self._opened.forget([row.key for row in (*evicted, *superseded)])
         if published:
             self._counters.add("published")
             self._counters.add("bytes_written", header.nbytes)

@@ -212,6 +212,13 @@ def segment_by_key(db: sqlite3.Connection, key: str) -> SegmentRow | None:
     return SegmentRow.checked(row) if row else None
 
 
+def segments_after(db: sqlite3.Connection, parent: bytes) -> list[SegmentRow]:
+    """The segments whose first chunk follows the chunk with the hash `parent`."""
+    return [
+        SegmentRow.checked(row) for row in db.execute(f"SELECT {_COLUMNS} FROM segments WHERE parent = ?", (parent,))
+    ]
+
+
 def segment_by_id(db: sqlite3.Connection, number: int) -> SegmentRow:
     """The segment that chunks refer to by `number`."""
     return SegmentRow.checked(db.execute(f"SELECT {_COLUMNS} FROM segments WHERE id = ?", (number,)).fetchone())
