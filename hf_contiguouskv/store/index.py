@@ -11,7 +11,9 @@ import errno
 import logging
 import os
 import re
+import shutil
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,21 +60,22 @@ class StoreIndex:
 
     def try_write(self, change: Callable[[sqlite3.Connection], Result]) -> Result | None:
         """As `write`, but for what can wait: where somebody else is writing, or writing fails, nothing is done."""
+        if not self._for_writing.lock.acquire(blocking=False):
+            return None
         try:
             with self._for_writing.without_waiting():
                 return self.write(change)
         except StoreError as error:
             logger.info("put off: %s", error)
             return None
+        finally:
+            self._for_writing.lock.release()
 
     def _run(self, connection: _Connection, action: Callable[[sqlite3.Connection], Result], begin: str) -> Result:
         with connection.lock:
             for attempt in (1, 2):
                 try:
-                    db = connection.open()
-                    if db is None:
-                        self._replace(None)
-                        db = connection.open()
+                    db = self._connected(connection)
                     if db is not None:
                         return _transaction(db, action, begin)
                 except sqlite3.DatabaseError as error:
@@ -82,19 +85,31 @@ class StoreIndex:
                     self._replace(str(error))
             raise StoreError(f"{self.path}: disappears again and again; is another program deleting it?")
 
+    def _connected(self, connection: _Connection) -> sqlite3.Connection | None:
+        try:
+            db = connection.open()
+            if db is None:
+                self._replace(None)
+                db = connection.open()
+            return db
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self.path}: {error}") from error
+
     def _replace(self, damage: str | None) -> None:
         """Build a new database from the segments and put it in place; the damaged one is moved aside."""
         with FileLock(self.path.with_suffix(".lock"), timeout=600):
-            if self.path.exists():
+            if os.path.lexists(self.path):
                 if damage is None or _is_sound(self.path):
                     return  # Another process was faster.
                 aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
                 logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside.name)
                 os.replace(self.path, aside)
             for suffix in ("-wal", "-shm"):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+                _remove(self.path.with_name(self.path.name + suffix))
             fresh = self.path.with_name(self.path.name + ".new")
-            fresh.unlink(missing_ok=True)
+            _remove(fresh)
             db = sqlite3.connect(fresh, isolation_level=None)
             try:
                 # Nobody sees the file before it is complete, so it needs no journal meanwhile.
@@ -148,10 +163,14 @@ class _Connection:
     def open(self) -> sqlite3.Connection | None:
         """The connection; `None` when there is no file."""
         try:
-            identity = (os.stat(self.path).st_ino, os.getpid())
+            status = os.lstat(self.path)
         except FileNotFoundError:
             self.close()
             return None
+        if not stat.S_ISREG(status.st_mode):
+            # A link could lead out of the store, where nothing of ours may be written.
+            raise IndexDamagedError("it is no ordinary file")
+        identity = (status.st_ino, os.getpid())
         if self._db is not None and identity == self._opened_as:
             return self._db
         self.close()
@@ -176,13 +195,12 @@ class _Connection:
 
     @contextlib.contextmanager
     def without_waiting(self) -> Iterator[None]:
-        """Let a transaction fail at once where another process holds the lock."""
-        with self.lock:
-            self._set_busy(0.0)
-            try:
-                yield
-            finally:
-                self._set_busy(_BUSY_S)
+        """Let a transaction fail at once where another process holds the lock. The caller holds `lock`."""
+        self._set_busy(0.0)
+        try:
+            yield
+        finally:
+            self._set_busy(_BUSY_S)
 
     def _set_busy(self, seconds: float) -> None:
         self._busy_s = seconds
@@ -207,6 +225,13 @@ def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], 
             db.execute("ROLLBACK")
         raise
     return result
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _as_store_error(path: Path, error: sqlite3.DatabaseError) -> StoreError:
@@ -240,6 +265,8 @@ def _is_damage(path: Path, error: sqlite3.DatabaseError) -> bool:
 
 
 def _is_sound(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
     db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
     try:
         found = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()

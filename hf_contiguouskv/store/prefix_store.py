@@ -5,23 +5,22 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sqlite3
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError, InputError, PrefixInUseError, StoreClosedError, StoreError
+from ..errors import ConfigError, InputError, StoreError
 from ..memory import HostTier
-from ..stats import StoreCounters, StoreStats
+from ..stats import StoreCounters
 from . import maintenance
 from .backend import SegmentBackend
 from .background import Background
-from .entries import GcReport, PrefixInfo, SegmentSpan, StoredPrefix, StoreProblem
+from .entries import SegmentSpan, StoredPrefix
 from .finding import Finder, Found
 from .fingerprint import model_fingerprint
-from .folder import Pins, folder_bytes, open_folder
+from .folder import Pins, open_folder
 from .format import KVGeometry
 from .hashing import TokenIds, as_token_ids, chain_hashes
 from .index import StoreIndex
@@ -29,10 +28,10 @@ from .local_disk import LocalDisk
 from .opened import OpenSegments
 from .publishing import Publisher
 from .reader import ExtentReader
-from .rows import SegmentRow, all_segments, drop_segment, index_problems, mark_used, segment_by_key
-from .search import continuations, next_stored
+from .rows import mark_used
+from .search import next_stored
 from .segment import Segment
-from .verification import verify_segments
+from .upkeep import Upkeep
 from .writer import SegmentWriter
 
 __all__ = ["PrefixStore", "SegmentSpan", "StoredPrefix"]
@@ -46,7 +45,7 @@ _shared_lock = threading.RLock()
 _open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
 
 
-class PrefixStore:
+class PrefixStore(Upkeep):
     """A folder of stored prefixes, plus this process's memory for them.
 
     Cheap to open; safe to share between caches, threads and processes. A context manager.
@@ -67,6 +66,7 @@ class PrefixStore:
 
     Raises:
         StoreFormatError: `path` is something else than a store, or newer than this library.
+        StoreError: the folder cannot be read or made.
         ConfigError: a bound is negative.
 
     Example:
@@ -98,10 +98,13 @@ class PrefixStore:
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
         self._closed = True  # Until everything below has worked: `__del__` sees half-made stores too.
-        self.path = open_folder(path, create=create)
+        try:
+            self.path = open_folder(path, create=create)
+            self.backend: SegmentBackend = LocalDisk(self.path, direct=direct) if backend is None else backend
+        except OSError as error:
+            raise StoreError(f"{path}: the store cannot be opened: {error}") from error
         self.max_disk_bytes = max_disk_bytes
         self.device_bytes = device_bytes
-        self.backend: SegmentBackend = LocalDisk(self.path, direct=direct) if backend is None else backend
         self.host = HostTier(host_bytes)
         self._lock = threading.RLock()
         self._background = Background()
@@ -134,9 +137,6 @@ class PrefixStore:
             earlier = _shared.get(os.path.realpath(self.path))
             if earlier is None or earlier._closed:
                 _shared[os.path.realpath(self.path)] = self
-
-    def _refill(self, db: sqlite3.Connection) -> None:
-        maintenance.index_segments(db, self.backend, self._pins.keys())
 
     def _clean_up(self) -> None:
         """After a crash of somebody else: free what it left, and index what it had just published."""
@@ -274,127 +274,6 @@ class PrefixStore:
         self.counters.add("write_failures")
         logger.warning("a prefix could not be stored (its request is answered all the same): %s", error)
 
-    # -- looking after ------------------------------------------------------------------------------------------
-
-    def entries(self) -> list[PrefixInfo]:
-        """All stored segments, oldest first."""
-        rows = self._read(all_segments)
-        with self._lock:
-            uses = dict(self._uses)
-        return [PrefixInfo.from_row(row, *uses.get(row.key, (0, 0.0))) for row in rows]
-
-    def delete(self, key: str, recursive: bool = False) -> list[str]:
-        """Delete the segment named `key`. Caches that have it open keep working.
-
-        Args:
-            key: of the segment.
-            recursive: delete the longer prefixes that continue it as well.
-
-        Returns:
-            the keys of all segments that were deleted.
-
-        Raises:
-            PrefixInUseError: longer prefixes continue it, and not `recursive`.
-            StoreError: there is no such segment.
-        """
-
-        def delete(db: sqlite3.Connection) -> list[str]:
-            doomed = continuations(db, _known(db, key))
-            if len(doomed) > 1 and not recursive:
-                names = ", ".join(row.key for row in doomed[1:])
-                raise PrefixInUseError(f"{key} is continued by {names}; delete these first, or all of them at once")
-            for row in doomed:
-                drop_segment(db, row.key)
-                self.backend.delete(row.key)
-            return [row.key for row in doomed]
-
-        deleted: list[str] = self._write(delete)
-        self._opened.forget(deleted)
-        for gone in deleted:
-            self._pins.set(gone, False)
-        return deleted
-
-    def pin(self, key: str) -> None:
-        """Keep the segment named `key` when others are evicted.
-
-        Raises:
-            StoreError: there is no such segment.
-        """
-        self._set_pinned(key, True)
-
-    def unpin(self, key: str) -> None:
-        """Undo `pin`.
-
-        Raises:
-            StoreError: there is no such segment.
-        """
-        self._set_pinned(key, False)
-
-    def _set_pinned(self, key: str, pinned: bool) -> None:
-        def change(db: sqlite3.Connection) -> None:
-            number = _known(db, key).id
-            self._pins.set(key, pinned)
-            db.execute("UPDATE segments SET pinned = ? WHERE id = ?", (int(pinned), number))
-
-        self._write(change)
-
-    def verify(self, key: str | None = None, progress: Callable[[int, int], None] | None = None) -> list[StoreProblem]:
-        """Compare every byte of all segments, or of one, with its checksum, and the index with the files.
-
-        Args:
-            key: of one segment; `None` is all.
-            progress: called with `(bytes done, bytes in all)`.
-
-        Returns:
-            what is wrong; empty when all is well. Nothing is changed.
-        """
-        rows = self._read(lambda db: [_known(db, key)] if key else all_segments(db))
-        return verify_segments(self.backend, self._index, rows, whole_store=key is None, progress=progress)
-
-    def gc(self, dry_run: bool = False) -> GcReport:
-        """Clean up: remove leftovers of crashes, damaged and expired segments; make index and segments agree.
-
-        Args:
-            dry_run: only say what would be done.
-        """
-        self._require_open()
-        if not dry_run and self._read(index_problems):
-            self._index.rebuild()
-        report = maintenance.collect_garbage(
-            self.path,
-            self._index,
-            self.backend,
-            self._pins.keys(),
-            expired=self._publisher.expire(dry_run),
-            dry_run=dry_run,
-        )
-        self._opened.forget(report.forgotten)
-        return report
-
-    def rebuild_index(self) -> None:
-        """Build the index anew from the segments; pins and counters are kept."""
-        self._require_open()
-        self._index.rebuild()
-
-    @property
-    def stats(self) -> StoreStats:
-        """What the store holds, and what this object did since it was opened."""
-        count, tokens, nbytes = self._read(
-            lambda db: db.execute("SELECT count(*), total(num_tokens), total(nbytes) FROM segments").fetchone()
-        )
-        stats = StoreStats(
-            segments=count,
-            prefix_tokens=int(tokens),
-            segment_bytes=int(nbytes),
-            disk_bytes=int(nbytes) + self.backend.overhead_bytes() + folder_bytes(self.path),
-            quarantined_bytes=sum(info.stored_bytes for info in self.backend.quarantined()),
-            host_bytes=self.host.bytes_used,
-            bytes_read=self._reader.bytes_read if self._reader else 0,
-            direct_reads=self.backend.direct,
-        )
-        self.counters.put_into(stats)
-        return stats
-
     # -- shared services ----------------------------------------------------------------------------------------
 
     @property
@@ -451,18 +330,6 @@ class PrefixStore:
         except StoreError as error:
             logger.warning("counters of use are lost: %s", error)
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StoreClosedError(f"{self.path}: the store is closed")
-
-    def _read(self, query: Callable[[sqlite3.Connection], Any]) -> Any:
-        self._require_open()
-        return self._index.read(query)
-
-    def _write(self, change: Callable[[sqlite3.Connection], Any]) -> Any:
-        self._require_open()
-        return self._index.write(change)
-
     def close(self) -> None:
         """Finish background work, stop the threads and close the files. May be called more than once."""
         if self._closed:
@@ -495,13 +362,6 @@ class PrefixStore:
 
     def __repr__(self) -> str:
         return f"PrefixStore({str(self.path)!r}{', closed' if self._closed else ''})"
-
-
-def _known(db: sqlite3.Connection, key: str) -> SegmentRow:
-    row = segment_by_key(db, key)
-    if row is None:
-        raise StoreError(f"no stored prefix has the key {key!r}; `entries()` lists those that there are")
-    return row
 
 
 @atexit.register
