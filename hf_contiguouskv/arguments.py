@@ -33,6 +33,15 @@ def checked_ids(ids: Any) -> torch.Tensor:
     return torch.Tensor.cpu(ids.detach())
 
 
+def require_storable(model: Any, ids: torch.Tensor) -> None:
+    """Raise `InputError` if what the model would compute now for `ids` (int64 `(n,)`) must not be stored."""
+    if model.training:
+        raise InputError("the model is in training mode; call model.eval() before its KV is stored")
+    images = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    if images is not None and bool((ids == images).any()):
+        raise InputError(f"the prefix holds image placeholders (token {images}); only text can be stored")
+
+
 class TemporaryStore:
     """A store in a folder that goes when nobody holds this object any more (a cache and its copies)."""
 

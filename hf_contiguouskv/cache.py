@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .arguments import TemporaryStore, checked_ids, configured
+from .arguments import TemporaryStore, checked_ids, configured, require_storable
 from .attention import Installation
 from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
@@ -144,11 +144,7 @@ class ContiguousKVCache(Cache):
         stored = self._look_up(numbers)
         found = 0 if stored is None else stored.tokens
         if stored is None or found < len(numbers):
-            if lm.training:
-                raise InputError("the model is in training mode; call model.eval() before its KV is stored")
-            images = getattr(lm.config, "image_token_id", getattr(lm.config, "image_token_index", None))
-            if images is not None and bool((ids == images).any()):
-                raise InputError(f"the prefix holds image placeholders (token {images}); only text can be stored")
+            require_storable(lm, ids)
             prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
             stored = prefill.complete(ids, stored)
         self.prefix_ids = ids
@@ -161,13 +157,9 @@ class ContiguousKVCache(Cache):
             self._attached.request.start()
 
     def _look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
-        """The longest stored beginning of `ids`; waits for prompts that are still being written only if that helps."""
+        """The longest stored beginning of `ids`."""
         assert self.store is not None
-        if self.store.writing:
-            stored = self.store.lookup(self._fingerprint, ids, self.config.chunk_size, count=False)
-            if stored is None or stored.tokens < len(ids):
-                self.store.flush()
-        return self.store.lookup(self._fingerprint, ids, self.config.chunk_size)
+        return self.store.lookup(self._fingerprint, ids, self.config.chunk_size, wait=True)
 
     def prefix_recovered(self, whole: AttachedPrefix, tokens_from_store: int) -> None:
         """Damage showed in the middle of a request: `whole` is the prefix of all `prefix_ids` that has replaced it."""

@@ -175,7 +175,9 @@ class PrefixStore(Upkeep):
         found = (self._finder.find(fingerprint, ids, size).stored for (size,) in sizes)
         return max((stored.tokens for stored in found if stored), default=0)
 
-    def lookup(self, fingerprint: str, ids: TokenIds, chunk_size: int, *, count: bool = True) -> StoredPrefix | None:
+    def lookup(
+        self, fingerprint: str, ids: TokenIds, chunk_size: int, *, count: bool = True, wait: bool = False
+    ) -> StoredPrefix | None:
         """The longest stored prefix of `ids`.
 
         Args:
@@ -183,6 +185,7 @@ class PrefixStore(Upkeep):
             ids: int64 `[n]`.
             chunk_size: of the cache that asks; prefixes stored with another one do not match.
             count: whether this is a request's own look-up: it counts in `stats`, and as a use of what it finds.
+            wait: if not all of it is found, wait for prompts that are still being written in the background.
 
         Returns:
             where it lies, or `None` when not even one token is stored. An index that cannot be read finds nothing.
@@ -191,8 +194,12 @@ class PrefixStore(Upkeep):
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         ids = as_token_ids(ids)
         self._require_open()
+        writing = wait and self._background.busy
         try:
             found = self._finder.find(fingerprint, ids, chunk_size)
+            if writing and (found.stored is None or found.stored.tokens < len(ids)):
+                self.flush()
+                found = self._finder.find(fingerprint, ids, chunk_size)
             reason = None if found.stored else self._finder.why_missing(found, fingerprint, ids, chunk_size)
         except StoreError as error:
             self._require_open()
@@ -292,11 +299,6 @@ class PrefixStore(Upkeep):
         submitted before it exits.
         """
         self._background.submit(function)
-
-    @property
-    def writing(self) -> bool:
-        """Whether something that was given to `submit_background` has not run yet."""
-        return self._background.busy
 
     def flush(self) -> bool:
         """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
