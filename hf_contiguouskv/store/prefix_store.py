@@ -156,7 +156,7 @@ class PrefixStore(Upkeep):
     # -- finding ------------------------------------------------------------------------------------------------
 
     def match(self, model: Any, input_ids: Any) -> int:
-        """How many leading tokens of `input_ids` are stored for this very model.
+        """How many leading tokens of `input_ids` are stored for this very model; waits for what is being written.
 
         Args:
             model: a transformers model; its weights and configuration count, not its name.
@@ -167,6 +167,7 @@ class PrefixStore(Upkeep):
         """
         ids = as_token_ids(input_ids.cpu() if hasattr(input_ids, "cpu") else input_ids)
         fingerprint = model_fingerprint(model)
+        self.flush()
         sizes = self._read(
             lambda db: db.execute(
                 "SELECT DISTINCT chunk_size FROM segments WHERE fingerprint = ?", (fingerprint,)
