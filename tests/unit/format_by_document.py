@@ -1,0 +1,231 @@
+"""Segments read and written by docs/FORMAT.md alone: nothing of the library is imported here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import xxhash
+
+PAGE = 4096
+Array = np.ndarray[Any, Any]
+
+# Of K and V: the name in safetensors, and a numpy type with as many bits.
+KINDS = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2")}
+NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I64": "<i8", "U64": "<u8"}
+
+
+def h(octets: bytes) -> bytes:
+    return hashlib.blake2b(octets, digest_size=16).digest()
+
+
+def field(octets: bytes) -> bytes:
+    return struct.pack("<Q", len(octets)) + octets
+
+
+def root_of(fingerprint: str, c: int, salt: bytes) -> bytes:
+    return h(b"".join(map(field, (b"hf_contiguouskv/1", fingerprint.encode(), str(c).encode(), salt))))
+
+
+def chain(parent: bytes, ids: Array, c: int) -> list[bytes]:
+    found = []
+    for start in range(0, len(ids), c):
+        parent = h(parent + b"".join(struct.pack("<q", int(token)) for token in ids[start : start + c]))
+        found.append(parent)
+    return found
+
+
+def header_checksum(header: bytes) -> str:
+    blank, count = re.subn(rb'"checksum":"[0-9a-f]{16}"', b'"checksum":"' + b"0" * 16 + b'"', header)
+    assert count == 1
+    return f"{xxhash.xxh3_64_intdigest(blank):016x}"
+
+
+def layer_list(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")] if text else []
+
+
+def expected_tensors(meta: dict[str, str]) -> list[tuple[str, str, list[int], int]]:
+    """Name, dtype, shape and alignment, without padding."""
+    layers, heads, d, c, per_group, tokens = (
+        int(meta[name])
+        for name in ("num_layers", "kv_heads", "head_dim", "chunk_size", "layers_per_group", "num_tokens")
+    )
+    m, kind = -(-tokens // c), KINDS[meta["dtype"]][0]
+    leaders, indexed = layer_list(meta["leader_layers"]), layer_list(meta["indexed_layers"])
+    groups = -(-layers // per_group)
+    sizes = [min(layers, (g + 1) * per_group) - g * per_group for g in range(groups)]
+    return [
+        *((f"payload.{g}", kind, [m, sizes[g], 2, heads, c, d], PAGE) for g in range(groups)),
+        *((f"leader_keys.{layer}", kind, [m, heads, c, d], PAGE) for layer in leaders),
+        *((f"key_index.{layer}", "I8", [heads, c, m, d], PAGE) for layer in indexed),
+        *((f"key_scale.{layer}", "F32", [heads, d], 8) for layer in indexed),
+        ("token_ids", "I64", [tokens], 8),
+        ("checksums.payload", "U64", [layers, m], 8),
+        ("checksums.tensors", "U64", [groups + len(leaders) + 2 * len(indexed) + 1], 8),
+    ]
+
+
+def places(meta: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What the header says of every tensor, paddings included."""
+    found: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name, dtype, shape, alignment in expected_tensors(meta):
+        gap = -end % alignment
+        if gap:
+            found[f"padding.{len(found)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+            end += gap
+        nbytes = int(np.prod(shape)) * np.dtype(NUMPY[dtype]).itemsize
+        found[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    return found
+
+
+def read_segment(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
+    """Metadata and tensors of a segment; everything that the document tells a reader to check is asserted."""
+    content = path.read_bytes()
+    n = int.from_bytes(content[:8], "little")
+    assert 2 <= n <= 8 * 2**20
+    assert 8 + n <= len(content)
+    assert (8 + n) % PAGE == 0
+    header = content[8 : 8 + n]
+    assert header.rstrip(b" ").endswith(b"}")
+    told = json.loads(header)
+    meta = told.pop("__metadata__")
+    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "1")
+    assert meta["checksum"] == header_checksum(header)
+    assert all(re.fullmatch(r"[0-9a-f]{32}", meta[name]) for name in ("root", "key"))
+    assert all(re.fullmatch(r"([0-9a-f]{32})?", meta[name]) for name in ("parent", "beginning"))
+    assert (meta["parent"] == "") == (meta["first_chunk"] == "0") == (meta["beginning"] != "")
+    assert meta["salted"] in ("0", "1")
+    assert re.fullmatch(r"[0-9]{1,15}", meta["compute_ms"])
+    assert told == places(meta)
+    assert 8 + n + max(tensor["data_offsets"][1] for tensor in told.values()) == len(content)
+    tensors = {
+        name: np.frombuffer(tensor["data"], NUMPY[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in safetensors.deserialize(content)
+    }
+    assert set(tensors) == set(told)
+    check_contents(meta, tensors)
+    assert path.name == f"{meta['key']}.safetensors"
+    return meta, tensors
+
+
+def check_contents(meta: dict[str, str], tensors: dict[str, Array]) -> None:
+    c, per_group = int(meta["chunk_size"]), int(meta["layers_per_group"])
+    names = [name for name, *_ in expected_tensors(meta)]
+    whole = [xxhash.xxh3_64_intdigest(tensors[name].tobytes()) for name in names[:-2]]
+    assert tensors["checksums.tensors"].tolist() == whole
+    for name, tensor in tensors.items():
+        assert not name.startswith("padding") or not tensor.any()
+    ids = tensors["token_ids"]
+    m = -(-len(ids) // c)
+    for layer in range(int(meta["num_layers"])):
+        group, inside = divmod(layer, per_group)
+        extents = tensors[f"payload.{group}"][:, inside]
+        sums = [xxhash.xxh3_64_intdigest(extents[j].tobytes()) for j in range(m)]
+        assert tensors["checksums.payload"][layer].tolist() == sums
+        assert not extents[m - 1, :, :, len(ids) - (m - 1) * c :].any()
+        if layer in layer_list(meta["leader_layers"]):
+            assert np.array_equal(tensors[f"leader_keys.{layer}"], extents[:, 0])
+    parent = bytes.fromhex(meta["parent"] or meta["root"])
+    assert chain(parent, ids, c)[-1].hex() == meta["key"]
+
+
+def as_float(array: Array) -> Array:
+    """bfloat16 bits (or ordinary numbers) as float32."""
+    return (array.astype("<u4") << 16).view("<f4") if array.dtype == "<u2" else array.astype("<f4")
+
+
+def write_segment(
+    kv: Array,
+    ids: Array,
+    first_chunk: int,
+    *,
+    dtype: str,
+    c: int,
+    per_group: int = 1,
+    leaders: str = "",
+    indexed: str = "",
+    fingerprint: str,
+    salt: bytes = b"",
+    compute_ms: int = 0,
+    **more: str,
+) -> tuple[str, bytes]:
+    """Key and bytes of a segment.
+
+    Args:
+        kv: `[layers, 2, kv_heads, tokens, head_dim]` of this segment.
+        ids: of the whole prefix.
+        more: further metadata.
+    """  # fmt: skip
+    layers, _, heads, tokens, d = kv.shape
+    root = root_of(fingerprint, c, salt)
+    names = chain(root, ids, c)
+    meta = {
+        "format": "hf_contiguouskv",
+        "version": "1",
+        "fingerprint": fingerprint,
+        "root": root.hex(),
+        "parent": names[first_chunk - 1].hex() if first_chunk else "",
+        "key": names[-1].hex(),
+        "first_chunk": str(first_chunk),
+        "num_tokens": str(tokens),
+        "salted": "1" if salt else "0",
+        "beginning": "" if first_chunk else chain(root_of("", c, salt), ids[:c], c)[0].hex(),
+        "compute_ms": f"{compute_ms:012d}",
+        "checksum": "0" * 16,
+        "num_layers": str(layers),
+        "kv_heads": str(heads),
+        "head_dim": str(d),
+        "dtype": dtype,
+        "chunk_size": str(c),
+        "layers_per_group": str(per_group),
+        "leader_layers": leaders,
+        "indexed_layers": indexed,
+    } | more
+    told = places(meta)
+    header = json.dumps({"__metadata__": meta} | told, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % PAGE)
+    header = header.replace(b'"checksum":"' + b"0" * 16, f'"checksum":"{header_checksum(header)}'.encode())
+    tensors = contents(meta, kv, ids[first_chunk * c :])
+    data = b"".join(
+        tensors[name].astype(NUMPY[tensor["dtype"]]).tobytes() if name in tensors else bytes(tensor["shape"][0])
+        for name, tensor in told.items()
+    )
+    return meta["key"], struct.pack("<Q", len(header)) + header + data
+
+
+def contents(meta: dict[str, str], kv: Array, ids: Array) -> dict[str, Array]:
+    c, per_group = int(meta["chunk_size"]), int(meta["layers_per_group"])
+    layers, _, heads, tokens, d = kv.shape
+    m = -(-tokens // c)
+    padded = np.zeros((layers, 2, heads, m * c, d), kv.dtype)
+    padded[:, :, :, :tokens] = kv
+    # [layers, chunks, 2, heads, c, d]
+    extents = padded.reshape(layers, 2, heads, m, c, d).transpose(0, 3, 1, 2, 4, 5)
+    tensors: dict[str, Array] = {}
+    for group, first in enumerate(range(0, layers, per_group)):
+        tensors[f"payload.{group}"] = extents[first : first + per_group].swapaxes(0, 1)
+    for layer in layer_list(meta["leader_layers"]):
+        tensors[f"leader_keys.{layer}"] = extents[layer][:, 0]
+    scales: dict[str, Array] = {}
+    for layer in layer_list(meta["indexed_layers"]):
+        keys = as_float(kv[layer, 0])
+        peak = np.abs(keys).max(axis=1)
+        scale = np.where(peak != 0, peak / np.float32(127), np.float32(1))
+        index = np.zeros((heads, m * c, d), "|i1")
+        index[:, :tokens] = np.rint(keys / scale[:, None]).astype("|i1")
+        tensors[f"key_index.{layer}"] = index.reshape(heads, m, c, d).swapaxes(1, 2)
+        scales[f"key_scale.{layer}"] = scale
+    tensors |= scales
+    tensors["token_ids"] = ids
+    sums = [[xxhash.xxh3_64_intdigest(extents[layer, j].tobytes()) for j in range(m)] for layer in range(layers)]
+    whole = [xxhash.xxh3_64_intdigest(tensor.tobytes()) for tensor in tensors.values()]
+    return tensors | {"checksums.payload": np.array(sums, "<u8"), "checksums.tensors": np.array(whole, "<u8")}
