@@ -1,0 +1,222 @@
+"""What stores hold and did, for Prometheus. Needs the extra `metrics` (`pip install 'hf-contiguouskv[metrics]'`).
+
+    from prometheus_client import start_http_server
+    from hf_contiguouskv import PrefixStore, metrics
+
+    store = PrefixStore("kv-store")
+    metrics.register(store)
+    start_http_server(9400)
+
+Numbers are read when Prometheus asks, so nothing is counted twice and a request pays nothing for them. Counters are
+those of this process; gauges say what the folder holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+from .stats import StoreStats
+from .store import PrefixStore
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric
+
+__all__ = ["StoreCollector", "register", "unregister"]
+
+logger = logging.getLogger("hf_contiguouskv")
+
+_LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
+_OWN_LABELS = ("reason", "tier")
+
+# Field of `StoreStats`, name of the family, what it says.
+_COUNTERS = (
+    ("hits", "contiguouskv_hits", "Look-ups of requests that found at least one token."),
+    ("tokens_found", "contiguouskv_tokens_found", "Tokens that look-ups found."),
+    ("tokens_asked", "contiguouskv_tokens_asked", "Tokens that were looked up."),
+    ("published", "contiguouskv_published", "Segments that were stored."),
+    ("evicted", "contiguouskv_evictions", "Segments that made room for others."),
+    ("expired", "contiguouskv_expired", "Segments removed because nobody used them for ttl_s."),
+    ("quarantined", "contiguouskv_quarantines", "Damaged segments taken out of service."),
+    ("recovered", "contiguouskv_recovered", "Requests that met damage and computed what was lost."),
+    ("write_failures", "contiguouskv_write_failures", "Prefixes that could not be stored."),
+    ("bytes_read", "contiguouskv_bytes_read", "Bytes read from segments, page rounding included."),
+    ("bytes_written", "contiguouskv_bytes_written", "Bytes of the segments that were stored."),
+)
+_GAUGES = (
+    ("segments", "contiguouskv_segments", "Segments that are stored."),
+    ("prefix_tokens", "contiguouskv_prefix_tokens", "Tokens that they hold."),
+    ("segment_bytes", "contiguouskv_segment_bytes", "Bytes that they take up; max_disk_bytes bounds this."),
+    ("quarantined_bytes", "contiguouskv_quarantined_bytes", "Bytes of damaged segments that are kept to be looked at."),
+)
+_TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"))
+
+
+class StoreCollector:
+    """The metrics of one store, as a Prometheus collector. It does not keep the store open.
+
+    Args:
+        store: to be watched.
+        labels: put on every sample; tells stores apart that share a registry.
+
+    Raises:
+        ConfigError: a label has a name that Prometheus does not take, or that this library uses itself.
+        ImportError: the extra `metrics` is not installed.
+    """
+
+    def __init__(self, store: PrefixStore, labels: Mapping[str, str] | None = None) -> None:
+        _require_library()
+        self.labels = {name: str(value) for name, value in (labels or {}).items()}
+        for name in self.labels:
+            if not _LABEL.fullmatch(name) or name in _OWN_LABELS:
+                raise ConfigError(f"{name!r} cannot be the name of a label")
+        self._store = weakref.ref(store)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is still something to watch."""
+        store = self._store()
+        return store is not None and not store._closed
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry at every scrape. Never raises; of a closed store there is nothing to say."""
+        return _families([self])
+
+    def stats(self) -> tuple[StoreStats, int | None] | None:
+        """The numbers of now and the bound on `segment_bytes`; `None` where they cannot be had."""
+        store = self._store()
+        if store is None or store._closed:
+            return None
+        try:
+            return store.stats, store.max_disk_bytes
+        except Exception as error:
+            # Whatever it is (closed meanwhile, the disk is gone): the other metrics of the process must get through.
+            logger.warning("no metrics of %s: %s: %s", store.path, type(error).__name__, error)
+            return None
+
+
+class _Registered:
+    """All stores of one registry: they share families, which the text format allows only once."""
+
+    def __init__(self) -> None:
+        self.collectors: list[StoreCollector] = []
+
+    def describe(self) -> Iterable[Metric]:
+        return _families([], empty=True)
+
+    def collect(self) -> Iterable[Metric]:
+        return _families(list(self.collectors))
+
+
+_registries: weakref.WeakKeyDictionary[CollectorRegistry, _Registered] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def register(
+    store: PrefixStore, registry: CollectorRegistry | None = None, labels: Mapping[str, str] | None = None
+) -> StoreCollector:
+    """Let a registry report on a store until `unregister`, or until the store is closed.
+
+    Args:
+        store: to be watched.
+        registry: `None` is the library's own, which `start_http_server` and `make_asgi_app` serve.
+        labels: put on every sample. Several stores in one registry need the same label names with different values.
+
+    Raises:
+        ConfigError: labels are missing, the same as another store's, or have impossible names.
+        ImportError: the extra `metrics` is not installed.
+        ValueError: the registry has other metrics with these names.
+    """
+    collector = StoreCollector(store, labels)
+    registry = _registry(registry)
+    with _lock:
+        shared = _registries.get(registry)
+        if shared is None:
+            shared = _Registered()
+            registry.register(shared)
+            _registries[registry] = shared
+        shared.collectors = [other for other in shared.collectors if other.is_open]
+        for other in shared.collectors:
+            if other.labels.keys() != collector.labels.keys() or other.labels == collector.labels:
+                raise ConfigError(
+                    f"this registry reports on a store with labels {other.labels} already: give labels with the same "
+                    f"names and other values, got {collector.labels}"
+                )
+        shared.collectors.append(collector)
+    return collector
+
+
+def unregister(collector: StoreCollector, registry: CollectorRegistry | None = None) -> None:
+    """Undo `register`; does nothing where it was undone before.
+
+    Args:
+        collector: from `register`.
+        registry: the one that it was registered in; `None` is the library's own.
+    """
+    registry = _registry(registry)
+    with _lock:
+        shared = _registries.get(registry)
+        if shared is None or collector not in shared.collectors:
+            return
+        shared.collectors.remove(collector)
+        if not shared.collectors:
+            registry.unregister(shared)
+            del _registries[registry]
+
+
+def _families(collectors: list[StoreCollector], *, empty: bool = False) -> list[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    found = [(collector.labels, numbers) for collector in collectors if (numbers := collector.stats()) is not None]
+    if not found and not empty:
+        return []
+    own = list(found[0][0]) if found else []
+    # (Labels of all stores have the same names, but perhaps not the same order.)
+    stores = [([labels[name] for name in own], stats, bound) for labels, (stats, bound) in found]
+
+    misses = CounterMetricFamily(
+        "contiguouskv_misses", "Look-ups that found nothing, by reason.", labels=[*own, "reason"]
+    )
+    tiers = GaugeMetricFamily(
+        "contiguouskv_bytes", "Bytes that a store takes up, by where (disk: everything in it).", labels=[*own, "tier"]
+    )
+    bounds = GaugeMetricFamily(
+        "contiguouskv_max_disk_bytes", "The bound on segment_bytes, where there is one.", labels=own
+    )
+    families: list[Metric] = [misses, tiers, bounds]
+    for values, stats, bound in stores:
+        for reason, count in stats.misses.items():
+            misses.add_metric([*values, reason], count)
+        for field, tier in _TIERS:
+            tiers.add_metric([*values, tier], getattr(stats, field))
+        if bound is not None:
+            bounds.add_metric(values, bound)
+    for kind, listed in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
+        for field, name, text in listed:
+            family = kind(name, text, labels=own)
+            for values, stats, _ in stores:
+                family.add_metric(values, getattr(stats, field))
+            families.append(family)
+    return families
+
+
+def _registry(registry: CollectorRegistry | None) -> CollectorRegistry:
+    _require_library()
+    from prometheus_client import REGISTRY
+
+    return REGISTRY if registry is None else registry
+
+
+def _require_library() -> None:
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "metrics need prometheus_client: pip install 'hf-contiguouskv[metrics]'", name="prometheus_client"
+        ) from error
