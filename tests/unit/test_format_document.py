@@ -17,6 +17,7 @@ from store_helpers import FINGERPRINT, expected_kv, geometry, path_of, read_back
 
 from hf_contiguouskv.selection import build_key_index
 from hf_contiguouskv.store import KVGeometry, PrefixStore
+from hf_contiguouskv.store.bundle import export_bundle, import_bundle
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "FORMAT.md"
 # ---- against the library ----
@@ -157,6 +158,56 @@ def test_a_newer_segment_is_left_alone(store_path: Path, caplog: pytest.LogCaptu
         store.gc()
         assert store.stats.quarantined == 0
     assert (store_path / "segments" / key[:2] / f"{key}.safetensors").read_bytes() == content
+
+
+# ---- bundles ----
+
+
+def test_a_bundle_is_read_by_the_document(store_path: Path, tmp_path: Path) -> None:
+    ids = some_tokens(18)
+    with PrefixStore(store_path) as store:
+        paths = [path_of(write_prefix(store, ids[:8]).spans[0].segment)]
+        paths.append(path_of(write_prefix(store, ids, first_chunk=2).spans[1].segment))
+        export_bundle(store, [paths[1].stem], tmp_path / "bundle")
+    told = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert (told["format"], told["version"]) == ("hf_contiguouskv bundle", 1)
+    assert len(told["segments"]) == 2
+    for entry, original, tokens in zip(told["segments"], paths, (8, 18), strict=True):
+        path = tmp_path / "bundle" / entry["file"]
+        content = path.read_bytes()
+        assert content == original.read_bytes()
+        meta, _ = read_segment(path)
+        assert (entry["key"], entry["parent"], entry["file"]) == (meta["key"], meta["parent"], f"segments/{path.name}")
+        assert (entry["tokens"], entry["bytes"]) == (tokens, len(content))
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert set(entry) == {"key", "parent", "tokens", "bytes", "sha256", "file"}
+        assert all(f"| `{member}` |" in DOCUMENT.read_text() for member in entry)
+    names = {path.relative_to(tmp_path / "bundle").as_posix() for path in (tmp_path / "bundle").rglob("*")}
+    assert names == {"README.md", "bundle.json", "segments", *(entry["file"] for entry in told["segments"])}
+
+
+def test_a_bundle_written_by_the_document_is_imported(store_path: Path, tmp_path: Path) -> None:
+    g, ids, listed = geometry(), some_tokens(18), []
+    (tmp_path / "bundle" / "segments").mkdir(parents=True)
+    for first, end in ((0, 8), (2, 18)):
+        kv = raw_kv(g, ids[4 * first : end])
+        key, content = write_segment(
+            kv, ids[:end], first, dtype="float32", c=4, leaders="0,2", indexed="1", fingerprint=FINGERPRINT
+        )
+        (tmp_path / "bundle" / "segments" / f"{key}.safetensors").write_bytes(content)
+        facts_of_it = {"tokens": end, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        parent = chain(root_of(FINGERPRINT, 4, b""), ids[:8], 4)[-1].hex() if first else ""
+        listed.append({"key": key, "parent": parent, "file": f"segments/{key}.safetensors"} | facts_of_it)
+    manifest = {"format": "hf_contiguouskv bundle", "version": 1, "segments": listed}
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
+    with PrefixStore(store_path) as store:
+        assert import_bundle(store, tmp_path / "bundle").refused == ()
+        stored = store.lookup(FINGERPRINT, ids, 4)
+        assert stored is not None
+        assert stored.tokens == 18
+        for layer, kv in enumerate(read_back(store, stored, range(3))):
+            assert torch.equal(kv, expected_kv(g, ids, layer))
+        assert store.verify() == []
 
 
 # ---- the example in the document ----
