@@ -14,22 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from contract.models import build, token_ids
 from contract.references import assert_same_generation, generate, prefilled
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
+from hf_contiguouskv.errors import StoreError
 from hf_contiguouskv.store import PrefixStore
 
-from .conftest import Figures
+from .conftest import Figures, Prefix, check_store
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 
 PREFIX = token_ids(200, seed=51)
 QUESTION = torch.cat([PREFIX, token_ids(6, seed=52)], dim=1)
 PART = 70
-"""Tokens of the prefix that some stores hold already; they end inside a chunk."""
+"""Tokens of the prefix that some stores hold already. They end inside a chunk, which is a segment of its own."""
 
 CONFIGS = {
     "exact": ContiguousKVConfig(budget=1.0),
@@ -154,7 +156,7 @@ def is_of_store(target: Any) -> bool:
 KINDS: dict[str, tuple[str, int | str, Callable[[Any], bool], bool]] = {
     "read: EIO": ("preadv", errno.EIO, is_segment, True),
     "read: short": ("preadv", "short", is_segment, False),
-    "read: end of file": ("preadv", "end", is_segment, True),
+    "read: end of file": ("preadv", "end", is_segment, False),  # (A single one is like a short read.)
     "read: EINVAL": ("preadv", errno.EINVAL, is_segment, False),
     "read back: EIO": ("pread", errno.EIO, is_of_store, True),
     "read back: short": ("pread", "short", is_of_store, False),
@@ -201,7 +203,7 @@ class Bench:
         self.exact = generate(self.model, QUESTION, prefilled(self.model, PREFIX), tokens=4)
         self._scratch = folder / "scratch"
         # What is stored one after the other, as segments of their own.
-        self._stores = {"empty": [], "part": [PART], "whole": [64, 200], "one segment": [200]}
+        self._stores = {"empty": [], "part": [64, PART], "whole": [64, 200], "one segment": [200]}
         self._templates = {world: folder / world for world in self._stores}
         for world, path in self._templates.items():
             with PrefixStore(path) as store:
@@ -352,3 +354,122 @@ def test_every_call_fails(bench: Bench, figures: Figures, kind: str, case: Case)
     name, what, concerns, _ = KINDS[kind]
     fault = Fault(name, what, lambda _: True, concerns)
     request_with(bench, fault, case, figures, f"{kind} always, {case}", shows=False)
+
+
+# ---- one segment that cannot be read ----
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first segment", "last segment"])
+@pytest.mark.parametrize("forever", [False, True], ids=["this file", "whatever lies there"])
+@pytest.mark.parametrize(("mode", "config"), sorted(EVERYTHING), ids=" ".join)
+def test_a_segment_that_cannot_be_read(
+    bench: Bench, figures: Figures, mode: str, config: str, forever: bool, position: int
+) -> None:
+    """Bad blocks under one segment: it is put aside, and what it held is stored anew, unless that is bad as well."""
+    case = "whole", mode, config
+    with pytest.MonkeyPatch.context() as patch, bench.store("whole") as store:
+        bad = store.backend.path_of(store.entries()[position].key)
+        inode = bad.stat().st_ino
+
+        def is_bad(target: Any) -> bool:
+            return path_of(target) == str(bad) if forever else os.fstat(target).st_ino == inode
+
+        fault = Fault("preadv", errno.EIO, lambda _: True, is_bad)
+        fault.install(patch)
+        fault.armed = True
+        trace = f"{case}, segment {position}, forever: {forever}"
+        for number in range(3):
+            bench.judge(bench.ask(store, mode, config), case, figures, f"{trace}, request {number}")
+            figures.add("requests with I/O errors")
+        assert fault.hits > 0
+        figures.add("I/O errors and short calls", fault.hits)
+        assert store.stats.quarantined >= 1
+        assert store.background_failures == 0
+        fault.armed = False
+        bench.ask(store, "explicit", "exact")
+        if not forever:
+            hits = fault.hits
+            fault.armed = True
+            bench.judge(bench.ask(store, mode, config), case, figures, f"{trace}, at last")
+            assert fault.hits == hits, f"{trace}: the bad blocks are still read"
+            fault.armed = False
+        assert store.match(bench.model, PREFIX) == PREFIX.shape[1]
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first segment", "last segment"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_that_lost_a_segment_is_stored_again(
+    bench: Bench, figures: Figures, store_path: Path, mode: str, position: int
+) -> None:
+    case = "empty", mode, "exact"
+    with PrefixStore(store_path) as store:
+        for ids in (QUESTION[:, :100], QUESTION):
+            cache = ContiguousKVCache(bench.model, ids[:, :-6] if mode == "explicit" else None, store=store, budget=1.0)
+            generate(bench.model, ids, cache, tokens=2)
+            store.flush()
+        store.backend.path_of(store.entries()[position].key).unlink()
+        for _ in range(2):
+            bench.judge(bench.ask(store, mode, "exact"), case, figures, f"{mode}, segment {position} is lost")
+        assert store.stats.write_failures == 0
+        hits = store.stats.hits
+        bench.judge(bench.ask(store, mode, "exact"), case, figures, f"{mode}, segment {position} was stored again")
+        assert store.stats.hits == hits + 1
+        assert store.match(bench.model, PREFIX) == PREFIX.shape[1]
+        assert store.verify() == []
+
+
+def test_what_memory_keeps_of_a_segment_is_not_used_for_another_one_with_the_same_end(
+    bench: Bench, figures: Figures, store_path: Path
+) -> None:
+    """A segment is named after its end: after damage, one that begins elsewhere may have the same name."""
+    first = PREFIX[:, :64]
+    with PrefixStore(store_path) as store:
+        ContiguousKVCache(bench.model, first[:, :48], store=store).close()
+        ContiguousKVCache(bench.model, PREFIX, store=store).close()
+        (long,) = [entry for entry in store.entries() if entry.tokens == PREFIX.shape[1]]
+        bench.ask(store, "explicit", "default")  # Its key index is in memory now.
+        for entry in store.entries():
+            store.discard(store.lookup(entry.fingerprint, PREFIX[0].numpy(), 16).spans[-1].segment, "as if damaged")
+        bench.judge(
+            bench.ask(store, "explicit", "default"), ("empty", "explicit", "default"), figures, "another beginning"
+        )
+        assert [entry.key for entry in store.entries()] == [long.key]
+        assert store.entries()[0].chunks > long.chunks
+
+
+# ---- the index fails at the worst moment ----
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL], ids=["disk I/O error", "full"])
+@pytest.mark.parametrize("bounded", [False, True], ids=["replacing what it takes in", "evicting"])
+def test_a_publish_whose_last_step_fails_loses_nothing(
+    figures: Figures, store_path: Path, bounded: bool, code: int
+) -> None:
+    """When COMMIT fails, all else has been done: what was to go for the new segment must be there all the same."""
+    numbers = np.random.default_rng(SEED)
+    root = Prefix(numbers.integers(0, 1000, 40), 0)
+    # Its only chunk is not full: the same chunk of a longer prefix takes its place.
+    tail = Prefix(np.concatenate([root.ids, numbers.integers(0, 1000, 2)]), 0, 40)
+    new = Prefix(np.concatenate([tail.ids, numbers.integers(0, 1000, 30)]), 0, 42)
+    other = Prefix(numbers.integers(0, 1000, 72), 0)
+    with PrefixStore(store_path) as store:
+        for prefix in (root, tail):
+            prefix.write(store)
+        room = store.stats.segment_bytes if bounded else None
+    inserted: list[str] = []
+
+    def ends_a_publish(sql: str) -> bool:
+        inserted.extend([sql] if sql.startswith("INSERT INTO segments") else [])
+        return sql == "COMMIT" and bool(inserted)
+
+    fault = Fault("sql", code, lambda _: True, ends_a_publish)
+    with pytest.MonkeyPatch.context() as patch:
+        fault.install(patch)
+        with PrefixStore(store_path, max_disk_bytes=None if room is None else room + 8192) as store:
+            fault.armed = True
+            with pytest.raises(StoreError, match="index"):
+                (other if bounded else new).write(store)
+            fault.armed = False
+            assert fault.hits == 1
+    check_store(store_path, [root, tail], [new, other], figures, "after a failed COMMIT")
