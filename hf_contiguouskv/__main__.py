@@ -1,6 +1,5 @@
-"""The `contiguouskv` command with all its subcommands; also `python -m hf_contiguouskv`."""
+"""The `contiguouskv` command; also `python -m hf_contiguouskv`."""
 
-from . import cli_model as _model_commands  # noqa: F401 - registers its commands
 from .cli import app
 
 __all__ = ["app"]

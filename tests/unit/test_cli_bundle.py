@@ -1,0 +1,201 @@
+"""The commands that carry prefixes between stores: `export`, `import` and, with a model, `warm`."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from bundle_helpers import content, tree
+from contract.models import build
+from test_cli import damage, run, run_json
+
+import eval.models
+from hf_contiguouskv.store import PrefixStore
+
+
+@pytest.fixture
+def keys(store_path: Path) -> list[str]:
+    with PrefixStore(store_path) as store:
+        return tree(store)
+
+
+def test_export_and_import(tmp_path: Path, store_path: Path, keys: list[str]) -> None:
+    root, child, *_ = keys
+    exported = run("export", store_path, child[:8], "--to", tmp_path / "bundle", "--base-model", "owner/name")
+    assert exported.exit_code == 0
+    assert [line[:32] for line in exported.stdout.splitlines()[:2]] == [root, child]
+    assert "2 segments" in exported.stdout.splitlines()[2]
+    assert "base_model: owner/name" in (tmp_path / "bundle" / "README.md").read_text()
+    imported = run("import", tmp_path / "new", tmp_path / "bundle")
+    assert imported.exit_code == 0
+    assert imported.stdout.startswith(f"added {root}\nadded {child}\n2 segments added")
+    assert [entry["key"] for entry in run_json("ls", tmp_path / "new")] == [root, child]
+    assert run("verify", tmp_path / "new").exit_code == 0
+
+    report = run_json("export", store_path, "--all", "--to", tmp_path / "all")
+    assert {segment["key"] for segment in report["segments"]} == set(keys)
+    report = run_json("import", tmp_path / "new", tmp_path / "all")
+    assert (set(report["added"]), set(report["already_there"])) == (set(keys[2:]), {root, child})
+
+
+def test_import_of_a_damaged_bundle_ends_with_status_1(tmp_path: Path, store_path: Path, keys: list[str]) -> None:
+    root, child, _, alone = keys
+    bundle = tmp_path / "bundle"
+    assert run("export", store_path, child, alone, "--to", bundle).exit_code == 0
+    path = bundle / "segments" / f"{child}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    result = run("import", tmp_path / "new", bundle)
+    assert result.exit_code == 1
+    assert f"refused {child}: " in result.stdout
+    assert "0 segments added" in result.stdout
+    report = json.loads(run("import", tmp_path / "new", bundle, "--json").stdout)
+    assert [refused["key"] for refused in report["refused"]] == [child]
+    assert run_json("ls", tmp_path / "new") == []
+    assert run("import", tmp_path / "new", bundle, "--skip-refused").exit_code == 1
+    assert {entry["key"] for entry in run_json("ls", tmp_path / "new")} == {root, alone}
+    # A list that makes no sense is damage as well; no store is made for it.
+    (bundle / "bundle.json").write_text("{}")
+    result = run("import", tmp_path / "another", bundle)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert not (tmp_path / "another").exists()
+
+
+def test_a_damaged_segment_is_not_exported(tmp_path: Path, store_path: Path, keys: list[str]) -> None:
+    damage(store_path, keys[0], 4096)
+    result = run("export", store_path, keys[1], "--to", tmp_path / "bundle")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert keys[0] in result.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, store_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A Hub with one repository; the calls that it got."""
+    run("export", store_path, keys[1], "--to", tmp_path / "uploaded")
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        calls.append({"repo_id": repo_id} | options)
+        if repo_id != "owner/name":
+            raise huggingface_hub.errors.OfflineModeIsEnabled("no such\nrepository")
+        shutil.copytree(tmp_path / "uploaded", options["local_dir"], dirs_exist_ok=True)
+        return str(options["local_dir"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_import_from_the_hub(tmp_path: Path, hub: list[dict[str, Any]], keys: list[str]) -> None:
+    before = set(tmp_path.iterdir())
+    report = run_json("import", tmp_path / "new", "hf://owner/name@refs/pr/1")
+    assert report["added"] == keys[:2]
+    (call,) = hub
+    assert (call["repo_id"], call["revision"], call["repo_type"]) == ("owner/name", "refs/pr/1", "model")
+    assert call["allow_patterns"] == ["bundle.json", "segments/*.safetensors"]
+    # The download is gone.
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "new"}
+
+
+def test_the_download_can_be_kept(tmp_path: Path, hub: list[dict[str, Any]], keys: list[str]) -> None:
+    report = run_json("import", tmp_path / "new", "hf://owner/name", "--download-to", tmp_path / "kept")
+    assert report["added"] == keys[:2]
+    assert hub[0]["revision"] is None
+    assert content(tmp_path / "kept") == content(tmp_path / "uploaded")
+
+
+def test_a_download_that_fails_is_one_line(tmp_path: Path, hub: list[dict[str, Any]]) -> None:
+    before = set(tmp_path.iterdir())
+    result = run("import", tmp_path / "new", "hf://owner/other")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "owner/other could not be fetched" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_salted_prefixes_are_pointed_out(tmp_path: Path) -> None:
+    with PrefixStore(tmp_path / "salted", salt="x") as store:
+        tree(store)
+    exported = run("export", tmp_path / "salted", "--all", "--to", tmp_path / "bundle")
+    assert exported.exit_code == 0
+    assert "same salt" in exported.stderr
+    imported = run("import", tmp_path / "new", tmp_path / "bundle")
+    assert imported.exit_code == 0
+    assert "same salt finds 4 of them" in imported.stderr
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[3 + ord(letter) % 100 for letter in text]])}
+
+
+@pytest.fixture
+def small_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    model = build("llama", layers=2)
+    monkeypatch.setattr(eval.models, "load_model", lambda name: (model, Letters()))
+    return model
+
+
+def test_warm_stores_files(tmp_path: Path, store_path: Path, small_model: Any) -> None:
+    for name, text in (("a.txt", "x" * 40), ("b.txt", "x" * 40 + "y" * 30)):
+        (tmp_path / name).write_text(text)
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    text = run("warm", store_path, files[0])
+    assert text.exit_code == 0, text.stderr
+    assert f"{files[0]}: 40 tokens, 0 were stored, 40 computed" in text.stdout
+    report = run_json("warm", store_path, *files)
+    done = [(file["tokens"], file["tokens_from_store"], file["tokens_computed"]) for file in report["files"]]
+    assert [file["file"] for file in report["files"]] == [str(file) for file in files]
+    assert done[0] == (40, 40, 0)
+    assert (done[1][0], done[1][1] + done[1][2]) == (70, 70)
+    assert done[1][1] >= 32
+    with PrefixStore(store_path) as store:
+        assert store.match(small_model, Letters()("x" * 40 + "y" * 30)["input_ids"]) == 70
+
+
+def test_warm_names_files_that_it_cannot_store(tmp_path: Path, store_path: Path, small_model: Any) -> None:
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "long").write_text("x" * 2000)
+    for name, words in (("empty", "is empty"), ("binary", "not UTF-8"), ("long", "2000 tokens, more than the 1024")):
+        result = run("warm", store_path, tmp_path / name)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert name in result.stderr
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(name: str | None) -> None:
+        raise eval.models.ModelNotAvailableError(f"no {name}\n- tried this\n- and that")
+
+    monkeypatch.setattr(eval.models, "load_model", load_model)
+    (tmp_path / "a.txt").write_text("a")
+    result = run("warm", store_path, tmp_path / "a.txt", "--model", "nobody/nothing")
+    assert (result.exit_code, result.stderr) == (2, "contiguouskv: no nobody/nothing - tried this - and that\n")
+
+
+@pytest.mark.parametrize(("command", "module"), [("warm", "eval.models"), ("bench", "eval.bench")])
+def test_a_missing_extra_is_named(
+    tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str
+) -> None:
+    real = builtins.__import__
+
+    def without_eval(name: str, *arguments: Any) -> Any:
+        if name == module:
+            raise ImportError("no module", name=module)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_eval)
+    (tmp_path / "a.txt").write_text("a")
+    result = run("warm", store_path, tmp_path / "a.txt") if command == "warm" else run("bench")
+    assert result.exit_code == 2
+    assert f"{command} needs the" in result.stderr
+    assert "eval" in result.stderr
