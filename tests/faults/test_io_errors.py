@@ -348,7 +348,9 @@ def test_one_failing_call(bench: Bench, calls: dict[tuple[str, Case], int], figu
     assert struck > 0, "this never happened"
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[2] == "exact" or case[0] in ("whole", "one segment")], ids=" ".join
+)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith(("short", "EINVAL"))])
 def test_every_call_fails(bench: Bench, figures: Figures, kind: str, case: Case) -> None:
     name, what, concerns, _ = KINDS[kind]
