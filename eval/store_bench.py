@@ -1,0 +1,356 @@
+"""What the store itself costs: look-ups, opening, checksums, publishing, verifying, fingerprints, accounting.
+
+    python -m eval.store_bench --json docs/results/store-bench.json
+
+Every part says what it measured, its medians with quartiles, and whether it met its goal. Results are checked while
+they are taken: a look-up that finds something else than was stored, a read of other bytes, or a file that was in the
+page cache when it should have been cold, is an error and not a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import xxhash
+from rich.console import Console
+from rich.table import Table
+
+from hf_contiguouskv import PrefixStore
+from hf_contiguouskv.prefix import AttachedPrefix
+from hf_contiguouskv.store import KVGeometry, fingerprint
+from hf_contiguouskv.store.hashing import TokenIds, chain_hashes
+from hf_contiguouskv.store.pread import aligned_buffer, as_memoryview
+from hf_contiguouskv.store.search import longest_match
+
+from .store_fixtures import CHUNK, MODEL, TINY, Sizes, fill, large_model, no_fsync, some_ids, store_kv
+from .timing import drop_page_cache, interleave, machine, median_spread, resident_pages
+
+
+def timed(repeats: int, action: Callable[[], object]) -> list[float]:
+    """Seconds of each of `repeats` calls."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def spread_ms(seconds: Iterable[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    spread = median_spread([1e3 * value for value in seconds]).as_dict()
+    return {name: round(value, 4) for name, value in spread.items()}
+
+
+# ---- a large store ----
+
+
+def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """The longest match of a prompt, in an open store; its parts are timed by themselves."""
+    suffix = some_ids(32, 0)
+    whole, chained = (np.append(some_ids(sizes.tokens, seed), suffix) for seed in (1, 2))
+    half = whole.copy()
+    half[sizes.tokens // 2 + 5 :] += 1
+    prompts = {
+        "all of it, one segment": (whole, sizes.tokens),
+        "all of it, eight segments": (chained, sizes.tokens),
+        "half of it": (half, sizes.tokens // 2 + 5),
+        "nothing": (some_ids(sizes.tokens + 32, 10**6), 0),
+    }
+    found: dict[str, Any] = {}
+    with PrefixStore(folder) as store:
+        root = store._finder.root(MODEL, CHUNK)
+        for name, (ids, expected) in prompts.items():
+            hashes = chain_hashes(root, ids, CHUNK)
+            query = partial(longest_match, root=root, hashes=hashes, ids=ids, chunk_size=CHUNK)
+            actions: dict[str, Callable[[], object]] = {
+                "first_look_up_ms": partial(_look_up, store, ids, expected),
+                "hashing_ms": partial(chain_hashes, root, ids, CHUNK),
+                "index_query_ms": partial(store._index.read, query),
+                "look_up_ms": partial(_look_up, store, ids, expected),
+            }
+            first = spread_ms(timed(1, actions.pop("first_look_up_ms")))["median"]
+            seconds: dict[str, list[float]] = {part: [] for part in actions}
+            for _, part in interleave(list(actions), 20 * sizes.rounds):
+                seconds[part] += timed(1, actions[part])
+            parts = {part: spread_ms(values) for part, values in seconds.items()}
+            # What is not hashing: the query, and proving on the headers of the segments that it is right.
+            match = [
+                look_up - hashing for look_up, hashing in zip(seconds["look_up_ms"], seconds["hashing_ms"], strict=True)
+            ]
+            found[name] = parts | {"match_ms": spread_ms(match), "first_look_up_ms": first}
+            found[name]["met"] = found[name]["match_ms"]["median"] < 1.0
+    return {
+        "prompt_tokens": sizes.tokens + 32,
+        "prompts": found,
+        "goal": "match < 1 ms",
+        "met": all(parts["met"] for parts in found.values()),
+    }
+
+
+def _look_up(store: PrefixStore, ids: TokenIds, expected: int) -> None:
+    stored = store.lookup(MODEL, ids, CHUNK)
+    tokens = stored.tokens if stored else 0
+    if tokens != expected:
+        raise AssertionError(f"{tokens} tokens are found, {expected} are stored")
+
+
+_OPEN_IN_PROCESS = """
+import sys, time
+from hf_contiguouskv import PrefixStore
+start = time.perf_counter()
+store = PrefixStore(sys.argv[1])
+print(time.perf_counter() - start)
+"""
+
+
+def opening(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """`PrefixStore(path)`, clean-up after crashes included: in new processes, and again and again in this one."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _OPEN_IN_PROCESS, str(folder)]
+    fresh = [
+        float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+        for _ in range(min(3, sizes.rounds))
+    ]
+    here = []
+    for _ in range(sizes.rounds):
+        start = time.perf_counter()
+        with PrefixStore(folder):
+            here.append(time.perf_counter() - start)
+    median = median_spread(fresh).median
+    return {
+        "new_process_ms": spread_ms(fresh),
+        "this_process_ms": spread_ms(here),
+        "goal": "opening < 100 ms",
+        "met": median < 0.1,
+    }
+
+
+# ---- reading and writing ----
+
+
+def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """Cold reads of a prefix as requests make them, with and without comparing checksums, in turn."""
+    ids = some_ids(sizes.tokens, 1)
+    g = KVGeometry(sizes.layers, kv_heads=3, head_dim=64, dtype=torch.bfloat16, chunk_size=CHUNK)
+    with PrefixStore(folder) as store:
+        store_kv(store, ids, g)
+        (path,) = folder.glob("segments/*/*")
+        stored = store.lookup(MODEL, ids, CHUNK)
+        assert stored is not None
+        prefix = AttachedPrefix.of(stored, sizes.tokens)
+        tenth = sorted(np.random.default_rng(0).permutation(prefix.chunks)[: -(-prefix.chunks // 10)].tolist())
+        result: dict[str, Any] = {"direct": store.stats.direct_reads}
+        for name, chunks in {"all chunks": list(range(prefix.chunks)), "10% of the chunks": tenth}.items():
+            taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            for number, verify in interleave([True, False], 2 * sizes.rounds + 1):
+                wall_and_cpu = _read(store, prefix, chunks, path, verify)
+                if number:
+                    taken[verify].append(wall_and_cpu)
+            (on, cpu_on), (off, cpu_off) = (list(zip(*taken[verify], strict=True)) for verify in (True, False))
+            # Processor time as well: on a busy machine with slow storage it is what can be told from noise.
+            result[name] = {
+                "bytes": g.num_layers * len(chunks) * g.extent_bytes,
+                "verified_ms": spread_ms(on),
+                "unverified_ms": spread_ms(off),
+                "verified_cpu_ms": spread_ms(cpu_on),
+                "unverified_cpu_ms": spread_ms(cpu_off),
+                "share": 1 - median_spread(off).median / median_spread(on).median,
+                "slower_in_pairs": median_spread(a / b - 1 for a, b in zip(on, off, strict=True)).as_dict(),
+            }
+        result["verify"] = verifying(store, sizes)
+    return result
+
+
+def _read(
+    store: PrefixStore, prefix: AttachedPrefix, chunks: list[int], path: Path, verify: bool
+) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, to read `chunks` of all layers; all reads are queued at once."""
+    g = prefix.geometry
+    size, runs = len(chunks) * g.extent_bytes, prefix.runs(chunks)
+    buffers = [aligned_buffer(size) for _ in range(g.num_layers)]
+    for buffer in buffers:
+        buffer.zero_()  # A request's buffers are in use already, so their pages are there.
+    drop_page_cache([path])
+    if resident_pages(path):
+        raise AssertionError(f"{path} is in the page cache")
+    start, cpu = time.perf_counter(), time.process_time()
+    tickets = [
+        store.reader.submit(prefix.payload_reads(layer, runs, as_memoryview(buffer), verify))
+        for layer, buffer in enumerate(buffers)
+    ]
+    for ticket in tickets:
+        ticket.wait()
+    taken = time.perf_counter() - start, time.process_time() - cpu
+    for layer, buffer in enumerate(buffers):
+        for read in prefix.payload_reads(layer, runs, as_memoryview(buffer), True):
+            for begin, length, checksum in read.checks:
+                if xxhash.xxh3_64_intdigest(read.into[begin : begin + length]) != checksum:
+                    raise AssertionError(f"other bytes were read than were stored, layer {layer}")
+    return taken
+
+
+def verifying(store: PrefixStore, sizes: Sizes) -> dict[str, Any]:
+    """`store.verify()` of one large segment."""
+    if store.verify():
+        raise AssertionError("a sound store has problems")
+    seconds = timed(max(1, sizes.rounds // 3), store.verify)
+    nbytes = store.stats.segment_bytes
+    return {"bytes": nbytes, "ms": spread_ms(seconds), "gb_per_s": nbytes / median_spread(seconds).median / 1e9}
+
+
+def publishing(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """Publishing a segment of four chunks, from `begin_segment` to the return of `commit`, and what fsync adds."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    with PrefixStore(folder) as store:
+        for number, (_, durable) in enumerate(interleave([True, False], 2 * sizes.rounds)):
+            with contextlib.nullcontext() if durable else no_fsync():
+                seconds[durable] += timed(1, partial(store_kv, store, some_ids(4 * CHUNK, 10**7 + number), TINY))
+    on, off = median_spread(seconds[True]).median, median_spread(seconds[False]).median
+    return {
+        "durable_ms": spread_ms(seconds[True]),
+        "without_fsync_ms": spread_ms(seconds[False]),
+        "fsync_share": round(1 - off / on, 4),
+    }
+
+
+# ---- fingerprints, accounting ----
+
+
+def fingerprints(sizes: Sizes) -> dict[str, Any]:
+    """The first fingerprint of a model in a process, and the ones after it."""
+    model = large_model(sizes.parameters)
+    first = []
+    names = set()
+    for _ in range(min(5, sizes.rounds)):
+        fingerprint._known.clear()
+        first += timed(1, lambda: names.add(fingerprint.model_fingerprint(model)))
+    second = timed(2 * sizes.rounds, lambda: names.add(fingerprint.model_fingerprint(model)))
+    if len(names) != 1:
+        raise AssertionError("the fingerprint of one model changes")
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    return {
+        "parameter_bytes": nbytes,
+        "tensors": sum(1 for _ in model.parameters()),
+        "first_ms": spread_ms(first),
+        "again_ms": spread_ms(second),
+        "goal": "first < 1 s",
+        "met": median_spread(first).median < 1.0,
+    }
+
+
+def accounting(folders: dict[str, Path]) -> dict[str, Any]:
+    """`stats.disk_bytes` against `du`, while the store is open."""
+    rows = {}
+    for name, folder in folders.items():
+        with PrefixStore(folder) as store:
+            said = store.stats.disk_bytes
+            output = subprocess.run(["du", "-s", "--block-size=1", str(folder)], capture_output=True, check=True).stdout
+            used = int(output.split()[0])
+            rows[name] = {
+                "segments": store.stats.segments,
+                "stats_bytes": said,
+                "du_bytes": used,
+                "difference": (said - used) / used,
+            }
+    worst = max(abs(row["difference"]) for row in rows.values())
+    return {"stores": rows, "worst": worst, "goal": "within 1%", "met": worst < 0.01}
+
+
+# ---- all of it ----
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="contiguouskv-store-bench-", dir=folder) as name:
+        yield Path(name)
+
+
+def run(sizes: Sizes | None = None, folder: Path | None = None) -> dict[str, Any]:
+    """Measure everything in a temporary folder inside `folder` (the system's, if there is none)."""
+    sizes = sizes or Sizes()
+    with _temporary(folder) as place:
+        results: dict[str, Any] = {"machine": machine(), "large_store": fill(place / "large", sizes)}
+        results["look_up"] = lookups(place / "large", sizes)
+        results["opening"] = opening(place / "large", sizes)
+        results["checksums"] = checksums(place / "one", sizes)
+        results["publishing"] = {
+            "new store": publishing(place / "new", sizes),
+            "large store": publishing(place / "large", sizes),
+        }
+        results["fingerprint"] = fingerprints(sizes)
+        with PrefixStore(place / "empty"):
+            pass
+        results["accounting"] = accounting(
+            {"empty": place / "empty", "small": place / "new", "one large": place / "one", "many": place / "large"}
+        )
+    return results
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    """Print what `run` returned."""
+    table = Table(title="what the store costs (median, quartiles)")
+    for column in ("what", "figure", "quartiles", "goal"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+
+    def add(what: str, spread: dict[str, float], part: dict[str, Any] | None = None) -> None:
+        verdict = f"{part['goal']}: {'yes' if part['met'] else 'NO'}" if part else ""
+        table.add_row(what, f"{spread['median']:.3f} ms", f"{spread['low']:.3f} - {spread['high']:.3f}", verdict)
+
+    look_up = results["look_up"]
+    for prompt, parts in look_up["prompts"].items():
+        for part in ("hashing_ms", "index_query_ms", "look_up_ms"):
+            add(f"{part.removesuffix('_ms').replace('_', ' ')}: {prompt}", parts[part])
+        add(f"match (look-up without hashing): {prompt}", parts["match_ms"], look_up | {"met": parts["met"]})
+    add("opening, new process", results["opening"]["new_process_ms"], results["opening"])
+    add("opening, same process", results["opening"]["this_process_ms"])
+    for kind in ("all chunks", "10% of the chunks"):
+        for verified in ("verified", "unverified"):
+            add(f"cold read of {kind}, {verified}", results["checksums"][kind][f"{verified}_ms"])
+            add(f"processor time of it, {verified}", results["checksums"][kind][f"{verified}_cpu_ms"])
+        table.add_row(f"share of checksums in it, {kind}", f"{results['checksums'][kind]['share']:.1%}")
+    table.add_row("verify", f"{results['checksums']['verify']['gb_per_s']:.2f} GB/s")
+    for store, part in results["publishing"].items():
+        add(f"publish 4 chunks, {store}", part["durable_ms"])
+        table.add_row(f"share of fsync in it, {store}", f"{part['fsync_share']:.1%}")
+    add("fingerprint, first", results["fingerprint"]["first_ms"], results["fingerprint"])
+    add("fingerprint, again", results["fingerprint"]["again_ms"])
+    account = results["accounting"]
+    for name, row in account["stores"].items():
+        table.add_row(f"disk_bytes against du: {name}", f"{row['difference']:+.3%}", "", account["goal"])
+    console.print(table)
+    console.print(f"{results['large_store']}\non {results['machine']}")
+
+
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the temporary stores lie; a real disk.")] = None,
+    segments: Annotated[int, typer.Option(help="Segments of the large store.")] = Sizes.segments,
+    chunks: Annotated[int, typer.Option(help="Chunks of the large store.")] = Sizes.chunks,
+    tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = Sizes.tokens,
+    layers: Annotated[int, typer.Option(help="Layers of the prefix that is read.")] = Sizes.layers,
+    parameters: Annotated[int, typer.Option(help="Of the model that is fingerprinted.")] = Sizes.parameters,
+    rounds: Annotated[int, typer.Option(help="Repetitions.")] = Sizes.rounds,
+) -> None:
+    """Measure what the store itself costs."""
+    results = run(Sizes(segments, chunks, tokens, layers, parameters, rounds), folder)
+    report(results, Console(width=None if sys.stdout.isatty() else 120))
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
