@@ -82,7 +82,18 @@ def export_bundle(
         raise InputError(f"{target} lies in the store itself; choose a folder outside of it")
     rows = {row.key: row for chain in chains(store, [checked_key(key) for key in keys]).values() for row in chain}
     ordered = sorted(rows.values(), key=lambda row: (row.first_chunk, row.created, row.key))
-    done, total = 0, sum(row.nbytes for row in ordered)
+    done, total = 0, 0
+    for row in ordered:  # What cannot be opened shows before anything is written.
+        blob = store.backend.open(row.key)
+        total += blob.nbytes
+        blob.close()
+
+    def copied(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
     with _in_the_making(target) as place:
         (place / SEGMENTS).mkdir()
         headers: list[SegmentHeader] = []
@@ -91,12 +102,9 @@ def export_bundle(
             segment = Segment(store.backend.open(row.key))
             try:
                 headers.append(segment.header)
-                written.append(_export_segment(segment, place))
+                written.append(_export_segment(segment, place, copied))
             finally:
                 segment.close()
-            done += row.nbytes
-            if progress is not None:
-                progress(done, total)
         sync_folder(place / SEGMENTS)
         sizes = {segment.key: segment.bytes for segment in written}
         _write_file(place / CARD, card(headers, sizes, data).encode())
@@ -106,8 +114,8 @@ def export_bundle(
     return ExportReport(str(target), tuple(written), sum(sizes.values()), salted)
 
 
-def _export_segment(segment: Segment, place: Path) -> BundledSegment:
-    """Copy one segment and verify the copy."""
+def _export_segment(segment: Segment, place: Path, copied: Callable[[int], None]) -> BundledSegment:
+    """Copy one segment and verify the copy; `copied` is called with the bytes of each block."""
     path = place / SEGMENTS / f"{segment.key}{SUFFIX}"
     digest = hashlib.sha256()
     with open(path, "xb") as file:
@@ -115,6 +123,7 @@ def _export_segment(segment: Segment, place: Path) -> BundledSegment:
             octets = segment.read_bytes(start, min(_BLOCK, segment.nbytes - start))
             digest.update(octets)
             file.write(octets)
+            copied(len(octets))
         file.flush()
         os.fsync(file.fileno())
     copy = Segment(FileBlob(path))
