@@ -31,7 +31,7 @@ from .conftest import (
 )
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-WRITES = int(25 * float(os.environ.get("FAULTS_SCALE", "1")))
+WRITES = int(60 * float(os.environ.get("FAULTS_SCALE", "1")))
 """Prefixes that each writer stores."""
 
 
