@@ -122,6 +122,7 @@ class GcReport:
         bytes_freed: bytes of all of these.
         indexed: keys of segments that were not in the index and now are.
         forgotten: keys in the index whose segment is gone.
+        repaired: keys of segments of which the index said something wrong.
         unreachable: keys of segments whose parent is not stored; found again once it is.
         unreadable: segments that cannot be indexed, with the reason; left in place.
         in_use: partial files that another process is writing.
@@ -133,6 +134,7 @@ class GcReport:
     bytes_freed: int = 0
     indexed: tuple[str, ...] = ()
     forgotten: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
     unreachable: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     in_use: tuple[str, ...] = ()

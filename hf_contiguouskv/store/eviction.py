@@ -8,7 +8,7 @@ import time
 from ..errors import StoreFullError
 from .format import SegmentHeader
 from .hashing import TokenIds
-from .rows import SegmentRow, all_segments, parent_ids, segments_after, stored_chunk_rows
+from .rows import SegmentRow, all_segments, parent_ids, segments_that_begin_with
 from .search import chain_to
 
 # Segments that were used within one another's reach of this are equally recent.
@@ -69,10 +69,11 @@ def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, m
     Raises:
         StoreFullError: pinned segments and the ones that the new one continues leave too little room.
     """
+    (stored,) = db.execute("SELECT total(nbytes) FROM segments").fetchone()
+    if stored + nbytes <= max_disk_bytes:
+        return []
     tree = _Tree(db)
     excess = sum(row.nbytes for row in tree.rows.values()) + nbytes - max_disk_bytes
-    if excess <= 0:
-        return []
     kept = {number for number, row in tree.rows.items() if row.pinned}
     if header.parent:
         # The new segment is not indexed yet, so its ancestors may look unused.
@@ -119,16 +120,11 @@ def superseded_by(db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) 
         header: of the new segment.
         ids: int64 `[num_tokens]`, its own token ids.
     """
-    size = header.geometry.chunk_size
-    rows = segments_after(db, header.parent_hash)
-    return [
-        row
-        for row in rows
-        if row.num_tokens < min(size, len(ids))
-        and not row.pinned
-        and row.fingerprint == header.fingerprint
-        and stored_chunk_rows(db, row.id)[0][3] == ids[: row.num_tokens].tobytes()
-    ]
+    size = min(header.geometry.chunk_size, len(ids))
+    beginnings = [ids[:length].tobytes() for length in range(1, size)]
+    # A chunk that is not full ends its segment, so one that begins a segment is all of it.
+    rows = segments_that_begin_with(db, header.parent_hash, beginnings)
+    return [row for row in rows if not row.pinned and row.num_chunks == 1]
 
 
 def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:

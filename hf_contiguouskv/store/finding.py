@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import SegmentCorruptError, SegmentMissingError, SegmentReadError, StoreError, StoreFormatError
 from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
-from .hashing import TokenIds, chain_hashes, chunk_hash, root_hash, segment_hashes
+from .hashing import ChainMemory, TokenIds, chunk_hash, root_hash, segment_hashes
 from .index import StoreIndex
 from .opened import OpenSegments
 from .rows import SegmentRow, drop_segment, is_stored_for_another_model
@@ -105,6 +105,7 @@ class Finder:
         self._ttl_s = ttl_s
         self._last_use = last_use
         self._on_quarantine = on_quarantine
+        self._chains = ChainMemory()
 
     def root(self, fingerprint: str, chunk_size: int) -> bytes:
         """The hash before the first chunk."""
@@ -121,7 +122,7 @@ class Finder:
             StoreError: the index cannot be read.
         """
         root = self.root(fingerprint, chunk_size)
-        prompt = _Prompt(fingerprint, root, ids, chunk_size, chain_hashes(root, ids, chunk_size))
+        prompt = _Prompt(fingerprint, root, ids, chunk_size, self._chains.hashes(root, ids, chunk_size))
         limit, reason, doubts = len(ids), None, 0
         while True:
             query = partial(
@@ -154,8 +155,10 @@ class Finder:
         """Open the segments of a chain up to the first one that cannot be used, and why it cannot."""
         spans: list[SegmentSpan] = []
         position = 0
-        for row, chunks in chain:
-            problem = self._expired(row)
+        # What a pinned segment continues stays as well.
+        safe = max((number for number, (row, _) in enumerate(chain) if row.pinned), default=-1)
+        for number, (row, chunks) in enumerate(chain):
+            problem = None if number <= safe else self._expired(row)
             segment = None
             if problem is None:
                 segment, problem = self._segment(row)
@@ -172,7 +175,7 @@ class Finder:
         return tuple(spans), None
 
     def _expired(self, row: SegmentRow) -> str | None:
-        if self._ttl_s is None or row.pinned:
+        if self._ttl_s is None:
             return None
         used = max(row.last_used, self._last_use(row.key))
         return "expired" if used < time.time() - self._ttl_s else None

@@ -23,7 +23,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from ..errors import StoreError, StoreFormatError, StoreFullError
-from .rows import SCHEMA, IndexDamagedError, all_segments, index_problems
+from .rows import SCHEMA, IndexDamagedError, all_segments, index_problems, set_use
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -48,11 +48,43 @@ class StoreIndex:
         self._refill = refill
         # Two connections: a look-up must not wait for a publish of this process, which flushes folders to the disk.
         self._for_reading, self._for_writing = _Connection(path), _Connection(path)
+        self._repairs: list[str] = []
         self.read(lambda db: None)
 
     def read(self, query: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `query`, which only reads, on one state of the index."""
-        return self._run(self._for_reading, query, "BEGIN")
+        try:
+            return self._run(self._for_reading, query, "BEGIN")
+        except StoreError as error:
+            if not _cannot_be_locked(error.__cause__):
+                raise
+            return self._read_frozen(query, error)
+
+    def _read_frozen(self, query: Callable[[sqlite3.Connection], Result], error: StoreError) -> Result:
+        """Read as it stands, without the files that SQLite wants beside it.
+
+        A full disk has no room for them, and a read-only one no right to make them. What other processes write
+        meanwhile may be missed; what is found is compared with the segments anyway.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+                _check_format(db, self.path)
+                return query(db)
+        except sqlite3.Error:
+            raise error from error.__cause__
+
+    def inspect(self) -> list[str]:
+        """What is wrong with the database, in words, and what was when it was repaired since the last time."""
+        problems = [f"was damaged ({reason}) and has been rebuilt from the segments" for reason in self._repairs]
+        self._repairs = []
+        if self.path.is_symlink() or not self.path.is_file():
+            return [*problems, "is missing"]
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)) as db:
+                _check_format(db, self.path)
+                return problems + index_problems(db)
+        except (sqlite3.DatabaseError, StoreFormatError) as error:
+            return [*problems, str(error)]
 
     def write(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `change` as one transaction that excludes all other writers, in all processes."""
@@ -82,14 +114,14 @@ class StoreIndex:
                     if attempt == 2 or not _is_damage(self.path, error):
                         raise _as_store_error(self.path, error) from error
                     connection.close()
-                    self._replace(str(error))
+                    self._repair(str(error))
             raise StoreError(f"{self.path}: disappears again and again; is another program deleting it?")
 
     def _connected(self, connection: _Connection) -> sqlite3.Connection | None:
         try:
             db = connection.open()
             if db is None:
-                self._replace(None)
+                self._repair(None)
                 db = connection.open()
             return db
         except OSError as error:
@@ -97,31 +129,41 @@ class StoreIndex:
                 raise
             raise StoreError(f"{self.path}: {error}") from error
 
-    def _replace(self, damage: str | None) -> None:
+    def _repair(self, damage: str | None) -> None:
         """Build a new database from the segments and put it in place; the damaged one is moved aside."""
-        with FileLock(self.path.with_suffix(".lock"), timeout=600):
-            if os.path.lexists(self.path):
-                if damage is None or _is_sound(self.path):
+        try:
+            with FileLock(self.path.with_suffix(".lock"), timeout=600):
+                if os.path.lexists(self.path) and (damage is None or _is_sound(self.path)):
                     return  # Another process was faster.
-                aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-                logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside.name)
-                os.replace(self.path, aside)
-            for suffix in ("-wal", "-shm"):
-                _remove(self.path.with_name(self.path.name + suffix))
-            fresh = self.path.with_name(self.path.name + ".new")
-            _remove(fresh)
-            db = sqlite3.connect(fresh, isolation_level=None)
-            try:
-                # Nobody sees the file before it is complete, so it needs no journal meanwhile.
-                db.execute("PRAGMA journal_mode = OFF")
-                db.executescript(SCHEMA)
-                db.execute("INSERT INTO meta VALUES ('format', ?)", (str(INDEX_FORMAT),))
-                _transaction(db, self._refill, "BEGIN IMMEDIATE")
-                db.execute("PRAGMA journal_mode = WAL")
-            finally:
-                db.close()
-            os.chmod(fresh, 0o600)
-            os.replace(fresh, self.path)
+                self._replace(self._rebuilt(), damage)
+        except sqlite3.DatabaseError as error:
+            raise _as_store_error(self.path, error) from error
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error}") from error
+
+    def _rebuilt(self) -> Path:
+        fresh = self.path.with_name(self.path.name + ".new")
+        for suffix in ("", "-wal", "-shm"):
+            _remove(fresh.with_name(fresh.name + suffix))
+        with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+            # Nobody sees the file before it is complete, so it needs no journal meanwhile.
+            db.execute("PRAGMA journal_mode = OFF")
+            db.executescript(SCHEMA)
+            db.execute("INSERT INTO meta VALUES ('format', ?)", (str(INDEX_FORMAT),))
+            _transaction(db, self._refill, "BEGIN IMMEDIATE")
+            db.execute("PRAGMA journal_mode = WAL")
+        os.chmod(fresh, 0o600)
+        return fresh
+
+    def _replace(self, fresh: Path, damage: str | None) -> None:
+        if os.path.lexists(self.path):
+            aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+            logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside.name)
+            self._repairs.append(str(damage))
+            os.replace(self.path, aside)
+        for suffix in ("-wal", "-shm"):
+            _remove(self.path.with_name(self.path.name + suffix))
+        os.replace(fresh, self.path)
 
     def rebuild(self) -> None:
         """Empty the tables and fill them from the segments; pins and counters of use are kept."""
@@ -136,10 +178,7 @@ class StoreIndex:
             self._refill(db)
             for row in all_segments(db):
                 if old := kept.get(row.key):
-                    db.execute(
-                        "UPDATE segments SET created = ?, last_used = ?, uses = ?, pinned = ? WHERE id = ?",
-                        (old.created, old.last_used, old.uses, old.pinned, row.id),
-                    )
+                    set_use(db, row.key, old.created, old.last_used, old.uses)
 
         self.write(refill)
 
@@ -177,16 +216,7 @@ class _Connection:
         db = sqlite3.connect(self.path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA synchronous = NORMAL")
-            row = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
-            if row is None or not re.fullmatch(r"[0-9]{1,9}", str(row[0])):
-                raise IndexDamagedError("no format mark")
-            if int(row[0]) < INDEX_FORMAT:
-                raise IndexDamagedError(f"format {row[0]} is no longer read")
-            if int(row[0]) > INDEX_FORMAT:
-                raise StoreFormatError(
-                    f"{self.path}: index format {row[0]}, this library knows {INDEX_FORMAT}. Update it, or delete the "
-                    "file: it is rebuilt from the segments."
-                )
+            _check_format(db, self.path)
         except BaseException:
             db.close()
             raise
@@ -212,6 +242,25 @@ class _Connection:
         if self._db is not None and self._opened_as[1] == os.getpid():
             self._db.close()
         self._db = None
+
+
+def _check_format(db: sqlite3.Connection, path: Path) -> None:
+    row = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
+    if row is None or not re.fullmatch(r"[0-9]{1,9}", str(row[0])):
+        raise IndexDamagedError("no format mark")
+    if int(row[0]) < INDEX_FORMAT:
+        raise IndexDamagedError(f"format {row[0]} is no longer read")
+    if int(row[0]) > INDEX_FORMAT:
+        raise StoreFormatError(
+            f"{path}: index format {row[0]}, this library knows {INDEX_FORMAT}. Update it, or delete the file: it is "
+            "rebuilt from the segments."
+        )
+
+
+def _cannot_be_locked(cause: object) -> bool:
+    """Whether SQLite could not make, or use, the files beside the database that its locks are in."""
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
 
 def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], Result], begin: str) -> Result:

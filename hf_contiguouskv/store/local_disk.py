@@ -157,6 +157,7 @@ class LocalDisk:
     def __init__(self, folder: str | os.PathLike[str], *, direct: bool = True) -> None:
         self.folder = Path(folder)
         self.name = str(self.folder)
+        self._segments = str(self.folder / "segments")
         self._want_direct = direct
         self._open: weakref.WeakSet[FileBlob] = weakref.WeakSet()
         for inner in ("segments", "partial"):
@@ -189,7 +190,9 @@ class LocalDisk:
     def identity(self, key: str) -> Hashable:
         """See `backend.SegmentBackend.identity`."""
         try:
-            return _identity(os.stat(self.path_of(key), follow_symlinks=False))
+            # (Without pathlib: every look-up asks for each segment of its chain.)
+            path = f"{self._segments}/{checked_key(key)[:2]}/{key}{SUFFIX}"
+            return _identity(os.stat(path, follow_symlinks=False))
         except FileNotFoundError:
             return None
 

@@ -12,8 +12,9 @@ from .backend import SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
 from .local_disk import remove_unlocked
-from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids
+from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids, set_use
 from .segment import Segment
+from .verification import row_problems
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -96,18 +97,19 @@ def collect_garbage(
     for info in quarantine:
         freed += info.stored_bytes if dry_run else backend.drop_quarantined(info.key)
 
-    def change(db: sqlite3.Connection) -> tuple[list[str], list[str], list[str], list[str]]:
+    def change(db: sqlite3.Connection) -> tuple[list[str], ...]:
         indexed, forgotten, unreadable = reconcile(db, backend, pinned)
+        repaired = _repair_rows(db, backend, pinned, unreadable)
         linked = {child for child, _ in parent_ids(db)}
         unreachable = [row.key for row in all_segments(db) if row.first_chunk and row.id not in linked]
         if dry_run:
-            raise _DryRunEnd(indexed, forgotten, unreadable, unreachable)
-        return indexed, forgotten, unreadable, unreachable
+            raise _DryRunEnd(indexed, forgotten, repaired, unreadable, unreachable)
+        return indexed, forgotten, repaired, unreadable, unreachable
 
     try:
-        indexed, forgotten, unreadable, unreachable = index.write(change)
+        indexed, forgotten, repaired, unreadable, unreachable = index.write(change)
     except _DryRunEnd as outcome:
-        indexed, forgotten, unreadable, unreachable = outcome.args
+        indexed, forgotten, repaired, unreadable, unreachable = outcome.args
     if not dry_run:
         for key in pinned - backend.list_keys():
             (folder / "pins" / key).unlink(missing_ok=True)
@@ -118,10 +120,33 @@ def collect_garbage(
         bytes_freed=freed,
         indexed=tuple(indexed),
         forgotten=tuple(forgotten),
+        repaired=tuple(repaired),
         unreachable=tuple(unreachable),
         unreadable=tuple(unreadable),
         in_use=tuple(in_use),
     )
+
+
+def _repair_rows(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str], unreadable: list[str]) -> list[str]:
+    """Write anew what the index says wrongly of a segment; the keys of these."""
+    repaired = []
+    for row in all_segments(db):
+        try:
+            segment = Segment(backend.open(row.key))
+        except (StoreError, OSError) as error:
+            unreadable.append(str(error))
+            continue
+        try:
+            if segment.key == row.key and row_problems(db, segment, row, row.key in pinned):
+                drop_segment(db, row.key)
+                _index_segment(db, backend, row.key, pinned)
+                set_use(db, row.key, row.created, row.last_used, row.uses)
+                repaired.append(row.key)
+        except StoreError as error:
+            unreadable.append(str(error))
+        finally:
+            segment.close()
+    return repaired
 
 
 class _DryRunEnd(Exception):  # noqa: N818 (it reports no error)

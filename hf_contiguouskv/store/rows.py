@@ -212,11 +212,14 @@ def segment_by_key(db: sqlite3.Connection, key: str) -> SegmentRow | None:
     return SegmentRow.checked(row) if row else None
 
 
-def segments_after(db: sqlite3.Connection, parent: bytes) -> list[SegmentRow]:
-    """The segments whose first chunk follows the chunk with the hash `parent`."""
-    return [
-        SegmentRow.checked(row) for row in db.execute(f"SELECT {_COLUMNS} FROM segments WHERE parent = ?", (parent,))
-    ]
+def segments_that_begin_with(db: sqlite3.Connection, parent: bytes, beginnings: list[bytes]) -> list[SegmentRow]:
+    """The segments whose first chunk follows the chunk `parent` and is one of `beginnings` (its token ids)."""
+    marks = ", ".join("?" * len(beginnings))
+    query = (
+        f"SELECT {_COLUMNS} FROM segments WHERE id IN "
+        f"(SELECT segment FROM chunks WHERE parent = ? AND position = 0 AND tokens IN ({marks}))"
+    )
+    return [SegmentRow.checked(row) for row in db.execute(query, (parent, *beginnings))]
 
 
 def segment_by_id(db: sqlite3.Connection, number: int) -> SegmentRow:
@@ -285,6 +288,12 @@ def parent_ids(db: sqlite3.Connection) -> set[tuple[int, int]]:
     return set(
         db.execute("SELECT s.id, c.segment FROM segments s JOIN chunks c ON c.hash = s.parent WHERE c.segment != s.id")
     )
+
+
+def set_use(db: sqlite3.Connection, key: str, created: float, last_used: float, uses: int) -> None:
+    """Set what only the index knows of a segment."""
+    values = (created, last_used, uses, key)
+    db.execute("UPDATE segments SET created = ?, last_used = ?, uses = ? WHERE key = ?", values)
 
 
 def mark_used(db: sqlite3.Connection, uses: Iterable[tuple[int, float, str]]) -> None:

@@ -135,13 +135,19 @@ class Upkeep:
             progress: called with `(bytes done, bytes in all)`.
 
         Returns:
-            what is wrong; empty when all is well. Nothing is changed.
+            what is wrong; empty when all is well. Nothing is changed, except that a damaged index is rebuilt.
         """
+        self._require_open()
+        # First, for whoever reads a damaged index repairs it.
+        found = [StoreProblem("", "index", text) for text in ([] if key else self._index.inspect())]
         rows = self._read(lambda db: [_known(db, key)] if key else all_segments(db))
         # With a connection of its own: look-ups of this process do not wait for long questions.
         index = StoreIndex(self._index.path, self._refill)
         try:
-            return verify_segments(self.backend, index, rows, whole_store=key is None, progress=progress)
+            pinned = self._pins.keys()
+            return found + verify_segments(
+                self.backend, index, rows, pinned, whole_store=key is None, progress=progress
+            )
         finally:
             index.close()
 

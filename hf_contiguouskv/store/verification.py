@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 
 import xxhash
@@ -11,7 +12,7 @@ from .backend import SegmentBackend
 from .entries import StoreProblem
 from .hashing import segment_hashes
 from .index import StoreIndex
-from .rows import SegmentRow, chunk_rows, index_problems, stored_chunk_rows
+from .rows import SegmentRow, chunk_rows, stored_chunk_rows
 from .segment import Segment
 
 _SCAN_BYTES = 4 * 2**20
@@ -21,6 +22,7 @@ def verify_segments(
     backend: SegmentBackend,
     index: StoreIndex,
     rows: Sequence[SegmentRow],
+    pinned: set[str],
     *,
     whole_store: bool,
     progress: Callable[[int, int], None] | None,
@@ -37,14 +39,14 @@ def verify_segments(
             try:
                 problems += [StoreProblem(row.key, segment.name, text) for text in segment_problems(segment, row.key)]
                 if not problems or problems[-1].key != row.key:
-                    problems += [StoreProblem(row.key, "index", text) for text in _row_problems(index, segment, row)]
+                    wrong = index.read(lambda db, s=segment, r=row: row_problems(db, s, r, r.key in pinned))  # type: ignore[misc]
+                    problems += [StoreProblem(row.key, "index", text) for text in wrong]
             finally:
                 segment.close()
         done += row.nbytes
         if progress is not None:
             progress(done, total)
     if whole_store:
-        problems += [StoreProblem("", "index", text) for text in index.read(index_problems)]
         for key in sorted(backend.list_keys() - {row.key for row in rows}):
             problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
     return problems
@@ -101,7 +103,7 @@ def _damaged_extents(segment: Segment, group: int) -> Iterator[str]:
         yield f"payload.{group}: every chunk is right, but not the checksum of all of them"
 
 
-def _row_problems(index: StoreIndex, segment: Segment, row: SegmentRow) -> list[str]:
+def row_problems(db: sqlite3.Connection, segment: Segment, row: SegmentRow, pinned: bool) -> list[str]:
     """Where the index says something else than a sound segment does."""
     header, geometry = segment.header, segment.geometry
     right = {
@@ -115,11 +117,12 @@ def _row_problems(index: StoreIndex, segment: Segment, row: SegmentRow) -> list[
         "dtype": geometry.dtype_name,
         "compute_ms": header.compute_ms,
         "nbytes": segment.blob.stored_bytes,
+        "pinned": int(pinned),
     }
     wrong = [name for name, value in right.items() if getattr(row, name) != value]
     problems = []
     if wrong:
         problems.append(f"its row of segment {row.key} is wrong in {', '.join(wrong)}; `gc` repairs it")
-    if index.read(lambda db: stored_chunk_rows(db, row.id)) != chunk_rows(header, segment.token_ids):
+    if stored_chunk_rows(db, row.id) != chunk_rows(header, segment.token_ids):
         problems.append(f"its chunks of segment {row.key} differ from the segment; `gc` repairs them")
     return problems

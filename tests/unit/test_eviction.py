@@ -395,9 +395,6 @@ def test_pinned_prefixes_do_not_expire(store_path: Path, clock: Clock) -> None:
         assert kept(store, [ids]) == [False]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Finder._expired looks at each segment alone, so a pinned prefix loses its parent"
-)
 def test_what_a_pinned_prefix_continues_does_not_expire_either(store_path: Path, clock: Clock) -> None:
     ids = some_tokens(24)
     with PrefixStore(store_path, ttl_s=10) as store:

@@ -16,7 +16,7 @@ from store_helpers import expected_kv, geometry, open_segment, path_of, some_tok
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError, StoreFormatError
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.format import SegmentHeader, parse_header, place_tensors
-from hf_contiguouskv.store.hashing import chain_hashes, chunk_hash, root_hash, segment_hashes
+from hf_contiguouskv.store.hashing import ChainMemory, chain_hashes, chunk_hash, root_hash, segment_hashes
 from hf_contiguouskv.store.pread import PAGE
 
 
@@ -193,3 +193,18 @@ def test_chained_hashes_are_the_hashes_of_single_chunks(numbers: list[int], c: i
         expected.append(parent)
     assert segment_hashes(root, ids, c) == expected
     assert chain_hashes(root, ids, c) == expected[: len(ids) // c]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([b"r" * 16, b"s" * 16]), st.lists(st.integers(0, 1), max_size=30)),
+        min_size=1,
+        max_size=20,
+    ),
+    st.sampled_from([1, 2, 4]),
+)
+def test_remembered_hashes_are_the_hashes(prompts: list[tuple[bytes, list[int]]], c: int) -> None:
+    memory = ChainMemory(prompts=3)
+    for root, numbers in prompts:
+        ids = np.array(numbers, dtype=np.int64)
+        assert memory.hashes(root, ids, c) == chain_hashes(root, ids, c)

@@ -274,6 +274,10 @@ def test_the_index_is_rebuilt_from_the_files(store_path: Path, damage: str, capl
     with PrefixStore(store_path) as store:
         assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
         assert len(store.entries()) == 2
+        # Said once, for nobody else will find it out.
+        reported = [str(problem) for problem in store.verify()]
+        assert len(reported) == (damage != "missing")
+        assert all("index: was damaged" in text for text in reported)
         assert store.verify() == []
         moved = list(store_path.glob("index.sqlite.damaged-*"))
         assert len(moved) == (damage != "missing")
