@@ -36,9 +36,9 @@ Work = Callable[[Link, Callable[[], None]], object]
 """What a child does; it calls the second argument where its steps begin to count."""
 
 # Kills of each kind: in all, more than 200 in the middle of a write.
-TIMED_STORES, TIMED_KILLS = 4, 27
-STEPPED_KILLS, KILLS_PER_STORE = 120, 24
-KILLS_PER_TASK, KILLS_OF_REQUESTS = 14, 6
+TIMED_STORES, TIMED_KILLS = 4, 26
+STEPPED_KILLS, KILLS_PER_STORE = 105, 21
+KILLS_PER_TASK, KILLS_OF_REQUESTS = 10, 6
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 """Another value draws other prefixes, moments and steps."""
 
