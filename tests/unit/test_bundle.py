@@ -77,6 +77,23 @@ def test_a_prefix_that_leaves_another_in_the_middle(source: PrefixStore, target:
     assert parents_of_all(target) == {aside: root}
 
 
+def test_of_several_parents_the_one_that_a_look_up_takes_goes_along(source: PrefixStore, tmp_path: Path) -> None:
+    ids = some_tokens(44)
+    aside = ids[:36].copy()
+    aside[33:] += 1
+    write_prefix(source, ids[:20])
+    write_prefix(source, ids[:40], first_chunk=5)
+    write_prefix(source, aside)  # Whole: it holds the first eight chunks once more.
+    child = ids.copy()
+    child[32:] += 2
+    found = write_prefix(source, child, first_chunk=8)
+    taken = [span.segment.key for span in found.spans]
+    assert len(taken) == 2
+    report = export_bundle(source, [taken[-1]], tmp_path / "bundle")
+    assert [segment.key for segment in report.segments] == taken
+    assert parents_of_all(source)[taken[-1]] == taken[0]
+
+
 def test_a_child_follows_a_parent_that_the_store_has(source: PrefixStore, target: PrefixStore, tmp_path: Path) -> None:
     root, child, *_ = tree(source)
     export_bundle(source, [root], tmp_path / "first")

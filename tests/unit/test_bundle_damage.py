@@ -280,6 +280,17 @@ def test_no_room(bundle: tuple[Path, str, str], tmp_path: Path) -> None:
         assert list((small.path / "partial").iterdir()) == []
 
 
+def test_segments_of_a_bundle_do_not_drive_each_other_out(source: PrefixStore, tmp_path: Path) -> None:
+    root, _, _, alone = tree(source)
+    report = export_bundle(source, [root, alone], tmp_path / "bundle")
+    bound = report.bytes - 1  # There is room for any one of them.
+    with PrefixStore(tmp_path / "small", max_disk_bytes=bound) as small:
+        with pytest.raises(StoreFullError):
+            import_bundle(small, tmp_path / "bundle")
+        assert small.entries() == []
+        assert small.stats.evicted == 0
+
+
 def test_an_import_that_is_cut_off_leaves_whole_segments_only(
     bundle: tuple[Path, str, str], target: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
