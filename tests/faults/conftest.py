@@ -245,8 +245,9 @@ def draw_prefix(rng: random.Random, stored: Sequence[Prefix]) -> Prefix:
     numbers = np.random.default_rng(rng.getrandbits(32))
     if stored and rng.random() < 0.5:
         parent = rng.choice(stored)
-        # A continuation may begin inside a chunk of its parent, or at one's end.
-        more = numbers.integers(0, 1000, rng.randrange(1, 60))
+        # A continuation may begin inside a chunk of its parent, or at one's end; a short one is often taken in by the
+        # next.
+        more = numbers.integers(0, 1000, rng.choice([rng.randrange(1, 4), rng.randrange(4, 60)]))
         return Prefix(np.concatenate([parent.ids, more]), parent.kind, len(parent.ids))
     kind = rng.randrange(len(GEOMETRIES))
     return Prefix(numbers.integers(0, 1000, rng.randrange(1, 200)), kind)
@@ -259,7 +260,7 @@ def check_store(
     figures: Figures,
     trace: str,
     *,
-    sample: int = 8,
+    sample: int = 5,
     tidy: bool = True,
 ) -> list[Prefix]:
     """Open the store as the next process would, and compare everything with what must be in it.
