@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from unit.store_helpers import FINGERPRINT, expected_kv, geometry, read_back, write_prefix
@@ -137,8 +138,10 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="machine"))
         self.model = Model()
+        self.history: list[Tokens] = []
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(logging.getLogger("hf_contiguouskv"), "disabled", True)
         for module in (eviction, finding, prefix_store, publishing):
             self.patch.setattr(module, "time", self.clock)
         self.store = self.open()
@@ -156,9 +159,15 @@ class Machine(RuleBasedStateMachine):
     def find(self, ids: Tokens) -> StoredPrefix | None:
         return self.store.lookup(FINGERPRINT, np.array(ids, dtype=np.int64), C)
 
-    def pick(self, number: int, *, unpinned: bool = False) -> str:
-        keys = sorted(key for key, one in self.model.segments.items() if not (unpinned and one.pinned))
-        return keys[number % len(keys)]
+    def pick(self, number: int) -> str:
+        return sorted(self.model.segments)[number % len(self.model.segments)]
+
+    def pick_to_lose(self, number: int) -> str:
+        """Not a pinned one; one that others continue, if there is one and `number` is even."""
+        keys = sorted(key for key, one in self.model.segments.items() if not one.pinned)
+        if number % 2 == 0:
+            keys = [key for key in keys if key not in self.model.leaves()] or keys
+        return keys[number // 2 % len(keys)]
 
     def note_use(self, found: StoredPrefix | None) -> None:
         for span in found.spans if found else ():
@@ -180,6 +189,7 @@ class Machine(RuleBasedStateMachine):
 
     def write(self, ids: Tokens) -> None:
         """Store a prefix as the library does: what is missing of it, up to what is stored already."""
+        self.history.append(ids)
         for _ in range(len(ids) + 1):
             found = self.find(ids)
             self.note_use(found)
@@ -209,6 +219,19 @@ class Machine(RuleBasedStateMachine):
     @rule(number=picks, more=sequences)
     def continue_prefix(self, number: int, more: Tokens) -> None:
         self.write((self.model.segments[self.pick(number)].ids + more)[: 5 * C])
+
+    @rule(turns=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=C + 1).map(tuple), min_size=2, max_size=3))
+    def store_a_conversation(self, turns: list[Tokens]) -> None:
+        """Each turn continues what is stored of it, mostly in the middle of a chunk."""
+        ids: Tokens = (1,) * C
+        for turn in turns:
+            ids += turn
+            self.write(ids)
+
+    @precondition(lambda self: self.history)
+    @rule(number=picks)
+    def store_again(self, number: int) -> None:
+        self.write(self.history[number % len(self.history)])
 
     @rule(ids=sequences)
     def look_up(self, ids: Tokens) -> None:
@@ -303,7 +326,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(not one.pinned for one in self.model.segments.values()))
     @rule(number=picks, closed=st.booleans())
     def lose_a_file(self, number: int, closed: bool) -> None:
-        key = self.pick(number, unpinned=True)
+        key = self.pick_to_lose(number)
         if closed:
             self.store.close()
         segment_path(self.folder / "store", key).unlink()
@@ -317,13 +340,23 @@ class Machine(RuleBasedStateMachine):
             self.model_expires()
         self.model.segments.pop(key, None)
 
-    def model_expires(self) -> None:
-        """What `gc` removes because it is too old."""
+    def model_expires(self) -> object:
+        """Forget what `gc` removes because it is too old."""
+
+    @precondition(lambda self: any(not one.pinned for one in self.model.segments.values()))
+    @rule(number=picks)
+    def lose_a_file_and_store_what_continued_it(self, number: int) -> None:
+        key = self.pick_to_lose(number)
+        lost = self.model.segments[key]
+        self.lose_a_file(number, True)
+        after = [one.ids for one in self.model.segments.values() if one.first and one.parent in lost.chunks]
+        for ids in sorted(after):
+            self.write(ids)
 
     @precondition(lambda self: any(not one.pinned for one in self.model.segments.values()))
     @rule(number=picks)
     def take_a_segment_out_of_service(self, number: int) -> None:
-        key = self.pick(number, unpinned=True)
+        key = self.pick_to_lose(number)
         found = self.find(self.model.segments[key].ids)
         self.note_use(found)
         for span in found.spans if found else ():
@@ -413,11 +446,32 @@ class BoundedMachine(Machine):
 
 
 def bounded(examples: int) -> settings:
-    """The same examples in every run."""
-    slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+    """The same examples in every run. A failure is shown as it was found: shrinking takes minutes (`Phase.shrink`)."""
     return settings(
-        max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=slow
+        max_examples=examples,
+        stateful_step_count=25,
+        deadline=None,
+        derandomize=True,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
+
+
+def test_a_child_of_one_partial_chunk_is_found_again_after_its_parent_was_lost(store_path: Path) -> None:
+    """The least that a turn of a conversation adds. Its name is that of the whole prefix, which is computed again."""
+    parent = np.arange(2 * C)
+    child = np.append(parent, [91, 92])
+    with PrefixStore(store_path) as store:
+        lost = write_prefix(store, parent, 0, GEOMETRY).spans[-1].segment.key
+        write_prefix(store, child, 2, GEOMETRY)
+    segment_path(store_path, lost).unlink()
+    with PrefixStore(store_path) as store:
+        assert store.lookup(FINGERPRINT, child, C) is None
+        assert store.next_stored(FINGERPRINT, child, C, 1) is None  # So all of it is computed again:
+        write_prefix(store, child, 0, GEOMETRY)
+        found = store.lookup(FINGERPRINT, child, C)
+        assert found is not None
+        assert found.tokens == len(child)
 
 
 TestStore = Machine.TestCase
