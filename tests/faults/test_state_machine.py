@@ -474,8 +474,22 @@ def test_a_child_of_one_partial_chunk_is_found_again_after_its_parent_was_lost(s
         assert found.tokens == len(child)
 
 
+def test_the_match_is_exact_to_the_token_before_a_lost_parent(store_path: Path) -> None:
+    """Behind the gap something is stored; before it, another prefix shares a token. That token is found."""
+    parent = np.arange(C)
+    with PrefixStore(store_path) as store:
+        lost = write_prefix(store, parent, 0, GEOMETRY).spans[-1].segment.key
+        write_prefix(store, np.arange(4 * C), 1, GEOMETRY)
+        write_prefix(store, np.array([0, 91, 92]), 0, GEOMETRY)
+    segment_path(store_path, lost).unlink()
+    with PrefixStore(store_path) as store:
+        found = store.lookup(FINGERPRINT, np.arange(4 * C), C)
+        assert found is not None
+        assert found.tokens == 1
+
+
 TestStore = Machine.TestCase
-TestStore.settings = bounded(60)
+TestStore.settings = bounded(120)
 TestStoreWithALifetime = TimedMachine.TestCase
 TestStoreWithALifetime.settings = bounded(30)
 TestStoreWithABound = BoundedMachine.TestCase
