@@ -23,7 +23,7 @@ from .fitting import check_rows, fit_to_prefix
 from .forward import decoding
 from .hook import ForwardHook, GenerateCall, running_generate
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
-from .prefill import Prefill
+from .prefill import Prefill, geometry_of
 from .prefix import AttachedPrefix
 from .recovery import Recovery
 from .request import PrefixRequest
@@ -159,7 +159,8 @@ class ContiguousKVCache(Cache):
     def _look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
         """The longest stored beginning of `ids`."""
         assert self.store is not None
-        return self.store.lookup(self._fingerprint, ids, self.config.chunk_size, wait=True)
+        c = self.config.chunk_size
+        return self.store.lookup(self._fingerprint, ids, c, geometry=geometry_of(self._support, c), wait=True)
 
     def prefix_recovered(self, whole: AttachedPrefix, tokens_from_store: int) -> None:
         """Damage showed in the middle of a request: `whole` is the prefix of all `prefix_ids` that has replaced it."""

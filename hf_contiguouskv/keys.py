@@ -181,4 +181,6 @@ class KeySource:
 
 def _index_names(span: SegmentSpan, layer: int) -> tuple[str, str]:
     """Names of a segment's index and scale in the store's host memory."""
-    return f"{span.segment.key}/key_index.{layer}", f"{span.segment.key}/key_scale.{layer}"
+    # Segments that end with the same chunk have the same key, wherever they begin.
+    name = f"{span.segment.key}.{span.segment.first_chunk}"
+    return f"{name}/key_index.{layer}", f"{name}/key_scale.{layer}"

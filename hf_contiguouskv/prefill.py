@@ -190,7 +190,9 @@ class Prefill:
         return known
 
     def _look_up(self, numbers: TokenIds) -> StoredPrefix | None:
-        return self._store.lookup(self._fingerprint, numbers, self._config.chunk_size, count=False)
+        c = self._config.chunk_size
+        geometry = geometry_of(self._support, c)
+        return self._store.lookup(self._fingerprint, numbers, c, geometry=geometry, count=False)
 
     def _compute(
         self, ids: torch.Tensor, numbers: TokenIds, known: StoredPrefix | None, in_memory: bool
@@ -326,14 +328,20 @@ def _persist_row(
     compute_s: float,
 ) -> None:
     c = geometry.chunk_size
-    known = store.lookup(fingerprint, ids, c, count=False)
-    done = 0 if known is None else known.tokens
-    first_chunk = done // c
-    exact = all(keys.dtype == values.dtype == geometry.dtype for keys, values, _ in layers)
-    if done == len(ids) or not exact or any(start > first_chunk * c for _, _, start in layers):
+    if not all(keys.dtype == values.dtype == geometry.dtype for keys, values, _ in layers):
         return
-    with store.begin_segment(fingerprint, geometry, ids, first_chunk, known) as writer:
-        feed = SegmentFeed(writer, geometry, first_chunk, len(ids))
-        for layer, (keys, values, start) in enumerate(layers):
-            feed.feed(layer, keys, values, start)
-        writer.commit(compute_s)
+    done = -1
+    while True:
+        known = store.lookup(fingerprint, ids, c, geometry=geometry, count=False)
+        before, done = done, 0 if known is None else known.tokens
+        first_chunk = done // c
+        if done in (len(ids), before) or any(start > first_chunk * c for _, _, start in layers):
+            return
+        # Where a segment in the middle was lost, those behind it are found again once it is there.
+        later = store.next_stored(fingerprint, ids, c, first_chunk + 1)
+        end = len(ids) if later is None else later * c
+        with store.begin_segment(fingerprint, geometry, ids[:end], first_chunk, known) as writer:
+            feed = SegmentFeed(writer, geometry, first_chunk, end)
+            for layer, (keys, values, start) in enumerate(layers):
+                feed.feed(layer, keys[:, : end - start], values[:, : end - start], start)
+            writer.commit(compute_s)

@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from .errors import SegmentCorruptError, SegmentReadError
-from .prefill import Prefill
+from .prefill import Prefill, geometry_of
 from .prefix import AttachedPrefix
 from .store.fingerprint import model_fingerprint
 from .store.segment import Segment
@@ -61,7 +61,9 @@ class Recovery:
         in_memory = attempt > min(1 + len(prefix.spans), _MAX_ATTEMPTS_WITH_STORE)
         known = None
         if not in_memory:
-            known = store.lookup(cache._fingerprint, ids.numpy(), cache.config.chunk_size, count=False)
+            c = cache.config.chunk_size
+            geometry = geometry_of(cache._support, c)
+            known = store.lookup(cache._fingerprint, ids.numpy(), c, geometry=geometry, count=False)
         known_tokens = 0 if known is None else known.tokens
         logger.warning("%d tokens of the prefix are computed again: %s", max(0, len(ids) - known_tokens), error)
         prefill = Prefill(model, store, cache._fingerprint, cache._support, cache.config)

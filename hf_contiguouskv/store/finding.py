@@ -9,6 +9,7 @@ return another prefix's bytes.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from ..errors import SegmentCorruptError, SegmentMissingError, SegmentReadError, StoreError, StoreFormatError
 from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
+from .geometry import KVGeometry
 from .hashing import ChainMemory, TokenIds, chunk_hash, root_hash, segment_hashes
 from .index import StoreIndex
 from .opened import OpenSegments
@@ -51,6 +53,11 @@ class _Prompt:
     ids: TokenIds
     chunk_size: int
     hashes: list[bytes]
+    geometry: KVGeometry | None
+
+    def fits(self, segment: Segment) -> bool:
+        """Whether its KV has the shape and dtype that the model's has (whoever wrote the segment may lie)."""
+        return self.geometry is None or self.geometry.same_kv(segment.geometry)
 
     def hash_before(self, chunk: int) -> bytes:
         return self.hashes[chunk - 1] if chunk else self.root
@@ -115,14 +122,14 @@ class Finder:
         """The name of the first chunk for no model in particular, hex."""
         return segment_hashes(self.root("", chunk_size), ids[:chunk_size], chunk_size)[0].hex()
 
-    def find(self, fingerprint: str, ids: TokenIds, chunk_size: int) -> Found:
-        """The longest stored beginning of `ids` (int64 `[n]`).
+    def find(self, fingerprint: str, ids: TokenIds, chunk_size: int, geometry: KVGeometry | None = None) -> Found:
+        """The longest stored beginning of `ids` (int64 `[n]`), whose KV has the shape and dtype of `geometry`.
 
         Raises:
             StoreError: the index cannot be read.
         """
         root = self.root(fingerprint, chunk_size)
-        prompt = _Prompt(fingerprint, root, ids, chunk_size, self._chains.hashes(root, ids, chunk_size))
+        prompt = _Prompt(fingerprint, root, ids, chunk_size, self._chains.hashes(root, ids, chunk_size), geometry)
         limit, reason, doubts = len(ids), None, 0
         while True:
             query = partial(
@@ -167,6 +174,9 @@ class Finder:
             try:
                 if not prompt.holds(segment, position, chunks, tokens):
                     return tuple(spans), "doubtful"
+                if not prompt.fits(segment):
+                    self.discard(segment, "its KV does not have the shape and dtype of this model's")
+                    return tuple(spans), "corrupt"
             except (SegmentCorruptError, SegmentReadError) as error:
                 self.discard(segment, str(error))
                 return tuple(spans), "corrupt"
@@ -212,10 +222,14 @@ class Finder:
         try:
             if identity is not None and self._backend.quarantine(key, identity):
                 self._on_quarantine()
-            if self._backend.identity(key) is None:
-                self._index.try_write(lambda db: drop_segment(db, key))
+            self._index.try_write(lambda db: self._drop_if_gone(db, key))
         except (StoreError, OSError) as error:
             logger.warning("segment %s could not be taken out of service: %s", key, error)
+
+    def _drop_if_gone(self, db: sqlite3.Connection, key: str) -> None:
+        # Asked inside the transaction: somebody may be storing it anew.
+        if self._backend.identity(key) is None:
+            drop_segment(db, key)
 
     def _doubt(self, chain: Chain, times: int) -> None:
         """Index and segments contradict each other: look again, for a segment may just have been replaced; rebuild."""

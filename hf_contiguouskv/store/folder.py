@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import StoreFormatError
 from .backend import checked_key
+from .local_disk import remove_anything
 
 STORE_FORMAT = 1
 MARKER = "contiguouskv-store.json"
@@ -35,6 +36,11 @@ def open_folder(path: str | os.PathLike[str], *, create: bool) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make_marker(folder, marker)
     _check_marker(marker)
+    for inner in ("segments", "partial", "damaged", "pins"):
+        if (folder / inner).is_symlink():
+            raise StoreFormatError(
+                f"{folder / inner} is a link; a store's folders must be its own. Move the whole store instead."
+            )
     return folder
 
 
@@ -97,11 +103,10 @@ class Pins:
     def set(self, key: str, pinned: bool) -> None:
         """Pin or unpin."""
         path = self._folder / checked_key(key)
+        remove_anything(path)
         if pinned:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            path.touch(mode=0o600)
-        else:
-            path.unlink(missing_ok=True)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -290,8 +290,10 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         optional = field in ("parent", "beginning")
         if not isinstance(value, str) or not (_HASH.fullmatch(value) or (optional and not value)):
             raise InputError(f"{field} must be 32 hex digits, got {value!r}")
-    if not isinstance(metadata.get("fingerprint"), str) or metadata.get("salted") not in ("0", "1"):
-        raise InputError("fingerprint or salted is missing")
+    fingerprint = metadata.get("fingerprint")
+    printable = isinstance(fingerprint, str) and len(fingerprint) <= 256 and fingerprint.isascii()
+    if not printable or metadata.get("salted") not in ("0", "1"):
+        raise InputError("fingerprint or salted is missing, or makes no sense")
     header = SegmentHeader(
         geometry=KVGeometry.from_metadata(metadata),
         fingerprint=metadata["fingerprint"],

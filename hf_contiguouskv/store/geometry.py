@@ -58,6 +58,11 @@ class KVGeometry:
                     f"got {layers}"
                 )
 
+    def same_kv(self, other: KVGeometry) -> bool:
+        """Whether a chunk has the same shape and dtype; how chunks are laid out may differ."""
+        fields = ("num_layers", "kv_heads", "head_dim", "dtype", "chunk_size")
+        return all(getattr(self, field) == getattr(other, field) for field in fields)
+
     @property
     def itemsize(self) -> int:
         """Bytes per number of K and V."""

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import re
-import shutil
 import sqlite3
 import stat
 import threading
@@ -23,6 +22,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from ..errors import StoreError, StoreFormatError, StoreFullError
+from .local_disk import remove_anything
 from .rows import SCHEMA, IndexDamagedError, all_segments, index_problems, set_use
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -77,8 +77,8 @@ class StoreIndex:
         """What is wrong with the database, in words, and what was when it was repaired since the last time."""
         problems = [f"was damaged ({reason}) and has been rebuilt from the segments" for reason in self._repairs]
         self._repairs = []
-        if self.path.is_symlink() or not self.path.is_file():
-            return [*problems, "is missing"]
+        if not self.path.exists() or not _are_ordinary(self.path):
+            return [*problems, "is missing, or no ordinary file"]
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)) as db:
                 _check_format(db, self.path)
@@ -131,8 +131,11 @@ class StoreIndex:
 
     def _repair(self, damage: str | None) -> None:
         """Build a new database from the segments and put it in place; the damaged one is moved aside."""
+        lock = self.path.with_suffix(".lock")
         try:
-            with FileLock(self.path.with_suffix(".lock"), timeout=600):
+            if not _is_ordinary(lock):
+                remove_anything(lock)
+            with FileLock(lock, timeout=600):
                 if os.path.lexists(self.path) and (damage is None or _is_sound(self.path)):
                     return  # Another process was faster.
                 self._replace(self._rebuilt(), damage)
@@ -144,7 +147,7 @@ class StoreIndex:
     def _rebuilt(self) -> Path:
         fresh = self.path.with_name(self.path.name + ".new")
         for suffix in ("", "-wal", "-shm"):
-            _remove(fresh.with_name(fresh.name + suffix))
+            remove_anything(fresh.with_name(fresh.name + suffix))
         with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
             # Nobody sees the file before it is complete, so it needs no journal meanwhile.
             db.execute("PRAGMA journal_mode = OFF")
@@ -162,7 +165,7 @@ class StoreIndex:
             self._repairs.append(str(damage))
             os.replace(self.path, aside)
         for suffix in ("-wal", "-shm"):
-            _remove(self.path.with_name(self.path.name + suffix))
+            remove_anything(self.path.with_name(self.path.name + suffix))
         os.replace(fresh, self.path)
 
     def rebuild(self) -> None:
@@ -213,6 +216,8 @@ class _Connection:
         if self._db is not None and identity == self._opened_as:
             return self._db
         self.close()
+        if not _are_ordinary(self.path):
+            raise IndexDamagedError("a file beside it is no ordinary file")
         db = sqlite3.connect(self.path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA synchronous = NORMAL")
@@ -276,13 +281,6 @@ def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], 
     return result
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _as_store_error(path: Path, error: sqlite3.DatabaseError) -> StoreError:
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
         return StoreFullError(errno.ENOSPC, f"{path}: {error}; free space or delete stored prefixes")
@@ -308,13 +306,28 @@ def _is_damage(path: Path, error: sqlite3.DatabaseError) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
         return "decode" in str(error)  # Text that is no text; found by the driver, not by SQLite.
+    if code & 0xFF == sqlite3.SQLITE_CANTOPEN:
+        return not _are_ordinary(path)
     if code & 0xFF == sqlite3.SQLITE_READONLY:
         return os.access(path, os.W_OK)  # So says the damaged header of a file that may be written.
     return code & 0xFF in _DAMAGE
 
 
+def _is_ordinary(path: Path) -> bool:
+    """Whether there is a file, or nothing: no link, no folder, no pipe."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def _are_ordinary(path: Path) -> bool:
+    """The same for the database `path` and the files that SQLite keeps beside it."""
+    return all(_is_ordinary(path.with_name(path.name + suffix)) for suffix in ("", "-wal", "-shm"))
+
+
 def _is_sound(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file():
+    if not path.exists() or not _are_ordinary(path):
         return False
     db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
     try:

@@ -13,6 +13,8 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
+import stat
 import time
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -25,6 +27,8 @@ from .pread import PAGE, aligned_buffer, as_memoryview, read_range
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SUFFIX = ".safetensors"
+# A link in a store is not ours: it could lead out of it. And opening a pipe must not wait for its other end.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FILE = re.compile(r"([0-9a-f]{32})\.safetensors")
 # Where the file system has no locks, only age tells a leftover from a file that is being written.
 _YOUNG_S = 3600.0
@@ -46,9 +50,11 @@ class FileBlob:
         self.name = str(path)
         self.fd_direct: int | None = None
         self.fd_buffered = -1
-        # A link here is not ours: it could lead out of the store.
-        self.fd_buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self.fd_buffered = os.open(path, _READ)
         status = os.fstat(self.fd_buffered)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
         self.nbytes = status.st_size
         self.stored_bytes = status.st_blocks * 512
         self.identity: Hashable = _identity(status)
@@ -56,7 +62,7 @@ class FileBlob:
         if direct and hasattr(os, "O_DIRECT"):
             # tmpfs of older kernels, some network and overlay file systems refuse: reads go through the page cache.
             with contextlib.suppress(OSError):
-                self.fd_direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
+                self.fd_direct = os.open(path, _READ | os.O_DIRECT)
                 if _identity(os.fstat(self.fd_direct)) != self.identity:
                     # Replaced between the two calls: the descriptors must mean the same file.
                     os.close(self.fd_direct)
@@ -169,8 +175,15 @@ class LocalDisk:
         return self._want_direct and _can_read_directly(self.folder)
 
     def path_of(self, key: str) -> Path:
-        """Where the segment `key` lies, or would."""
-        return self.folder / "segments" / checked_key(key)[:2] / f"{key}{SUFFIX}"
+        """Where the segment `key` lies, or would.
+
+        Raises:
+            OSError: the folder that it belongs in is a link.
+        """
+        folder = self.folder / "segments" / checked_key(key)[:2]
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "a link in the place of a folder of the store", str(folder))
+        return folder / f"{key}{SUFFIX}"
 
     def create(self, key: str, nbytes: int) -> FileBlobWriter:
         """See `backend.SegmentBackend.create`: the space is taken now, so a full disk shows before anything is done."""
@@ -217,7 +230,7 @@ class LocalDisk:
     def _files(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
         root = self.folder / "segments"
         for inner in sorted(os.listdir(root)):
-            if len(inner) == 2:
+            if len(inner) == 2 and not (root / inner).is_symlink():
                 with contextlib.suppress(NotADirectoryError, FileNotFoundError), os.scandir(root / inner) as entries:
                     for entry in entries:
                         match = _FILE.fullmatch(entry.name)
@@ -231,6 +244,7 @@ class LocalDisk:
             return False
         aside = self.folder / "damaged"
         aside.mkdir(mode=0o700, exist_ok=True)
+        remove_anything(aside / path.name)
         try:
             os.replace(path, aside / path.name)
         except FileNotFoundError:
@@ -250,9 +264,9 @@ class LocalDisk:
         path = self.folder / "damaged" / f"{checked_key(key)}{SUFFIX}"
         try:
             freed = path.stat(follow_symlinks=False).st_blocks * 512
-            path.unlink()
         except FileNotFoundError:
             return 0
+        remove_anything(path)
         return freed
 
     def collect(self, dry_run: bool = False) -> Leftovers:
@@ -296,12 +310,17 @@ def _open_partial(folder: Path, key: str) -> tuple[int, Path]:
     while True:
         path = folder / f"{key}.{secrets.token_hex(4)}.partial"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        # Without locks on this file system, `collect` goes by the age of partial files.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        # A `collect` that came between the two calls above has removed the file.
-        if os.fstat(fd).st_nlink:
-            return fd, path
+        try:
+            # Without locks on this file system, `collect` goes by the age of partial files.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            # A `collect` that came between the two calls above has removed the file.
+            if os.fstat(fd).st_nlink:
+                return fd, path
+        except BaseException:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
         os.close(fd)
 
 
@@ -317,7 +336,11 @@ def _reserve(fd: int, nbytes: int) -> None:
 def remove_unlocked(path: Path, *, dry_run: bool) -> int | None:
     """Delete a file that no process is writing; what it took up in bytes, or `None` when it is in use."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            if not dry_run:
+                remove_anything(path)
+            return 0
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return 0
     try:
@@ -334,6 +357,14 @@ def remove_unlocked(path: Path, *, dry_run: bool) -> int | None:
         return status.st_blocks * 512
     finally:
         os.close(fd)
+
+
+def remove_anything(path: Path) -> None:
+    """Delete whatever is there: a file, a folder with all in it, a link (not what it leads to), or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from ..errors import StoreError
 from .backend import SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
-from .local_disk import remove_unlocked
+from .local_disk import remove_anything, remove_unlocked
 from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids, set_use
 from .segment import Segment
 from .verification import row_problems
@@ -112,7 +112,7 @@ def collect_garbage(
         indexed, forgotten, repaired, unreadable, unreachable = outcome.args
     if not dry_run:
         for key in pinned - backend.list_keys():
-            (folder / "pins" / key).unlink(missing_ok=True)
+            remove_anything(folder / "pins" / key)
     return GcReport(
         removed=tuple(removed),
         quarantine=tuple(info.key for info in quarantine),

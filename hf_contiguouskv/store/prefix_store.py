@@ -177,7 +177,14 @@ class PrefixStore(Upkeep):
         return max((stored.tokens for stored in found if stored), default=0)
 
     def lookup(
-        self, fingerprint: str, ids: TokenIds, chunk_size: int, *, count: bool = True, wait: bool = False
+        self,
+        fingerprint: str,
+        ids: TokenIds,
+        chunk_size: int,
+        *,
+        geometry: KVGeometry | None = None,
+        count: bool = True,
+        wait: bool = False,
     ) -> StoredPrefix | None:
         """The longest stored prefix of `ids`.
 
@@ -185,6 +192,7 @@ class PrefixStore(Upkeep):
             fingerprint: of the model.
             ids: int64 `[n]`.
             chunk_size: of the cache that asks; prefixes stored with another one do not match.
+            geometry: of the model's KV; a segment that says that it is this model's but has another is refused.
             count: whether this is a request's own look-up: it counts in `stats`, and as a use of what it finds.
             wait: if not all of it is found, wait for prompts that are still being written in the background.
 
@@ -197,10 +205,10 @@ class PrefixStore(Upkeep):
         self._require_open()
         writing = wait and self._background.busy
         try:
-            found = self._finder.find(fingerprint, ids, chunk_size)
+            found = self._finder.find(fingerprint, ids, chunk_size, geometry)
             if writing and (found.stored is None or found.stored.tokens < len(ids)):
                 self.flush()
-                found = self._finder.find(fingerprint, ids, chunk_size)
+                found = self._finder.find(fingerprint, ids, chunk_size, geometry)
             reason = None if found.stored else self._finder.why_missing(found, fingerprint, ids, chunk_size)
         except StoreError as error:
             self._require_open()

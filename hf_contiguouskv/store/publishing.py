@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from ..errors import InputError, StoreError
 from ..stats import StoreCounters
@@ -95,8 +95,8 @@ class Publisher:
             raise too_large(header.nbytes, self._max_disk_bytes)
 
         def publish(final: SegmentHeader, own: TokenIds, blob: BlobWriter) -> StoredPrefix:
-            self.publish(final, own, blob)
-            return self._published(final, ids, before)
+            _, segment = self._publish(final, own, blob, False)
+            return self._published(final, ids, before, segment)
 
         return SegmentWriter(header, _own(ids, header), self._backend, publish)
 
@@ -118,14 +118,16 @@ class Publisher:
 
         return SegmentWriter(header, _own(ids, header), memory, publish)
 
-    def _published(self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None) -> StoredPrefix:
+    def _published(
+        self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None, segment: Segment | None
+    ) -> StoredPrefix:
         """The prefix that ends with the segment that was just published, by us or by somebody else."""
         found = self._finder.find(header.fingerprint, ids, header.geometry.chunk_size).stored
         if found is not None and found.tokens == len(ids):
             return found
         # Evicted again at once, or what it continues was; its bytes are still there for those who hold them open.
-        if header.first_chunk == 0 or before is not None:
-            return _continued(before, Segment(self._backend.open(header.key)), len(ids))
+        if segment is not None and (segment.first_chunk == 0 or before is not None):
+            return _continued(before, segment, len(ids))
         raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
 
     def publish(self, header: SegmentHeader, ids: TokenIds, blob: BlobWriter, pinned: bool = False) -> bool:
@@ -145,48 +147,108 @@ class Publisher:
             StoreError: what it continues is not stored.
             OSError: the storage failed.
         """
-        in_place = False
-        evicted: list[SegmentRow] = []
-        superseded: list[SegmentRow] = []
+        published, _ = self._publish(header, ids, blob, pinned)
+        return published
 
-        def change(db: sqlite3.Connection) -> bool:
-            nonlocal in_place
+    def _publish(
+        self, header: SegmentHeader, ids: TokenIds, blob: BlobWriter, pinned: bool
+    ) -> tuple[bool, Segment | None]:
+        in_place = False
+        doomed: dict[str, Hashable] = {}
+        evicted = 0
+
+        def change(db: sqlite3.Connection) -> tuple[bool, Segment | None]:
+            nonlocal in_place, evicted
             existing = segment_by_key(db, header.key)
-            if existing is not None and not in_place:
-                complete = len(stored_chunk_rows(db, existing.id)) == existing.num_chunks
-                if complete and self._backend.identity(header.key) is not None:
-                    return False
+            if not in_place and self._is_there(db, header.key, existing):
+                return False, self._opened_now(header.key)
             if header.parent and find_chunk(db, header.parent_hash) is None:
                 raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
             if existing is not None:
                 drop_segment(db, header.key)
-            evicted[:] = self._victims(db, header, blob.stored_bytes)
+            victims = self._victims(db, header, blob.stored_bytes)
             if not in_place:  # (A damaged index is rebuilt, and this is called once more.)
                 blob.publish()
                 in_place = True
             insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned)
-            # Last: if anything above fails, nothing has been lost.
-            superseded[:] = superseded_by(db, header, ids)
-            for row in {row.id: row for row in (*evicted, *superseded)}.values():
+            evicted = len(victims)
+            doomed.clear()
+            for row in (*victims, *superseded_by(db, header, ids)):
                 drop_segment(db, row.key)
-                self._backend.delete(row.key)
-            return True
+                doomed[row.key] = self._backend.identity(row.key)
+            return True, self._opened_now(header.key)
 
         self._before_eviction()
         try:
-            published = self._index.write(change)
+            published, segment = self._index.write(change)
         except BaseException:
             if in_place:
                 # It could not be indexed: nobody would find it, and it would take up room.
                 with contextlib.suppress(OSError):
                     self._backend.delete(header.key)
             raise
-        self._opened.forget([row.key for row in (*evicted, *superseded)])
+        self._remove(doomed)
         if published:
             self._counters.add("published")
             self._counters.add("bytes_written", header.nbytes)
-        self._counters.add("evicted", len(evicted))
-        return published
+            self._counters.add("evicted", evicted)
+        return published, segment
+
+    def _opened_now(self, key: str) -> Segment | None:
+        """The segment `key`, opened before anybody can delete it."""
+        with contextlib.suppress(StoreError, OSError):
+            return Segment(self._backend.open(key))
+        return None
+
+    def _remove(self, doomed: dict[str, Hashable]) -> None:
+        """Delete blobs that the index has forgotten: only now, when that is certain to last."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for key, identity in doomed.items():
+                # Somebody may have stored it anew meanwhile.
+                if self._backend.identity(key) == identity:
+                    drop_segment(db, key)
+                    self._backend.delete(key)
+
+        self._opened.forget(doomed)
+        try:
+            if doomed:
+                self._index.write(change)
+        except (StoreError, OSError) as error:
+            logger.warning("%d segments could not be evicted in order: %s", len(doomed), error)
+            self._remove_out_of_order(doomed)
+
+    def _remove_out_of_order(self, doomed: dict[str, Hashable]) -> None:
+        """Delete what can be deleted; what cannot takes up room, so it is indexed again."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for key, identity in doomed.items():
+                if self._backend.identity(key) == identity:
+                    self._is_there(db, key, segment_by_key(db, key))
+
+        for key, identity in doomed.items():
+            with contextlib.suppress(OSError):
+                if self._backend.identity(key) == identity:
+                    self._backend.delete(key)
+        with contextlib.suppress(OSError):
+            self._index.try_write(change)
+
+    def _is_there(self, db: sqlite3.Connection, key: str, row: SegmentRow | None) -> bool:
+        """Whether the segment is stored already; if only the index does not know it (well), it learns."""
+        if self._backend.identity(key) is None:
+            return False
+        if row is not None and len(stored_chunk_rows(db, row.id)) == row.num_chunks:
+            return True
+        try:
+            segment = Segment(self._backend.open(key))
+            ids = segment.token_ids
+        except (StoreError, OSError):
+            return False
+        drop_segment(db, key)
+        insert_segment(
+            db, segment.header, ids, segment.blob.stored_bytes, segment.blob.created, bool(row and row.pinned)
+        )
+        return True
 
     def _victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
         if self._max_disk_bytes is None:

@@ -5,11 +5,13 @@ Any byte of the database may be wrong: a row that makes no sense raises `IndexDa
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -104,9 +106,23 @@ class IndexDamagedError(sqlite3.DatabaseError):
     """A row of the index makes no sense: the index is rebuilt, as if the file were damaged."""
 
 
+def _tables(db: sqlite3.Connection) -> set[tuple[str, ...]]:
+    query = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
+    return set(db.execute(query).fetchall())
+
+
+@cache
+def _expected_tables() -> set[tuple[str, ...]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        return _tables(db)
+
+
 def index_problems(db: sqlite3.Connection) -> list[str]:
     """What is wrong with the database as such, in words."""
     problems = [text for (text,) in db.execute("PRAGMA integrity_check(20)") if text != "ok"]
+    if _tables(db) != _expected_tables():
+        return [*problems, "its tables are not the ones that this library makes"]
     try:
         rows = {row.id: row for row in all_segments(db)}
     except IndexDamagedError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import xxhash
 
@@ -37,32 +38,44 @@ def verify_segments(
             problems.append(StoreProblem(row.key, f"segment {row.key}", str(error)))
         else:
             try:
-                problems += [StoreProblem(row.key, segment.name, text) for text in segment_problems(segment, row.key)]
-                if not problems or problems[-1].key != row.key:
+                read = partial(_tell, progress, total, done)
+                found = segment_problems(segment, row.key, read)
+                problems += [StoreProblem(row.key, segment.name, text) for text in found]
+                if not found:
                     wrong = index.read(lambda db, s=segment, r=row: row_problems(db, s, r, r.key in pinned))  # type: ignore[misc]
                     problems += [StoreProblem(row.key, "index", text) for text in wrong]
             finally:
                 segment.close()
         done += row.nbytes
-        if progress is not None:
-            progress(done, total)
+        _tell(progress, total, done, 0)
     if whole_store:
         for key in sorted(backend.list_keys() - {row.key for row in rows}):
             problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
     return problems
 
 
-def segment_problems(segment: Segment, key: str) -> list[str]:
-    """What is wrong with the bytes of a segment that should be the one named `key`, in words."""
+def _tell(progress: Callable[[int, int], None] | None, total: int, before: int, read: int) -> None:
+    if progress is not None:
+        progress(min(before + read, total), total)
+
+
+def segment_problems(segment: Segment, key: str, read: Callable[[int], None] | None = None) -> list[str]:
+    """What is wrong with the bytes of a segment that should be the one named `key`, in words.
+
+    Args:
+        segment: open.
+        key: its name.
+        read: called with the bytes of it that have been read so far.
+    """
     if segment.key != key:
         return [f"holds segment {segment.key}, expected {key}"]
     try:
-        return list(_damage(segment))
+        return list(_damage(segment, read or (lambda nbytes: None)))
     except StoreError as error:
         return [str(error)]
 
 
-def _damage(segment: Segment) -> Iterator[str]:
+def _damage(segment: Segment, read: Callable[[int], None]) -> Iterator[str]:
     header = segment.header
     for name in header.places:
         kind = name.split(".")[0]
@@ -80,10 +93,10 @@ def _damage(segment: Segment) -> Iterator[str]:
             if hashes[-1].hex() != header.key:
                 yield "token ids do not match the key"
     for group in range(header.geometry.num_groups):
-        yield from _damaged_extents(segment, group)
+        yield from _damaged_extents(segment, group, read)
 
 
-def _damaged_extents(segment: Segment, group: int) -> Iterator[str]:
+def _damaged_extents(segment: Segment, group: int, read: Callable[[int], None]) -> Iterator[str]:
     geometry = segment.geometry
     size, layers = geometry.extent_bytes, geometry.group_layers(group)
     offset, nbytes = segment.tensor_extent(f"payload.{group}")
@@ -92,6 +105,7 @@ def _damaged_extents(segment: Segment, group: int) -> Iterator[str]:
     for start in range(0, nbytes, step):
         octets = memoryview(segment.read_bytes(offset + start, min(step, nbytes - start)))
         whole.update(octets)
+        read(offset + start)
         for inside in range(0, octets.nbytes, size):
             chunk, place = divmod((start + inside) // size, layers)
             layer = group * geometry.layers_per_group + place

@@ -16,6 +16,8 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import SegmentCorruptError, StoreClosedError
+from hf_contiguouskv.store import KVGeometry
+from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.store.local_disk import FileBlob, FileBlobWriter
 from hf_contiguouskv.store.memory_backend import MemoryBlob
 from hf_contiguouskv.store.segment import Segment
@@ -400,3 +402,27 @@ def test_a_turn_that_fits_in_a_chunk_is_replaced_by_the_next_one_that_fills_it(t
         store.pin(store.entries()[2].key)
         ContiguousKVCache(model, LONGER[:, :100], store=store).close()
         assert [entry.tokens for entry in store.entries()] == [83, 96, 97, 100]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_layers": 1}, {"num_layers": 5}, {"kv_heads": 1}, {"head_dim": 8}, {"dtype": torch.bfloat16}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+@pytest.mark.parametrize("mode", ["explicit", "automatic"])
+def test_a_segment_that_claims_to_be_this_models_but_has_another_shape_is_refused(tiny_model, store_path, mode, wrong):
+    model = tiny_model("llama")
+    fields = {"num_layers": 4, "kv_heads": 2, "head_dim": 16, "dtype": torch.float32, "chunk_size": 16}
+    geometry = KVGeometry(**(fields | wrong))
+    ids = PREFIX[0].numpy()
+    with PrefixStore(store_path) as store:
+        with store.begin_segment(model_fingerprint(model), geometry, ids) as writer:
+            shape = (6, 2, geometry.kv_heads, 16, geometry.head_dim)
+            for layer in range(geometry.num_layers):
+                writer.write_chunks(layer, 0, torch.zeros(shape, dtype=geometry.dtype))
+            writer.commit()
+        cache = ContiguousKVCache(model, PREFIX if mode == "explicit" else None, store=store, budget=1.0)
+        assert_same_generation(answer(model, asked(PREFIX), cache), exact(model, asked(PREFIX)))
+        assert store.stats.quarantined == 1
+        store.flush()
+        assert store.match(model, PREFIX) == 83
