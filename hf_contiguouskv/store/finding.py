@@ -130,12 +130,12 @@ class Finder:
         """
         root = self.root(fingerprint, chunk_size)
         prompt = _Prompt(fingerprint, root, ids, chunk_size, self._chains.hashes(root, ids, chunk_size), geometry)
-        limit, reason, doubts = len(ids), None, 0
+        limit, whole, reason, doubts = len(ids), len(prompt.hashes), None, 0
         while True:
             query = partial(
                 longest_match,
                 root=root,
-                hashes=prompt.hashes[: limit // chunk_size],
+                hashes=prompt.hashes[: min(whole, limit // chunk_size)],
                 ids=ids[:limit],
                 chunk_size=chunk_size,
             )
@@ -143,8 +143,11 @@ class Finder:
             if found is None:
                 return Found(None, reason)
             if isinstance(found, int):
-                # A parent is missing: what lies before it may still be whole.
-                limit, reason = found * chunk_size, reason or "corrupt"
+                # The chunk `found` is missing, though some behind it are there. What lies before it may be whole, and
+                # another prefix may share its first tokens.
+                if found >= whole:
+                    limit = found * chunk_size
+                whole, reason = min(whole, found), reason or "corrupt"
                 continue
             tokens, chain = found
             spans, problem = self._open(prompt, tokens, chain)

@@ -100,6 +100,10 @@ class Pins:
         except FileNotFoundError:
             return set()
 
+    def holds(self, key: str) -> bool:
+        """Whether the segment `key` is pinned."""
+        return (self._folder / checked_key(key)).exists()
+
     def set(self, key: str, pinned: bool) -> None:
         """Pin or unpin."""
         path = self._folder / checked_key(key)

@@ -246,7 +246,7 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
         SegmentCorruptError, StoreFormatError: see `read_header`.
     """
     try:
-        content = json.loads(text)
+        content = _loads(text)
     except (ValueError, RecursionError) as error:
         raise SegmentCorruptError(f"{name}: header is not JSON ({error})") from None
     metadata = content.pop("__metadata__", None) if isinstance(content, dict) else None
@@ -270,13 +270,38 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     if 8 * header.num_tokens > file_bytes:
         raise SegmentCorruptError(f"{name}: {header.num_tokens} tokens do not fit in {file_bytes} bytes")
     expected = _as_json(header.places)
-    if content != expected:
-        wrong = next(n for n in [*expected, *content] if content.get(n) != expected.get(n))
+    if _exactly(content) != _exactly(expected):
+        wrong = next(n for n in [*expected, *content] if _exactly(content.get(n)) != _exactly(expected.get(n)))
         raise SegmentCorruptError(f"{name}: tensor {wrong!r} is {content.get(wrong)}, expected {expected.get(wrong)}")
     wanted = 8 + len(text) + header.data_bytes
     if (8 + len(text)) % PAGE or wanted != file_bytes:
         raise SegmentCorruptError(f"{name}: {file_bytes} bytes, expected {wanted}; the file was cut or extended")
     return header
+
+
+def _loads(text: bytes) -> Any:
+    """The JSON in a header. Where readers could differ on what it says, it is refused."""
+    if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        raise ValueError("it must begin with a brace, and end with one and spaces")
+    return json.loads(text.decode(), object_pairs_hook=_once_each, parse_int=_plain_int)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _plain_int(digits: str) -> int:
+    if not re.fullmatch(r"0|[1-9][0-9]{0,18}", digits):
+        raise ValueError(f"{digits[:20]} is no size")
+    return int(digits)
+
+
+def _exactly(value: Any) -> str:
+    # True == 1 == 1.0 in Python, but not in a header.
+    return json.dumps(value, sort_keys=True)
 
 
 def _newer(metadata: Mapping[str, Any]) -> bool:
@@ -306,6 +331,9 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         beginning=metadata["beginning"],
         compute_ms=whole_number(metadata, "compute_ms"),
     )
+    for field, text in header._metadata().items():
+        if metadata[field] != text and field not in ("checksum", "version"):
+            raise InputError(f"{field} must be written as {text!r}, got {metadata[field]!r}")
     if header.num_tokens == 0 or (header.first_chunk == 0) != (header.parent == ""):
         raise InputError(f"{header.num_tokens} tokens from chunk {header.first_chunk} after parent {header.parent!r}")
     return header

@@ -128,6 +128,7 @@ class PrefixStore(Upkeep):
             salted=bool(salt),
             max_disk_bytes=max_disk_bytes,
             ttl_s=ttl_s,
+            pins=self._pins,
             before_eviction=self._flush_uses,
         )
         self._closed = False

@@ -14,6 +14,7 @@ from .backend import BlobWriter, SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .eviction import choose_victims, expired_segments, superseded_by, too_large
 from .finding import Finder
+from .folder import Pins
 from .format import KVGeometry, SegmentHeader
 from .hashing import TokenIds, chain_hashes, segment_hashes
 from .index import StoreIndex
@@ -34,6 +35,7 @@ class Publisher:
         salted: whether the store has a tenant salt.
         max_disk_bytes: bound on what all segments take up; `None`: no bound.
         ttl_s: see `PrefixStore`.
+        pins: which segments are pinned, stored or not.
         before_eviction: called before victims are chosen, so that the index knows of all uses.
     """
 
@@ -48,6 +50,7 @@ class Publisher:
         salted: bool,
         max_disk_bytes: int | None,
         ttl_s: float | None,
+        pins: Pins,
         before_eviction: Callable[[], None],
     ) -> None:
         self._index = index
@@ -58,6 +61,7 @@ class Publisher:
         self._salted = salted
         self._max_disk_bytes = max_disk_bytes
         self._ttl_s = ttl_s
+        self._pins = pins
         self._before_eviction = before_eviction
 
     def _header(self, fingerprint: str, geometry: KVGeometry, ids: TokenIds, first_chunk: int) -> SegmentHeader:
@@ -161,8 +165,12 @@ class Publisher:
             nonlocal in_place, evicted
             existing = segment_by_key(db, header.key)
             if not in_place and self._is_there(db, header.key, existing):
-                return False, self._opened_now(header.key)
-            if header.parent and find_chunk(db, header.parent_hash) is None:
+                there = self._opened_now(header.key)
+                # Segments with the same end may begin at different chunks: one that continues nothing is of no use.
+                if there is None or _is_held(db, there.header) or there.first_chunk <= header.first_chunk:
+                    return False, there
+                existing = segment_by_key(db, header.key)
+            if not _is_held(db, header):
                 raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
             if existing is not None:
                 drop_segment(db, header.key)
@@ -170,7 +178,8 @@ class Publisher:
             if not in_place:  # (A damaged index is rebuilt, and this is called once more.)
                 blob.publish()
                 in_place = True
-            insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned)
+            # A pin outlives a segment that was lost.
+            insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned or self._pins.holds(header.key))
             evicted = len(victims)
             doomed.clear()
             for row in (*victims, *superseded_by(db, header, ids)):
@@ -281,6 +290,11 @@ class Publisher:
         self._opened.forget([row.key for row in rows])
         self._counters.add("expired", len(rows))
         return rows
+
+
+def _is_held(db: sqlite3.Connection, header: SegmentHeader) -> bool:
+    """Whether what this segment continues is stored."""
+    return not header.parent or find_chunk(db, header.parent_hash) is not None
 
 
 def _own(ids: TokenIds, header: SegmentHeader) -> TokenIds:

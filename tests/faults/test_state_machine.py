@@ -79,6 +79,8 @@ class Model:
             short = len(old.ids) - old.first * C < min(C, own)
             if short and not old.pinned and old.first == new.first and new.ids[: len(old.ids)] == old.ids:
                 del self.segments[other]
+        # One that continues what was lost is replaced by one that begins earlier: same name, same pin.
+        new.pinned = key in self.segments and self.segments[key].pinned
         self.segments[key] = new
 
     def lost_without(self, key: str) -> set[str]:
