@@ -2,7 +2,9 @@
 # make demo DOC=FILE   ... your document      MODEL=NAME_OR_FOLDER   ... your model
 # make test            everything that runs without a GPU
 # make lint            ruff and mypy
+# make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
+# make store-bench     look-up, opening, checksums, publishing, accounting (STORE_BENCH_ARGS=...)
 # make clean           remove the virtual environment, the demo's store and the tools' caches
 #
 # The first call makes .venv; later calls install nothing. PYTHON=python3.12 picks the interpreter (3.11 to 3.13).
@@ -16,19 +18,25 @@ MODEL ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+STORE_BENCH_ARGS ?=
+FAULTS_SCALE ?= 10
+FAULTS_SEED ?= $(shell date +%s)
 TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test faults lint bench store-bench clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+faults: $(VENV)/.dev
+	FAULTS_SCALE=$(FAULTS_SCALE) FAULTS_SEED=$(FAULTS_SEED) $(BIN)/python -m pytest tests/faults $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,6 +46,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.eval
 	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
+
+store-bench: $(VENV)/.eval
+	$(BIN)/python -m eval.store_bench $(STORE_BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -14,8 +14,9 @@ import pytest
 from hf_contiguouskv import PrefixStore
 
 from .damage import CONFIGS, Scene, Tally, draw_requests, flip, kind_of, regions, segment_path
+from .scale import SEED, scaled
 
-SEGMENT_FLIPS, INDEX_FLIPS, LOG_FLIPS = 240, 160, 160
+SEGMENT_FLIPS, INDEX_FLIPS, LOG_FLIPS = scaled(240), scaled(160), scaled(160)
 REQUESTS = 3
 READ_BY = {"key_index": "default", "key_scale": "default", "leader_keys": "paper"}
 """Tensors that only some requests read."""
@@ -100,7 +101,7 @@ def run_flips(
     scene: Scene, tmp_path: Path, figures: Any, kind: str, flips: int, seed: int
 ) -> tuple[Counter[str], Tally]:
     """Turn over `flips` bits, each in a fresh copy; which regions were hit, and what happened."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} {SEED}")
     tally, hit = Tally(), Counter[str]()
     files = {name: regions(segment_path(scene.closed, key)) for name, key in scene.keys.items()}
     for number in range(flips):

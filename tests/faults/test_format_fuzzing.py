@@ -23,6 +23,8 @@ from hf_contiguouskv.errors import SegmentCorruptError, StoreError, StoreFormatE
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.verification import segment_problems
 
+from .scale import REPRODUCIBLE, scaled
+
 PAGE = 4096
 SLACK = 32 * 2**20
 """What reading a header may allocate beyond the length of the file, in bytes."""
@@ -31,7 +33,7 @@ SLACK = 32 * 2**20
 def fuzzed(examples: int) -> settings:
     """The same examples in every run."""
     slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=slow)
+    return settings(max_examples=scaled(examples), deadline=None, derandomize=REPRODUCIBLE, suppress_health_check=slow)
 
 
 class Sound(bytes):

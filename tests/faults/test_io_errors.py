@@ -25,8 +25,7 @@ from hf_contiguouskv.errors import StoreError
 from hf_contiguouskv.store import PrefixStore
 
 from .conftest import Figures, Prefix, check_store
-
-SEED = int(os.environ.get("FAULTS_SEED", "0"))
+from .scale import SEED, scaled
 
 PREFIX = token_ids(200, seed=51)
 QUESTION = torch.cat([PREFIX, token_ids(6, seed=52)], dim=1)
@@ -40,8 +39,7 @@ CONFIGS = {
 }
 MODES = ("explicit", "automatic")
 EVERYTHING = {("explicit", config) for config in CONFIGS} | {("automatic", "exact")}
-SCALE = float(os.environ.get("FAULTS_SCALE", "1"))
-STRIKES = int(6 * SCALE)
+STRIKES = scaled(6)
 """Requests with one failing call, per kind of failure."""
 
 

@@ -29,6 +29,7 @@ from hf_contiguouskv import ContiguousKVCache
 from hf_contiguouskv.store import PrefixStore
 
 from .conftest import Children, Figures, Link, Prefix, check_store, draw_prefix, leftovers
+from .scale import SEED, scaled
 
 Step = tuple[str, int]
 """A name and which of the steps of that name."""
@@ -36,11 +37,9 @@ Work = Callable[[Link, Callable[[], None]], object]
 """What a child does; it calls the second argument where its steps begin to count."""
 
 # Kills of each kind: in all, more than 200 in the middle of a write.
-TIMED_STORES, TIMED_KILLS = 4, 26
-STEPPED_KILLS, KILLS_PER_STORE = 105, 21
-KILLS_PER_TASK, KILLS_OF_REQUESTS = 10, 6
-SEED = int(os.environ.get("FAULTS_SEED", "0"))
-"""Another value draws other prefixes, moments and steps."""
+TIMED_STORES, TIMED_KILLS = 4, scaled(26)
+STEPPED_KILLS, KILLS_PER_STORE = 21 * scaled(5), 21
+KILLS_PER_TASK, KILLS_OF_REQUESTS = scaled(10), scaled(6)
 
 # ---- steps of a process, at one of which it kills itself ----
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sqlite3
 from collections.abc import Callable
@@ -29,9 +28,9 @@ from .conftest import (
     leftovers,
     segment_keys,
 )
+from .scale import SEED, scaled
 
-SEED = int(os.environ.get("FAULTS_SEED", "0"))
-WRITES = int(60 * float(os.environ.get("FAULTS_SCALE", "1")))
+WRITES = scaled(60)
 """Prefixes that each writer stores."""
 
 

@@ -22,6 +22,7 @@ from hf_contiguouskv.errors import PrefixInUseError, StoreFullError
 from hf_contiguouskv.store import PrefixStore, StoredPrefix, eviction, finding, prefix_store, publishing
 
 from .damage import segment_files, segment_path
+from .scale import REPRODUCIBLE, scaled
 
 C = 4
 GEOMETRY = geometry(num_layers=2, chunk_size=C, leader_layers=(), indexed_layers=())
@@ -450,10 +451,10 @@ class BoundedMachine(Machine):
 def bounded(examples: int) -> settings:
     """The same examples in every run. A failure is shown as it was found: shrinking takes minutes (`Phase.shrink`)."""
     return settings(
-        max_examples=examples,
+        max_examples=scaled(examples),
         stateful_step_count=25,
         deadline=None,
-        derandomize=True,
+        derandomize=REPRODUCIBLE,
         phases=(Phase.explicit, Phase.generate),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )

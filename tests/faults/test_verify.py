@@ -21,6 +21,7 @@ from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.hashing import TokenIds
 
 from .damage import flip, kind_of, regions, segment_files, segment_path
+from .scale import REPRODUCIBLE, scaled
 
 GEOMETRIES = {"one layer per group": {}, "two layers per group": {"layers_per_group": 2}}
 
@@ -328,7 +329,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=scaled(60),
+    deadline=None,
+    derandomize=REPRODUCIBLE,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(faults=st.dictionaries(st.integers(0, 3), st.sampled_from(FAULTS), max_size=4), seed=st.integers(0, 2**32))
 def test_the_report_holds_every_damaged_segment_and_no_sound_one(template, tmp_path, faults, seed) -> None:
     folder = tmp_path / "store"
