@@ -80,6 +80,7 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
                 "first_look_up_ms": partial(_look_up, store, ids, expected),
                 "hashing_ms": partial(chain_hashes, root, ids, CHUNK),
                 "index_query_ms": partial(store._index.read, query),
+                "look_up_of_a_new_prompt_ms": partial(_look_up, store, ids, expected, new=True),
                 "look_up_ms": partial(_look_up, store, ids, expected),
             }
             first = spread_ms(timed(1, actions.pop("first_look_up_ms")))["median"]
@@ -88,20 +89,22 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
                 seconds[part] += timed(1, actions[part])
             parts = {part: spread_ms(values) for part, values in seconds.items()}
             # What is not hashing: the query, and proving on the headers of the segments that it is right.
-            match = [
-                look_up - hashing for look_up, hashing in zip(seconds["look_up_ms"], seconds["hashing_ms"], strict=True)
-            ]
+            pairs = zip(seconds["look_up_of_a_new_prompt_ms"], seconds["hashing_ms"], strict=True)
+            match = [look_up - hashing for look_up, hashing in pairs]
             found[name] = parts | {"match_ms": spread_ms(match), "first_look_up_ms": first}
-            found[name]["met"] = found[name]["match_ms"]["median"] < 1.0
+            found[name]["met"] = found[name]["match_ms"]["median"] < 1.0 and found[name]["look_up_ms"]["median"] < 1.0
     return {
         "prompt_tokens": sizes.tokens + 32,
         "prompts": found,
-        "goal": "match < 1 ms",
+        "goal": "match, and look-up of a recent prompt, < 1 ms",
         "met": all(parts["met"] for parts in found.values()),
     }
 
 
-def _look_up(store: PrefixStore, ids: TokenIds, expected: int) -> None:
+def _look_up(store: PrefixStore, ids: TokenIds, expected: int, new: bool = False) -> None:
+    """Look `ids` up; `new`: as a prompt that does not begin like a recent one, whose hashes would be remembered."""
+    if new:
+        store._finder.forget_prompts()
     stored = store.lookup(MODEL, ids, CHUNK)
     tokens = stored.tokens if stored else 0
     if tokens != expected:
@@ -310,11 +313,11 @@ def report(results: dict[str, Any], console: Console) -> None:
         verdict = f"{part['goal']}: {'yes' if part['met'] else 'NO'}" if part else ""
         table.add_row(what, f"{spread['median']:.3f} ms", f"{spread['low']:.3f} - {spread['high']:.3f}", verdict)
 
-    look_up = results["look_up"]
-    for prompt, parts in look_up["prompts"].items():
-        for part in ("hashing_ms", "index_query_ms", "look_up_ms"):
+    for prompt, parts in results["look_up"]["prompts"].items():
+        for part in ("hashing_ms", "index_query_ms", "look_up_of_a_new_prompt_ms"):
             add(f"{part.removesuffix('_ms').replace('_', ' ')}: {prompt}", parts[part])
-        add(f"match (look-up without hashing): {prompt}", parts["match_ms"], look_up | {"met": parts["met"]})
+        for part, label in (("match_ms", "the same without hashing"), ("look_up_ms", "look up of a recent prompt")):
+            add(f"{label}: {prompt}", parts[part], {"goal": "< 1 ms", "met": parts[part]["median"] < 1.0})
     add("opening, new process", results["opening"]["new_process_ms"], results["opening"])
     add("opening, same process", results["opening"]["this_process_ms"])
     for kind in ("all chunks", "10% of the chunks"):

@@ -114,6 +114,10 @@ class Finder:
         self._on_quarantine = on_quarantine
         self._chains = ChainMemory()
 
+    def forget_prompts(self) -> None:
+        """Hash the next prompt from its beginning, like the first one."""
+        self._chains = ChainMemory()
+
     def root(self, fingerprint: str, chunk_size: int) -> bytes:
         """The hash before the first chunk."""
         return root_hash(fingerprint, chunk_size, self._salt)

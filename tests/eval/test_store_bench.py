@@ -45,8 +45,9 @@ def test_look_ups_are_timed_and_their_answers_checked(tmp_path: Path, monkeypatc
     assert len(found["prompts"]) == 4
     for parts in found["prompts"].values():
         assert parts["look_up_ms"]["count"] == 40
-        assert parts["look_up_ms"]["median"] > parts["index_query_ms"]["median"] > 0
-    assert found["met"] == all(parts["match_ms"]["median"] < 1 for parts in found["prompts"].values())
+        assert parts["look_up_of_a_new_prompt_ms"]["median"] > parts["index_query_ms"]["median"] > 0
+    figures = [parts[name]["median"] for parts in found["prompts"].values() for name in ("match_ms", "look_up_ms")]
+    assert found["met"] == (max(figures) < 1)
     monkeypatch.setattr(PrefixStore, "lookup", lambda *_: None)
     with pytest.raises(AssertionError, match="0 tokens are found, 256 are stored"):
         lookups(tmp_path / "store", SMALL)
@@ -96,7 +97,7 @@ def test_the_command_line_measures_and_writes(tmp_path: Path) -> None:
     assert all(0 <= spread["low"] <= spread["median"] <= spread["high"] for spread in spreads(numbers["look_up"]))
     assert numbers["opening"]["met"] == (numbers["opening"]["new_process_ms"]["median"] < 100)
     assert numbers["fingerprint"]["parameter_bytes"] > 10_000
-    for text in ("share of checksums", "fingerprint, first", "disk_bytes against du", "match < 1 ms"):
+    for text in ("share of checksums", "fingerprint, first", "disk_bytes against du", "< 1 ms"):
         assert text in result.output
 
 
