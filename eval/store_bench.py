@@ -31,7 +31,7 @@ from rich.table import Table
 from hf_contiguouskv import PrefixStore
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.store import KVGeometry, fingerprint
-from hf_contiguouskv.store.hashing import TokenIds, chain_hashes
+from hf_contiguouskv.store.hashing import ChainMemory, TokenIds, chain_hashes
 from hf_contiguouskv.store.pread import aligned_buffer, as_memoryview
 from hf_contiguouskv.store.search import longest_match
 
@@ -104,7 +104,7 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
 def _look_up(store: PrefixStore, ids: TokenIds, expected: int, new: bool = False) -> None:
     """Look `ids` up; `new`: as a prompt that does not begin like a recent one, whose hashes would be remembered."""
     if new:
-        store._finder.forget_prompts()
+        store._finder._chains = ChainMemory()
     stored = store.lookup(MODEL, ids, CHUNK)
     tokens = stored.tokens if stored else 0
     if tokens != expected:

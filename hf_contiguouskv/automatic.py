@@ -123,7 +123,8 @@ class AutomaticPrefix:
         geometry = geometry_of(self._support, self._config.chunk_size)
         store, fingerprint = self._store, cache._fingerprint
         seconds = time.perf_counter() - self._began
-        store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry, seconds))
+        prompts = [ids for ids, _ in rows]
+        store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry, seconds), prompts)
 
 
 def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerStates:

@@ -3,6 +3,14 @@
 Each message names the file or field, what was found, what was expected, and what to do about it.
 """
 
+import errno
+
+_LASTING = tuple(
+    getattr(errno, name)
+    for name in ("EIO", "EILSEQ", "EBADMSG", "EUCLEAN", "EINVAL", "EISDIR", "ELOOP", "ENODATA")
+    if hasattr(errno, name)
+)
+
 
 class ContiguousKVError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -57,7 +65,16 @@ class SegmentCorruptError(_SegmentError):
 
 
 class SegmentReadError(_SegmentError):
-    """The storage failed to deliver the bytes of a segment."""
+    """The storage failed to deliver the bytes of a segment.
+
+    Attributes:
+        damage: whether it will fail again (a bad block, no ordinary file); otherwise the segment may be sound, and only
+            this process could not read it now (out of descriptors or memory, no permission).
+    """
+
+    def __init__(self, message: str, segment: object = None, code: int | None = None) -> None:
+        super().__init__(message, segment)
+        self.damage = code in _LASTING
 
 
 class StoreFullError(StoreError, OSError):

@@ -145,10 +145,15 @@ class KeySource:
     def _index_parts(self, layer: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         g = self._prefix.geometry
         tensors_of = self._resident.pop(layer, {})
-        for pending in self._pending.pop(layer, ()):
-            # What has just arrived stays in memory, if there is room; its slab goes with it.
+        waiting = self._pending.get(layer, [])
+        while waiting:  # One by one: what is left here when one fails is given back by `close`.
+            pending = waiting[0]
             tensors_of[pending.name] = self._finish(pending)
-            self._store.host.put(pending.name, pending.data)
+            if self._config.verify:
+                # What has just arrived stays in memory, if there is room; its slab goes with it.
+                self._store.host.put(pending.name, pending.data)
+            del waiting[0]
+        self._pending.pop(layer, None)
         parts = []
         for span in self._prefix.spans:
             packed, scales = (tensors_of[name] for name in _index_names(span, layer))
@@ -163,12 +168,16 @@ class KeySource:
         """Exact keys, float32 `(kv_heads, tokens, head_dim)`."""
         g = self._prefix.geometry
         keys = torch.empty(g.kv_heads, self._prefix.chunks, g.chunk_size, g.head_dim, device=device)
-        for span, pending in zip(self._prefix.spans, self._pending.pop(layer), strict=True):
+        waiting = self._pending[layer]
+        for span in self._prefix.spans:
+            pending = waiting[0]
             chunks = self._finish(pending).view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
             part = upload(chunks[span.offset : span.offset + span.chunks], device, pending.slab)
             # One pass for both: from the order on disk to that of the product, and to float32.
             keys[:, span.first_chunk : span.first_chunk + span.chunks].copy_(part.transpose(0, 1))
             self._pool.release(pending.slab)
+            del waiting[0]
+        del self._pending[layer]
         return keys.flatten(1, 2)[:, : self._prefix.tokens]
 
     def _keys_of_payload(self, layer: int, device: torch.device) -> torch.Tensor:
@@ -181,6 +190,6 @@ class KeySource:
 
 def _index_names(span: SegmentSpan, layer: int) -> tuple[str, str]:
     """Names of a segment's index and scale in the store's host memory."""
-    # Segments that end with the same chunk have the same key, wherever they begin.
-    name = f"{span.segment.key}.{span.segment.first_chunk}"
+    # Segments that end with the same chunk have the same key, wherever they begin; and one may have been replaced.
+    name = f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}"
     return f"{name}/key_index.{layer}", f"{name}/key_scale.{layer}"

@@ -166,7 +166,9 @@ class Prefill:
             try:
                 return self._complete(ids, numbers, known, in_memory)
             except (SegmentCorruptError, SegmentReadError) as error:
-                # What was known proved unreadable: less is known.
+                if isinstance(error, SegmentReadError) and not error.damage:
+                    break  # Nothing is wrong with it, but it cannot be read now.
+                # What was known proved wrong: less is known.
                 if isinstance(error.segment, Segment):
                     self._store.discard(error.segment, str(error))
                 known = self._look_up(numbers)

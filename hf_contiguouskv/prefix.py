@@ -137,7 +137,7 @@ class AttachedPrefix:
         for run in runs:
             segment, first, count, position = run.segment, run.first, run.count, run.position
             offset, _ = segment.payload_extent(layer, first)
-            if self.geometry.layers_per_group == 1 or count == 1:
+            if segment.geometry.layers_per_group == 1 or count == 1:
                 part = into[position * size : (position + count) * size]
                 checks = ExtentChecks(segment, layer, first, count, size) if verify else ()
                 reads.append(Read(segment, offset, count * size, part, checks))

@@ -51,14 +51,15 @@ class Recovery:
         if attempt == 1:
             store.counters.add("recovered")
             store.counters.add("misses.corrupt")
-        if isinstance(error.segment, Segment):
+        lasting = isinstance(error, SegmentCorruptError) or error.damage
+        if lasting and isinstance(error.segment, Segment):
             store.discard(error.segment, str(error))
         model = cache._living_model()
         if model.training or model_fingerprint(model) != cache._fingerprint:
             raise error  # What this model computes now is not what was stored.
         ids = cache.prefix_ids
         # Each segment may show its own damage, one after the other.
-        in_memory = attempt > min(1 + len(prefix.spans), _MAX_ATTEMPTS_WITH_STORE)
+        in_memory = not lasting or attempt > min(1 + len(prefix.spans), _MAX_ATTEMPTS_WITH_STORE)
         known = None
         if not in_memory:
             c = cache.config.chunk_size

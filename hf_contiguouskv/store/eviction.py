@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Collection
 
 from ..errors import StoreFullError
 from .format import SegmentHeader
@@ -58,13 +59,16 @@ class _Tree:
         return self.rows.pop(number)
 
 
-def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, max_disk_bytes: int) -> list[SegmentRow]:
+def choose_victims(
+    db: sqlite3.Connection, header: SegmentHeader, nbytes: int, max_disk_bytes: int, pinned: Collection[str] = ()
+) -> list[SegmentRow]:
     """Which segments to delete so that a new one fits: leaves, the one that is worth least first.
 
     Args:
         header: of the new segment; what it continues stays.
         nbytes: what it takes up.
         max_disk_bytes: the bound.
+        pinned: keys of segments that stay, besides those of which the index knows it.
 
     Raises:
         StoreFullError: pinned segments and the ones that the new one continues leave too little room.
@@ -74,7 +78,7 @@ def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, m
         return []
     tree = _Tree(db)
     excess = sum(row.nbytes for row in tree.rows.values()) + nbytes - max_disk_bytes
-    kept = {number for number, row in tree.rows.items() if row.pinned}
+    kept = {number for number, row in tree.rows.items() if row.pinned or row.key in pinned}
     if header.parent:
         # The new segment is not indexed yet, so its ancestors may look unused.
         chain = chain_to(db, header.parent_hash, header.first_chunk)
@@ -92,7 +96,7 @@ def choose_victims(db: sqlite3.Connection, header: SegmentHeader, nbytes: int, m
     return victims
 
 
-def expired_segments(db: sqlite3.Connection, unused_since: float) -> list[SegmentRow]:
+def expired_segments(db: sqlite3.Connection, unused_since: float, pinned: Collection[str] = ()) -> list[SegmentRow]:
     """Leaves that nobody used after `unused_since` (seconds since the epoch), children before parents; no pinned ones.
 
     A look-up uses every segment of the prefix that it finds, so a parent never expires before what continues it.
@@ -103,7 +107,7 @@ def expired_segments(db: sqlite3.Connection, unused_since: float) -> list[Segmen
         more = [
             number
             for number, row in tree.rows.items()
-            if not row.pinned and row.last_used < unused_since and tree.is_leaf(number)
+            if not (row.pinned or row.key in pinned) and row.last_used < unused_since and tree.is_leaf(number)
         ]
         if not more:
             return found

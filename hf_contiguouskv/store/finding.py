@@ -30,6 +30,9 @@ from .segment import Segment
 
 logger = logging.getLogger("hf_contiguouskv")
 
+# An index that contradicts the segments is rebuilt in the middle of a look-up, but not at every look-up.
+_REBUILD_AGAIN_S = 600.0
+
 
 @dataclass(frozen=True)
 class Found:
@@ -58,6 +61,12 @@ class _Prompt:
     def fits(self, segment: Segment) -> bool:
         """Whether its KV has the shape and dtype that the model's has (whoever wrote the segment may lie)."""
         return self.geometry is None or self.geometry.same_kv(segment.geometry)
+
+    def is_contradicted_by(self, segment: Segment) -> bool:
+        """Whether a header contradicts itself: the root hash covers fingerprint and chunk size."""
+        header = segment.header
+        same = header.fingerprint == self.fingerprint and header.geometry.chunk_size == self.chunk_size
+        return header.root == self.root.hex() and not same
 
     def hash_before(self, chunk: int) -> bytes:
         return self.hashes[chunk - 1] if chunk else self.root
@@ -113,10 +122,7 @@ class Finder:
         self._last_use = last_use
         self._on_quarantine = on_quarantine
         self._chains = ChainMemory()
-
-    def forget_prompts(self) -> None:
-        """Hash the next prompt from its beginning, like the first one."""
-        self._chains = ChainMemory()
+        self._rebuilt_s = -_REBUILD_AGAIN_S
 
     def root(self, fingerprint: str, chunk_size: int) -> bytes:
         """The hash before the first chunk."""
@@ -179,13 +185,17 @@ class Finder:
             if segment is None:
                 return tuple(spans), problem
             try:
+                if prompt.is_contradicted_by(segment):
+                    self.discard(segment, "its chain hashes are not those of the model that it names")
+                    return tuple(spans), "corrupt"
                 if not prompt.holds(segment, position, chunks, tokens):
                     return tuple(spans), "doubtful"
                 if not prompt.fits(segment):
                     self.discard(segment, "its KV does not have the shape and dtype of this model's")
                     return tuple(spans), "corrupt"
             except (SegmentCorruptError, SegmentReadError) as error:
-                self.discard(segment, str(error))
+                if isinstance(error, SegmentCorruptError) or error.damage:
+                    self.discard(segment, str(error))
                 return tuple(spans), "corrupt"
             spans.append(SegmentSpan(segment, position, chunks, position - segment.first_chunk))
             position += chunks
@@ -204,7 +214,15 @@ class Finder:
         except StoreFormatError as error:
             logger.warning("skipped: %s", error)
             return None, "corrupt"
-        except (SegmentMissingError, SegmentCorruptError, SegmentReadError) as error:
+        except SegmentReadError as error:
+            if not error.damage:
+                # It may be sound, and others may read it: it stays, and this request does without it.
+                logger.warning("a stored segment cannot be read now: %s", error)
+                return None, "corrupt"
+            logger.warning("a stored segment is lost and will be computed again: %s", error)
+            self._take_out(row.key, self._identity(row.key))
+            return None, "corrupt"
+        except (SegmentMissingError, SegmentCorruptError) as error:
             logger.warning("a stored segment is lost and will be computed again: %s", error)
             self._take_out(row.key, None if isinstance(error, SegmentMissingError) else self._identity(row.key))
             return None, "corrupt"
@@ -241,7 +259,8 @@ class Finder:
     def _doubt(self, chain: Chain, times: int) -> None:
         """Index and segments contradict each other: look again, for a segment may just have been replaced; rebuild."""
         self._opened.forget([row.key for row, _ in chain])
-        if times == 2:
+        if times == 2 and time.monotonic() - self._rebuilt_s > _REBUILD_AGAIN_S:
+            self._rebuilt_s = time.monotonic()
             logger.warning("%s contradicts the segments: it is rebuilt from them", self._index.path)
             try:
                 self._index.rebuild()

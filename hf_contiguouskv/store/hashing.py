@@ -85,7 +85,7 @@ class ChainMemory:
         best: list[bytes] = []
         for known_root, known_size, known_ids, known_hashes in self._recent:
             if (known_root, known_size) == (root, chunk_size):
-                shared = _common(known_ids, ids) // chunk_size
+                shared = shared_beginning(known_ids, ids) // chunk_size
                 if shared > len(best):
                     best = known_hashes[:shared]
         begin = len(best) * chunk_size
@@ -95,7 +95,7 @@ class ChainMemory:
         return found
 
 
-def _common(left: TokenIds, right: TokenIds) -> int:
+def shared_beginning(left: TokenIds, right: TokenIds) -> int:
     """How many leading ids agree."""
     length = min(len(left), len(right))
     different = left[:length] != right[:length]

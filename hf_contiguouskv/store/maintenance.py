@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import StoreError
+from ..errors import SegmentMissingError, StoreError
 from .backend import SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
-from .local_disk import remove_anything, remove_unlocked
-from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids, set_use
+from .local_disk import remove_unlocked
+from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids, segment_by_key, set_use
 from .segment import Segment
 from .verification import row_problems
 
@@ -79,7 +80,7 @@ def collect_garbage(
     folder: Path,
     index: StoreIndex,
     backend: SegmentBackend,
-    pinned: set[str],
+    pinned: Callable[[], set[str]],
     *,
     expired: list[SegmentRow],
     dry_run: bool,
@@ -97,9 +98,14 @@ def collect_garbage(
     for info in quarantine:
         freed += info.stored_bytes if dry_run else backend.drop_quarantined(info.key)
 
+    # Reading every header takes long: that is done before anybody is kept from writing.
+    suspects, damaged = index.read(lambda db: _suspects(db, backend, pinned()))
+
     def change(db: sqlite3.Connection) -> tuple[list[str], ...]:
-        indexed, forgotten, unreadable = reconcile(db, backend, pinned)
-        repaired = _repair_rows(db, backend, pinned, unreadable)
+        pins = pinned()
+        indexed, forgotten, unreadable = reconcile(db, backend, pins)
+        repaired = _repair_rows(db, backend, pins, suspects)
+        unreadable += damaged
         linked = {child for child, _ in parent_ids(db)}
         unreachable = [row.key for row in all_segments(db) if row.first_chunk and row.id not in linked]
         if dry_run:
@@ -110,9 +116,6 @@ def collect_garbage(
         indexed, forgotten, repaired, unreadable, unreachable = index.write(change)
     except _DryRunEnd as outcome:
         indexed, forgotten, repaired, unreadable, unreachable = outcome.args
-    if not dry_run:
-        for key in pinned - backend.list_keys():
-            remove_anything(folder / "pins" / key)
     return GcReport(
         removed=tuple(removed),
         quarantine=tuple(info.key for info in quarantine),
@@ -127,25 +130,39 @@ def collect_garbage(
     )
 
 
-def _repair_rows(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str], unreadable: list[str]) -> list[str]:
-    """Write anew what the index says wrongly of a segment; the keys of these."""
-    repaired = []
+def _suspects(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str]) -> tuple[list[str], list[str]]:
+    """Keys of segments of which the index says something wrong, and what could not be read."""
+    wrong, damaged = [], []
     for row in all_segments(db):
         try:
-            segment = Segment(backend.open(row.key))
+            if _is_wrong(db, backend, row, pinned):
+                wrong.append(row.key)
+        except SegmentMissingError:
+            continue  # It is forgotten, or was deleted just now.
         except (StoreError, OSError) as error:
-            unreadable.append(str(error))
-            continue
-        try:
-            if segment.key == row.key and row_problems(db, segment, row, row.key in pinned):
-                drop_segment(db, row.key)
-                _index_segment(db, backend, row.key, pinned)
-                set_use(db, row.key, row.created, row.last_used, row.uses)
-                repaired.append(row.key)
-        except StoreError as error:
-            unreadable.append(str(error))
-        finally:
-            segment.close()
+            damaged.append(str(error))
+    return wrong, damaged
+
+
+def _is_wrong(db: sqlite3.Connection, backend: SegmentBackend, row: SegmentRow, pinned: set[str]) -> bool:
+    segment = Segment(backend.open(row.key))
+    try:
+        return segment.key == row.key and bool(row_problems(db, segment, row, row.key in pinned))
+    finally:
+        segment.close()
+
+
+def _repair_rows(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str], suspects: list[str]) -> list[str]:
+    """Write anew what the index says wrongly of these segments, if it still does; the keys of those."""
+    repaired = []
+    for key in suspects:
+        row = segment_by_key(db, key)
+        with contextlib.suppress(StoreError, OSError):
+            if row is not None and _is_wrong(db, backend, row, pinned):
+                drop_segment(db, key)
+                _index_segment(db, backend, key, pinned)
+                set_use(db, key, row.created, row.last_used, row.uses)
+                repaired.append(key)
     return repaired
 
 

@@ -48,7 +48,8 @@ class OpenSegments:
                     return segment
             segment = Segment(self._backend.open(row.key))
         except OSError as error:
-            raise SegmentReadError(f"segment {row.key} of {self._backend.name}: {error.strerror or error}") from error
+            text = f"segment {row.key} of {self._backend.name}: {error.strerror or error}"
+            raise SegmentReadError(text, None, error.errno) from error
         if segment.key != row.key:
             raise SegmentCorruptError(f"{segment.name}: holds segment {segment.key}, expected {row.key}", segment)
         with self._lock:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, InputError, StoreError
@@ -22,7 +22,7 @@ from .finding import Finder, Found
 from .fingerprint import model_fingerprint
 from .folder import Pins, open_folder
 from .format import KVGeometry
-from .hashing import TokenIds, as_token_ids, chain_hashes
+from .hashing import TokenIds, as_token_ids, chain_hashes, shared_beginning
 from .index import StoreIndex
 from .local_disk import LocalDisk
 from .opened import OpenSegments
@@ -39,6 +39,9 @@ __all__ = ["PrefixStore", "SegmentSpan", "StoredPrefix"]
 logger = logging.getLogger("hf_contiguouskv")
 
 _MARKS_BEFORE_FLUSH = 256
+_FLUSH_AFTER_S = 5.0
+# A look-up waits at most so long for a prompt that is being written and that it could use.
+_WAIT_FOR_WRITE_S = 30.0
 
 _shared: weakref.WeakValueDictionary[str, PrefixStore] = weakref.WeakValueDictionary()
 _shared_lock = threading.RLock()
@@ -111,6 +114,9 @@ class PrefixStore(Upkeep):
         self._reader: ExtentReader | None = None
         self._reader_threads = reader_threads
         self._uses: dict[str, tuple[int, float]] = {}
+        self._uses_flushed = time.time()
+        # Other processes evict and expire by what the index says.
+        self._flush_after_s = min(_FLUSH_AFTER_S, _FLUSH_AFTER_S if ttl_s is None else ttl_s / 4)
         self._pins = Pins(self.path)
         self.counters = StoreCounters()
         salt = salt.encode() if isinstance(salt, str) else bytes(salt)
@@ -134,6 +140,8 @@ class PrefixStore(Upkeep):
         self._closed = False
         self._clean_up()
         _open_stores.add(self)
+        if salt:
+            return  # A path alone says nothing of a tenant, so it must not lead to one's store.
         with _shared_lock:
             earlier = _shared.get(os.path.realpath(self.path))
             if earlier is None or earlier._closed:
@@ -168,7 +176,7 @@ class PrefixStore(Upkeep):
         """
         ids = as_token_ids(input_ids.cpu() if hasattr(input_ids, "cpu") else input_ids)
         fingerprint = model_fingerprint(model)
-        self.flush()
+        self._wait_for_prompts(ids, 0)
         sizes = self._read(
             lambda db: db.execute(
                 "SELECT DISTINCT chunk_size FROM segments WHERE fingerprint = ?", (fingerprint,)
@@ -195,7 +203,7 @@ class PrefixStore(Upkeep):
             chunk_size: of the cache that asks; prefixes stored with another one do not match.
             geometry: of the model's KV; a segment that says that it is this model's but has another is refused.
             count: whether this is a request's own look-up: it counts in `stats`, and as a use of what it finds.
-            wait: if not all of it is found, wait for prompts that are still being written in the background.
+            wait: wait for a prompt that is being written in the background and shares more than what is found.
 
         Returns:
             where it lies, or `None` when not even one token is stored. An index that cannot be read finds nothing.
@@ -204,11 +212,9 @@ class PrefixStore(Upkeep):
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         ids = as_token_ids(ids)
         self._require_open()
-        writing = wait and self._background.busy
         try:
             found = self._finder.find(fingerprint, ids, chunk_size, geometry)
-            if writing and (found.stored is None or found.stored.tokens < len(ids)):
-                self.flush()
+            if wait and self._wait_for_prompts(ids, found.stored.tokens if found.stored else 0):
                 found = self._finder.find(fingerprint, ids, chunk_size, geometry)
             reason = None if found.stored else self._finder.why_missing(found, fingerprint, ids, chunk_size)
         except StoreError as error:
@@ -302,13 +308,21 @@ class PrefixStore(Upkeep):
                 self._reader = ExtentReader(self._reader_threads)
             return self._reader
 
-    def submit_background(self, function: Callable[[], object]) -> None:
-        """Run `function` on the background thread, after everything submitted before.
+    def _wait_for_prompts(self, ids: TokenIds, found: int) -> bool:
+        """Wait for prompts that are being written and share more than `found` tokens with `ids`; whether there were."""
+
+        def helps(prompts: Sequence[TokenIds]) -> bool:
+            return any(shared_beginning(prompt, ids) > found for prompt in prompts)
+
+        return self._background.wait_for(helps, _WAIT_FOR_WRITE_S)
+
+    def submit_background(self, function: Callable[[], object], prompts: Sequence[TokenIds] = ()) -> None:
+        """Run `function`, which stores `prompts` (if any), on the background thread, after everything submitted before.
 
         An exception is logged as a warning and counted in `background_failures`. The interpreter waits for what was
         submitted before it exits.
         """
-        self._background.submit(function)
+        self._background.submit(function, prompts)
 
     def flush(self) -> bool:
         """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
@@ -325,7 +339,7 @@ class PrefixStore(Upkeep):
             for span in stored.spans:
                 count, _ = self._uses.get(span.segment.key, (0, 0.0))
                 self._uses[span.segment.key] = (count + 1, now)
-            due = len(self._uses) >= _MARKS_BEFORE_FLUSH
+            due = len(self._uses) >= _MARKS_BEFORE_FLUSH or now - self._uses_flushed > self._flush_after_s
         if due:
             self._background.submit(self._flush_uses)  # A look-up waits for no writer.
 
@@ -336,6 +350,7 @@ class PrefixStore(Upkeep):
     def _flush_uses(self) -> None:
         with self._lock:
             uses, self._uses = self._uses, {}
+            self._uses_flushed = time.time()
         try:
             if uses:
                 self._write(lambda db: mark_used(db, [(count, when, key) for key, (count, when) in uses.items()]))

@@ -20,7 +20,8 @@ from .hashing import TokenIds, chain_hashes, segment_hashes
 from .index import StoreIndex
 from .memory_backend import MemoryBackend
 from .opened import OpenSegments
-from .rows import SegmentRow, drop_segment, find_chunk, insert_segment, segment_by_key, stored_chunk_rows
+from .rows import SegmentRow, drop_segment, find_chunk, insert_segment, mark_used, segment_by_key, stored_chunk_rows
+from .search import chain_to
 from .segment import Segment
 from .writer import SegmentWriter
 
@@ -168,6 +169,8 @@ class Publisher:
                 there = self._opened_now(header.key)
                 # Segments with the same end may begin at different chunks: one that continues nothing is of no use.
                 if there is None or _is_held(db, there.header) or there.first_chunk <= header.first_chunk:
+                    # Whoever computed it again uses it: without this, what has expired would never be found again.
+                    mark_used(db, [(1, time.time(), key) for key in _chain_keys(db, header)])
                     return False, there
                 existing = segment_by_key(db, header.key)
             if not _is_held(db, header):
@@ -193,8 +196,8 @@ class Publisher:
         except BaseException:
             if in_place:
                 # It could not be indexed: nobody would find it, and it would take up room.
-                with contextlib.suppress(OSError):
-                    self._backend.delete(header.key)
+                with contextlib.suppress(OSError, StoreError):
+                    self._index.write(lambda db: self._delete_unindexed(db, header.key))
             raise
         self._remove(doomed)
         if published:
@@ -202,6 +205,11 @@ class Publisher:
             self._counters.add("bytes_written", header.nbytes)
             self._counters.add("evicted", evicted)
         return published, segment
+
+    def _delete_unindexed(self, db: sqlite3.Connection, key: str) -> None:
+        # Inside a transaction: another process may have found it in place, and indexed it.
+        if segment_by_key(db, key) is None:
+            self._backend.delete(key)
 
     def _opened_now(self, key: str) -> Segment | None:
         """The segment `key`, opened before anybody can delete it."""
@@ -214,10 +222,9 @@ class Publisher:
 
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
-                # Somebody may have stored it anew meanwhile.
+                # Somebody may have stored it anew, or indexed it again, meanwhile.
                 if self._backend.identity(key) == identity:
-                    drop_segment(db, key)
-                    self._backend.delete(key)
+                    self._delete_unindexed(db, key)
 
         self._opened.forget(doomed)
         try:
@@ -268,7 +275,7 @@ class Publisher:
             # Damaged segments are kept to be looked at only as long as nobody needs the room.
             for info in aside:
                 self._backend.drop_quarantined(info.key)
-        return choose_victims(db, header, nbytes, self._max_disk_bytes)
+        return choose_victims(db, header, nbytes, self._max_disk_bytes, self._pins.keys())
 
     def expire(self, dry_run: bool) -> list[SegmentRow]:
         """Delete what nobody used for `ttl_s`; what was (or would be) deleted."""
@@ -277,10 +284,10 @@ class Publisher:
         unused_since = time.time() - self._ttl_s
         self._before_eviction()
         if dry_run:
-            return self._index.read(lambda db: expired_segments(db, unused_since))
+            return self._index.read(lambda db: expired_segments(db, unused_since, self._pins.keys()))
 
         def change(db: sqlite3.Connection) -> list[SegmentRow]:
-            rows = expired_segments(db, unused_since)
+            rows = expired_segments(db, unused_since, self._pins.keys())
             for row in rows:
                 drop_segment(db, row.key)
                 self._backend.delete(row.key)
@@ -290,6 +297,12 @@ class Publisher:
         self._opened.forget([row.key for row in rows])
         self._counters.add("expired", len(rows))
         return rows
+
+
+def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:
+    """Keys of the segments of the prefix that ends with this one, as far as they are stored."""
+    chain = chain_to(db, bytes.fromhex(header.key), header.first_chunk + header.num_chunks)
+    return {header.key} if isinstance(chain, int) else {row.key for row, _ in chain}
 
 
 def _is_held(db: sqlite3.Connection, header: SegmentHeader) -> bool:

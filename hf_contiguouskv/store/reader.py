@@ -387,4 +387,4 @@ def _explain(error: BaseException, part: Read | _Part | _Batch) -> BaseException
         return error
     if error.errno == errno.EBADF:
         return StoreClosedError(f"{segment.name}: the segment was closed while it was being read")
-    return SegmentReadError(f"{segment.name}: read failed: {error.strerror or error}", segment)
+    return SegmentReadError(f"{segment.name}: read failed: {error.strerror or error}", segment, error.errno)

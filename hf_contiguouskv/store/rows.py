@@ -228,6 +228,12 @@ def segment_by_key(db: sqlite3.Connection, key: str) -> SegmentRow | None:
     return SegmentRow.checked(row) if row else None
 
 
+def is_reachable(db: sqlite3.Connection, key: str) -> bool:
+    """Whether the segment `key` is stored, and what it continues as well."""
+    row = segment_by_key(db, key)
+    return row is not None and (row.first_chunk == 0 or find_chunk(db, row.parent) is not None)
+
+
 def segments_that_begin_with(db: sqlite3.Connection, parent: bytes, beginnings: list[bytes]) -> list[SegmentRow]:
     """The segments whose first chunk follows the chunk `parent` and is one of `beginnings` (its token ids)."""
     marks = ", ".join("?" * len(beginnings))

@@ -51,7 +51,7 @@ class Segment:
             self.header, self._data_start = read_header(blob)
         except OSError as error:
             blob.close()
-            raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}") from error
+            raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}", None, error.errno) from error
         except BaseException:
             blob.close()
             raise
@@ -189,7 +189,7 @@ class Segment:
         except EOFError as error:
             raise self.cut_short(offset, error) from None
         except OSError as error:
-            raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}", self) from error
+            raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}", self, error.errno) from error
         return octets
 
     def cut_short(self, offset: int, error: EOFError) -> SegmentCorruptError:

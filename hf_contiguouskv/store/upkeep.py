@@ -160,14 +160,19 @@ class Upkeep:
         self._require_open()
         if not dry_run and self._read(index_problems):
             self._index.rebuild()
-        report = maintenance.collect_garbage(
-            self.path,
-            self._index,
-            self.backend,
-            self._pins.keys(),
-            expired=self._publisher.expire(dry_run),
-            dry_run=dry_run,
-        )
+        # With connections of its own: look-ups of this process do not wait for long questions.
+        index = StoreIndex(self._index.path, self._refill)
+        try:
+            report = maintenance.collect_garbage(
+                self.path,
+                index,
+                self.backend,
+                self._pins.keys,
+                expired=self._publisher.expire(dry_run),
+                dry_run=dry_run,
+            )
+        finally:
+            index.close()
         self._opened.forget(report.forgotten)
         return report
 

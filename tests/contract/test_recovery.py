@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import SegmentCorruptError, StoreClosedError
+from hf_contiguouskv.prefill import SegmentFeed
 from hf_contiguouskv.store import KVGeometry
 from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.store.local_disk import FileBlob, FileBlobWriter
@@ -24,7 +26,7 @@ from hf_contiguouskv.store.segment import Segment
 
 from .models import token_ids
 from .references import assert_close, assert_same_generation, forward, generate, prefilled
-from .subject import ContiguousKVCache, PrefixStore, write_prefix
+from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 
 pytestmark = pytest.mark.needs_library
 
@@ -426,3 +428,40 @@ def test_a_segment_that_claims_to_be_this_models_but_has_another_shape_is_refuse
         assert store.stats.quarantined == 1
         store.flush()
         assert store.match(model, PREFIX) == 83
+
+
+def test_a_chain_of_different_layouts_is_read_as_each_segment_lies(tiny_model, store_path):
+    model = tiny_model("llama")
+    with PrefixStore(store_path) as sound, ContiguousKVCache(model, LONGER, store=sound, budget=1.0) as cache:
+        expected = forward(model, SUFFIX, cache)
+    made = prefilled(model, LONGER)
+    with PrefixStore(store_path.with_name("mixed")) as store:
+        geometry = KVGeometry(4, 2, 16, torch.float32, 16)
+        for first, end, group in ((0, 64, 1), (4, 143, 2)):
+            ids, grouped = LONGER[0, :end].numpy(), replace(geometry, layers_per_group=group)
+            with store.begin_segment(model_fingerprint(model), grouped, ids, first) as writer:
+                feed = SegmentFeed(writer, grouped, first, end)
+                for layer, states in enumerate(made.layers):
+                    feed.feed(layer, states.keys[0, :, :end], states.values[0, :, :end], 0)
+                writer.commit()
+        for verify in (True, False):
+            with ContiguousKVCache(model, LONGER, store=store, budget=1.0, verify=verify) as cache:
+                assert cache.stats.tokens_from_store == 143
+                assert_close(forward(model, SUFFIX, cache), expected)
+        assert store.stats.quarantined == 0
+
+
+def test_what_was_read_without_a_check_is_not_kept_for_those_who_check(tiny_model, store_path):
+    model = tiny_model("llama")
+    write_prefix(model, PREFIX, store_path)
+    with prefix_from_disk(model, PREFIX, store_path.with_name("sound"), budget=0.3) as cache:
+        expected = forward(model, SUFFIX, cache)
+    (file,) = files(store_path).values()
+    for at in range(0, 4096, 8):
+        damage(file, "key_index.0", at=at)
+    with PrefixStore(store_path) as store:
+        with ContiguousKVCache(model, PREFIX, store=store, budget=0.3, verify=False) as cache:
+            forward(model, SUFFIX, cache)
+        with ContiguousKVCache(model, PREFIX, store=store, budget=0.3) as cache:
+            assert_close(forward(model, SUFFIX, cache), expected)
+        assert store.stats.quarantined == 1

@@ -16,6 +16,7 @@ from ..hashing import TokenIds
 from ..local_disk import FileBlob
 from ..output import as_store_error
 from ..prefix_store import PrefixStore
+from ..rows import is_reachable
 from ..segment import Segment
 from ..verification import segment_problems
 from .lineage import Lineage
@@ -125,7 +126,8 @@ class _Import:
         known = {entry.key for entry in self.store.entries()}
         new: list[tuple[int, BundledSegment]] = []
         for entry in self.listed:
-            if entry.key in known and self.store.backend.identity(entry.key) is not None:
+            there = entry.key in known and self.store.backend.identity(entry.key) is not None
+            if there and self.store._read(lambda db, key=entry.key: is_reachable(db, key)):  # type: ignore[misc]
                 self._there.append(entry.key)
                 continue
             try:
