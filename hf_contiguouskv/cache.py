@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -380,9 +379,7 @@ class ContiguousKVCache(Cache):
     def __enter__(self) -> ContiguousKVCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContiguousKVCache:
