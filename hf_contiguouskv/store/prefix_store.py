@@ -340,6 +340,8 @@ class PrefixStore(Upkeep):
                 count, _ = self._uses.get(span.segment.key, (0, 0.0))
                 self._uses[span.segment.key] = (count + 1, now)
             due = len(self._uses) >= _MARKS_BEFORE_FLUSH or now - self._uses_flushed > self._flush_after_s
+            if due:
+                self._uses_flushed = now  # (Nearly: so that not every look-up until then asks for it.)
         if due:
             self._background.submit(self._flush_uses)  # A look-up waits for no writer.
 
