@@ -32,6 +32,9 @@ _BUSY_S = 60.0
 
 Result = TypeVar("Result")
 
+# The driver fails to decode even the messages of SQLite, where these quote a damaged name.
+_DATABASE_ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
+
 
 class StoreIndex:
     """The SQLite file of a store, shared by threads (two connections, each with its lock) and processes (WAL).
@@ -70,7 +73,7 @@ class StoreIndex:
             with contextlib.closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
                 _check_format(db, self.path)
                 return query(db)
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             raise error from error.__cause__
 
     def inspect(self) -> list[str]:
@@ -83,7 +86,7 @@ class StoreIndex:
             with contextlib.closing(sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)) as db:
                 _check_format(db, self.path)
                 return problems + index_problems(db)
-        except (sqlite3.DatabaseError, StoreFormatError) as error:
+        except (*_DATABASE_ERRORS, StoreFormatError) as error:
             return [*problems, str(error)]
 
     def write(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
@@ -110,7 +113,7 @@ class StoreIndex:
                     db = self._connected(connection)
                     if db is not None:
                         return _transaction(db, action, begin)
-                except sqlite3.DatabaseError as error:
+                except _DATABASE_ERRORS as error:
                     if attempt == 2 or not _is_damage(self.path, error):
                         raise _as_store_error(self.path, error) from error
                     connection.close()
@@ -139,7 +142,7 @@ class StoreIndex:
                 if os.path.lexists(self.path) and (damage is None or _is_sound(self.path)):
                     return  # Another process was faster.
                 self._replace(self._rebuilt(), damage)
-        except sqlite3.DatabaseError as error:
+        except _DATABASE_ERRORS as error:
             raise _as_store_error(self.path, error) from error
         except OSError as error:
             raise StoreError(f"{self.path}: {error}") from error
@@ -281,7 +284,7 @@ def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], 
     return result
 
 
-def _as_store_error(path: Path, error: sqlite3.DatabaseError) -> StoreError:
+def _as_store_error(path: Path, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StoreError:
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
         return StoreFullError(errno.ENOSPC, f"{path}: {error}; free space or delete stored prefixes")
     return StoreError(f"{path}: {error}")
@@ -300,8 +303,8 @@ _DAMAGE = (
 )
 
 
-def _is_damage(path: Path, error: sqlite3.DatabaseError) -> bool:
-    if isinstance(error, IndexDamagedError):
+def _is_damage(path: Path, error: sqlite3.DatabaseError | UnicodeDecodeError) -> bool:
+    if isinstance(error, IndexDamagedError | UnicodeDecodeError):
         return True
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
@@ -334,7 +337,7 @@ def _is_sound(path: Path) -> bool:
         found = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
         db.execute("BEGIN IMMEDIATE")
         return found == (str(INDEX_FORMAT),) and not index_problems(db)
-    except sqlite3.DatabaseError:
+    except _DATABASE_ERRORS:
         return False
     finally:
         db.close()
