@@ -4,6 +4,7 @@ Each message names the file or field, what was found, what was expected, and wha
 """
 
 import errno
+from collections.abc import Hashable
 
 _LASTING = tuple(
     getattr(errno, name)
@@ -53,11 +54,13 @@ class _SegmentError(StoreError):
 
     Attributes:
         segment: the open segment, where the error showed while it was read; else `None`.
+        identity: of the blob that could not be opened, as it was before that was tried; `None` is unknown.
     """
 
     def __init__(self, message: str, segment: object = None) -> None:
         super().__init__(message)
         self.segment = segment
+        self.identity: Hashable = None
 
 
 class SegmentCorruptError(_SegmentError):

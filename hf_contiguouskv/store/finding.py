@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -219,19 +219,19 @@ class Finder:
                 # It may be sound, and others may read it: it stays, and this request does without it.
                 logger.warning("a stored segment cannot be read now: %s", error)
                 return None, "corrupt"
-            logger.warning("a stored segment is lost and will be computed again: %s", error)
-            self._take_out(row.key, self._identity(row.key))
+            self._lose(row.key, error, error.identity)
             return None, "corrupt"
-        except (SegmentMissingError, SegmentCorruptError) as error:
-            logger.warning("a stored segment is lost and will be computed again: %s", error)
-            self._take_out(row.key, None if isinstance(error, SegmentMissingError) else self._identity(row.key))
+        except SegmentCorruptError as error:
+            # (The identity from before: a sound one may have taken its place meanwhile.)
+            self._lose(row.key, error, error.identity)
+            return None, "corrupt"
+        except SegmentMissingError as error:
+            self._lose(row.key, error, None)
             return None, "corrupt"
 
-    def _identity(self, key: str) -> object:
-        try:
-            return self._backend.identity(key)
-        except OSError:
-            return None
+    def _lose(self, key: str, error: Exception, identity: Hashable) -> None:
+        logger.warning("a stored segment is lost and will be computed again: %s", error)
+        self._take_out(key, identity)
 
     def discard(self, segment: Segment, reason: str) -> None:
         """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside.
@@ -241,7 +241,7 @@ class Finder:
         logger.warning("%s is taken out of service: %s", segment.name, reason)
         self._take_out(segment.key, segment.identity)
 
-    def _take_out(self, key: str, identity: object) -> None:
+    def _take_out(self, key: str, identity: Hashable) -> None:
         # Nothing here may fail the request, and nothing depends on it: the next look-up would find out again.
         self._opened.forget([key])
         try:

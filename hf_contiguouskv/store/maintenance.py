@@ -90,7 +90,7 @@ def collect_garbage(
     removed, in_use, freed = list(leftovers.removed), list(leftovers.in_use), leftovers.bytes_freed
     freed += sum(row.nbytes for row in expired)
     # A damaged index has been replaced by one that was built from the segments.
-    for path in sorted([*folder.glob("index.sqlite.damaged-*"), *folder.glob("index.sqlite.new")]):
+    for path in sorted(folder.glob("index.sqlite.damaged-*")):
         nbytes = remove_unlocked(path, dry_run=dry_run)
         removed.append(path.name)
         freed += nbytes or 0

@@ -37,6 +37,7 @@ class OpenSegments:
             SegmentReadError: the storage failed.
         """
         # An open segment that was deleted or replaced since is no longer what the store holds.
+        identity = None
         try:
             identity = self._backend.identity(row.key)
             if identity is None:
@@ -47,11 +48,16 @@ class OpenSegments:
                     self._recent.move_to_end(row.key)
                     return segment
             segment = Segment(self._backend.open(row.key))
+            if segment.key != row.key:
+                raise SegmentCorruptError(f"{segment.name}: holds segment {segment.key}, expected {row.key}", segment)
+        except (SegmentCorruptError, SegmentReadError) as error:
+            error.identity = identity
+            raise
         except OSError as error:
             text = f"segment {row.key} of {self._backend.name}: {error.strerror or error}"
-            raise SegmentReadError(text, None, error.errno) from error
-        if segment.key != row.key:
-            raise SegmentCorruptError(f"{segment.name}: holds segment {segment.key}, expected {row.key}", segment)
+            failure = SegmentReadError(text, None, error.errno)
+            failure.identity = identity
+            raise failure from error
         with self._lock:
             self._recent[row.key] = segment
             self._recent.move_to_end(row.key)

@@ -261,9 +261,8 @@ class Publisher:
         except (StoreError, OSError):
             return False
         drop_segment(db, key)
-        insert_segment(
-            db, segment.header, ids, segment.blob.stored_bytes, segment.blob.created, bool(row and row.pinned)
-        )
+        blob, pinned = segment.blob, self._pins.holds(key)
+        insert_segment(db, segment.header, ids, blob.stored_bytes, blob.created, pinned)
         return True
 
     def _victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
