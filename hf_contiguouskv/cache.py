@@ -16,7 +16,6 @@ from .arguments import TemporaryStore, checked_ids, configured, require_storable
 from .attention import Installation
 from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
-from .device import SLABS
 from .errors import InputError
 from .fitting import check_rows, fit_to_prefix
 from .forward import decoding
@@ -31,6 +30,7 @@ from .store import PrefixStore
 from .store.entries import StoredPrefix
 from .store.fingerprint import model_fingerprint
 from .support import decoder_config, innermost_causal_lm, layer_windows, require_support
+from .timeline import Timeline
 
 
 class ContiguousKVCache(Cache):
@@ -185,7 +185,7 @@ class ContiguousKVCache(Cache):
                 self._stats.tokens_from_store = min(stats.tokens_from_store, prefix.tokens)
                 self._stats.tokens_prefilled = prefix.tokens - self._stats.tokens_from_store
             request = PrefixRequest(
-                prefix, config or self.config, self._support.plan, self.store, SLABS, self._stats, Recovery(self)
+                prefix, config or self.config, self._support.plan, self.store, self._stats, Recovery(self)
             )
             self._attached = AttachedState(request, self._installation)
         for layer in self.layers:
@@ -201,6 +201,8 @@ class ContiguousKVCache(Cache):
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """Make the arguments of the model's forward fit what is cached. `inputs` are changed in place."""
         self._recover()
+        if self._attached is not None:
+            self._attached.request.settle()  # The forward before this one has had its token by now.
         call = running_generate()
         begins, self._generate_begins = self._generate_begins and call is not None, False
         if self._automatic is not None:
@@ -220,6 +222,8 @@ class ContiguousKVCache(Cache):
         """The model is through with a forward on this cache."""
         self._before = None
         self.announce(False)
+        if self._attached is not None and self._attached.request.timeline is not None:
+            self._attached.request.timeline.model_done()
         if self._automatic is not None:
             self._automatic.after_forward(self)
 
@@ -291,6 +295,11 @@ class ContiguousKVCache(Cache):
     def stats(self) -> RequestStats:
         """What the current request read, used and waited for."""
         return self._stats
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When the current request did what, where the config asks for it."""
+        return None if self._attached is None else self._attached.request.timeline
 
     def check(self, input_ids: torch.Tensor, *, partial: bool = False) -> None:
         """Raise `InputError` if `input_ids` (`[n]`, or `[batch, n]`: each row) do not begin with the prefix.

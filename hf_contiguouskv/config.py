@@ -38,6 +38,7 @@ class ContiguousKVConfig:
             memory and more time: attention of all but the first block cannot use a plain causal kernel.
         lookahead_bytes: how many bytes of payload may be read ahead of compute when every chunk is used.
         verify: compare the checksum of every extent that is read from disk.
+        timeline: record when each layer read, waited, identified, copied and computed (`ContiguousKVCache.timeline`).
 
     Raises:
         ConfigError: a field is out of its range.
@@ -56,6 +57,7 @@ class ContiguousKVConfig:
     prefill_block: int = 8192
     lookahead_bytes: int = 64 * 2**20
     verify: bool = True
+    timeline: bool = False
 
     @classmethod
     def paper(cls, budget: float = 0.05, **overrides: Any) -> ContiguousKVConfig:

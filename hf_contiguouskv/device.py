@@ -1,97 +1,166 @@
-"""Buffers and copies between host and device: the one place that knows CUDA.
+"""Streams, events and pinned memory: the one place that knows accelerators.
 
-Reads land in page-aligned *slabs* of host memory, which are reused. On a CPU the slab is already where attention
-wants it; on an accelerator a slab is pinned and copied on a side stream, and the compute stream waits for that copy
-only, never the host.
+The rules of the device pipeline (docs/device-pipeline.md), for every accelerator that `torch.accelerator` knows:
+
+- reads land in pinned host buffers; each layer's buffer crosses in one copy on a side stream of its own;
+- every copy returns an event; whoever uses the copied bytes makes *their stream* wait for it, never the host;
+- a host buffer is reused once the event of the last copy from it has happened (asked, not waited for); a device buffer
+  at any time, by a copy that waits on its stream for the event of the last use;
+- memory that one stream allocated and another uses is recorded with the allocator.
+
+A CPU needs none of this: what was read is where attention wants it.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from .store.pread import PAGE, aligned_buffer, as_memoryview
+from .store.pread import PAGE, aligned_buffer
 
 
-@dataclass
-class Slab:
-    """Host memory for reads: `data` is uint8 `(capacity,)`, page aligned. `busy` is set while a copy from it runs."""
+class Device(Protocol):
+    """An accelerator, as the pipeline sees it. Events are opaque, except that `event.query()` says if it happened.
 
-    data: torch.Tensor
-    pinned: bool
-    busy: Any = None
+    "The current stream" is the one that the calling thread's computation is queued on.
 
-    def view(self, nbytes: int) -> memoryview:
-        """The first `nbytes` as a writable buffer."""
-        return as_memoryview(self.data[:nbytes])
-
-
-class SlabPool:
-    """Reusable slabs in powers of two. Idle slabs above `max_idle_bytes` are freed. Thread-safe."""
-
-    def __init__(self, max_idle_bytes: int = 256 * 2**20) -> None:
-        self.max_idle_bytes = max_idle_bytes
-        self._idle: dict[tuple[int, bool], list[Slab]] = {}
-        self._idle_bytes = 0
-        self._lock = threading.Lock()
-
-    def acquire(self, nbytes: int, device: torch.device) -> Slab:
-        """A slab of at least `nbytes`; pinned if `device` is an accelerator."""
-        pinned = device.type != "cpu"
-        capacity = max(PAGE, 1 << (nbytes - 1).bit_length())
-        if capacity > 2**22:  # Powers of two would waste too much of a large one.
-            capacity = -(-nbytes // 2**20) * 2**20
-        with self._lock:
-            waiting = self._idle.get((capacity, pinned), [])
-            for position, slab in enumerate(waiting):
-                if slab.busy is None or slab.busy.query():
-                    del waiting[position]
-                    self._idle_bytes -= capacity
-                    slab.busy = None
-                    return slab
-        if not pinned:
-            return Slab(aligned_buffer(capacity), pinned)
-        raw = torch.empty(capacity + PAGE, dtype=torch.uint8, pin_memory=True)
-        start = -raw.data_ptr() % PAGE
-        return Slab(raw[start : start + capacity], pinned)
-
-    def release(self, slab: Slab) -> None:
-        """Give a slab back; it may still be the source of a running copy (`slab.busy`)."""
-        capacity = slab.data.numel()
-        with self._lock:
-            if self._idle_bytes + capacity <= self.max_idle_bytes:
-                self._idle.setdefault((capacity, slab.pinned), []).append(slab)
-                self._idle_bytes += capacity
-
-
-# Slabs hold nothing between requests, so all stores and caches of the process share them.
-SLABS = SlabPool()
-
-_streams: dict[torch.device, Any] = {}
-
-
-def upload(host: torch.Tensor, device: torch.device, slab: Slab | None = None) -> torch.Tensor:
-    """`host` on `device`: itself on a CPU, else a copy on a side stream that the current stream waits for.
-
-    Args:
-        host: any tensor in host memory; asynchronous only if its memory is pinned (a slab's is).
-        slab: where `host` lives; it is marked busy until the copy is done.
+    Attributes:
+        name: for statistics and messages.
     """
+
+    name: str
+
+    def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
+        """uint8 `(nbytes,)` on the device, for the current stream, or to be written by `copy_in` first."""
+        ...
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
+        """Queue a copy from pinned host memory on a side stream, behind the event `after`; an event for its end."""
+        ...
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Any:
+        """Queue a copy to pinned host memory on a side stream, behind what the current stream has queued so far."""
+        ...
+
+    def wait(self, event: Any) -> None:
+        """What the current stream gets from now on runs after `event`. The host goes on."""
+        ...
+
+    def mark(self) -> Any:
+        """An event for the end of what the current stream has queued so far."""
+        ...
+
+    def uses(self, tensor: torch.Tensor) -> None:
+        """The current stream uses memory that another stream may have allocated."""
+        ...
+
+    def stream(self) -> Any:
+        """Which stream is current, as a key for comparison."""
+        ...
+
+
+class Accelerator:
+    """A device of CUDA, ROCm, XPU or another backend with streams, through torch's device-neutral interface."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = str(device)
+        self._device = device
+        # One for each direction: a copy in does not queue behind a copy out.
+        self._incoming = torch.Stream(device=device)
+        self._outgoing = torch.Stream(device=device)
+
+    def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
+        """See `Device`."""
+        if not for_copies:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with self._incoming:  # From the memory that this stream reuses in its own order.
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
+        """See `Device`."""
+        if after is not None:
+            self._incoming.wait_event(after)
+        with self._incoming:
+            target.copy_(source, non_blocking=True)
+        return self._incoming.record_event()
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Any:
+        """See `Device`."""
+        self._outgoing.wait_event(self.mark())
+        with self._outgoing:
+            target.copy_(source, non_blocking=True)
+        source.record_stream(self._outgoing)
+        return self._outgoing.record_event()
+
+    def wait(self, event: Any) -> None:
+        """See `Device`."""
+        torch.accelerator.current_stream(self._device).wait_event(event)
+
+    def mark(self) -> Any:
+        """See `Device`."""
+        return torch.accelerator.current_stream(self._device).record_event()
+
+    def uses(self, tensor: torch.Tensor) -> None:
+        """See `Device`."""
+        tensor.record_stream(torch.accelerator.current_stream(self._device))
+
+    def stream(self) -> Any:
+        """See `Device`."""
+        return torch.accelerator.current_stream(self._device).stream_id
+
+
+_opened: dict[torch.device, Device] = {}
+_lock = threading.Lock()
+
+
+def device_of(device: torch.device) -> Device | None:
+    """The accelerator `device`, opened once per process; `None` for a CPU."""
     if device.type == "cpu":
-        return host
-    stream = _streams.get(device)
-    if stream is None:
-        stream = _streams[device] = torch.Stream(device=device)
-    current = torch.accelerator.current_stream(device)
-    with stream:
-        copy = host.to(device, non_blocking=True)
-        copied = stream.record_event()
-    current.wait_event(copied)
-    # The copy was allocated on the side stream but is used on the current one: tell the allocator.
-    copy.record_stream(current)
-    if slab is not None:
-        slab.busy = copied
-    return copy
+        return None
+    with _lock:
+        if device not in _opened:
+            _opened[device] = Accelerator(device)
+        return _opened[device]
+
+
+def pinned_buffer(nbytes: int) -> torch.Tensor:
+    """Page-aligned uint8 `(nbytes,)` in host memory that copies to an accelerator run from without the host."""
+    if not torch.accelerator.is_available():
+        return aligned_buffer(nbytes)
+    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
+    start = -raw.data_ptr() % PAGE
+    return raw[start : start + nbytes]
+
+
+class StreamOrder:
+    """Keeps uses of one piece of device memory by several streams in order (one stream keeps its own)."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._writer: Any = None
+        self._written: Any = None
+        self._reads: dict[Any, Any] = {}
+
+    def before_read(self) -> None:
+        """The current stream is about to read."""
+        if self._written is not None and self._writer != self._device.stream():
+            self._device.wait(self._written)
+
+    def after_read(self) -> None:
+        """The current stream has queued its read."""
+        self._reads[self._device.stream()] = self._device.mark()
+
+    def before_write(self) -> None:
+        """The current stream is about to write."""
+        self.before_read()
+        stream = self._device.stream()
+        for reader, event in self._reads.items():
+            if reader != stream:
+                self._device.wait(event)
+
+    def after_write(self) -> None:
+        """The current stream has queued its write."""
+        self._reads.clear()
+        self._writer, self._written = self._device.stream(), self._device.mark()

@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 
 from .config import ContiguousKVConfig
-from .device import Slab, SlabPool, upload
+from .memory import Buffer, Tier
+from .memory.device_tier import DeviceTier
 from .prefetch import PayloadReads, wait
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, ChunkScorer, IndexedKeys
+from .slots import copy_in_order
 from .stats import RequestStats
 from .store import PrefixStore
 from .store.entries import SegmentSpan
+from .store.pread import as_memoryview
 from .store.reader import Read, Ticket
-from .store.segment import Segment
 
 
 @dataclass
 class _Pending:
-    """One tensor of one segment on its way from disk. `data` is its bytes in `slab`."""
+    """One tensor of one segment on its way from disk, `nbytes` of it."""
 
     name: str
-    slab: Slab
-    data: torch.Tensor
+    span: SegmentSpan
+    buffer: Buffer
+    nbytes: int
     ticket: Ticket
+
+
+@dataclass
+class _Taken:
+    """What a request has of the tiers for its keys, per layer, to be given back whatever becomes of the request."""
+
+    pending: dict[int, list[_Pending]] = field(default_factory=dict)
+    # Keys that stay in a tier, and the tensors of all keys, by name.
+    held: dict[int, list[tuple[Tier, str]]] = field(default_factory=dict)
+    data: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    # Memory of keys that do not stay.
+    buffers: dict[int, list[tuple[Tier, Buffer]]] = field(default_factory=dict)
 
 
 class KeySource:
     """Brings what the scorer of a leader layer needs. One per request.
 
-    The int8 index stays in the store's host memory afterwards; exact leader keys are used once and given back, as in
-    the published method. Where a segment has neither for a layer, that layer's whole payload is read.
+    Keys stay in memory afterwards, where there is room; they are worth at least as much as the best chunk that they
+    lead to. Where a segment has neither index nor leader keys for a layer, that layer's whole payload is read.
     """
 
     def __init__(
@@ -41,28 +59,25 @@ class KeySource:
         prefix: AttachedPrefix,
         config: ContiguousKVConfig,
         store: PrefixStore,
-        pool: SlabPool,
         payload: PayloadReads,
         stats: RequestStats,
     ) -> None:
         self._prefix = prefix
         self._config = config
         self._store = store
-        self._pool = pool
+        self._memory = store.memory
         self._payload = payload
         self._stats = stats
-        self._pending: dict[int, list[_Pending]] = {}
-        # Held from `ask` to `scorer`, so that an eviction in between does not lose them.
-        self._resident: dict[int, dict[str, torch.Tensor]] = {}
+        self._taken = _Taken()
+        give_up = partial(_give_up, self._taken, self._memory.host, stats)
+        self._finalizer = weakref.finalize(self, self._memory.defer, give_up)
+        self._finalizer.atexit = False
 
     def uses_index(self, layer: int) -> bool:
-        """Whether this layer is scored from the int8 index (which stays resident)."""
+        """Whether this layer is scored from the int8 index."""
         return self._config.selection == "indexed_keys" and all(
             layer in span.segment.geometry.indexed_layers for span in self._prefix.spans
         )
-
-    def _missing(self, layer: int) -> list[SegmentSpan]:
-        return [s for s in self._prefix.spans if self._store.host.get(_index_names(s, layer)[0]) is None]
 
     def _has_leader_keys(self, layer: int) -> bool:
         return all(layer in span.segment.geometry.leader_layers for span in self._prefix.spans)
@@ -71,125 +86,193 @@ class KeySource:
         """Whether the keys of this layer can only be had by reading its whole payload."""
         return not self.uses_index(layer) and not self._has_leader_keys(layer)
 
+    def _tensors(self, layer: int) -> list[str]:
+        """Names of the tensors of a segment that this layer is scored from."""
+        return [f"key_index.{layer}", f"key_scale.{layer}"] if self.uses_index(layer) else [f"leader_keys.{layer}"]
+
     def nbytes(self, layer: int) -> int:
         """Bytes that `ask` would read for this layer."""
-        if self.uses_index(layer):
-            return sum(span.segment.tensor_extent(f"key_index.{layer}")[1] for span in self._missing(layer))
-        whole = self._prefix.chunks * self._prefix.geometry.extent_bytes
-        return whole // 2 if self._has_leader_keys(layer) else whole
+        if self.reads_payload(layer):
+            return self._prefix.chunks * self._prefix.geometry.extent_bytes
+        first = self._tensors(layer)[0]
+        return sum(
+            span.segment.tensor_extent(first)[1]
+            for span in self._prefix.spans
+            if not any(tier.has_keys(_key(span, first)) for tier in self._memory.tiers)
+        )
 
     def ask(self, layer: int, device: torch.device) -> None:
-        """Start reading the keys of one leader layer."""
-        if self.uses_index(layer):
-            resident: dict[str, torch.Tensor] = self._resident.setdefault(layer, {})
-            for span in self._prefix.spans:
-                for name in _index_names(span, layer):
-                    data = self._store.host.get(name)
-                    if data is not None:
-                        resident[name] = data
-                    else:
-                        pending = self._start(span.segment, name.partition("/")[2], device)
-                        self._pending.setdefault(layer, []).append(replace(pending, name=name))
-        elif self._has_leader_keys(layer):
-            self._pending[layer] = [self._start_leader(span, layer, device) for span in self._prefix.spans]
-        else:
-            self._payload.ask([layer], range(self._prefix.chunks), device)
+        """Start bringing the keys of one leader layer."""
+        if self.reads_payload(layer):
+            self._payload.ask([layer], np.arange(self._prefix.chunks), device)
+            return
+        there = self._memory.on(device)
+        tiers = [tier for tier in (there, self._memory.host) if tier is not None]
+        for span in self._prefix.spans:
+            for tensor in self._tensors(layer):
+                name = _key(span, tensor)
+                if not any(self._hold(layer, name, tier) for tier in tiers):
+                    self._taken.pending.setdefault(layer, []).append(self._start(span, tensor))
+
+    def _hold(self, layer: int, name: str, tier: Tier) -> bool:
+        data = tier.hold_keys(name)
+        if data is None:
+            return False
+        self._taken.held.setdefault(layer, []).append((tier, name))
+        self._taken.data.setdefault(layer, {})[name] = data
+        return True
+
+    def _start(self, span: SegmentSpan, tensor: str) -> _Pending:
+        segment = span.segment
+        offset, length = segment.tensor_extent(tensor)
+        # There is one checksum for all of it, so all of it is read, whatever part the prefix needs.
+        checks = ((0, length, segment.tensor_checksum(tensor)),) if self._config.verify else ()
+        buffer = self._memory.host.lease(length, exact=True)
+        assert buffer is not None
+        try:
+            read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
+            return _Pending(_key(span, tensor), span, buffer, length, self._store.reader.submit([read]))
+        except BaseException:
+            self._memory.host.give_back(buffer)
+            raise
 
     def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
-        """Wait for the keys of a layer, and make its scorer."""
+        """Wait for the keys of a layer, and make its scorer. `used` gives them back."""
+        g, concentration = self._prefix.geometry, self._config.concentration
+        if self.reads_payload(layer):
+            return AttentionMass(self._keys_of_payload(layer, device), g.chunk_size, concentration)
+        self._collect(layer, device)
         if self.uses_index(layer):
-            return IndexedKeys(
-                self._index_parts(layer, device),
-                self._prefix.whole_chunks,
-                self._config.concentration,
-            )
-        keys = (
-            self._leader_keys(layer, device) if self._has_leader_keys(layer) else self._keys_of_payload(layer, device)
-        )
-        return AttentionMass(keys, self._prefix.geometry.chunk_size, self._config.concentration)
+            return IndexedKeys(self._index_parts(layer), self._prefix.whole_chunks, concentration)
+        return AttentionMass(self._leader_keys(layer, device), g.chunk_size, concentration)
+
+    def used(self, layer: int, device: torch.device) -> None:
+        """The scorer of this layer has been called, and is not needed any more."""
+        there = self._memory.on(device)
+        if there is not None:
+            done = there.device.mark()
+            for tier, buffer in self._taken.buffers.get(layer, []):
+                if tier is there:
+                    buffer.busy = done
+        _let_go(self._taken, layer)
 
     def close(self) -> None:
-        for layer in list(self._pending):
-            for pending in self._pending.pop(layer):
-                with suppress(Exception):  # Nobody needs these bytes any more.
-                    pending.ticket.wait()
-                self._stats.prefetch_wasted_bytes += pending.ticket.bytes_read
-                self._stats.bytes_read += pending.ticket.bytes_read
-                self._pool.release(pending.slab)
+        """Give back what was asked for and not used."""
+        for pending in self._taken.pending.values():
+            self._stats.prefetch_wasted_bytes += sum(one.nbytes for one in pending)
+        _give_up(self._taken, self._memory.host, self._stats)
 
-    def _start(self, segment: Segment, name: str, device: torch.device, nbytes: int | None = None) -> _Pending:
-        offset, full = segment.tensor_extent(name)
-        length = full if nbytes is None else nbytes
-        checks: tuple[tuple[int, int, int], ...] = ()
-        if self._config.verify:
-            length = full  # There is one checksum for all of it.
-            checks = ((0, full, segment.tensor_checksum(name)),)
-        slab = self._pool.acquire(length, device)
-        read = Read(segment, offset, length, slab.view(length), checks)
-        return _Pending(name, slab, slab.data[:length], self._store.reader.submit([read]))
+    # -- from disk to where the scorer runs ---------------------------------------------------------------------------
 
-    def _start_leader(self, span: SegmentSpan, layer: int, device: torch.device) -> _Pending:
-        # A span that starts inside its segment cannot be cut at the front without a second read path; its chunks
-        # before `offset` are read and skipped.
-        per_chunk = self._prefix.geometry.extent_bytes // 2
-        return self._start(span.segment, f"leader_keys.{layer}", device, (span.offset + span.chunks) * per_chunk)
-
-    def _finish(self, pending: _Pending) -> torch.Tensor:
-        try:
-            wait(pending.ticket, self._stats)
-        finally:
-            self._stats.bytes_read += pending.ticket.bytes_read
-            self._stats.bytes_identified += pending.ticket.bytes_read
-        return pending.data
-
-    def _index_parts(self, layer: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        g = self._prefix.geometry
-        tensors_of = self._resident.pop(layer, {})
-        waiting = self._pending.get(layer, [])
+    def _collect(self, layer: int, device: torch.device) -> None:
+        """Wait for what comes from disk; afterwards all keys of the layer are in `data`, on `device`."""
+        there = self._memory.on(device)
+        waiting = self._taken.pending.get(layer, [])
         while waiting:  # One by one: what is left here when one fails is given back by `close`.
             pending = waiting[0]
-            tensors_of[pending.name] = self._finish(pending)
-            if self._config.verify:
-                # What has just arrived stays in memory, if there is room; its slab goes with it.
-                self._store.host.put(pending.name, pending.data)
+            try:
+                wait(pending.ticket, self._stats, self._payload.timeline, layer, "read keys")
+            finally:
+                self._stats.bytes_read += pending.ticket.bytes_read
+                self._stats.bytes_identified += pending.ticket.bytes_read
             del waiting[0]
-        self._pending.pop(layer, None)
+            buffer, host = pending.buffer, self._memory.host
+            if there is None or not self._upload(layer, pending.name, pending.span, buffer.data, there, buffer):
+                self._keep(layer, pending.name, pending.span, buffer, host)
+            else:
+                host.give_back(buffer)
+        if there is not None:
+            on_host = [name for tier, name in self._taken.held.get(layer, []) if tier is self._memory.host]
+            for name in on_host:
+                span = next(span for span in self._prefix.spans if name.startswith(_key(span, "")))
+                self._upload(layer, name, span, self._taken.data[layer][name], there)
+
+    def _keep(self, layer: int, name: str, span: SegmentSpan, buffer: Buffer, tier: Tier) -> bool:
+        """Keys that have just arrived in `buffer` stay in `tier`, if there is room; if not, until they are used."""
+        data = self._taken.data.setdefault(layer, {})
+        if tier.on_device or name not in data:
+            data[name] = buffer.data
+        # What was not compared with its checksum must not reach a request that wants that.
+        kept = self._config.verify and tier.keep_keys(name, buffer, self._memory.table(span.segment))
+        if kept:
+            tier.hold_keys(name)
+            self._taken.held.setdefault(layer, []).append((tier, name))
+        else:
+            self._taken.buffers.setdefault(layer, []).append((tier, buffer))
+        return kept
+
+    def _upload(
+        self,
+        layer: int,
+        name: str,
+        span: SegmentSpan,
+        source: torch.Tensor,
+        there: DeviceTier,
+        source_buffer: Buffer | None = None,
+    ) -> bool:
+        """Copy keys to the device, where attention's stream waits for them; whether they stay there."""
+        buffer = there.lease(source.numel(), exact=True)
+        assert buffer is not None
+        copied = there.device.copy_in(source, buffer.data, after=buffer.busy)
+        there.device.wait(copied)
+        there.device.uses(buffer.data)
+        if source_buffer is not None:
+            source_buffer.busy = copied
+        return self._keep(layer, name, span, buffer, there)
+
+    def _index_parts(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        g = self._prefix.geometry
+        data = self._taken.data[layer]
         parts = []
         for span in self._prefix.spans:
-            packed, scales = (tensors_of[name] for name in _index_names(span, layer))
+            packed, scales = (data[_key(span, tensor)] for tensor in self._tensors(layer))
             index = packed.view(torch.int8).view(g.kv_heads, g.chunk_size, -1, g.head_dim)
             if (span.offset, span.chunks) != (0, index.shape[2]):
                 index = index[:, :, span.offset : span.offset + span.chunks].contiguous()
-            scale = scales.view(torch.float32).view(g.kv_heads, g.head_dim)
-            parts.append((upload(index, device), upload(scale, device)))
+            parts.append((index, scales.view(torch.float32).view(g.kv_heads, g.head_dim)))
         return parts
 
     def _leader_keys(self, layer: int, device: torch.device) -> torch.Tensor:
         """Exact keys, float32 `(kv_heads, tokens, head_dim)`."""
         g = self._prefix.geometry
         keys = torch.empty(g.kv_heads, self._prefix.chunks, g.chunk_size, g.head_dim, device=device)
-        waiting = self._pending[layer]
         for span in self._prefix.spans:
-            pending = waiting[0]
-            chunks = self._finish(pending).view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
-            part = upload(chunks[span.offset : span.offset + span.chunks], device, pending.slab)
+            octets = self._taken.data[layer][_key(span, self._tensors(layer)[0])]
+            chunks = octets.view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
+            part = chunks[span.offset : span.offset + span.chunks]
             # One pass for both: from the order on disk to that of the product, and to float32.
             keys[:, span.first_chunk : span.first_chunk + span.chunks].copy_(part.transpose(0, 1))
-            self._pool.release(pending.slab)
-            del waiting[0]
-        del self._pending[layer]
         return keys.flatten(1, 2)[:, : self._prefix.tokens]
 
     def _keys_of_payload(self, layer: int, device: torch.device) -> torch.Tensor:
         # Everything of this layer is read now; the payload stays with `PayloadReads` for the selected chunks.
-        (batch,) = self._payload.peek(layer)
-        kv = self._prefix.kv_view(batch.slab.data, len(batch.chunks))
-        keys = upload(kv[:, 0].contiguous(), device).transpose(0, 1)
-        return keys.flatten(1, 2)[:, : self._prefix.tokens]
+        g = self._prefix.geometry
+        kv = torch.empty(2, g.kv_heads, self._prefix.chunks, g.chunk_size, g.head_dim, dtype=g.dtype, device=device)
+        for batch in self._payload.peek(layer):
+            copy_in_order(self._prefix, batch, 0, kv)
+        return kv[0].flatten(1, 2)[:, : self._prefix.tokens]
 
 
-def _index_names(span: SegmentSpan, layer: int) -> tuple[str, str]:
-    """Names of a segment's index and scale in the store's host memory."""
+def _key(span: SegmentSpan, tensor: str) -> str:
+    """Name of a segment's tensor in the memory tiers."""
     # Segments that end with the same chunk have the same key, wherever they begin; and one may have been replaced.
-    name = f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}"
-    return f"{name}/key_index.{layer}", f"{name}/key_scale.{layer}"
+    return f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/{tensor}"
+
+
+def _give_up(taken: _Taken, host: Tier, stats: RequestStats) -> None:
+    while taken.pending:
+        for pending in taken.pending.popitem()[1]:
+            with suppress(Exception):  # Nobody needs these bytes any more.
+                pending.ticket.wait()
+            stats.bytes_read += pending.ticket.bytes_read
+            host.give_back(pending.buffer)
+    for layer in {*taken.held, *taken.buffers, *taken.data}:
+        _let_go(taken, layer)
+
+
+def _let_go(taken: _Taken, layer: int) -> None:
+    taken.data.pop(layer, None)
+    for tier, name in taken.held.pop(layer, []):
+        tier.let_go(name)
+    for tier, buffer in taken.buffers.pop(layer, []):
+        tier.give_back(buffer)

@@ -55,7 +55,7 @@ _GAUGES = (
     ("segment_bytes", "contiguouskv_segment_bytes", "Bytes that they take up; max_disk_bytes bounds this."),
     ("quarantined_bytes", "contiguouskv_quarantined_bytes", "Bytes of damaged segments that are kept to be looked at."),
 )
-_TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"))
+_TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"), ("device_bytes", "device"))
 
 
 class StoreCollector:

@@ -12,73 +12,94 @@ Three kinds of reads, all through the store's one reader, first come first serve
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
-from .device import Slab, SlabPool
-from .prefix import AttachedPrefix, Run
+from .memory import MemoryTiers
+from .prefix import AttachedPrefix, Chunks
+from .residency import Batch, PrefixTables, Residency, residency_for
 from .stats import RequestStats
 from .store.reader import ExtentReader, Task, Ticket
+from .timeline import Timeline
 
-
-@dataclass
-class Batch:
-    """Chunks of one layer that were asked for together.
-
-    Attributes:
-        chunks: global chunk indices, ascending; slot `i` of `slab` holds `chunks[i]`. Layers that asked for the same
-            chunks share the list.
-        slab: where they land.
-        ticket: tells when they have landed.
-        speculative: asked for before they were selected.
-    """
-
-    chunks: list[int]
-    slab: Slab
-    ticket: Ticket
-    speculative: bool
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
 class _LayerReads:
+    """What was asked for in one layer: batches on their way, and chunks for which there was no room."""
+
+    device: torch.device
     batches: list[Batch] = field(default_factory=list)
-    asked: set[int] = field(default_factory=set)
+    left: Chunks = field(default_factory=lambda: _NONE)
+
+    def asked(self) -> list[Chunks]:
+        return [batch.chunks for batch in self.batches] + ([self.left] if len(self.left) else [])
 
 
 class PayloadReads:
-    """The payload reads of one request. `close` waits for what is under way and gives all buffers back."""
+    """The payload of one request: asked for ahead, taken layer by layer. `close` gives everything back.
+
+    Args:
+        prefix: whose chunks.
+        reader, memory: of the store.
+        stats: counts bytes and waits.
+        verify: compare checksums; what was not compared never stays in memory.
+        timeline: records reads and waits, if there is one.
+    """
 
     def __init__(
-        self, prefix: AttachedPrefix, reader: ExtentReader, pool: SlabPool, stats: RequestStats, verify: bool
+        self,
+        prefix: AttachedPrefix,
+        reader: ExtentReader,
+        memory: MemoryTiers,
+        stats: RequestStats,
+        verify: bool,
+        timeline: Timeline | None = None,
     ) -> None:
+        self.timeline = timeline
         self._prefix = prefix
         self._reader = reader
-        self._pool = pool
+        self._memory = memory
         self._stats = stats
         self._verify = verify
+        self.tables = PrefixTables(prefix, memory)
+        self._places: dict[torch.device, Residency] = {}
         self._layers: dict[int, _LayerReads] = {}
         self._tasks: dict[int, Task] = {}
+        # For caches that are dropped without `close`: what they have taken from memory is given back all the same.
+        self._finalizer = weakref.finalize(self, memory.defer, partial(_give_up, self._tasks, self._layers, stats))
+        self._finalizer.atexit = False
 
-    def ask(
-        self, layers: Sequence[int], chunks: Sequence[int], device: torch.device, speculative: bool = False
-    ) -> None:
-        """Start reading, in each of `layers`, those of `chunks` (ascending) that nobody asked for yet.
+    def _residency(self, device: torch.device) -> Residency:
+        found = self._places.get(device)
+        if found is None:
+            found = self._places[device] = residency_for(
+                device, self._prefix, self._memory, self._reader, self.tables, self._verify
+            )
+        return found
+
+    def ask(self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool = False) -> None:
+        """Start bringing, in each of `layers`, those of `chunks` (int64, ascending) that nobody asked for yet.
 
         Somebody waits for the first layer (unless the reads are speculative), so its reads are issued at once. Those of
         the others are worked out by a reader thread, while the model computes.
         """
         for layer in layers:
             self._settle(layer)
+        self._residency(device)
         now, later = (layers[:0], layers) if speculative else (layers[:1], layers[1:])
         if now:
-            self._issue(now, chunks, device, speculative)
+            self._issue(now, chunks, device, speculative, len(layers) == 1)
         if later:
-            task = self._reader.run(partial(self._issue, later, chunks, device, speculative))
+            task = self._reader.run(partial(self._issue, later, chunks, device, speculative, False))
             self._tasks.update(dict.fromkeys(later, task))
 
     def _settle(self, layer: int) -> None:
@@ -87,82 +108,120 @@ class PayloadReads:
         if task is not None:
             task.wait()
 
-    def _issue(self, layers: Sequence[int], chunks: Sequence[int], device: torch.device, speculative: bool) -> None:
-        plans: dict[tuple[int, ...], tuple[list[int], list[Run]]] = {}
+    def _issue(
+        self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool, alone: bool
+    ) -> None:
         for layer in layers:
-            reads = self._layers.setdefault(layer, _LayerReads())
-            # Layers of a period have asked for the same lists before: what is missing is found once for all.
-            before = tuple(id(batch.chunks) for batch in reads.batches)
-            if before not in plans:
-                missing = [chunk for chunk in chunks if chunk not in reads.asked] if before else list(chunks)
-                plans[before] = missing, self._prefix.runs(missing)
-            missing, runs = plans[before]
-            if not missing:
+            reads = self._layers.setdefault(layer, _LayerReads(device))
+            before = reads.asked()
+            missing = chunks[~np.isin(chunks, np.concatenate(before))] if before else chunks
+            if not len(missing):
                 continue
-            nbytes = len(missing) * self._prefix.geometry.extent_bytes
-            slab = self._pool.acquire(nbytes, device)
-            reads_of_layer = self._prefix.payload_reads(layer, runs, slab.view(nbytes), self._verify)
-            # Of several layers each has a thread of its own; a single one is shared by all.
-            ticket = self._reader.submit(reads_of_layer, threads=None if len(layers) == 1 else 1)
-            reads.asked.update(missing)
-            reads.batches.append(Batch(missing, slab, ticket, speculative))
+            batches, left = self._residency(device).bring(layer, missing, speculative=speculative, alone=alone)
+            reads.batches += batches
+            if len(left) and not speculative:
+                reads.left = np.union1d(reads.left, left)
 
-    def take(self, layer: int) -> list[Batch]:
-        """Wait for everything asked for in this layer. The caller gives it back with `give_back`."""
+    def take(self, layer: int) -> Generator[Batch]:
+        """Everything asked for in this layer, batch by batch, each as soon as it is there.
+
+        A batch is valid until the next one is asked for. What memory had no room for comes last, in pieces.
+        """
         self._settle(layer)
-        reads = self._layers.pop(layer, _LayerReads())
-        for position, batch in enumerate(reads.batches):
+        reads = self._layers.pop(layer, None)
+        while reads is not None and (reads.batches or len(reads.left)):
+            if not reads.batches:
+                self._bring_left(layer, reads)
+            batch = reads.batches[0]
             try:
-                wait(batch.ticket, self._stats)
+                if batch.ticket is not None:
+                    wait(batch.ticket, self._stats, self.timeline, layer)
+                yield batch
             except BaseException:
-                self._abandon(reads.batches[position:])
+                self._abandon(reads.batches)
                 raise
-            self._stats.bytes_read += batch.ticket.bytes_read
-        return reads.batches
+            del reads.batches[0]
+            batch.release()
+            if batch.ticket is not None:
+                self._stats.bytes_read += batch.ticket.bytes_read
 
-    def peek(self, layer: int) -> list[Batch]:
-        """Wait as `take` does, but leave the batches here for the `take` that follows."""
+    def _bring_left(self, layer: int, reads: _LayerReads) -> None:
+        # What was used since may have made room.
+        place = self._residency(reads.device)
+        reads.batches, reads.left = place.bring(layer, reads.left)
+        if not reads.batches:
+            piece, reads.left = place.bring_piece(layer, reads.left)
+            reads.batches.append(piece)
+
+    def peek(self, layer: int) -> Iterator[Batch]:
+        """As `take`, but what memory has room for stays here for the `take` that follows; the rest is read again."""
         self._settle(layer)
-        reads = self._layers.get(layer, _LayerReads())
+        reads = self._layers.get(layer)
+        if reads is None:
+            return
         for batch in reads.batches:
-            wait(batch.ticket, self._stats)
-        return reads.batches
-
-    def give_back(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            self._pool.release(batch.slab)
+            if batch.ticket is not None:
+                wait(batch.ticket, self._stats, self.timeline, layer)
+            yield batch
+        left, reads.left = reads.left, _NONE
+        while len(left):
+            piece, left = self._residency(reads.device).bring_piece(layer, left)
+            try:
+                assert piece.ticket is not None
+                wait(piece.ticket, self._stats, self.timeline, layer)
+                yield piece
+            finally:
+                self._abandon([piece])
 
     def _abandon(self, batches: Sequence[Batch]) -> None:
-        # A slab may be reused only when no reader thread writes to it any more.
-        for batch in batches:
-            with suppress(Exception):  # Another error is on its way up, or nobody needs these bytes any more.
-                batch.ticket.wait()
-            self._stats.bytes_read += batch.ticket.bytes_read
-        self.give_back(batches)
+        _abandon(batches, self._stats)
 
     def close(self) -> None:
-        """Wait for what is under way, and give all buffers back; what was read for nothing is counted."""
-        for layer in list(self._tasks):
-            with suppress(Exception):  # Nobody needs these reads any more.
-                self._settle(layer)
-        for layer in list(self._layers):
-            batches = self._layers.pop(layer).batches
-            self._stats.prefetch_wasted_bytes += sum(
-                len(batch.chunks) * self._prefix.geometry.extent_bytes for batch in batches
-            )
-            self._abandon(batches)
+        """Wait for what is under way, and give all memory back; what was read for nothing is counted."""
+        size = self._prefix.geometry.extent_bytes
+        for task in set(self._tasks.values()):
+            with suppress(Exception):
+                task.wait()  # What it asks for must be seen here.
+        for reads in self._layers.values():
+            self._stats.prefetch_wasted_bytes += sum(batch.from_disk * size for batch in reads.batches)
+        _give_up(self._tasks, self._layers, self._stats)
 
 
-def wait(ticket: Ticket, stats: RequestStats) -> None:
+def _abandon(batches: Sequence[Batch], stats: RequestStats) -> None:
+    # Memory may be given back only when no reader thread writes to it any more.
+    for batch in batches:
+        if batch.ticket is not None:
+            with suppress(Exception):  # Another error is on its way up, or nobody needs these bytes any more.
+                batch.ticket.wait()
+            stats.bytes_read += batch.ticket.bytes_read
+        batch.release()
+
+
+def _give_up(tasks: dict[int, Task], layers: dict[int, _LayerReads], stats: RequestStats) -> None:
+    for task in set(tasks.values()):
+        with suppress(Exception):  # Nobody needs these reads any more.
+            task.wait()
+    tasks.clear()
+    while layers:
+        _abandon(layers.popitem()[1].batches, stats)
+
+
+def wait(
+    ticket: Ticket, stats: RequestStats, timeline: Timeline | None = None, layer: int = 0, kind: str = "read"
+) -> None:
     """Wait for a ticket; the time counts as `io_wait_s`."""
-    if ticket.done:
-        ticket.wait()  # Raises what went wrong.
-        return
     started = time.perf_counter()
+    waited = not ticket.done
     try:
-        ticket.wait()
+        ticket.wait()  # Raises what went wrong.
     finally:
-        stats.io_wait_s += time.perf_counter() - started
+        ended = time.perf_counter()
+        if waited:
+            stats.io_wait_s += ended - started
+        if timeline is not None:
+            timeline.add(kind, layer, ticket.started, ticket.ended)
+            if waited:
+                timeline.add("wait", layer, started, ended)
 
 
 class Lookahead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,11 +16,11 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .config import ContiguousKVConfig
-from .device import SLABS, upload
 from .errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix
 from .selection import build_key_index
+from .slots import copy_in_order
 from .stats import RequestStats
 from .store import PrefixStore
 from .store.entries import StoredPrefix
@@ -272,25 +273,22 @@ def _last_logit_only(model: nn.Module) -> dict[str, Any]:
 
 def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSupport, cache: DynamicCache) -> None:
     """Put all tokens of all layers of a stored prefix into an empty `DynamicCache`."""
-    stats = RequestStats()
-    payload = PayloadReads(prefix, store.reader, SLABS, stats, verify=True)
+    g = prefix.geometry
+    payload = PayloadReads(prefix, store.reader, store.memory, RequestStats(), verify=True)
     ahead = Lookahead(ContiguousKVConfig().lookahead_bytes)
-    chunks = list(range(prefix.chunks))
+    chunks = np.arange(prefix.chunks)
     for layer, device in enumerate(support.plan.devices):
-        ahead.add(
-            layer,
-            len(chunks) * prefix.geometry.extent_bytes,
-            partial(payload.ask, [layer], chunks, device),
-        )
+        ahead.add(layer, len(chunks) * g.extent_bytes, partial(payload.ask, [layer], chunks, device))
     ahead.pump()
     try:
         for layer, device in enumerate(support.plan.devices):
             ahead.need(layer)
-            (batch,) = payload.take(layer)
-            kv = upload(prefix.kv_view(batch.slab.data, len(chunks)), device, batch.slab)
-            states = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, : prefix.tokens]
-            cache.update(states[0].clone(), states[1].clone(), layer)
-            payload.give_back([batch])
+            kv = torch.empty(2, g.kv_heads, len(chunks), g.chunk_size, g.head_dim, dtype=g.dtype, device=device)
+            with closing(payload.take(layer)) as arriving:
+                for batch in arriving:
+                    copy_in_order(prefix, batch, 0, kv)
+            keys, values = kv.flatten(2, 3)[:, None, :, : prefix.tokens]
+            cache.update(keys, values, layer)
             ahead.used(layer)
     finally:
         payload.close()

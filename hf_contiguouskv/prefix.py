@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .store.entries import SegmentSpan, StoredPrefix
@@ -13,22 +15,9 @@ from .store.format import KVGeometry
 from .store.reader import Read
 from .store.segment import Segment
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Chunks that lie next to each other in one segment.
-
-    Attributes:
-        segment: the file.
-        first: position of the first of them in the segment.
-        count: how many.
-        position: place of the first of them in the list that was asked for.
-    """
-
-    segment: Segment
-    first: int
-    count: int
-    position: int
+Chunks = npt.NDArray[np.int64]
+# Gives the memory of `count` neighbouring slots, from the first one on, as writable bytes.
+SlotMemory = Callable[[int, int], memoryview]
 
 
 class ExtentChecks(Sequence[tuple[int, int, int]]):
@@ -112,46 +101,43 @@ class AttachedPrefix:
         """All chunks, the partial last one included."""
         return self.whole_chunks + (1 if self.tail_tokens else 0)
 
-    def runs(self, chunks: Sequence[int]) -> list[Run]:
-        """Neighbours on disk among `chunks` (ascending); they are the same for every layer."""
-        found: list[Run] = []
-        spans = iter(self.spans)
-        span = next(spans)
-        position, count = 0, len(chunks)
-        while position < count:
-            chunk = chunks[position]
-            while chunk >= span.first_chunk + span.chunks:
-                span = next(spans)
-            limit = min(count, position + span.first_chunk + span.chunks - chunk)
-            end = position + 1
-            while end < limit and chunks[end] == chunk + end - position:
-                end += 1
-            found.append(Run(span.segment, span.offset + chunk - span.first_chunk, end - position, position))
-            position = end
+    def reads(self, layer: int, chunks: Chunks, slots: Chunks, memory: SlotMemory, verify: bool) -> list[Read]:
+        """Reads that bring `chunks` (ascending) of one layer into `slots` (one each). Neighbours are read together.
+
+        Args:
+            layer: layer index.
+            chunks, slots: int64 `(n,)`.
+            memory: where slots lie.
+            verify: compare checksums.
+        """
+        size = self.geometry.extent_bytes
+        found: list[Read] = []
+        ends = [span.first_chunk + span.chunks for span in self.spans]
+        begin = 0
+        for span, end in zip(self.spans, np.searchsorted(chunks, ends).tolist(), strict=True):
+            if end == begin:
+                continue
+            segment = span.segment
+            positions, own = chunks[begin:end] + (span.offset - span.first_chunk), slots[begin:end]
+            cuts = (np.diff(positions) != 1) | (np.diff(own) != 1)
+            if segment.geometry.layers_per_group != 1:
+                cuts[:] = True  # Layers that share a group lie between each other's chunks.
+            starts = [0, *(np.flatnonzero(cuts) + 1).tolist()]
+            stops = [*starts[1:], end - begin]
+            begin = end
+            for first, slot, start, stop in zip(
+                positions[starts].tolist(), own[starts].tolist(), starts, stops, strict=True
+            ):
+                count = stop - start
+                offset, _ = segment.payload_extent(layer, first)
+                checks = ExtentChecks(segment, layer, first, count, size) if verify else ()
+                found.append(Read(segment, offset, count * size, memory(slot, count), checks))
         return found
 
-    def payload_reads(self, layer: int, runs: Sequence[Run], into: memoryview, verify: bool) -> list[Read]:
-        """Reads that bring `runs` of one layer into `into`, extent after extent."""
-        size = self.geometry.extent_bytes
-        reads: list[Read] = []
-        for run in runs:
-            segment, first, count, position = run.segment, run.first, run.count, run.position
-            offset, _ = segment.payload_extent(layer, first)
-            if segment.geometry.layers_per_group == 1 or count == 1:
-                part = into[position * size : (position + count) * size]
-                checks = ExtentChecks(segment, layer, first, count, size) if verify else ()
-                reads.append(Read(segment, offset, count * size, part, checks))
-                continue
-            # Layers that share a group lie between each other's chunks: every chunk is a read of its own.
-            for number in range(count):
-                single = replace(run, first=first + number, count=1, position=position + number)
-                reads += self.payload_reads(layer, [single], into, verify)
-        return reads
-
-    def kv_view(self, data: torch.Tensor, chunks: int) -> torch.Tensor:
-        """Bytes that `payload_reads` filled, as `(chunks, 2 (K, V), kv_heads, c, head_dim)` in the stored dtype."""
+    def kv_view(self, extents: torch.Tensor) -> torch.Tensor:
+        """Chunks as they are stored, uint8 `(n, extent_bytes)`, as `(n, 2 (K, V), kv_heads, c, head_dim)`."""
         g = self.geometry
-        return data[: chunks * g.extent_bytes].view(g.dtype).view(chunks, 2, g.kv_heads, g.chunk_size, g.head_dim)
+        return extents.view(g.dtype).view(-1, 2, g.kv_heads, g.chunk_size, g.head_dim)
 
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in one layer."""

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import count, groupby
+from time import perf_counter
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .config import ContiguousKVConfig
-from .device import SlabPool, upload
 from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
+from .memory import Usage
 from .plan import LayerPlan, Rows
-from .prefetch import Batch, Lookahead, PayloadReads
-from .prefix import AttachedPrefix
+from .prefetch import Lookahead, PayloadReads
+from .prefix import AttachedPrefix, Chunks
+from .residency import Batch
 from .selection import SelectionInput, choose_chunks
-from .slots import Slots
+from .slots import chosen, copy_in_order, fill
 from .stats import RequestStats
 from .store import PrefixStore
+from .timeline import Timeline
 
 # Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
 # once this one's are used: there is time.)
@@ -46,7 +53,6 @@ class PrefixRequest:
         config: ContiguousKVConfig,
         plan: LayerPlan,
         store: PrefixStore,
-        pool: SlabPool,
         stats: RequestStats,
         recover: Recover | None = None,
     ) -> None:
@@ -55,25 +61,28 @@ class PrefixRequest:
         self.plan = plan
         self.stats = stats
         self._store = store
-        self._pool = pool
         self._recover = recover
         self.keep = config.chunks_kept(prefix.whole_chunks)
         self.selected: dict[int, torch.Tensor] = {}
         self.rows: Rows | None = None
         self._full = plan.full_layers
         self._ordinal = {layer: ordinal for ordinal, layer in enumerate(self._full)}
-        self._wanted: dict[int, list[int]] = {}
+        self._wanted: dict[int, Chunks] = {}
         self._loaded: set[int] = set()
         self._voters: list[torch.Tensor] = []
         # Whether bytes of this prefix proved wrong, and could not be computed anew.
         self.damaged = False
-        self._slots: dict[tuple[int, int], Slots] = {}
+        self.timeline = Timeline() if config.timeline else None
+        # What the memory tiers are told of this request once its first token is out.
+        self._usage = Usage()
+        self._settled = weakref.finalize(self, store.memory.finished, self._usage)
+        self._settled.atexit = False
         self._open_reads()
 
     def _open_reads(self) -> None:
-        store, stats = self._store, self.stats
-        self._payload = PayloadReads(self.prefix, store.reader, self._pool, stats, self.config.verify)
-        self._keys = KeySource(self.prefix, self.config, store, self._pool, self._payload, stats)
+        store, stats, verify = self._store, self.stats, self.config.verify
+        self._payload = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
+        self._keys = KeySource(self.prefix, self.config, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
         self._reading = False
 
@@ -120,7 +129,6 @@ class PrefixRequest:
     def _replace_prefix(self, error: SegmentCorruptError | SegmentReadError, attempt: int) -> None:
         self._keys.close()
         self._payload.close()
-        self._slots.clear()
         self.damaged = True
         if self._recover is None or attempt > MAX_RECOVERIES:
             raise error
@@ -138,10 +146,10 @@ class PrefixRequest:
             if layer in self._loaded:
                 continue
             if window is not None:
-                chunks = list(range(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks))
+                chunks = np.arange(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks)
                 self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
             elif self.keeps_all:
-                chunks = list(range(self.prefix.chunks))
+                chunks = np.arange(self.prefix.chunks)
                 self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
             elif layer in self._wanted:
                 self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
@@ -161,25 +169,27 @@ class PrefixRequest:
         """Select for the period that `layer` leads, and ask for what that needs (intra-period prefetch)."""
         self._ahead.need(layer)
         scorer = self._keys.scorer(layer, self.plan.devices[layer])
+        began = perf_counter()
         scores = scorer(inputs)
+        self._keys.used(layer, self.plan.devices[layer])
         selected = choose_chunks(scores, self.keep, self.config.keep_first, self.config.keep_last)
+        if self.timeline is not None:
+            self.timeline.add("identify", layer, began, perf_counter())
         wanted = self._chunks_to_read(selected)
-        self._slots.clear()
         members = self._period(layer)
+        self._payload.tables.record_importance(self._usage, members, scores.detach().sum(0).cpu().numpy())
         for member in members:
             self.selected[member], self._wanted[member] = selected, wanted
         self._ask(members, wanted)
         self._ahead.used(layer)
 
-    def _ask(self, layers: Sequence[int], chunks: Sequence[int], speculative: bool = False) -> None:
+    def _ask(self, layers: Sequence[int], chunks: Chunks, speculative: bool = False) -> None:
         for device, group in groupby(layers, key=lambda layer: self.plan.devices[layer]):
             self._payload.ask(list(group), chunks, device, speculative)
 
-    def _chunks_to_read(self, selected: torch.Tensor) -> list[int]:
-        chunks: list[int] = torch.unique(selected).tolist() if selected.shape[0] > 1 else selected[0].tolist()
-        if self.prefix.tail_tokens:
-            chunks.append(self.prefix.whole_chunks)
-        return chunks
+    def _chunks_to_read(self, selected: torch.Tensor) -> Chunks:
+        chunks: Chunks = selected[0].numpy() if selected.shape[0] == 1 else np.unique(selected.numpy())
+        return np.append(chunks, self.prefix.whole_chunks) if self.prefix.tail_tokens else chunks
 
     def _speculate(self, layer: int) -> None:
         """At the subperiod boundary, start reading the current selection for the next period (inter-period)."""
@@ -218,28 +228,46 @@ class PrefixRequest:
                 single one if all chunks are kept.
         """
         self._begun(query.shape[0], query.shape[2])
-        identify = partial(self._bring, layer, query, suffix_keys, options)
-        batches = self._recovering(identify)
-        try:
-            arrived = {chunk for batch in batches for chunk in batch.chunks}
-            if not arrived.issuperset(self._wanted[layer]):
-                raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
-            self._assemble(layer, batches, destination)
-        finally:
-            self._payload.give_back(batches)
+        if self.timeline is not None:
+            self.timeline.layer_reached(layer)
+        batches = self._recovering(partial(self._fill, layer, query, suffix_keys, options, destination))
         self._count(layer, batches)
         self._loaded.add(layer)
         if self.keeps_all:
             self._ahead.used(layer)
+        if self.timeline is not None:
+            self.timeline.layer_ready(layer)
 
-    def _bring(
-        self, layer: int, query: torch.Tensor, suffix_keys: torch.Tensor, options: Mapping[str, Any]
+    def _fill(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        suffix_keys: torch.Tensor,
+        options: Mapping[str, Any],
+        destination: torch.Tensor,
     ) -> list[Batch]:
-        """Select, if this layer leads a period, and wait for the chunks of this layer."""
+        """Select, if this layer leads a period; then put each batch in its place as soon as it is there."""
+        self._bring(layer, query, suffix_keys, options)
+        filled = [0] * destination.shape[1]
+        batches = []
+        with closing(self._payload.take(layer)) as arriving:
+            for batch in arriving:
+                began = perf_counter()
+                self._assemble(layer, batch, destination, filled)
+                if self.timeline is not None:
+                    self.timeline.add("copy", layer, began, perf_counter())
+                batches.append(batch)
+        arrived = np.concatenate([batch.chunks for batch in batches]) if batches else np.zeros(0, dtype=np.int64)
+        if not np.isin(self._wanted[layer], arrived).all():
+            raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
+        return batches
+
+    def _bring(self, layer: int, query: torch.Tensor, suffix_keys: torch.Tensor, options: Mapping[str, Any]) -> None:
+        """See to it that the chunks of this layer are on their way."""
         assert self.rows is not None
         if self.keeps_all:
             self._ahead.need(layer)
-            self._wanted[layer] = list(range(self.prefix.chunks))
+            self._wanted[layer] = np.arange(self.prefix.chunks)
         elif self._is_leader(layer) and layer not in self._wanted:
             if not self.rows.in_order:
                 some = self.rows.representatives.to(query.device)
@@ -250,83 +278,112 @@ class PrefixRequest:
             self._identify(layer, SelectionInput(query, suffix_keys, voters, visible, options["scaling"], softcap))
         if not self.keeps_all:
             self._speculate(layer)
-        return self._payload.take(layer)
 
     def load_tail(self, layer: int, window: int, batch: int, q_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `(1, kv_heads, min(tokens, window - 1), head_dim)` of a sliding-window layer: all that it can see."""
         self._begun(batch, q_length)
 
+        g = self.prefix.geometry
+        first = self._tail_start(window) // g.chunk_size
+        skip = self._tail_start(window) - first * g.chunk_size
+        count = self.prefix.chunks - first
+        with torch.inference_mode(False):
+            kv = torch.empty(
+                2, g.kv_heads, count, g.chunk_size, g.head_dim, dtype=g.dtype, device=self.plan.devices[layer]
+            )
+
         def bring() -> list[Batch]:
             self._ahead.need(layer)
-            return self._payload.take(layer)
+            batches = []
+            with closing(self._payload.take(layer)) as arriving:
+                for one in arriving:
+                    copy_in_order(self.prefix, one, first, kv)
+                    batches.append(one)
+            return batches
 
-        (read,) = batches = self._recovering(bring)
-        c = self.prefix.geometry.chunk_size
-        kv = upload(self.prefix.kv_view(read.slab.data, len(read.chunks)), self.plan.devices[layer], read.slab)
-        begin = read.chunks[0] * c
-        skip = self._tail_start(window) - begin
-        # (chunks, 2, h, c, d) -> (2, 1, h, tokens, d), without the tokens before the window and after the prefix.
-        tokens = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, skip : self.prefix.tokens - begin]
-        keys, values = tokens[0].clone(), tokens[1].clone()
-        self._payload.give_back(batches)
-        self.stats.hits["disk"] += len(read.chunks)
-        self.stats.bytes_used += keys.shape[2] * self.prefix.token_bytes()
+        batches = self._recovering(bring)
+        # Without the tokens before the window and after the prefix.
+        tokens = kv.flatten(2, 3)[:, None, :, skip : self.prefix.tokens - first * g.chunk_size]
+        for one in batches:
+            self._count_hits(one, np.ones(len(one.chunks), dtype=np.bool_))
+        self._record_use(layer, np.arange(first, self.prefix.chunks))
+        self.stats.bytes_used += tokens.shape[3] * self.prefix.token_bytes()
         self._loaded.add(layer)
         self._ahead.used(layer)
-        return keys, values
+        return tokens[0], tokens[1]
 
     def _tail_start(self, window: int) -> int:
         return max(0, self.prefix.tokens - window + 1)
 
     # -- from extents to K and V --------------------------------------------------------------------------------------
 
-    def _assemble(self, layer: int, batches: Sequence[Batch], destination: torch.Tensor) -> None:
+    def _assemble(self, layer: int, batch: Batch, destination: torch.Tensor, filled: list[int]) -> None:
+        """Put the chunks of a batch where the rows that selected them want them, behind the first `filled` ones."""
         c, tail = self.prefix.geometry.chunk_size, self.prefix.tail_tokens
         whole = self.keep * c
         chunks = destination[:, :, :, :whole].unflatten(3, (self.keep, c))
-        # RoPE is in the keys, so attention does not mind the order of chunks: they are put as they were read.
-        filled = [0] * destination.shape[1]
-        for batch in batches:
-            kv = upload(self.prefix.kv_view(batch.slab.data, len(batch.chunks)), destination.device, batch.slab)
-            if tail and batch.chunks[-1] == self.prefix.whole_chunks:
-                destination[:, :, :, whole:] = kv[-1, :, None, :, :tail]
-            for row in range(destination.shape[1]):
-                # (n, 2, kv_heads, c, head_dim) -> (2, kv_heads, n, c, head_dim)
-                slots = self._slots_of(layer, batch.chunks, row, destination.device)
-                slots.copy(kv, chunks[:, row], filled[row])
-                filled[row] += slots.count
-
-    def _slots_of(self, layer: int, slots: list[int], row: int, device: torch.device) -> Slots:
-        """Which slots of a batch a row takes; found once for all layers of a period that read the same lists."""
-        key = (id(slots), row)
-        known = self._slots.get(key)
-        if known is None or known.chunks is not slots:
-            selected = self.selected.get(layer)
-            known = Slots.of(slots, None if selected is None else selected[row].tolist(), self.keep, device)
-            self._slots[key] = known
-        return known
+        if tail:
+            last = np.flatnonzero(batch.chunks == self.prefix.whole_chunks)
+            if len(last):
+                kv = self.prefix.kv_view(batch.extents(last))
+                destination[:, :, :, whole:] = kv[0, :, None, :, :tail]
+        selected = self.selected.get(layer)
+        # RoPE is in the keys, so attention does not mind the order of chunks: they are put as they came.
+        for row in range(destination.shape[1]):
+            take = chosen(batch.chunks, None if selected is None else selected[row].numpy(), self.keep)
+            if take is None or len(take):
+                kv = self.prefix.kv_view(batch.extents(take))
+                fill(chunks[:, row], filled[row], kv)
+                filled[row] += kv.shape[0]
 
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]
         size = self.prefix.geometry.extent_bytes
-        needed = set(wanted)
         for batch in batches:
-            used = sum(chunk in needed for chunk in batch.chunks)
-            self.stats.hits["disk"] += used
-            unused = (len(batch.chunks) - used) * size
+            from_disk = self._count_hits(batch, np.isin(batch.chunks, wanted))
+            unused = (batch.from_disk - from_disk) * size
             if batch.speculative:
-                self.stats.prefetch_hits += used
+                self.stats.prefetch_hits += from_disk
                 self.stats.prefetch_wasted_bytes += unused
             else:
                 self.stats.bytes_identified += unused  # A whole layer was read for its keys.
         tail = self.prefix.tail_tokens
         whole = len(wanted) - (1 if tail else 0)
+        self._record_use(layer, wanted)
         self.stats.bytes_used += whole * size + tail * self.prefix.token_bytes()
         self.stats.chunks_used.append(self.keep + (1 if tail else 0))
 
+    def _count_hits(self, batch: Batch, used: npt.NDArray[np.bool_]) -> int:
+        """Count the chunks of a batch that were used by the tier they came from; how many came from disk."""
+        on_host, on_disk = len(used) - batch.from_host - batch.from_disk, len(used) - batch.from_disk
+        counts = {"device": used[:on_host], "host": used[on_host:on_disk], "disk": used[on_disk:]}
+        for tier, part in counts.items():
+            self.stats.hits[tier] += int(part.sum())
+        self._usage.loaded_bytes += batch.from_disk * self.prefix.geometry.extent_bytes
+        return int(counts["disk"].sum())
+
+    def _record_use(self, layer: int, chunks: Chunks) -> None:
+        """For the memory tiers, once the first token is out."""
+        tables = self._payload.tables
+        self._usage.tables = tables.known
+        tables.record_use(self._usage, layer, chunks)
+        if layer not in self.selected:
+            # Nobody asked what attention looks at: all chunks alike.
+            mass = np.zeros(self.prefix.chunks)
+            mass[chunks] = 1.0 / len(chunks)
+            tables.record_importance(self._usage, [layer], mass)
+
+    def settle(self) -> None:
+        """The first token is out: tell the memory tiers what was used (once per request)."""
+        if self.timeline is not None:
+            self.timeline.model_done()
+        if self._loaded and self._settled.alive:
+            self._settled()
+            self._store.memory.catch_up()
+
     def twin(self, stats: RequestStats, recover: Recover | None) -> PrefixRequest:
         """The same request for a copy of the cache: selections are kept, reads under way are not."""
-        other = PrefixRequest(self.prefix, self.config, self.plan, self._store, self._pool, stats, recover)
+        other = PrefixRequest(self.prefix, self.config, self.plan, self._store, stats, recover)
         other.rows, other.selected, other._wanted = self.rows, dict(self.selected), dict(self._wanted)
         other._loaded, other._voters = set(self._loaded), self._voters
         return other
@@ -335,3 +392,5 @@ class PrefixRequest:
         """Wait for reads under way and give their buffers back."""
         self._keys.close()
         self._payload.close()
+        self._settled()
+        self._store.memory.catch_up()

@@ -79,7 +79,8 @@ class StoreStats:
         segment_bytes: what they take up where they lie; `max_disk_bytes` bounds this.
         disk_bytes: what everything takes up: segments, index, quarantine, files being written, directories.
         quarantined_bytes: what damaged segments take up that are kept to be looked at (`gc` deletes them).
-        host_bytes: bytes that this process keeps in memory for the store.
+        host_bytes: bytes of host memory that this process holds for the store now: chunks, keys, buffers, tables.
+        device_bytes: bytes of accelerators' memory that it holds.
         bytes_read: bytes read from segments, page rounding included.
         bytes_written: bytes of published segments.
         published: segments published.
@@ -102,6 +103,7 @@ class StoreStats:
     disk_bytes: int = 0
     quarantined_bytes: int = 0
     host_bytes: int = 0
+    device_bytes: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     published: int = 0

@@ -13,9 +13,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_contiguouskv.device import SLABS
 from hf_contiguouskv.prefetch import PayloadReads
 from hf_contiguouskv.prefix import AttachedPrefix
+from hf_contiguouskv.slots import copy_in_order
 from hf_contiguouskv.stats import RequestStats
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.fingerprint import model_fingerprint
@@ -51,15 +51,14 @@ class _LoadedLayer(DynamicLayer):
     def _load(self, key_states: torch.Tensor) -> None:
         assert self._reads is not None
         self.lazy_initialization(key_states, key_states)
-        (batch,) = self._reads.take(self._layer)
-        kv = self._prefix.kv_view(batch.slab.data, len(batch.chunks))
-        count, _, kv_heads, c, head_dim = kv.shape
+        g = self._prefix.geometry
+        count = self._prefix.chunks
         # One copy, from the chunks' order on disk to the order that attention wants.
-        for half in range(2):
-            buffer = key_states.new_empty(1, kv_heads, count * c + ROOM, head_dim)
-            buffer[0, :, : count * c].unflatten(1, (count, c)).copy_(kv[:, half].transpose(0, 1))
-            self._buffers.append(buffer)
-        self._reads.give_back([batch])
+        both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + ROOM, g.head_dim)
+        chunks = both[:, 0, :, : count * g.chunk_size].unflatten(2, (count, g.chunk_size))
+        for batch in self._reads.take(self._layer):
+            copy_in_order(self._prefix, batch, 0, chunks)
+        self._buffers = [both[0], both[1]]
         self._reads = None
         self._length = self._prefix.tokens
 
@@ -81,10 +80,10 @@ def overlapped_full_load(model: Any, prefix_ids: torch.Tensor, store: PrefixStor
     if stored is None or stored.tokens < len(ids):
         raise ValueError("the prefix is not stored")
     prefix = AttachedPrefix.of(stored, len(ids))
-    reads = PayloadReads(prefix, store.reader, SLABS, stats, verify=True)
+    reads = PayloadReads(prefix, store.reader, store.memory, stats, verify=True)
     cache = DynamicCache()
     cache.layers = [_LoadedLayer(layer, prefix, reads) for layer in range(prefix.geometry.num_layers)]
     cache.layer_class_to_replicate = None
     for layer in range(prefix.geometry.num_layers):
-        reads.ask([layer], range(prefix.chunks), torch.device("cpu"))
+        reads.ask([layer], np.arange(prefix.chunks), torch.device("cpu"))
     return cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from ..errors import SegmentMissingError
 from .backend import BlobInfo, Extent, Leftovers, checked_key
-from .pread import PAGE, aligned_buffer, as_memoryview, read_range
+from .pread import PAGE, aligned_buffer, as_memoryview, read_range, read_scattered
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SUFFIX = ".safetensors"
@@ -70,6 +71,11 @@ class FileBlob:
 
     def read_into(self, extents: Sequence[Extent]) -> int:
         """See `backend.Blob.read_into`."""
+        if len(extents) > 1 and all(
+            one[0] + one[1].nbytes == next_one[0] for one, next_one in itertools.pairwise(extents)
+        ):
+            buffers = [into for _, into in extents]
+            return read_scattered(self.fd_direct, self.fd_buffered, extents[0][0], buffers)
         physical = 0
         for offset, into in extents:
             physical += read_range(self.fd_direct, self.fd_buffered, offset, into)

@@ -18,6 +18,7 @@ class MemoryBlob:
     """See `backend.Blob`."""
 
     extents_per_read = 16
+    in_memory = True
 
     def __init__(self, key: str, content: memoryview, identity: int, created: float) -> None:
         self.key = key

@@ -78,6 +78,24 @@ def read_range(direct: int | None, buffered: int, offset: int, into: memoryview)
     return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
 
 
+def read_scattered(direct: int | None, buffered: int, offset: int, into: list[memoryview]) -> int:
+    """As `read_range`, for one range of a file that goes to several buffers in turn."""
+    nbytes = sum(part.nbytes for part in into)
+    if direct is not None and not offset & (PAGE - 1) and not nbytes & (PAGE - 1):
+        try:
+            if os.preadv(direct, into, offset) == nbytes:
+                return nbytes
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    # Misaligned, or the storage delivered less at once: one by one, which also finds out what is wrong.
+    physical = 0
+    for part in into:
+        physical += read_range(direct, buffered, offset, part)
+        offset += part.nbytes
+    return physical
+
+
 def _bounce_buffer() -> mmap.mmap:
     """Page-aligned memory of this thread that holds any read of up to `MAX_PART` bytes, wherever it begins."""
     bounce: mmap.mmap | None = getattr(_of_thread, "bounce", None)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, InputError, StoreError
-from ..memory import HostTier
+from ..memory import EvictionPolicy, MemoryTiers
 from ..stats import StoreCounters
 from . import maintenance
 from .backend import SegmentBackend
@@ -59,8 +59,10 @@ class PrefixStore(Upkeep):
             no bound.
         ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned
             ones stay. `None`: never.
-        host_bytes: bound on what this process keeps in host memory.
-        device_bytes: bound on what this process keeps in device memory.
+        host_bytes: hard limit on what this process keeps in host memory for all prefixes and requests, buffers of
+            reads under way included; 0: disk only. Where attention runs on a CPU, this is the one tier there is.
+        device_bytes: the same for the memory of accelerators; several share it equally.
+        eviction: which chunk goes first when memory is full: the name of one of `memory.POLICIES`, or a policy.
         salt: tenants with different salts do not see each other's prefixes.
         create: whether a missing store may be created.
         direct: read past the operating system's page cache where the file system can.
@@ -85,6 +87,7 @@ class PrefixStore(Upkeep):
         ttl_s: float | None = None,
         host_bytes: int = 2 * 2**30,
         device_bytes: int = 2**30,
+        eviction: str | EvictionPolicy = "expected-use",
         salt: str | bytes = b"",
         create: bool = True,
         direct: bool = True,
@@ -107,8 +110,7 @@ class PrefixStore(Upkeep):
         except OSError as error:
             raise StoreError(f"{path}: the store cannot be opened: {error}") from error
         self.max_disk_bytes = max_disk_bytes
-        self.device_bytes = device_bytes
-        self.host = HostTier(host_bytes)
+        self.memory = MemoryTiers(host_bytes, device_bytes, eviction)
         self._lock = threading.RLock()
         self._background = Background()
         self._reader: ExtentReader | None = None
@@ -373,7 +375,7 @@ class PrefixStore(Upkeep):
         self._opened.close()
         self.backend.close()
         self._index.close()
-        self.host.clear()
+        self.memory.clear()
 
     def __enter__(self) -> PrefixStore:
         return self

@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,9 +99,24 @@ class _Batch:
         for segment, group in itertools.groupby(parts, key=lambda part: part.segment):
             own, size = list(group), segment.blob.extents_per_read
             if size <= 1:
-                found += own
+                found += cls.joined(own)
             else:
                 found += [cls(own[start : start + size]) for start in range(0, len(own), size)]
+        return found
+
+    @classmethod
+    def joined(cls, parts: list[Read | _Part]) -> list[Read | _Part | _Batch]:
+        """What follows each other in a segment put together, up to 1 MiB: one read that goes to several places."""
+        found: list[Read | _Part | _Batch] = []
+        begin = 0
+        for end in range(1, len(parts) + 1):
+            if end < len(parts):
+                before, part = parts[end - 1], parts[end]
+                follows = part.offset == before.offset + before.nbytes and part.segment is before.segment
+                if follows and part.offset + part.nbytes - parts[begin].offset <= MAX_PART:
+                    continue
+            found.append(parts[begin] if end == begin + 1 else cls(parts[begin:end]))
+            begin = end
         return found
 
 
@@ -109,12 +125,15 @@ class Ticket:
 
     Attributes:
         bytes_read: bytes that storage was asked for, page rounding included; complete once `done`.
+        started, ended: when the first read began and the last one ended, seconds on `time.perf_counter`.
     """
 
-    __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "bytes_read")
+    __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "_then", "bytes_read", "ended", "started")
 
-    def __init__(self, parts: Sequence[Read | _Part | _Batch]) -> None:
+    def __init__(self, parts: Sequence[Read | _Part | _Batch], then: Callable[[], None] | None = None) -> None:
         self.bytes_read = 0
+        self.started = self.ended = 0.0
+        self._then = then
         self._parts = parts
         self._missing = len(parts)
         # next() on this iterator is atomic: threads share out the parts without a lock.
@@ -135,6 +154,11 @@ class Ticket:
         """Whether all reads have ended, well or badly."""
         return self._missing == 0
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether all reads have ended well."""
+        return self._missing == 0 and self._error is None
+
     def wait(self) -> None:
         """Block until all reads have ended.
 
@@ -153,6 +177,7 @@ class Ticket:
         """Read parts until none is left; called by every reader thread that is free."""
         parts, order = self._parts, self._next
         count = len(parts)
+        began = time.perf_counter()
         served = physical = 0
         while True:
             position = next(order)
@@ -177,10 +202,22 @@ class Ticket:
         total.add(physical)
         with self._lock:
             self.bytes_read += physical
-            self._missing -= served
-            if self._missing == 0:
-                self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
-                self._gate.release()
+            self.started = min(self.started or began, began)
+            last = self._missing == served
+            if not last:
+                self._missing -= served
+                return
+        # Nobody else serves this ticket any more.
+        then, self._then = self._then, None
+        if then is not None and self._error is None:
+            try:
+                then()
+            except BaseException as error:
+                self._error = error
+        self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
+        self.ended = time.perf_counter()
+        self._missing = 0
+        self._gate.release()
 
 
 class Task:
@@ -265,13 +302,18 @@ class ExtentReader:
         """Bytes read since the reader was made, page rounding included."""
         return self._total.nbytes
 
-    def submit(self, reads: Sequence[Read], *, threads: int | None = None) -> Ticket:
+    def submit(
+        self, reads: Sequence[Read], *, threads: int | None = None, then: Callable[[], None] | None = None
+    ) -> Ticket:
         """Queue `reads` behind everything that was submitted before.
 
         Args:
             reads: what to read.
             threads: how many threads share these reads; all by default. Where several tickets are queued together,
                 one thread for each keeps the device as busy, and wakes fewer threads.
+
+            then: called by the thread that ends the last read, before the ticket is done, if all went well. What it
+                raises, the ticket raises.
 
         Raises:
             InputError: a buffer has another length than its read.
@@ -286,7 +328,7 @@ class ExtentReader:
             else:
                 parts.extend(_cut(read))
         batched = any(part.segment.blob.extents_per_read > 1 for part in parts)
-        ticket = Ticket(_Batch.grouped(parts) if batched else parts)
+        ticket = Ticket(_Batch.grouped(parts) if batched else _Batch.joined(parts), then)
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")

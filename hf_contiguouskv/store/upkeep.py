@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PrefixInUseError, StoreClosedError, StoreError, StoreFullError
-from ..memory import HostTier
+from ..memory import MemoryTiers
 from ..stats import StoreCounters, StoreStats
 from . import maintenance
 from .backend import SegmentBackend
@@ -30,13 +30,13 @@ class Upkeep:
     Attributes:
         path: folder of the store.
         backend: where its segments lie.
-        host: what this process keeps of it in host memory.
+        memory: what this process keeps of it in memory.
         counters: what this process did with it.
     """
 
     path: Path
     backend: SegmentBackend
-    host: HostTier
+    memory: MemoryTiers
     counters: StoreCounters
     _index: StoreIndex
     _opened: OpenSegments
@@ -99,6 +99,7 @@ class Upkeep:
                 self.backend.delete(key_of_one)
             deleted = self._write(delete)
         self._opened.forget(deleted)
+        self.memory.forget(deleted)
         for gone in deleted:
             self._pins.set(gone, False)
         return deleted
@@ -187,13 +188,15 @@ class Upkeep:
         count, tokens, nbytes = self._read(
             lambda db: db.execute("SELECT count(*), total(num_tokens), total(nbytes) FROM segments").fetchone()
         )
+        tiers = self.memory.bytes_by_tier
         stats = StoreStats(
             segments=count,
             prefix_tokens=int(tokens),
             segment_bytes=int(nbytes),
             disk_bytes=int(nbytes) + self.backend.overhead_bytes() + folder_bytes(self.path),
             quarantined_bytes=sum(info.stored_bytes for info in self.backend.quarantined()),
-            host_bytes=self.host.bytes_used,
+            host_bytes=tiers["host"],
+            device_bytes=tiers["device"],
             bytes_read=self._reader.bytes_read if self._reader else 0,
             direct_reads=self.backend.direct,
         )

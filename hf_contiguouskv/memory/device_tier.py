@@ -1,0 +1,162 @@
+"""The memory of one accelerator: what goes from it moves to the host's tier, if it is worth more than what is there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..device import Device, StreamOrder
+from .arena import Arena
+from .blocks import Blocks, Slots, TensorBlocks, neighbours
+from .history import SegmentTable
+from .policies import EvictionPolicy
+from .tier import Buffer, Tier
+
+
+@dataclass(eq=False)
+class _Demotion:
+    """Chunks on their way to the host."""
+
+    table: SegmentTable
+    places: Slots
+    buffer: Buffer
+    copied: Any
+
+
+class OrderedBlocks:
+    """Device memory in blocks that several streams may use; see `TensorBlocks`."""
+
+    def __init__(self, slot_bytes: int, max_bytes: int, device: Device) -> None:
+        self._device = device
+        self._blocks = TensorBlocks(slot_bytes, max_bytes, device.empty)
+        self._order = StreamOrder(device)
+        self.slot_bytes = slot_bytes
+        self.slots_per_block = self._blocks.slots_per_block
+        self.max_blocks = self._blocks.max_blocks
+
+    def take(self, block: int) -> None:
+        """See `Blocks`."""
+        self._blocks.take(block)
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """See `Blocks`."""
+        self._order.before_write()
+        for block in blocks:
+            self._device.uses(self._blocks.tensor(block))
+        self._blocks.drop(blocks)
+
+    def select(self, slots: Slots) -> torch.Tensor:
+        """See `Blocks`; always a copy, so that the slots may be given to somebody else once this has been queued."""
+        self._order.before_read()
+        found = self._blocks.select(slots)
+        if found._base is not None and neighbours(slots):
+            found = found.clone()  # It was a view.
+        self._order.after_read()
+        return found
+
+    def write(self, slots: Slots, content: torch.Tensor) -> None:
+        """See `Blocks`."""
+        self._order.before_write()
+        self._blocks.write(slots, content)
+        self._order.after_write()
+
+    def buffer(self, first: int, count: int) -> memoryview:
+        """See `Blocks`: the host cannot write here."""
+        raise TypeError("device memory has no buffer")
+
+
+class DeviceTier(Tier):
+    """See `Tier`. Its buffers are written by copies on a side stream, its slots by the current stream.
+
+    Args:
+        device: the accelerator.
+        host: where victims go.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        max_bytes: int,
+        policy: EvictionPolicy,
+        device: Device,
+        host: Tier,
+        lock: threading.RLock,
+        tables: dict[int, SegmentTable],
+    ) -> None:
+        super().__init__(name, max_bytes, policy, self._blocks_of, self._buffer_of, lock, tables)
+        self.device = device
+        self.on_device = True
+        self.spill = self._demote
+        self._host = host
+        self._demotions: list[_Demotion] = []
+
+    def _blocks_of(self, slot_bytes: int, max_bytes: int) -> Blocks:
+        return OrderedBlocks(slot_bytes, max_bytes, self.device)
+
+    def _buffer_of(self, nbytes: int) -> torch.Tensor:
+        return self.device.empty(nbytes, for_copies=True)
+
+    def limit(self, max_bytes: int) -> None:
+        """Another limit from now on; what is too much goes now, what is in use when it is released."""
+        with self._lock:
+            self.max_bytes = max_bytes
+            self.make_room(0)
+
+    # -- victims ------------------------------------------------------------------------------------------------------
+
+    def _demote(self, arena: Arena, slots: Slots) -> None:
+        """Start moving the victims that outscore the host's least to the host; the others are dropped."""
+        for number in np.unique(arena.owner[slots]):
+            table = self._tables[int(number)]
+            mine = slots[arena.owner[slots] == number]
+            absent = table.slots_in(self._host.name)[arena.place[mine]] < 0
+            mine = mine[absent]
+            if len(mine):
+                mine = mine[self._host.would_keep(arena.worth[mine], arena.slot_bytes)]
+            if not len(mine):
+                continue
+            buffer = self._host.lease(len(mine) * arena.slot_bytes, must=False)
+            if buffer is None:
+                continue
+            content = arena.blocks.select(mine)
+            target = buffer.data[: content.numel()].view_as(content)
+            copied = self.device.copy_out(content, target)
+            self._demotions.append(_Demotion(table, arena.place[mine].copy(), buffer, copied))
+
+    def drain(self) -> None:
+        """Put demoted chunks whose copy has ended into the host's slots."""
+        with self._lock:
+            waiting = []
+            for demotion in self._demotions:
+                if demotion.copied.query():
+                    self._arrived(demotion)
+                else:
+                    waiting.append(demotion)
+            self._demotions = waiting
+
+    def _arrived(self, demotion: _Demotion) -> None:
+        table, host = demotion.table, self._host
+        try:
+            if table.number not in self._tables:
+                return
+            slots = host.take(table.slot_bytes, len(demotion.places))
+            if len(slots):
+                places = demotion.places[: len(slots)]
+                size = table.slot_bytes
+                content = demotion.buffer.data[: len(slots) * size].view(len(slots), size)
+                host.blocks(size).write(slots, content)
+                host.keep(table, places, slots, size, loaded=False)
+                host.release(slots, size)
+        finally:
+            host.give_back(demotion.buffer)
+
+    def clear(self) -> None:
+        """See `Tier.clear`."""
+        with self._lock:
+            self._demotions.clear()
+            super().clear()

@@ -1,0 +1,163 @@
+"""What is remembered of the chunks of a segment, in memory or not: how often and how much they were used."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
+
+# Requests after which a use counts half as much in `heat`.
+HALF_LIFE = 1000
+# `heat` of older requests is scaled down when newer ones would overflow.
+_RESCALE_AT = 256
+
+
+class Clock:
+    """Counts requests, and says what one of now weighs in `heat`.
+
+    Old uses are not made smaller; new ones are made larger (forward decay), so nothing needs to be touched as time
+    goes by.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1
+        self._epoch = 0
+
+    @property
+    def weight(self) -> float:
+        """Weight of a use now, relative to one at the last `rescale`."""
+        return float(2.0 ** ((self.now - self._epoch) / HALF_LIFE))
+
+    def tick(self) -> bool:
+        """A request is over; whether all heat must be multiplied by `rescale()` now."""
+        self.now += 1
+        return self.now - self._epoch >= _RESCALE_AT * HALF_LIFE
+
+    def rescale(self) -> float:
+        """Begin a new epoch; returns the factor for everything that was counted before."""
+        factor = 1.0 / self.weight
+        self._epoch = self.now
+        return factor
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a policy may judge `n` entries by. All arrays are `(n,)`.
+
+    Attributes:
+        importance: `I_j`, attention mass summed over requests, whether the chunk was in memory or not.
+        loads: `F_j`, times loaded into memory.
+        requests: requests that used the entry.
+        last: number of the last request that did.
+        heat: uses, each half as much as one that is `HALF_LIFE` requests younger.
+        prefix_heat: the same for requests to the segment that the entry belongs to.
+        prefix_requests: how many there were.
+    """
+
+    importance: Floats
+    loads: Floats
+    requests: Floats
+    last: Floats
+    heat: Floats
+    prefix_heat: float
+    prefix_requests: int
+
+
+class SegmentTable:
+    """Where the chunks of one segment are, per tier, and what is known of their use.
+
+    Chunk `j` of layer `l` has the place `l * chunks + j` in every array.
+
+    Args:
+        number: how tiers refer to this table; 1 or more.
+        identity: of the segment's bytes.
+        layers, chunks: of the segment.
+        slot_bytes: size of a chunk in one layer.
+    """
+
+    def __init__(self, number: int, identity: Hashable, layers: int, chunks: int, slot_bytes: int) -> None:
+        size = layers * chunks
+        self.number = number
+        self.identity = identity
+        self.layers = layers
+        self.chunks = chunks
+        self.slot_bytes = slot_bytes
+        # Per tier, by its name: the slot that holds the chunk, -1 for none.
+        self.slots: dict[str, Places] = {}
+        self.importance = np.zeros(size, dtype=np.float32)
+        self.loads = np.zeros(size, dtype=np.int32)
+        self.requests = np.zeros(size, dtype=np.int32)
+        self.last = np.zeros(size, dtype=np.int32)
+        self.heat = np.zeros(size, dtype=np.float32)
+        # Of the segment: requests that used it, and the most that one chunk could have gathered.
+        self.uses = 0
+        self.prefix_heat = 0.0
+        self.peak = 0.0
+        self.last_request = 0
+        # Chunks and keys of this table that are in some tier.
+        self.resident = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the table itself takes up."""
+        return self.importance.nbytes * (5 + 2 * len(self.slots))
+
+    def slots_in(self, tier: str) -> Places:
+        """Slots of all places in a tier, int64 `(layers * chunks,)`."""
+        found = self.slots.get(tier)
+        if found is None:
+            found = self.slots[tier] = np.full(self.layers * self.chunks, -1, dtype=np.int64)
+        return found
+
+    def uses_of(self, places: Places) -> Uses:
+        """History of the chunks at `places`."""
+        return Uses(
+            self.importance[places].astype(np.float64),
+            self.loads[places].astype(np.float64),
+            self.requests[places].astype(np.float64),
+            self.last[places].astype(np.float64),
+            self.heat[places].astype(np.float64),
+            self.prefix_heat,
+            self.uses,
+        )
+
+    def uses_of_keys(self) -> Uses:
+        """History of what every request to the segment needs: at least that of its best chunk."""
+        one = np.ones(1)
+        return Uses(
+            one * self.peak,
+            one * max(1, self.uses),
+            one * self.uses,
+            one * self.last_request,
+            one * self.prefix_heat,
+            self.prefix_heat,
+            self.uses,
+        )
+
+    def begin_request(self, clock: Clock) -> None:
+        """A request to this segment is over: count it."""
+        self.uses += 1
+        self.prefix_heat += clock.weight
+        self.last_request = clock.now
+
+    def count(self, places: Places, clock: Clock) -> None:
+        """The chunks at `places` (no place twice) were used by the request that ends now."""
+        self.requests[places] += 1
+        self.last[places] = clock.now
+        self.heat[places] += clock.weight
+
+    def add_importance(self, layers: list[int], first: int, mass: npt.NDArray[np.float32]) -> None:
+        """`I_j += A_j` for chunks `first, first + 1, ...` in each of `layers`."""
+        grid = self.importance.reshape(self.layers, self.chunks)
+        grid[layers, first : first + len(mass)] += mass
+        self.peak = max(self.peak, float(self.importance.max(initial=0.0)))
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all heat (see `Clock`)."""
+        self.heat *= factor
+        self.prefix_heat *= factor

@@ -1,0 +1,457 @@
+"""One kind of memory with a hard limit: chunks in slots, keys for selection, and buffers for reads under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import ConfigError
+from .arena import Arena, Empty
+from .blocks import Blocks, Slots
+from .history import SegmentTable
+from .policies import EvictionPolicy
+
+# Buffers that are kept for the next read, as a share of the limit.
+_IDLE_SHARE = 8
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory for reads or copies.
+
+    Where the limit leaves no room a buffer is had all the same, uncounted (see `Tier.lease`), and never kept.
+
+    Attributes:
+        data: uint8 `(capacity,)`.
+        counted: what of it the tier's limit covers: all or nothing.
+        busy: an event; until it has happened, an accelerator reads or writes this memory.
+    """
+
+    data: torch.Tensor
+    counted: int
+    busy: Any = None
+
+
+@dataclass(eq=False)
+class _Keys:
+    name: str
+    buffer: Buffer
+    table: SegmentTable
+    worth: float
+    users: int = 0
+
+
+# Receives what is about to lose its slots: the arena and the slots.
+Spill = Callable[[Arena, Slots], None]
+
+
+class Tier:
+    """Memory of one kind. Thread-safe; nothing here waits for a read or a copy.
+
+    Args:
+        name: in statistics: "host", or the device.
+        max_bytes: hard limit on everything that is held here, kept buffers and tables included.
+        policy: who goes first.
+        make_blocks: memory for slots of a size, within a bound in bytes.
+        make_buffer: memory for a buffer.
+        lock: shared by all tiers of a store, because their tables are.
+        tables: by number.
+
+    Raises:
+        ConfigError: `max_bytes` is negative.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        max_bytes: int,
+        policy: EvictionPolicy,
+        make_blocks: Callable[[int, int], Blocks],
+        make_buffer: Callable[[int], torch.Tensor],
+        lock: threading.RLock,
+        tables: dict[int, SegmentTable],
+    ) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"the bound of the {name} tier must be 0 or more, got {max_bytes}")
+        self.name = name
+        self.max_bytes = max_bytes
+        self.policy = policy
+        self.on_device = False
+        self.spill: Spill | None = None
+        self._make_blocks = make_blocks
+        self._make_buffer = make_buffer
+        self._lock = lock
+        self._tables = tables
+        self._arenas: dict[int, Arena] = {}
+        self._keys: dict[str, _Keys] = {}
+        self._keys_in_order: list[_Keys] | None = None
+        self._idle: dict[int, list[Buffer]] = {}
+        self._idle_bytes = 0
+        self._buffer_bytes = 0
+        self._key_bytes = 0
+        # Bytes of tables and the like, set by the owner of the tables.
+        self.table_bytes = 0
+        self.evicted = 0
+        self.peak_bytes = 0
+
+    # -- how much -----------------------------------------------------------------------------------------------------
+
+    @property
+    def held_bytes(self) -> int:
+        """Everything that counts towards the limit: slots (free ones that were not given back too), keys, buffers."""
+        arenas = sum(arena.held_bytes for arena in self._arenas.values())
+        return arenas + self._key_bytes + self._buffer_bytes + self._idle_bytes + self.table_bytes
+
+    @property
+    def bytes_by_use(self) -> dict[str, int]:
+        """`chunks` (of resident slots), `keys`, `buffers` (in use, kept, and free slots) and `tables`."""
+        with self._lock:
+            chunks = sum(len(arena.resident()) * arena.slot_bytes for arena in self._arenas.values())
+            slots = sum(arena.held_bytes for arena in self._arenas.values())
+            buffers = self._buffer_bytes + self._idle_bytes + slots - chunks
+            return {"chunks": chunks, "keys": self._key_bytes, "buffers": buffers, "tables": self.table_bytes}
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    # -- chunks -------------------------------------------------------------------------------------------------------
+
+    def find(self, table: SegmentTable, places: Slots) -> Slots:
+        """Slots of the chunks at `places`, -1 where there is none. Those found have one more user."""
+        with self._lock:
+            slots = table.slots_in(self.name)[places]
+            found = slots[slots >= 0]
+            if len(found):
+                # All chunks of a table have one size.
+                self._arena_of(table).users[found] += 1
+            return slots
+
+    def take(self, slot_bytes: int, count: int) -> Slots:
+        """Up to `count` slots to load into, each with one user; fewer where the limit and other users forbid more."""
+        with self._lock:
+            arena = self._arena(slot_bytes)
+            if arena is None or count <= 0:
+                return Empty
+            short = count - arena.free_slots
+            if short > 0:
+                short -= self._grow(arena, short)
+            if short > 0:
+                self._make_slots(arena, short)
+            self._note_peak()
+            return arena.take(count)
+
+    def keep(self, table: SegmentTable, places: Slots, slots: Slots, slot_bytes: int, *, loaded: bool = True) -> None:
+        """What `slots` (from `take`) hold now are the chunks at `places`. Where somebody was first, theirs stay.
+
+        `loaded`: they come from disk, which counts in `F_j`.
+        """
+        with self._lock:
+            if table.number not in self._tables:
+                return  # Forgotten since.
+            known = table.slots_in(self.name)
+            new = known[places] < 0
+            places, slots = places[new], slots[new]
+            if not len(slots):
+                return
+            arena = self._arenas[slot_bytes]
+            known[places] = slots
+            table.resident += len(slots)
+            table.loads[places] += int(loaded)
+            arena.owner[slots] = table.number
+            arena.place[slots] = places
+            arena.worth[slots] = self.policy.worth(table.uses_of(places))
+
+    def release(self, slots: Slots, slot_bytes: int) -> None:
+        """One user less (see `find` and `take`)."""
+        with self._lock:
+            self._arenas[slot_bytes].release(slots)
+
+    def would_keep(self, worth: npt.NDArray[np.float64], slot_bytes: int) -> npt.NDArray[np.bool_]:
+        """Which chunks of these worths, bool `(n,)`, would be kept: all while there is room, else those that outscore
+        the least of what is here."""
+        with self._lock:
+            arena = self._arena(slot_bytes)
+            if arena is None:
+                return np.zeros(len(worth), dtype=np.bool_)
+            room = arena.free_slots + max(0, self.max_bytes - self.held_bytes + self._idle_bytes) // slot_bytes
+            if room >= len(worth):
+                return np.ones(len(worth), dtype=np.bool_)
+            lowest = arena.lowest(1)
+            least = float(arena.worth[lowest[0]]) if len(lowest) else np.inf
+            return worth > least
+
+    def blocks(self, slot_bytes: int) -> Blocks:
+        """The memory in which slots of this size lie."""
+        return self._arenas[slot_bytes].blocks
+
+    def judge(self, table: SegmentTable) -> None:
+        """The history of a table has changed: judge what is here of it anew."""
+        with self._lock:
+            known = table.slots.get(self.name)
+            if known is not None and table.resident:
+                places = np.flatnonzero(known >= 0)
+                if len(places):
+                    self._arena_of(table).set_worth(known[places], self.policy.worth(table.uses_of(places)))
+            worth: float | None = None
+            for keys in self._keys.values():
+                if keys.table is table:
+                    if worth is None:
+                        worth = float(self.policy.worth(table.uses_of_keys())[0])
+                    keys.worth = worth
+            self._keys_in_order = None
+
+    def _arena_of(self, table: SegmentTable) -> Arena:
+        return self._arenas[table.slot_bytes]
+
+    def _arena(self, slot_bytes: int) -> Arena | None:
+        arena = self._arenas.get(slot_bytes)
+        if arena is None:
+            if self.max_bytes < slot_bytes:
+                return None
+            blocks = self._make_blocks(slot_bytes, self.max_bytes)
+            if blocks.max_blocks < 1:
+                return None
+            arena = self._arenas[slot_bytes] = Arena(blocks)
+        return arena
+
+    def _grow(self, arena: Arena, slots: int) -> int:
+        """Have memory for up to `slots` more, as far as the limit allows without anything going."""
+        wanted = -(-slots // arena.blocks.slots_per_block)
+        missing = wanted * arena.block_bytes - (self.max_bytes - self.held_bytes)
+        if missing > 0 and self._idle_bytes:
+            self._drop_idle()
+        room = (self.max_bytes - self.held_bytes) // arena.block_bytes
+        return arena.grow(max(0, min(wanted, room)))
+
+    # -- making room --------------------------------------------------------------------------------------------------
+
+    def _make_slots(self, arena: Arena, count: int) -> None:
+        """Make it possible to take `count` more slots of `arena`, by letting go of what is worth least."""
+        # Memory that lies idle as free slots of another size goes before anything that is resident.
+        for other in self._arenas.values():
+            if other is not arena and other.free_slots and count > 0:
+                other.return_blocks(other.free_slots)
+                count -= self._grow(arena, count)
+        if count > 0:
+            self._reclaim(count * arena.slot_bytes, arena)
+            self._grow(arena, count - arena.free_slots)
+
+    def make_room(self, nbytes: int) -> bool:
+        """Let go of what is worth least until `nbytes` more fit; whether they do."""
+        with self._lock:
+            if nbytes > self.max_bytes:
+                return False
+            if not self._fits(nbytes):
+                self._drop_idle()
+            for arena in self._arenas.values():
+                if not self._fits(nbytes) and arena.free_slots:
+                    arena.return_blocks(-(-self._missing(nbytes) // arena.block_bytes))
+            if not self._fits(nbytes):
+                self._reclaim(self._missing(nbytes), None)
+            return self._fits(nbytes)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._missing(nbytes) <= 0
+
+    def _missing(self, nbytes: int) -> int:
+        return self.held_bytes + nbytes - self.max_bytes
+
+    def _reclaim(self, nbytes: int, into: Arena | None) -> None:
+        """Let go of entries, least worth first, until they were `nbytes`. In `into`, slots become free for its own
+        use; memory of everything else is returned."""
+        candidates: list[tuple[float, int, _Keys | tuple[Arena, int]]] = []
+        for arena in self._arenas.values():
+            if arena is into or arena.blocks.slots_per_block == 1:
+                slots = arena.lowest(-(-nbytes // arena.slot_bytes))
+                worths = arena.worth[slots].tolist()
+                found = zip(worths, slots.tolist(), strict=True)
+                candidates += [(worth, arena.slot_bytes, (arena, slot)) for worth, slot in found]
+            else:
+                candidates += [(worth, arena.block_bytes, (arena, block)) for worth, block in arena.lowest_blocks()]
+        candidates += self._lowest_keys(nbytes)
+        candidates.sort(key=lambda candidate: candidate[0])
+        victims: dict[Arena, list[int]] = {}
+        for _, size, entry in candidates:
+            if nbytes <= 0:
+                break
+            nbytes -= size
+            if isinstance(entry, _Keys):
+                self._forget_keys(entry)
+                self.evicted += 1
+            else:
+                victims.setdefault(entry[0], []).append(entry[1])
+        for arena, numbers in victims.items():
+            if arena is into or arena.blocks.slots_per_block == 1:
+                self._evict(arena, np.array(numbers, dtype=np.int64))
+            else:
+                self._evict(arena, np.concatenate([arena.in_block(block) for block in numbers]))
+            if arena is not into:
+                arena.return_blocks(len(numbers))
+
+    def _lowest_keys(self, nbytes: int) -> list[tuple[float, int, _Keys | tuple[Arena, int]]]:
+        """Keys that nobody uses, least worth first, as many as make up `nbytes`."""
+        if self._keys_in_order is None:
+            self._keys_in_order = sorted(self._keys.values(), key=lambda keys: keys.worth)
+        found: list[tuple[float, int, _Keys | tuple[Arena, int]]] = []
+        for keys in self._keys_in_order:
+            if nbytes <= 0:
+                break
+            if not keys.users and keys.name in self._keys:
+                found.append((keys.worth, keys.buffer.counted, keys))
+                nbytes -= keys.buffer.counted
+        return found
+
+    def _evict(self, arena: Arena, slots: Slots) -> None:
+        if not len(slots):
+            return
+        if self.spill is not None:
+            self.spill(arena, slots)
+        self.evicted += len(slots)
+        self._vacate(arena, slots)
+
+    def _vacate(self, arena: Arena, slots: Slots) -> None:
+        owners = arena.owner[slots]
+        for number in np.unique(owners):
+            table = self._tables[int(number)]
+            mine = slots[owners == number]
+            table.slots[self.name][arena.place[mine]] = -1
+            table.resident -= len(mine)
+        arena.vacate(slots)
+
+    def trim(self, slot_bytes: int, nbytes: int) -> None:
+        """Make sure that `nbytes` can be loaded into slots without anything going then."""
+        with self._lock:
+            arena = self._arenas.get(slot_bytes)
+            if arena is None:
+                return
+            room = max(0, self.max_bytes - self.held_bytes + self._idle_bytes) // slot_bytes
+            short = nbytes // slot_bytes - arena.free_slots - room
+            if short > 0:
+                self._reclaim(short * slot_bytes, arena)
+
+    def forget(self, table: SegmentTable) -> None:
+        """Let go of everything of a table that nobody uses now; what is in use goes when it is released."""
+        with self._lock:
+            for keys in [keys for keys in self._keys.values() if keys.table is table]:
+                self._forget_keys(keys)
+            known = table.slots.get(self.name)
+            if known is None:
+                return
+            slots = known[known >= 0]
+            if not len(slots):
+                return
+            arena = self._arena_of(table)
+            idle = arena.users[slots] == 0
+            self._vacate(arena, slots[idle])
+            busy = slots[~idle]
+            # Nobody's from now on: free as soon as it is released.
+            known[arena.place[busy]] = -1
+            table.resident -= len(busy)
+            arena.owner[busy] = 0
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def hold_keys(self, name: str) -> torch.Tensor | None:
+        """Keys that are kept here under `name`, not to be taken away before `let_go`; `None`: there are none."""
+        with self._lock:
+            keys = self._keys.get(name)
+            if keys is None:
+                return None
+            keys.users += 1
+            return keys.buffer.data
+
+    def has_keys(self, name: str) -> bool:
+        """Whether keys are kept here under `name`."""
+        return name in self._keys
+
+    def let_go(self, name: str) -> None:
+        """One user less."""
+        with self._lock:
+            keys = self._keys.get(name)
+            if keys is not None and keys.users:
+                keys.users -= 1
+
+    def keep_keys(self, name: str, buffer: Buffer, table: SegmentTable | None) -> bool:
+        """Keep a leased buffer under `name`; if not (uncounted, or there already), it is still the caller's."""
+        with self._lock:
+            if not buffer.counted or table is None or name in self._keys or table.number not in self._tables:
+                return False
+            worth = float(self.policy.worth(table.uses_of_keys())[0])
+            self._keys[name] = _Keys(name, buffer, table, worth)
+            self._buffer_bytes -= buffer.counted
+            self._key_bytes += buffer.counted
+            self._keys_in_order = None
+            table.resident += 1
+            return True
+
+    def _forget_keys(self, keys: _Keys) -> None:
+        if self._keys.pop(keys.name, None) is not None:
+            self._key_bytes -= keys.buffer.counted
+            keys.table.resident -= 1
+
+    # -- buffers ------------------------------------------------------------------------------------------------------
+
+    def lease(self, nbytes: int, *, must: bool = True, exact: bool = False) -> Buffer | None:
+        """A buffer of at least `nbytes`, counted towards the limit if there is room.
+
+        Args:
+            nbytes: how large.
+            must: where there is no room, have it uncounted instead of `None`. Callers ask for few and small ones.
+            exact: not a byte more (for what is going to be kept).
+        """
+        capacity = nbytes if exact else _capacity(nbytes)
+        with self._lock:
+            for buffer in self._idle.get(capacity, ()):
+                # A stream can wait for a buffer of its device; a thread that reads into host memory cannot.
+                if buffer.busy is None or self.on_device or buffer.busy.query():
+                    self._idle[capacity].remove(buffer)
+                    self._idle_bytes -= capacity
+                    self._buffer_bytes += capacity
+                    return buffer
+            counted = capacity if self.make_room(capacity) else 0
+            if not counted and not must:
+                return None
+            self._buffer_bytes += counted
+            self._note_peak()
+        try:
+            return Buffer(self._make_buffer(capacity), counted)
+        except BaseException:
+            with self._lock:
+                self._buffer_bytes -= counted
+            raise
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Return a leased buffer that nothing reads or writes any more."""
+        if not buffer.counted:
+            return
+        with self._lock:
+            self._buffer_bytes -= buffer.counted
+            if self._idle_bytes + buffer.counted <= self.max_bytes // _IDLE_SHARE and self._fits(buffer.counted):
+                self._idle.setdefault(buffer.counted, []).append(buffer)
+                self._idle_bytes += buffer.counted
+
+    def _drop_idle(self) -> None:
+        self._idle.clear()
+        self._idle_bytes = 0
+
+    def clear(self) -> None:
+        """Let go of everything (nothing may be in use)."""
+        with self._lock:
+            self._arenas.clear()
+            self._keys.clear()
+            self._keys_in_order = None
+            self._drop_idle()
+            self._buffer_bytes = self._key_bytes = self.table_bytes = 0
+
+
+def _capacity(nbytes: int) -> int:
+    """Sizes of buffers: powers of two up to 4 MiB (few sizes are reused more often), then whole MiB."""
+    if nbytes <= 2**22:
+        return max(4096, 1 << (nbytes - 1).bit_length())
+    return -(-nbytes // 2**20) * 2**20

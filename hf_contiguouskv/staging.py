@@ -1,0 +1,232 @@
+"""Chunks on their way to an accelerator: gathered in one pinned buffer per layer, which crosses in one copy.
+
+In time order, for one layer: reads land in the host buffer (chunks of the host's tier are packed in front of them);
+when the last one has ended, whoever ended it queues the copy on the side stream; when attention needs the layer, its
+stream waits for the copy's event, gathers, and puts what stays into the device's slots. The host waits for the disk,
+never for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from .memory import Buffer, MemoryTiers
+from .memory.device_tier import DeviceTier
+from .prefix import AttachedPrefix, Chunks
+from .residency import PIECE_BYTES, Batch, PrefixTables
+from .store.pread import as_memoryview
+from .store.reader import ExtentReader, Ticket
+
+
+class DeviceSlotBatch:
+    """Chunks that are in the device's slots."""
+
+    def __init__(self, chunks: Chunks, slots: Chunks, tier: DeviceTier, extent_bytes: int, speculative: bool) -> None:
+        self.chunks = chunks
+        self.speculative = speculative
+        self.ticket: Ticket | None = None
+        self.from_disk = self.from_host = 0
+        self._slots = slots
+        self._tier = tier
+        self._size = extent_bytes
+
+    def extents(self, take: Chunks | None) -> torch.Tensor:
+        """See `residency.Batch`."""
+        return self._tier.blocks(self._size).select(self._slots if take is None else self._slots[take])
+
+    def release(self) -> None:
+        """See `residency.Batch`: whoever gets these slots next writes behind what has been queued."""
+        self._tier.release(self._slots, self._size)
+
+
+class StagedBatch:
+    """Chunks that cross from a host buffer to a device buffer. The first `from_host` of them are in memory already.
+
+    Args:
+        layer, chunks, from_host: what; the others are read.
+        host: pinned, has room for all chunks.
+        target: on the device, has room for all chunks.
+        stays: whether chunks may stay in the tiers (their checksums are compared).
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        chunks: Chunks,
+        from_host: int,
+        host: Buffer,
+        target: Buffer,
+        memory: MemoryTiers,
+        tier: DeviceTier,
+        tables: PrefixTables,
+        extent_bytes: int,
+        speculative: bool,
+        stays: bool,
+    ) -> None:
+        self.chunks = chunks
+        self.from_host, self.from_disk = from_host, len(chunks) - from_host
+        self.speculative = speculative
+        self.ticket: Ticket | None = None
+        self._layer = layer
+        self._host = host
+        self._target = target
+        self._memory = memory
+        self._tier = tier
+        self._tables = tables
+        self._size = extent_bytes
+        self._stays = stays
+        self._copied: object = None
+        self._waited = False
+        self._lock = threading.Lock()
+
+    def start_copy(self) -> None:
+        """Queue the copy to the device; called by whoever ends the last read, and again by whoever needs it."""
+        with self._lock:
+            if self._copied is None:
+                nbytes = len(self.chunks) * self._size
+                device, target = self._tier.device, self._target
+                self._copied = device.copy_in(self._host.data[:nbytes], target.data[:nbytes], after=target.busy)
+                self._host.busy = self._copied
+
+    def extents(self, take: Chunks | None) -> torch.Tensor:
+        """See `residency.Batch`."""
+        self.start_copy()
+        device = self._tier.device
+        if not self._waited:
+            device.wait(self._copied)
+            device.uses(self._target.data)
+            self._waited = True
+        count = len(self.chunks)
+        rows = self._target.data[: count * self._size].view(count, self._size)
+        if take is None:
+            return rows
+        return rows.index_select(0, torch.from_numpy(take).to(rows.device, non_blocking=True))
+
+    def release(self) -> None:
+        """See `residency.Batch`."""
+        if self._waited and self._stays:
+            self._stay()
+        if self._waited:
+            self._target.busy = self._tier.device.mark()
+        elif self._copied is not None:
+            self._target.busy = self._copied
+        self._tier.give_back(self._target)
+        self._memory.host.give_back(self._host)
+
+    def _stay(self) -> None:
+        """Put the chunks into the device's slots, as far as these can be had."""
+        order = np.argsort(self.chunks)
+        slots = self._tier.take(self._size, len(order))
+        if not len(slots):
+            return
+        order = order[: len(slots)]
+        self._tier.blocks(self._size).write(slots, self.extents(order))
+        loaded = order >= self.from_host
+        for table, part, places in self._tables.split(self._layer, self.chunks[order]):
+            if table is not None:
+                for from_disk in (True, False):
+                    some = loaded[part] == from_disk
+                    self._tier.keep(table, places[some], slots[part][some], self._size, loaded=from_disk)
+        self._tier.release(slots, self._size)
+
+
+class DeviceResidency:
+    """Where attention runs on an accelerator. See `residency.Residency`."""
+
+    def __init__(
+        self,
+        prefix: AttachedPrefix,
+        memory: MemoryTiers,
+        tier: DeviceTier,
+        reader: ExtentReader,
+        tables: PrefixTables,
+        verify: bool,
+    ) -> None:
+        self._prefix = prefix
+        self._memory = memory
+        self._tier = tier
+        self._reader = reader
+        self._tables = tables
+        self._verify = verify
+
+    def bring(
+        self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
+    ) -> tuple[list[Batch], Chunks]:
+        """See `residency.Residency`."""
+        size = self._prefix.geometry.extent_bytes
+        slots = np.full(len(chunks), -1, dtype=np.int64)
+        for table, part, places in self._tables.split(layer, chunks):
+            if table is not None:
+                slots[part] = self._tier.find(table, places)
+        there = slots >= 0
+        batches: list[Batch] = []
+        if there.any():
+            batches.append(DeviceSlotBatch(chunks[there], slots[there], self._tier, size, speculative))
+        missing = chunks[~there]
+        if len(missing):
+            staged = self._stage(layer, missing, speculative, alone, must=False)
+            if staged is None:
+                return batches, missing
+            batches.append(staged)
+        return batches, missing[:0]
+
+    def bring_piece(self, layer: int, chunks: Chunks) -> tuple[Batch, Chunks]:
+        """See `residency.Residency`."""
+        count = max(1, PIECE_BYTES // self._prefix.geometry.extent_bytes)
+        piece = self._stage(layer, chunks[:count], False, True, must=True)
+        assert piece is not None
+        return piece, chunks[count:]
+
+    def _stage(self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool) -> StagedBatch | None:
+        """Start gathering chunks in a host buffer; `None`: there is no room for it in the tiers."""
+        size, host = self._prefix.geometry.extent_bytes, self._memory.host
+        source = host.lease(len(chunks) * size, must=must)
+        target = None if source is None else self._tier.lease(len(chunks) * size, must=must)
+        if source is None or target is None:
+            if source is not None:
+                host.give_back(source)
+            return None
+        slots = np.full(len(chunks), -1, dtype=np.int64)
+        for table, part, places in self._tables.split(layer, chunks):
+            if table is not None:
+                slots[part] = host.find(table, places)
+        packed, rest = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        batch = StagedBatch(
+            layer,
+            chunks[np.concatenate([packed, rest])],
+            len(packed),
+            source,
+            target,
+            self._memory,
+            self._tier,
+            self._tables,
+            size,
+            speculative,
+            self._verify and not must,
+        )
+        try:
+            if len(packed):
+                rows = source.data[: len(packed) * size].view(len(packed), size)
+                try:
+                    rows.copy_(host.blocks(size).select(slots[packed]))
+                finally:
+                    host.release(slots[packed], size)
+            if len(rest):
+                octets = as_memoryview(source.data)
+
+                def into(first: int, count: int) -> memoryview:
+                    return octets[first * size : (first + count) * size]
+
+                order = np.arange(len(packed), len(chunks))
+                reads = self._prefix.reads(layer, chunks[rest], order, into, self._verify)
+                batch.ticket = self._reader.submit(reads, threads=None if alone else 1, then=batch.start_copy)
+            else:
+                batch.start_copy()
+        except BaseException:
+            self._tier.give_back(target)
+            host.give_back(source)
+            raise
+        return batch

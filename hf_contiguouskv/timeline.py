@@ -1,0 +1,64 @@
+"""When one request did what: spans of reading, waiting, identifying, copying and computing, per layer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+KINDS = ("read keys", "read", "wait", "identify", "copy", "compute")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One piece of work.
+
+    Attributes:
+        kind: one of `KINDS`: a read of keys or of chunks (by reader threads), compute standing still for a read,
+            identification, copies into attention's buffer (on an accelerator: the host's part of queueing them),
+            the model's own compute.
+        layer: whose.
+        start, end: seconds on `time.perf_counter`.
+    """
+
+    kind: str
+    layer: int
+    start: float
+    end: float
+
+
+class Timeline:
+    """Spans of one request, recorded as it goes (`ContiguousKVConfig(timeline=True)`)."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.spans: list[Span] = []
+        self._computing: tuple[int, float] | None = None
+
+    def add(self, kind: str, layer: int, start: float, end: float) -> None:
+        """Something happened."""
+        if end > start:
+            self.spans.append(Span(kind, layer, start, end))
+
+    def layer_reached(self, layer: int) -> float:
+        """The model has come to the attention of `layer`: what it did until now was compute."""
+        now = time.perf_counter()
+        since = self.begun if self._computing is None else self._computing[1]
+        self.add("compute", layer, since, now)
+        return now
+
+    def layer_ready(self, layer: int) -> None:
+        """Attention of `layer` has what it needs: the model computes on."""
+        self._computing = layer, time.perf_counter()
+
+    def model_done(self) -> None:
+        """The forward is over."""
+        if self._computing is not None:
+            layer, since = self._computing
+            self.add("compute", layer, since, time.perf_counter())
+            self._computing = None
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The spans in order, times in seconds since the timeline began, ready for JSON."""
+        ordered = sorted(self.spans, key=lambda span: span.start)
+        return [asdict(span) | {"start": span.start - self.begun, "end": span.end - self.begun} for span in ordered]
