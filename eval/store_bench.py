@@ -179,11 +179,12 @@ def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def _read(
-    store: PrefixStore, prefix: AttachedPrefix, chunks: list[int], path: Path, verify: bool
+    store: PrefixStore, prefix: AttachedPrefix, selected: list[int], path: Path, verify: bool
 ) -> tuple[float, float]:
-    """Seconds, and seconds of processor time, to read `chunks` of all layers; all reads are queued at once."""
+    """Seconds, and seconds of processor time, to read the `selected` chunks of all layers, queued at once."""
     g = prefix.geometry
-    size, runs = len(chunks) * g.extent_bytes, prefix.runs(chunks)
+    chunks = np.array(selected, dtype=np.int64)
+    size, slots = len(chunks) * g.extent_bytes, np.arange(len(chunks))
     buffers = [aligned_buffer(size) for _ in range(g.num_layers)]
     for buffer in buffers:
         buffer.zero_()  # A request's buffers are in use already, so their pages are there.
@@ -192,18 +193,23 @@ def _read(
         raise AssertionError(f"{path} is in the page cache")
     start, cpu = time.perf_counter(), time.process_time()
     tickets = [
-        store.reader.submit(prefix.payload_reads(layer, runs, as_memoryview(buffer), verify))
+        store.reader.submit(prefix.reads(layer, chunks, slots, _places(buffer, g.extent_bytes), verify))
         for layer, buffer in enumerate(buffers)
     ]
     for ticket in tickets:
         ticket.wait()
     taken = time.perf_counter() - start, time.process_time() - cpu
     for layer, buffer in enumerate(buffers):
-        for read in prefix.payload_reads(layer, runs, as_memoryview(buffer), True):
+        for read in prefix.reads(layer, chunks, slots, _places(buffer, g.extent_bytes), True):
             for begin, length, checksum in read.checks:
                 if xxhash.xxh3_64_intdigest(read.into[begin : begin + length]) != checksum:
                     raise AssertionError(f"other bytes were read than were stored, layer {layer}")
     return taken
+
+
+def _places(buffer: torch.Tensor, size: int) -> Callable[[int, int], memoryview]:
+    octets = as_memoryview(buffer)
+    return lambda first, count: octets[first * size : (first + count) * size]
 
 
 def verifying(store: PrefixStore, sizes: Sizes) -> dict[str, Any]:

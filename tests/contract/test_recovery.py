@@ -160,7 +160,7 @@ def test_pruned_requests_select_the_same_chunks_after_a_repair(tiny_model, tmp_p
 def test_damage_after_the_cache_was_made_is_met_by_each_of_its_copies(tiny_model, store_path):
     model = tiny_model("llama")
     write_prefix(model, PREFIX, store_path)
-    with PrefixStore(store_path) as store:
+    with PrefixStore(store_path, host_bytes=0) as store:
         cache = ContiguousKVCache(model, PREFIX, store=store, budget=1.0)
         assert_same_generation(answer(model, asked(PREFIX), cache), exact(model, asked(PREFIX)))
         cache.reset()
@@ -195,7 +195,7 @@ def test_the_last_resort_does_without_the_disk(tiny_model, store_path, monkeypat
 def test_a_model_in_training_mode_cannot_repair_what_it_computed_without_dropout(tiny_model, store_path):
     model = copy.deepcopy(tiny_model("llama"))
     write_prefix(model, PREFIX, store_path)
-    with PrefixStore(store_path) as store:
+    with PrefixStore(store_path, host_bytes=0) as store:
         cache = ContiguousKVCache(model, PREFIX, store=store, budget=1.0)
         (file,) = files(store_path).values()
         damage(file, "payload.3")
@@ -212,7 +212,7 @@ def test_a_model_in_training_mode_cannot_repair_what_it_computed_without_dropout
 def test_a_repair_under_autocast_stores_what_the_model_computes_without_it(tiny_model, store_path):
     model = tiny_model("llama")
     write_prefix(model, PREFIX, store_path)
-    with PrefixStore(store_path) as store:
+    with PrefixStore(store_path, host_bytes=0) as store:
         cache = ContiguousKVCache(model, PREFIX, store=store, budget=1.0)
         (file,) = files(store_path).values()
         damage(file, "payload.1")

@@ -71,6 +71,7 @@ def test_every_counter_is_the_stores_own(store_path: Path, registry: CollectorRe
         ("contiguouskv_bytes_read_total",): 5 * 4096,  # Five chunks, each read for itself, in whole pages.
         ("contiguouskv_bytes_written_total",): 2 * nbytes,
         ("contiguouskv_bytes", "host"): 0,
+        ("contiguouskv_bytes", "device"): 0,
         ("contiguouskv_segments",): 1,
         ("contiguouskv_prefix_tokens",): 20,
         ("contiguouskv_segment_bytes",): stored,
