@@ -81,6 +81,8 @@ class PrefixRequest:
 
     def _open_reads(self) -> None:
         store, stats, verify = self._store, self.stats, self.config.verify
+        if store.memory.behind:
+            store.reader.run(store.memory.catch_up)  # Requests before this one were dropped without `close`.
         self._payload = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
         self._keys = KeySource(self.prefix, self.config, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())

@@ -113,7 +113,6 @@ class MemoryTiers:
 
     def table(self, segment: Segment) -> SegmentTable | None:
         """The table of a segment; `None` where there is no memory to keep its chunks in."""
-        self.catch_up()
         identity = (segment.key, segment.first_chunk, segment.identity)
         geometry = segment.geometry
         if getattr(segment.blob, "in_memory", False):
@@ -177,6 +176,11 @@ class MemoryTiers:
     def defer(self, function: Callable[[], None]) -> None:
         """Have `catch_up` call `function`. Takes no lock: a finalizer may run in the middle of anything."""
         self._deferred.append(function)
+
+    @property
+    def behind(self) -> bool:
+        """Whether something was deferred."""
+        return bool(self._deferred)
 
     def catch_up(self) -> None:
         """Do what was deferred. Called when the first token of a request is out: nothing waits for it."""

@@ -65,15 +65,27 @@ class IndexedKeys:
 
     def _row(self, inputs: SelectionInput, row: int) -> torch.Tensor:
         kv_heads = self.parts[0][0].shape[0]
-        queries = inputs.queries[row][:, inputs.voters[row]].float().reshape(kv_heads, -1, inputs.queries.shape[-1])
-        best = torch.cat([chunk_peaks(queries, index, scale) for index, scale in self.parts], dim=-1)
-        best = squash(best[..., : self.whole_chunks] * inputs.scaling, inputs.softcap)
-        share = torch.softmax(best, dim=-1)
+        queries = _voting(inputs.queries[row], inputs.voters[row]).reshape(kv_heads, -1, inputs.queries.shape[-1])
+        # What a logit is multiplied with is a matter of its query: cheaper there than on every chunk.
+        queries = queries.float() * inputs.scaling
+        peaks = [chunk_peaks(queries, index, scale) for index, scale in self.parts]
+        best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
+        if best.shape[-1] != self.whole_chunks:
+            best = best[..., : self.whole_chunks]
+        share = torch.softmax(squash(best, inputs.softcap), dim=-1)
         if self.concentration == 2.0:
             share = share.square_()
         elif self.concentration != 1.0:
             share = share.pow_(self.concentration)
-        return share.sum((0, 1))
+        return share.flatten(0, 1).sum(0)
+
+
+def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
+    """Rows `voters` (ascending) of `(heads, q, head_dim)`; neighbours, as they nearly always are, without a copy."""
+    first, last = int(voters[0]), int(voters[-1])
+    if queries.device.type == "cpu" and last - first == len(voters) - 1:
+        return queries[:, first : last + 1]
+    return queries[:, voters]
 
 
 def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -93,8 +105,8 @@ def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor)
         logits = torch.bmm(scaled.to(torch.bfloat16), index.view(kv_heads, -1, head_dim).to(torch.bfloat16).mT)
         return logits.view(kv_heads, -1, c, chunks).amax(2).float()
     # Each query row gets its own scale, so that the product can run in integers.
-    row_scale = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20) / 127.0
-    rounded = (scaled / row_scale).round_().to(torch.int8)
+    row_scale = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20).div_(127.0)
+    rounded = scaled.div_(row_scale).round_().to(torch.int8)
     # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
     rows = rounded.shape[1]
     products = torch.empty(c * chunks, rows, dtype=torch.int32)
@@ -102,4 +114,5 @@ def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor)
     for head in range(kv_heads):
         torch._int_mm(index[head].view(-1, head_dim), rounded[head].t(), out=products)
         torch.amax(products.view(c, chunks, rows), 0, out=peaks[head])
-    return peaks.transpose(1, 2).float().mul_(row_scale)
+    # Turned as integers first: whatever follows runs along the chunks.
+    return peaks.mT.contiguous() * row_scale

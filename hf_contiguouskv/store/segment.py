@@ -66,7 +66,6 @@ class Segment:
             self._layer_start.append(start + inside * self._extent)
             self._layer_stride.append(geometry.group_layers(group) * self._extent)
         self._checksums: npt.NDArray[np.uint64] | None = None
-        self._checksum_rows: dict[int, list[int]] = {}
         self._tensor_checksums: dict[str, int] = {}
         self._token_ids: TokenIds | None = None
 
@@ -147,13 +146,11 @@ class Segment:
 
     def run_checksums(self, layer: int, first: int, chunks: int) -> list[int]:
         """`payload_checksum` of consecutive chunks."""
-        row = self._checksum_rows.get(layer)
-        if row is None:
-            if self._checksums is None:
-                self._load_checksums()
-            # As a list: hundreds of reads of a layer look up one number each.
-            row = self._checksum_rows[layer] = self._checksums[layer].tolist()  # type: ignore[index]
-        return row[first : first + chunks]
+        if self._checksums is None:
+            self._load_checksums()
+        # As an array: lists of all of them would take five times the memory, for every open segment.
+        found: list[int] = self._checksums[layer, first : first + chunks].tolist()  # type: ignore[index]
+        return found
 
     def tensor_checksum(self, name: str) -> int:
         """xxh3_64 of the whole tensor `name`, one of `header.checked_tensors`."""
