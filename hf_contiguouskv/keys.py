@@ -101,18 +101,31 @@ class KeySource:
             if not any(tier.has_keys(_key(span, first)) for tier in self._memory.tiers)
         )
 
-    def ask(self, layer: int, device: torch.device) -> None:
-        """Start bringing the keys of one leader layer."""
+    def ask(self, layer: int, device: torch.device, must: bool = True) -> bool:
+        """Start bringing the keys of one leader layer.
+
+        Args:
+            layer, device: which, and where they are going to be used.
+            must: where memory has no room, read them beside its limits: only for the layer that is about to be used.
+
+        Returns:
+            whether they are on their way; otherwise everything is as before.
+        """
         if self.reads_payload(layer):
-            self._payload.ask([layer], np.arange(self._prefix.chunks), device)
-            return
+            return self._payload.ask_ahead(layer, np.arange(self._prefix.chunks), device, must)
         there = self._memory.on(device)
         tiers = [tier for tier in (there, self._memory.host) if tier is not None]
         for span in self._prefix.spans:
             for tensor in self._tensors(layer):
                 name = _key(span, tensor)
-                if not any(self._hold(layer, name, tier) for tier in tiers):
-                    self._taken.pending.setdefault(layer, []).append(self._start(span, tensor))
+                if any(self._hold(layer, name, tier) for tier in tiers):
+                    continue
+                pending = self._start(span, tensor, must)
+                if pending is None:
+                    _give_up_layer(self._taken, layer, self._memory.host, self._stats)
+                    return False
+                self._taken.pending.setdefault(layer, []).append(pending)
+        return True
 
     def _hold(self, layer: int, name: str, tier: Tier) -> bool:
         data = tier.hold_keys(name)
@@ -122,13 +135,14 @@ class KeySource:
         self._taken.data.setdefault(layer, {})[name] = data
         return True
 
-    def _start(self, span: SegmentSpan, tensor: str) -> _Pending:
+    def _start(self, span: SegmentSpan, tensor: str, must: bool) -> _Pending | None:
         segment = span.segment
         offset, length = segment.tensor_extent(tensor)
         # There is one checksum for all of it, so all of it is read, whatever part the prefix needs.
         checks = ((0, length, segment.tensor_checksum(tensor)),) if self._config.verify else ()
-        buffer = self._memory.host.lease(length, exact=True)
-        assert buffer is not None
+        buffer = self._memory.host.lease(length, must=must, exact=True)
+        if buffer is None:
+            return None
         try:
             read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
             return _Pending(_key(span, tensor), span, buffer, length, self._store.reader.submit([read]))
@@ -260,14 +274,17 @@ def _key(span: SegmentSpan, tensor: str) -> str:
 
 
 def _give_up(taken: _Taken, host: Tier, stats: RequestStats) -> None:
-    while taken.pending:
-        for pending in taken.pending.popitem()[1]:
-            with suppress(Exception):  # Nobody needs these bytes any more.
-                pending.ticket.wait()
-            stats.bytes_read += pending.ticket.bytes_read
-            host.give_back(pending.buffer)
-    for layer in {*taken.held, *taken.buffers, *taken.data}:
-        _let_go(taken, layer)
+    for layer in {*taken.pending, *taken.held, *taken.buffers, *taken.data}:
+        _give_up_layer(taken, layer, host, stats)
+
+
+def _give_up_layer(taken: _Taken, layer: int, host: Tier, stats: RequestStats) -> None:
+    for pending in taken.pending.pop(layer, []):
+        with suppress(Exception):  # Nobody needs these bytes any more.
+            pending.ticket.wait()
+        stats.bytes_read += pending.ticket.bytes_read
+        host.give_back(pending.buffer)
+    _let_go(taken, layer)
 
 
 def _let_go(taken: _Taken, layer: int) -> None:

@@ -102,6 +102,11 @@ class PayloadReads:
             task = self._reader.run(partial(self._issue, later, chunks, device, speculative, False))
             self._tasks.update(dict.fromkeys(later, task))
 
+    def ask_ahead(self, layer: int, chunks: Chunks, device: torch.device, must: bool) -> bool:
+        """`ask` for one layer, as a `Start`: what memory has no room for is read when it is taken."""
+        self.ask([layer], chunks, device)
+        return True
+
     def _settle(self, layer: int) -> None:
         """Wait until a reader thread has issued what was asked for in this layer before."""
         task = self._tasks.pop(layer, None)
@@ -224,15 +229,19 @@ def wait(
                 timeline.add("wait", layer, started, ended)
 
 
+# Starts a read; with `False`, only if there is room for it in memory. Returns whether it was started.
+Start = Callable[[bool], bool]
+
+
 class Lookahead:
     """Starts reads in order, as long as fewer than `limit` bytes are under way or unused; at least one always is."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: deque[tuple[int, int, Callable[[], None]]] = deque()
+        self._waiting: deque[tuple[int, int, Start]] = deque()
         self._open: dict[int, int] = {}
 
-    def add(self, key: int, nbytes: int, start: Callable[[], None]) -> None:
+    def add(self, key: int, nbytes: int, start: Start) -> None:
         """Queue a read of `nbytes`, known as `key` (a layer index)."""
         self._waiting.append((key, nbytes, start))
 
@@ -242,9 +251,10 @@ class Lookahead:
             key, nbytes, start = self._waiting[0]
             if self._open and sum(self._open.values()) + nbytes > self._limit:
                 return
+            if not start(False):
+                return
             self._waiting.popleft()
             self._open[key] = self._open.get(key, 0) + nbytes
-            start()
 
     def need(self, key: int) -> None:
         """Make sure that `key` has been started, whatever the limit says (layers may run in any order)."""
@@ -252,7 +262,7 @@ class Lookahead:
             if waiting == key:
                 del self._waiting[position]
                 self._open[key] = self._open.get(key, 0) + nbytes
-                start()
+                start(True)
                 return
 
     def used(self, key: int) -> None:

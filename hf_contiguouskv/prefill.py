@@ -278,7 +278,7 @@ def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSuppo
     ahead = Lookahead(ContiguousKVConfig().lookahead_bytes)
     chunks = np.arange(prefix.chunks)
     for layer, device in enumerate(support.plan.devices):
-        ahead.add(layer, len(chunks) * g.extent_bytes, partial(payload.ask, [layer], chunks, device))
+        ahead.add(layer, len(chunks) * g.extent_bytes, partial(payload.ask_ahead, layer, chunks, device))
     ahead.pump()
     try:
         for layer, device in enumerate(support.plan.devices):

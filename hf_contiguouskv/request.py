@@ -149,10 +149,10 @@ class PrefixRequest:
                 continue
             if window is not None:
                 chunks = np.arange(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks)
-                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
+                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask_ahead, layer, chunks, device))
             elif self.keeps_all:
                 chunks = np.arange(self.prefix.chunks)
-                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask, [layer], chunks, device))
+                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask_ahead, layer, chunks, device))
             elif layer in self._wanted:
                 self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
             elif self._is_leader(layer):
