@@ -5,6 +5,7 @@
 # make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
 # make store-bench     look-up, opening, checksums, publishing, accounting (STORE_BENCH_ARGS=...)
+# make policies        which chunks to keep in memory: every eviction policy on a recorded trace (POLICIES_ARGS=...)
 # make clean           remove the virtual environment, the demo's store and the tools' caches
 #
 # The first call makes .venv; later calls install nothing. PYTHON=python3.12 picks the interpreter (3.11 to 3.13).
@@ -19,6 +20,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 STORE_BENCH_ARGS ?=
+POLICIES_ARGS ?=
 FAULTS_SCALE ?= 10
 FAULTS_SEED ?= $(shell date +%s)
 TORCH_ARGS ?=
@@ -27,7 +29,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test faults lint bench store-bench clean
+.PHONY: demo test faults lint bench store-bench policies clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
@@ -46,6 +48,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.eval
 	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
+
+policies: $(VENV)/.eval
+	$(BIN)/python -m eval.policies record
+	$(BIN)/python -m eval.policies replay $(POLICIES_ARGS)
+	$(BIN)/python -m eval.policies report
 
 store-bench: $(VENV)/.eval
 	$(BIN)/python -m eval.store_bench $(STORE_BENCH_ARGS)

@@ -1,0 +1,187 @@
+"""The policy comparison in small: recorded, replayed and reported; and its books add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from eval.policies.__main__ import app
+from eval.policies.compare import plan, run_replays
+from eval.policies.record import record
+from eval.policies.replay import fill_store, footprint, geometry_of, keys_bytes, replay
+from eval.policies.report import write
+from eval.policies.texts import Document
+from eval.policies.trace import Pool, Trace, Workload
+from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.memory import POLICIES
+
+LAYERS, CHUNK = 3, 16
+# One chunk of one layer: K and V, 1 head, 16 tokens, 8 channels of 4 bytes.
+EXTENT = 2 * 16 * 8 * 4
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 100 for letter in text]}
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return "".join(chr(97 + int(number) % 26) for number in ids)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    """Three prefixes, and a few questions to each, asked of a tiny random model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+    )
+    model = LlamaForCausalLM(config).eval()
+    texts = [Document(torch.randint(0, 100, (tokens,))) for tokens in (320, 200, 333)]
+    return record(model, Letters(), texts, [Workload(requests=20)], budget=0.2, fewest=4, progress=False)
+
+
+def test_a_recorded_request_holds_what_the_cache_selected(trace: Trace) -> None:
+    assert [pool.tokens for pool in trace.pools] == [320, 200, 333]
+    for pool in trace.pools:
+        whole = pool.tokens // CHUNK
+        kept = ContiguousKVConfig(budget=0.2).chunks_kept(whole)
+        assert pool.selected.shape == (len(pool), LAYERS, kept)
+        assert pool.importance.shape == (len(pool), LAYERS, whole)
+        # The first and the last are always kept; of the others, those with the largest importance.
+        assert (pool.selected[..., 0] == 0).all()
+        assert (pool.selected[..., -1] == whole - 1).all()
+        for mass, chunks in zip(
+            pool.importance.reshape(-1, whole), pool.selected.reshape(-1, kept).tolist(), strict=True
+        ):
+            others = set(range(whole)) - set(chunks)
+            assert mass[chunks[1:-1]].min() >= mass[sorted(others)].max()
+        assert (pool.compute_s > 0).all()
+        assert (pool.identify_s > 0).all()
+    counts = np.bincount(Workload(requests=20).prefixes(3), minlength=3)
+    assert [len(pool) for pool in trace.pools] == np.maximum(counts, 4).tolist()
+
+
+def test_questions_to_one_prefix_select_different_chunks(trace: Trace) -> None:
+    pool = max(trace.pools, key=len)
+    assert len(np.unique(pool.selected.reshape(len(pool), -1), axis=0)) > 1
+
+
+def test_a_trace_is_read_back_as_it_was_saved(trace: Trace, tmp_path: Path) -> None:
+    trace.save(tmp_path / "trace.npz")
+    other = Trace.load(tmp_path / "trace.npz")
+    assert other.about == trace.about
+    for one, two in zip(trace.pools, other.pools, strict=True):
+        assert one.tokens == two.tokens
+        for name in ("selected", "importance", "identify_s", "compute_s"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_popular_prefixes_follow_zipf_and_drift_moves_them() -> None:
+    steady = np.bincount(Workload(4000, drift=0.0).prefixes(10), minlength=10)
+    ordered = np.sort(steady)[::-1]
+    assert ordered[0] / ordered[1] == pytest.approx(2.0, rel=0.2)
+    assert ordered[0] / ordered[9] == pytest.approx(10.0, rel=0.3)
+    drifting = Workload(4000, drift=1.0, drift_every=1000).prefixes(10)
+    leaders = [np.bincount(drifting[start : start + 1000]).argmax() for start in range(0, 4000, 1000)]
+    assert len(set(leaders)) > 1
+    assert not np.array_equal(Workload(50, seed=0).prefixes(10), Workload(50, seed=1).prefixes(10))
+
+
+def test_a_pool_is_used_up_before_a_request_comes_again(trace: Trace) -> None:
+    drawn = Workload(requests=60).draw(trace)
+    for prefix, pool in enumerate(trace.pools):
+        numbers = [number for which, number in drawn if which == prefix]
+        for start in range(0, len(numbers) - len(pool) + 1, len(pool)):
+            assert sorted(numbers[start : start + len(pool)]) == list(range(len(pool)))
+
+
+def made_up(selections: list[list[int]]) -> Trace:
+    """One prefix of ten chunks, and requests that select the same chunks in each layer."""
+    selected = np.array(selections, dtype=np.uint16)[:, None].repeat(LAYERS, 1)
+    importance = np.zeros((len(selections), LAYERS, 10), dtype=np.float16)
+    np.put_along_axis(importance, selected.astype(np.int64), np.float16(1.0), axis=2)
+    seconds = np.full((len(selections), LAYERS), 1e-3, dtype=np.float32)
+    geometry = {
+        "num_layers": str(LAYERS),
+        "kv_heads": "1",
+        "head_dim": "8",
+        "dtype": "float32",
+        "chunk_size": str(CHUNK),
+        "layers_per_group": "1",
+        "leader_layers": "0",
+        "indexed_layers": "0,1,2",
+    }
+    return Trace([Pool(10 * CHUNK, selected, importance, seconds, seconds)], {"geometry": geometry, "budget": 0.2})
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_with_memory_for_all_only_first_uses_are_read(tmp_path: Path, policy: str, reads: bool) -> None:
+    small = made_up([[0, 1], [0, 1], [0, 2], [0, 1]])
+    store = fill_store(tmp_path, small)
+    drawn = [(0, number) for number in range(4)]
+    assert footprint(small, drawn) == {"chunks": 3 * LAYERS * EXTENT, "keys": LAYERS * 8 * (10 * CHUNK + 4)}
+    outcome = replay(small, drawn, store, policy, 2**22, warm_up=1, reads=reads)
+    keys = keys_bytes(small.pools[0], geometry_of(small))
+    missed = LAYERS * EXTENT
+    assert outcome.chunk_hit_rate == pytest.approx(5 / 6)
+    assert outcome.key_hit_rate == 1.0
+    assert outcome.byte_hit_rate == pytest.approx(1 - missed / (6 * LAYERS * EXTENT + 3 * keys))
+    # Extents are smaller than pages here, so what is read is rounded up.
+    assert (outcome.bytes_read >= missed / 3) if reads else (outcome.bytes_read == 0)
+    assert outcome.peak_bytes <= 2**22
+
+
+def test_without_memory_everything_is_read_each_time(tmp_path: Path) -> None:
+    small = made_up([[0, 1], [0, 1]])
+    outcome = replay(small, [(0, 0), (0, 1)], fill_store(tmp_path, small), "lru", 0, warm_up=0)
+    assert (outcome.chunk_hit_rate, outcome.key_hit_rate, outcome.byte_hit_rate) == (0.0, 0.0, 0.0)
+
+
+def test_recorded_compute_is_slept_where_time_is_taken(tmp_path: Path) -> None:
+    small = made_up([[0, 1]])
+    store = fill_store(tmp_path, small)
+    drawn = [(0, 0)] * 6
+    outcome = replay(small, drawn, store, "lru", 2**22, warm_up=0, timed=2, pace=20.0)
+    assert outcome.ttft_mean_s >= 2 * LAYERS * 1e-3 * 20.0
+
+
+def test_replays_end_in_a_table_a_picture_and_json(trace: Trace, tmp_path: Path) -> None:
+    trace.about["text"] = "random"
+    store = fill_store(tmp_path, trace)
+    scenarios = plan([0, 1], 2, Workload(16, drift=0.5, drift_every=8))
+    results = run_replays(trace, store, scenarios, ["lru", "expected-use"], [0.25, 0.5], 4, 4, 0.0, progress=False)
+    # Two rounds of one scenario, and three more for hit rates.
+    assert len(results["rows"]) == 2 * 2 * (2 + 3)
+    assert {(row["drift"], row["seed"]) for row in results["rows"]} == {(0.5, 0), (0.5, 1), (0.0, 0), (0.0, 1)}
+    for policy, share in (("lru", 0.25), ("lru", 0.5)):
+        first, second = (
+            row for row in results["rows"] if (row["policy"], row["share"], row["reads"]) == (policy, share, True)
+        )
+        assert first["chunk_hit_rate"] == second["chunk_hit_rate"]
+    (tmp_path / "replay.json").write_text(json.dumps(results))
+    out = tmp_path / "out"
+    run = CliRunner().invoke(app, ["report", "--folder", str(tmp_path), "--into", str(out)])
+    assert run.exit_code == 0, run.output
+    text = (out / "policies.md").read_text()
+    for share in ("25%", "50%"):
+        for name in ("LRU", "expected use (ours)"):
+            assert text.count(f"({share}) | {name} | ") == 1
+    assert text.count("| no | ") == 4
+    assert (out / "policies.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "policies.json").read_text()) == results
+    assert write(results, out)[0] == out / "policies.md"
