@@ -13,6 +13,7 @@ import torch
 from .config import ContiguousKVConfig
 from .memory import Buffer, Tier
 from .memory.device_tier import DeviceTier
+from .memory.tier import KeptKeys
 from .prefetch import PayloadReads, wait
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, ChunkScorer, IndexedKeys
@@ -41,7 +42,7 @@ class _Taken:
 
     pending: dict[int, list[_Pending]] = field(default_factory=dict)
     # Keys that stay in a tier, and the tensors of all keys, by name.
-    held: dict[int, list[tuple[Tier, str]]] = field(default_factory=dict)
+    held: dict[int, list[tuple[Tier, KeptKeys]]] = field(default_factory=dict)
     data: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     # Memory of keys that do not stay.
     buffers: dict[int, list[tuple[Tier, Buffer]]] = field(default_factory=dict)
@@ -68,6 +69,10 @@ class KeySource:
         self._memory = store.memory
         self._payload = payload
         self._stats = stats
+        # Segments that end with the same chunk have the same key, wherever they begin; and one may have been replaced.
+        self._names = {
+            id(span): f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/" for span in prefix.spans
+        }
         self._taken = _Taken()
         give_up = partial(_give_up, self._taken, self._memory.host, stats)
         self._finalizer = weakref.finalize(self, self._memory.defer, give_up)
@@ -90,6 +95,10 @@ class KeySource:
         """Names of the tensors of a segment that this layer is scored from."""
         return [f"key_index.{layer}", f"key_scale.{layer}"] if self.uses_index(layer) else [f"leader_keys.{layer}"]
 
+    def _key(self, span: SegmentSpan, tensor: str) -> str:
+        """Name of a segment's tensor in the memory tiers."""
+        return self._names[id(span)] + tensor
+
     def nbytes(self, layer: int) -> int:
         """Bytes that `ask` would read for this layer."""
         if self.reads_payload(layer):
@@ -98,7 +107,7 @@ class KeySource:
         return sum(
             span.segment.tensor_extent(first)[1]
             for span in self._prefix.spans
-            if not any(tier.has_keys(_key(span, first)) for tier in self._memory.tiers)
+            if not any(tier.has_keys(self._key(span, first)) for tier in self._memory.tiers)
         )
 
     def ask(self, layer: int, device: torch.device, must: bool = True) -> bool:
@@ -117,7 +126,7 @@ class KeySource:
         tiers = [tier for tier in (there, self._memory.host) if tier is not None]
         for span in self._prefix.spans:
             for tensor in self._tensors(layer):
-                name = _key(span, tensor)
+                name = self._key(span, tensor)
                 if any(self._hold(layer, name, tier) for tier in tiers):
                     continue
                 pending = self._start(span, tensor, must)
@@ -128,11 +137,11 @@ class KeySource:
         return True
 
     def _hold(self, layer: int, name: str, tier: Tier) -> bool:
-        data = tier.hold_keys(name)
-        if data is None:
+        keys = tier.hold_keys(name)
+        if keys is None:
             return False
-        self._taken.held.setdefault(layer, []).append((tier, name))
-        self._taken.data.setdefault(layer, {})[name] = data
+        self._taken.held.setdefault(layer, []).append((tier, keys))
+        self._taken.data.setdefault(layer, {})[name] = keys.buffer.data
         return True
 
     def _start(self, span: SegmentSpan, tensor: str, must: bool) -> _Pending | None:
@@ -145,7 +154,7 @@ class KeySource:
             return None
         try:
             read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
-            return _Pending(_key(span, tensor), span, buffer, length, self._store.reader.submit([read]))
+            return _Pending(self._key(span, tensor), span, buffer, length, self._store.reader.submit([read]))
         except BaseException:
             self._memory.host.give_back(buffer)
             raise
@@ -196,9 +205,10 @@ class KeySource:
             else:
                 host.give_back(buffer)
         if there is not None:
-            on_host = [name for tier, name in self._taken.held.get(layer, []) if tier is self._memory.host]
+            held = self._taken.held.get(layer, [])
+            on_host = [keys.name for tier, keys in held if tier is self._memory.host]
             for name in on_host:
-                span = next(span for span in self._prefix.spans if name.startswith(_key(span, "")))
+                span = next(span for span in self._prefix.spans if name.startswith(self._key(span, "")))
                 self._upload(layer, name, span, self._taken.data[layer][name], there)
 
     def _keep(self, layer: int, name: str, span: SegmentSpan, buffer: Buffer, tier: Tier) -> bool:
@@ -207,13 +217,13 @@ class KeySource:
         if tier.on_device or name not in data:
             data[name] = buffer.data
         # What was not compared with its checksum must not reach a request that wants that.
-        kept = self._config.verify and tier.keep_keys(name, buffer, self._memory.table(span.segment))
-        if kept:
-            tier.hold_keys(name)
-            self._taken.held.setdefault(layer, []).append((tier, name))
+        table = self._memory.table(span.segment)
+        kept = tier.keep_keys(name, buffer, table) if self._config.verify else None
+        if kept is not None:
+            self._taken.held.setdefault(layer, []).append((tier, kept))
         else:
             self._taken.buffers.setdefault(layer, []).append((tier, buffer))
-        return kept
+        return kept is not None
 
     def _upload(
         self,
@@ -239,7 +249,7 @@ class KeySource:
         data = self._taken.data[layer]
         parts = []
         for span in self._prefix.spans:
-            packed, scales = (data[_key(span, tensor)] for tensor in self._tensors(layer))
+            packed, scales = (data[self._key(span, tensor)] for tensor in self._tensors(layer))
             index = packed.view(torch.int8).view(g.kv_heads, g.chunk_size, -1, g.head_dim)
             if (span.offset, span.chunks) != (0, index.shape[2]):
                 index = index[:, :, span.offset : span.offset + span.chunks].contiguous()
@@ -251,7 +261,7 @@ class KeySource:
         g = self._prefix.geometry
         keys = torch.empty(g.kv_heads, self._prefix.chunks, g.chunk_size, g.head_dim, device=device)
         for span in self._prefix.spans:
-            octets = self._taken.data[layer][_key(span, self._tensors(layer)[0])]
+            octets = self._taken.data[layer][self._key(span, self._tensors(layer)[0])]
             chunks = octets.view(g.dtype).view(-1, g.kv_heads, g.chunk_size, g.head_dim)
             part = chunks[span.offset : span.offset + span.chunks]
             # One pass for both: from the order on disk to that of the product, and to float32.
@@ -265,12 +275,6 @@ class KeySource:
         for batch in self._payload.peek(layer):
             copy_in_order(self._prefix, batch, 0, kv)
         return kv[0].flatten(1, 2)[:, : self._prefix.tokens]
-
-
-def _key(span: SegmentSpan, tensor: str) -> str:
-    """Name of a segment's tensor in the memory tiers."""
-    # Segments that end with the same chunk have the same key, wherever they begin; and one may have been replaced.
-    return f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/{tensor}"
 
 
 def _give_up(taken: _Taken, host: Tier, stats: RequestStats) -> None:
@@ -289,7 +293,7 @@ def _give_up_layer(taken: _Taken, layer: int, host: Tier, stats: RequestStats) -
 
 def _let_go(taken: _Taken, layer: int) -> None:
     taken.data.pop(layer, None)
-    for tier, name in taken.held.pop(layer, []):
-        tier.let_go(name)
+    for tier, keys in taken.held.pop(layer, []):
+        tier.let_go(keys)
     for tier, buffer in taken.buffers.pop(layer, []):
         tier.give_back(buffer)

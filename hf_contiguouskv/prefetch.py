@@ -127,6 +127,12 @@ class PayloadReads:
             if len(left) and not speculative:
                 reads.left = np.union1d(reads.left, left)
 
+    def asked(self, layer: int) -> int:
+        """How many chunks of this layer were asked for and not taken yet."""
+        self._settle(layer)
+        reads = self._layers.get(layer)
+        return 0 if reads is None else sum(len(batch.chunks) for batch in reads.batches) + len(reads.left)
+
     def take(self, layer: int) -> Generator[Batch]:
         """Everything asked for in this layer, batch by batch, each as soon as it is there.
 

@@ -101,7 +101,15 @@ class AttachedPrefix:
         """All chunks, the partial last one included."""
         return self.whole_chunks + (1 if self.tail_tokens else 0)
 
-    def reads(self, layer: int, chunks: Chunks, slots: Chunks, memory: SlotMemory, verify: bool) -> list[Read]:
+    def reads(
+        self,
+        layer: int,
+        chunks: Chunks,
+        slots: Chunks,
+        memory: SlotMemory,
+        verify: bool,
+        in_a_row: int | None = None,
+    ) -> list[Read]:
         """Reads that bring `chunks` (ascending) of one layer into `slots` (one each). Neighbours are read together.
 
         Args:
@@ -109,6 +117,7 @@ class AttachedPrefix:
             chunks, slots: int64 `(n,)`.
             memory: where slots lie.
             verify: compare checksums.
+            in_a_row: neighbouring slots are neighbours in memory within so many; `None`: all are.
         """
         size = self.geometry.extent_bytes
         found: list[Read] = []
@@ -120,6 +129,8 @@ class AttachedPrefix:
             segment = span.segment
             positions, own = chunks[begin:end] + (span.offset - span.first_chunk), slots[begin:end]
             cuts = (np.diff(positions) != 1) | (np.diff(own) != 1)
+            if in_a_row is not None:
+                cuts |= own[1:] % in_a_row == 0
             if segment.geometry.layers_per_group != 1:
                 cuts[:] = True  # Layers that share a group lie between each other's chunks.
             starts = [0, *(np.flatnonzero(cuts) + 1).tolist()]

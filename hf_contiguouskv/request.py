@@ -174,12 +174,15 @@ class PrefixRequest:
         began = perf_counter()
         scores = scorer(inputs)
         self._keys.used(layer, self.plan.devices[layer])
+        scores = scores.detach().float().cpu()  # The choice is made where reads are issued.
         selected = choose_chunks(scores, self.keep, self.config.keep_first, self.config.keep_last)
         if self.timeline is not None:
             self.timeline.add("identify", layer, began, perf_counter())
         wanted = self._chunks_to_read(selected)
         members = self._period(layer)
-        self._payload.tables.record_importance(self._usage, members, scores.detach().sum(0).cpu().numpy())
+        mass = scores.numpy() if len(scores) == 1 else scores.numpy().sum(0, keepdims=True)
+        self._usage.mass.append((members, mass))
+        self._payload.tables.mass.update(dict.fromkeys(members, mass[0]))
         for member in members:
             self.selected[member], self._wanted[member] = selected, wanted
         self._ask(members, wanted)
@@ -251,16 +254,19 @@ class PrefixRequest:
         """Select, if this layer leads a period; then put each batch in its place as soon as it is there."""
         self._bring(layer, query, suffix_keys, options)
         filled = [0] * destination.shape[1]
+        wanted = self._wanted[layer]
+        # Mostly exactly the wanted chunks were asked for, and there is nothing to sort out.
+        asked = self._payload.asked(layer)
+        exactly = asked == len(wanted)
         batches = []
         with closing(self._payload.take(layer)) as arriving:
             for batch in arriving:
                 began = perf_counter()
-                self._assemble(layer, batch, destination, filled)
+                self._assemble(layer, batch, destination, filled, exactly)
                 if self.timeline is not None:
                     self.timeline.add("copy", layer, began, perf_counter())
                 batches.append(batch)
-        arrived = np.concatenate([batch.chunks for batch in batches]) if batches else np.zeros(0, dtype=np.int64)
-        if not np.isin(self._wanted[layer], arrived).all():
+        if not exactly and not np.isin(wanted, _chunks_of(batches)).all():
             raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
         return batches
 
@@ -307,8 +313,8 @@ class PrefixRequest:
         # Without the tokens before the window and after the prefix.
         tokens = kv.flatten(2, 3)[:, None, :, skip : self.prefix.tokens - first * g.chunk_size]
         for one in batches:
-            self._count_hits(one, np.ones(len(one.chunks), dtype=np.bool_))
-        self._record_use(layer, np.arange(first, self.prefix.chunks))
+            self._count_hits(one)
+        self._usage.used(self._payload.tables, layer, np.arange(first, self.prefix.chunks))
         self.stats.bytes_used += tokens.shape[3] * self.prefix.token_bytes()
         self._loaded.add(layer)
         self._ahead.used(layer)
@@ -319,8 +325,11 @@ class PrefixRequest:
 
     # -- from extents to K and V --------------------------------------------------------------------------------------
 
-    def _assemble(self, layer: int, batch: Batch, destination: torch.Tensor, filled: list[int]) -> None:
-        """Put the chunks of a batch where the rows that selected them want them, behind the first `filled` ones."""
+    def _assemble(self, layer: int, batch: Batch, destination: torch.Tensor, filled: list[int], exactly: bool) -> None:
+        """Put the chunks of a batch where the rows that selected them want them, behind the first `filled` ones.
+
+        `exactly`: a single row wants all of them.
+        """
         c, tail = self.prefix.geometry.chunk_size, self.prefix.tail_tokens
         whole = self.keep * c
         chunks = destination[:, :, :, :whole].unflatten(3, (self.keep, c))
@@ -330,9 +339,11 @@ class PrefixRequest:
                 kv = self.prefix.kv_view(batch.extents(last))
                 destination[:, :, :, whole:] = kv[0, :, None, :, :tail]
         selected = self.selected.get(layer)
+        only_row = exactly and destination.shape[1] == 1 and not tail
         # RoPE is in the keys, so attention does not mind the order of chunks: they are put as they came.
         for row in range(destination.shape[1]):
-            take = chosen(batch.chunks, None if selected is None else selected[row].numpy(), self.keep)
+            own = None if selected is None else selected[row].numpy()
+            take = None if only_row else chosen(batch.chunks, own, self.keep)
             if take is None or len(take):
                 kv = self.prefix.kv_view(batch.extents(take))
                 fill(chunks[:, row], filled[row], kv)
@@ -341,8 +352,9 @@ class PrefixRequest:
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]
         size = self.prefix.geometry.extent_bytes
+        exactly = sum(len(batch.chunks) for batch in batches) == len(wanted)
         for batch in batches:
-            from_disk = self._count_hits(batch, np.isin(batch.chunks, wanted))
+            from_disk = self._count_hits(batch, None if exactly else np.isin(batch.chunks, wanted))
             unused = (batch.from_disk - from_disk) * size
             if batch.speculative:
                 self.stats.prefetch_hits += from_disk
@@ -351,29 +363,22 @@ class PrefixRequest:
                 self.stats.bytes_identified += unused  # A whole layer was read for its keys.
         tail = self.prefix.tail_tokens
         whole = len(wanted) - (1 if tail else 0)
-        self._record_use(layer, wanted)
+        self._usage.used(self._payload.tables, layer, wanted)
         self.stats.bytes_used += whole * size + tail * self.prefix.token_bytes()
         self.stats.chunks_used.append(self.keep + (1 if tail else 0))
 
-    def _count_hits(self, batch: Batch, used: npt.NDArray[np.bool_]) -> int:
-        """Count the chunks of a batch that were used by the tier they came from; how many came from disk."""
-        on_host, on_disk = len(used) - batch.from_host - batch.from_disk, len(used) - batch.from_disk
-        counts = {"device": used[:on_host], "host": used[on_host:on_disk], "disk": used[on_disk:]}
-        for tier, part in counts.items():
-            self.stats.hits[tier] += int(part.sum())
+    def _count_hits(self, batch: Batch, used: npt.NDArray[np.bool_] | None = None) -> int:
+        """Count the chunks of a batch that were used (all: `None`) by the tier they came from; how many from disk."""
+        count, host, disk = len(batch.chunks), batch.from_host, batch.from_disk
+        device = count - host - disk
+        if used is not None:
+            device, host, disk = (int(part.sum()) for part in np.split(used, [device, device + host]))
+        hits = self.stats.hits
+        hits["device"] += device
+        hits["host"] += host
+        hits["disk"] += disk
         self._usage.loaded_bytes += batch.from_disk * self.prefix.geometry.extent_bytes
-        return int(counts["disk"].sum())
-
-    def _record_use(self, layer: int, chunks: Chunks) -> None:
-        """For the memory tiers, once the first token is out."""
-        tables = self._payload.tables
-        self._usage.tables = tables.known
-        tables.record_use(self._usage, layer, chunks)
-        if layer not in self.selected:
-            # Nobody asked what attention looks at: all chunks alike.
-            mass = np.zeros(self.prefix.chunks)
-            mass[chunks] = 1.0 / len(chunks)
-            tables.record_importance(self._usage, [layer], mass)
+        return disk
 
     def settle(self) -> None:
         """The first token is out: tell the memory tiers what was used (once per request)."""
@@ -396,3 +401,7 @@ class PrefixRequest:
         self._payload.close()
         self._settled()
         self._store.memory.catch_up()
+
+
+def _chunks_of(batches: Sequence[Batch]) -> Chunks:
+    return np.concatenate([batch.chunks for batch in batches]) if batches else np.zeros(0, dtype=np.int64)

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from .memory import MemoryTiers, Usage
+from .memory import MemoryTiers
 from .memory.history import SegmentTable
 from .memory.tier import Tier
 from .prefix import AttachedPrefix, Chunks
-from .store.entries import SegmentSpan
 from .store.pread import as_memoryview
 from .store.reader import ExtentReader, Ticket
 
@@ -59,6 +59,8 @@ class PrefixTables:
     """The tables of a prefix's segments, and which chunk is where in them."""
 
     def __init__(self, prefix: AttachedPrefix, memory: MemoryTiers) -> None:
+        # What the running request has found of each chunk, by layer; float32 `(whole_chunks,)`.
+        self.mass: dict[int, npt.NDArray[np.float32]] = {}
         self._parts = [(span, memory.table(span.segment)) for span in prefix.spans]
         self._ends = np.array([span.first_chunk + span.chunks for span in prefix.spans], dtype=np.int64)
 
@@ -69,6 +71,11 @@ class PrefixTables:
 
     def split(self, layer: int, chunks: Chunks) -> Iterator[tuple[SegmentTable | None, slice, Chunks]]:
         """Per segment: its table, where in `chunks` (ascending) its own are, and their places."""
+        if len(self._parts) == 1:
+            (span, table) = self._parts[0]
+            positions = chunks + (span.offset + layer * (table.chunks if table else 0))
+            yield table, slice(0, len(chunks)), positions
+            return
         begin = 0
         for (span, table), end in zip(self._parts, np.searchsorted(chunks, self._ends).tolist(), strict=True):
             if end > begin:
@@ -76,19 +83,27 @@ class PrefixTables:
                 yield table, slice(begin, end), positions + layer * (table.chunks if table else 0)
             begin = end
 
-    def spans(self) -> Iterator[tuple[SegmentSpan, SegmentTable]]:
-        """Spans that have a table."""
-        yield from ((span, table) for span, table in self._parts if table is not None)
+    def importance(self, layer: int, chunks: Chunks) -> npt.NDArray[np.float64] | None:
+        """What the running request has found of `chunks` in `layer`, float64 `(n,)`."""
+        mass = self.mass.get(layer)
+        if mass is None:
+            return None
+        found = np.zeros(len(chunks))
+        whole = chunks < len(mass)  # Nobody looks at a partial last chunk.
+        found[whole] = mass[chunks[whole]]
+        return found
 
-    def record_use(self, usage: Usage, layer: int, chunks: Chunks) -> None:
-        """Attention in `layer` used `chunks` (ascending)."""
-        usage.places += [(table, places) for table, _, places in self.split(layer, chunks) if table is not None]
+    def places(self, layer: int, chunks: Chunks) -> list[tuple[SegmentTable, Chunks]]:
+        """Per table, the places of `chunks` (ascending) in `layer`."""
+        return [(table, places) for table, _, places in self.split(layer, chunks) if table is not None]
 
-    def record_importance(self, usage: Usage, layers: list[int], mass: np.ndarray) -> None:
-        """`mass` `(whole_chunks,)` is the importance of the prefix's chunks in `layers`."""
-        for span, table in self.spans():
-            part = mass[span.first_chunk : span.first_chunk + span.chunks].astype(np.float32)
-            usage.importance.append((table, layers, span.offset, part))
+    def parts(self, mass: npt.NDArray[np.float32]) -> list[tuple[SegmentTable, int, npt.NDArray[np.float32]]]:
+        """Per table, the first chunk and what of `mass` `(whole_chunks,)` belongs to it."""
+        return [
+            (table, span.offset, mass[span.first_chunk : span.first_chunk + span.chunks])
+            for span, table in self._parts
+            if table is not None
+        ]
 
 
 class SlotBatch:
@@ -125,9 +140,11 @@ class SlotBatch:
     def release(self) -> None:
         """See `Batch`."""
         if self._shared and self.ticket is not None and self.ticket.succeeded:
+            mass = self._tables.importance(self._layer, self.chunks)
             for table, part, places in self._tables.split(self._layer, self.chunks):
                 if table is not None:
-                    self._tier.keep(table, places, self._slots[part], self._slot_bytes)
+                    found = None if mass is None else mass[part]
+                    self._tier.keep(table, places, self._slots[part], self._slot_bytes, importance=found)
         self._tier.release(self._slots, self._slot_bytes)
 
 
@@ -201,7 +218,6 @@ class HostResidency:
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
     ) -> tuple[list[Batch], Chunks]:
         """See `Residency`."""
-        size = self._prefix.geometry.extent_bytes
         slots = np.full(len(chunks), -1, dtype=np.int64)
         for table, part, places in self._tables.split(layer, chunks):
             if table is not None:
@@ -213,19 +229,33 @@ class HostResidency:
             batches.append(self._batch(layer, found, slots[there], None, speculative))
         missing = chunks[~there]
         if len(missing):
-            taken = self._tier.take(size, len(missing))
-            if len(taken) < min(len(missing), _FEW_SLOTS):
-                self._tier.release(taken, size) if len(taken) else None
-                return batches, missing
-            now, missing = missing[: len(taken)], missing[len(taken) :]
             try:
-                reads = self._prefix.reads(layer, now, taken, self._tier.blocks(size).buffer, self._verify)
-                ticket = self._reader.submit(reads, threads=None if alone else 1)
+                loading, missing = self._load(layer, missing, speculative, alone)
             except BaseException:
-                self._tier.release(taken, size)
+                for batch in batches:
+                    batch.release()
                 raise
-            batches.append(self._batch(layer, now, taken, ticket, speculative))
+            batches += loading
         return batches, missing
+
+    def _load(self, layer: int, missing: Chunks, speculative: bool, alone: bool) -> tuple[list[Batch], Chunks]:
+        """Start reading into as many slots as there are."""
+        size = self._prefix.geometry.extent_bytes
+        taken = self._tier.take(size, len(missing))
+        if not len(taken):
+            return [], missing
+        try:
+            if len(taken) < min(len(missing), _FEW_SLOTS):
+                self._tier.release(taken, size)
+                return [], missing
+            now = missing[: len(taken)]
+            blocks = self._tier.blocks(size)
+            reads = self._prefix.reads(layer, now, taken, blocks.buffer, self._verify, blocks.slots_in_a_row)
+            ticket = self._reader.submit(reads, threads=None if alone else 1)
+        except BaseException:
+            self._tier.release(taken, size)
+            raise
+        return [self._batch(layer, now, taken, ticket, speculative)], missing[len(taken) :]
 
     def _batch(self, layer: int, chunks: Chunks, slots: Chunks, ticket: Ticket | None, speculative: bool) -> SlotBatch:
         size = self._prefix.geometry.extent_bytes

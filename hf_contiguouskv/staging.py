@@ -122,15 +122,23 @@ class StagedBatch:
         slots = self._tier.take(self._size, len(order))
         if not len(slots):
             return
-        order = order[: len(slots)]
+        try:
+            self._put(order[: len(slots)], slots)
+        finally:
+            self._tier.release(slots, self._size)
+
+    def _put(self, order: Chunks, slots: Chunks) -> None:
         self._tier.blocks(self._size).write(slots, self.extents(order))
         loaded = order >= self.from_host
+        mass = self._tables.importance(self._layer, self.chunks[order])
         for table, part, places in self._tables.split(self._layer, self.chunks[order]):
             if table is not None:
                 for from_disk in (True, False):
                     some = loaded[part] == from_disk
-                    self._tier.keep(table, places[some], slots[part][some], self._size, loaded=from_disk)
-        self._tier.release(slots, self._size)
+                    found = None if mass is None else mass[part][some]
+                    self._tier.keep(
+                        table, places[some], slots[part][some], self._size, loaded=from_disk, importance=found
+                    )
 
 
 class DeviceResidency:
@@ -167,7 +175,12 @@ class DeviceResidency:
             batches.append(DeviceSlotBatch(chunks[there], slots[there], self._tier, size, speculative))
         missing = chunks[~there]
         if len(missing):
-            staged = self._stage(layer, missing, speculative, alone, must=False)
+            try:
+                staged = self._stage(layer, missing, speculative, alone, must=False)
+            except BaseException:
+                for batch in batches:
+                    batch.release()
+                raise
             if staged is None:
                 return batches, missing
             batches.append(staged)
@@ -184,10 +197,15 @@ class DeviceResidency:
         """Start gathering chunks in a host buffer; `None`: there is no room for it in the tiers."""
         size, host = self._prefix.geometry.extent_bytes, self._memory.host
         source = host.lease(len(chunks) * size, must=must)
-        target = None if source is None else self._tier.lease(len(chunks) * size, must=must)
-        if source is None or target is None:
-            if source is not None:
-                host.give_back(source)
+        if source is None:
+            return None
+        try:
+            target = self._tier.lease(len(chunks) * size, must=must)
+        except BaseException:
+            host.give_back(source)
+            raise
+        if target is None:
+            host.give_back(source)
             return None
         slots = np.full(len(chunks), -1, dtype=np.int64)
         for table, part, places in self._tables.split(layer, chunks):

@@ -34,7 +34,9 @@ class Arena:
         self._free: list[int] = []
         self._top = 0
         self._returned: list[int] = []
+        # The least worth of all when they were last looked for: everything else was worth `_limit` or more.
         self._queue = Empty
+        self._limit = -np.inf
         self._recent: list[Slots] = []
 
     @property
@@ -52,19 +54,22 @@ class Arena:
     def grow(self, blocks: int) -> int:
         """Have up to `blocks` more blocks; how many slots that made."""
         room = self.blocks.max_blocks - self._top + len(self._returned)
-        numbers = []
-        for _ in range(min(blocks, room)):
-            if self._returned:
-                number = self._returned.pop()
-            else:
-                number, self._top = self._top, self._top + 1
-            self.blocks.take(number)
-            numbers.append(number)
-        self.held_blocks += len(numbers)
-        size = self.blocks.slots_per_block
-        # The last of the list is given first: neighbours in order.
-        for number in reversed(numbers):
-            self._free.extend(range((number + 1) * size - 1, number * size - 1, -1))
+        numbers: list[int] = []
+        try:
+            for _ in range(min(blocks, room)):
+                number = self._returned[-1] if self._returned else self._top
+                self.blocks.take(number)  # May raise: there is no such memory.
+                if self._returned:
+                    self._returned.pop()
+                else:
+                    self._top += 1
+                numbers.append(number)
+        finally:
+            self.held_blocks += len(numbers)
+            size = self.blocks.slots_per_block
+            # The last of the list is given first: neighbours in order.
+            for number in reversed(numbers):
+                self._free.extend(range((number + 1) * size - 1, number * size - 1, -1))
         return len(numbers) * size
 
     def take(self, count: int) -> Slots:
@@ -84,10 +89,10 @@ class Arena:
         idle = slots[self.users[slots] == 0]
         owned = self.owner[idle] > 0
         kept, freed = idle[owned], idle[~owned]
-        if len(kept) and len(self._queue):
+        if len(kept) and self._limit > -np.inf:
             self._recent.append(kept)
             if len(self._recent) > _CANDIDATES:
-                self._queue, self._recent = Empty, []
+                self._forget_order()
         if len(freed):
             self._free.extend(freed[::-1].tolist())
 
@@ -110,7 +115,10 @@ class Arena:
     def set_worth(self, slots: Slots, worth: npt.NDArray[np.float64]) -> None:
         """Judge resident slots anew."""
         self.worth[slots] = worth
-        self._queue, self._recent = Empty, []  # The order is another now.
+        self._forget_order()
+
+    def _forget_order(self) -> None:
+        self._queue, self._recent, self._limit = Empty, [], -np.inf
 
     def lowest(self, count: int) -> Slots:
         """The (at most) `count` resident slots without users that are worth least, the least first.
@@ -121,7 +129,8 @@ class Arena:
         if count <= 0:
             return Empty
         waiting = self._evictable(self._queue)
-        if len(waiting) < count:
+        # A slot of the queue may have been given to something worth more meanwhile: it says nothing of the others.
+        if np.count_nonzero(self.worth[waiting] <= self._limit) < count and self._limit < np.inf:
             self._search(count)
             waiting = self._queue
         recent = self._evictable(np.unique(np.concatenate(self._recent))) if self._recent else Empty
@@ -138,10 +147,11 @@ class Arena:
         used = self._top * self.blocks.slots_per_block
         found = np.flatnonzero((self.owner[:used] > 0) & (self.users[:used] == 0))
         wanted = max(_CANDIDATES, count)
+        self._limit = np.inf
         if len(found) > wanted:
             # Whoever is worth as much as the last one is in as well: which of them is a question of slots.
-            limit = np.partition(self.worth[found], wanted - 1)[wanted - 1]
-            found = found[self.worth[found] <= limit]
+            self._limit = float(np.partition(self.worth[found], wanted - 1)[wanted - 1])
+            found = found[self.worth[found] <= self._limit]
         self._queue = found[np.lexsort((found, self.worth[found]))]
         self._recent = []
 
@@ -166,6 +176,18 @@ class Arena:
         """Resident slots without users become free."""
         self.owner[slots] = 0
         self._free.extend(slots[::-1].tolist())
+
+    @property
+    def evictable_bytes(self) -> int:
+        """What would be free if everything went that nobody uses."""
+        used = self._top * self.blocks.slots_per_block
+        busy = int(np.count_nonzero(self.users[:used]))
+        return self.held_bytes - busy * self.slot_bytes if self.blocks.slots_per_block == 1 else self._idle_blocks()
+
+    def _idle_blocks(self) -> int:
+        size = self.blocks.slots_per_block
+        busy = (self.users[: self._top * size] > 0).reshape(-1, size).any(1)
+        return self.held_bytes - int(busy.sum()) * self.block_bytes
 
     def resident(self) -> Slots:
         """All slots that belong to a table."""

@@ -29,11 +29,13 @@ class Blocks(Protocol):
         slot_bytes: size of a slot.
         slots_per_block: a block is the smallest piece that can be returned.
         max_blocks: how many there can be; slots are numbered from 0 to `max_blocks * slots_per_block`.
+        slots_in_a_row: neighbouring slots are neighbours in memory within so many, counted from slot 0.
     """
 
     slot_bytes: int
     slots_per_block: int
     max_blocks: int
+    slots_in_a_row: int
 
     def take(self, block: int) -> None:
         """Have the memory of a block."""
@@ -73,6 +75,7 @@ class PageableBlocks:
             with contextlib.suppress(OSError):  # Only a hint.
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         count = self.max_blocks * self.slots_per_block
+        self.slots_in_a_row = max(1, count)
         octets = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._rows = octets[: count * slot_bytes].view(count, slot_bytes)
         self._octets = as_memoryview(octets)
@@ -116,6 +119,7 @@ class TensorBlocks:
         self.slot_bytes = slot_bytes
         self.slots_per_block = max(1, piece // slot_bytes)
         self.max_blocks = max_bytes // (self.slots_per_block * slot_bytes)
+        self.slots_in_a_row = self.slots_per_block
         self._allocate = allocate
         self._tensors: dict[int, torch.Tensor] = {}
 
@@ -165,6 +169,8 @@ class TensorBlocks:
     def buffer(self, first: int, count: int) -> memoryview:
         """See `Blocks`."""
         block, inside = divmod(first, self.slots_per_block)
+        if inside + count > self.slots_per_block:
+            raise ValueError(f"slots {first} to {first + count} lie in several blocks of {self.slots_per_block}")
         return as_memoryview(self._tensors[block][inside : inside + count])
 
 

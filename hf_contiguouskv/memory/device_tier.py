@@ -13,7 +13,7 @@ import torch
 from ..device import Device, StreamOrder
 from .arena import Arena
 from .blocks import Blocks, Slots, TensorBlocks, neighbours
-from .history import SegmentTable
+from .history import Clock, SegmentTable
 from .policies import EvictionPolicy
 from .tier import Buffer, Tier
 
@@ -38,6 +38,7 @@ class OrderedBlocks:
         self.slot_bytes = slot_bytes
         self.slots_per_block = self._blocks.slots_per_block
         self.max_blocks = self._blocks.max_blocks
+        self.slots_in_a_row = self._blocks.slots_in_a_row
 
     def take(self, block: int) -> None:
         """See `Blocks`."""
@@ -87,8 +88,9 @@ class DeviceTier(Tier):
         host: Tier,
         lock: threading.RLock,
         tables: dict[int, SegmentTable],
+        clock: Clock,
     ) -> None:
-        super().__init__(name, max_bytes, policy, self._blocks_of, self._buffer_of, lock, tables)
+        super().__init__(name, max_bytes, policy, self._blocks_of, self._buffer_of, lock, tables, clock)
         self.device = device
         self.on_device = True
         self.spill = self._demote
@@ -131,13 +133,13 @@ class DeviceTier(Tier):
     def drain(self) -> None:
         """Put demoted chunks whose copy has ended into the host's slots."""
         with self._lock:
-            waiting = []
-            for demotion in self._demotions:
+            under_way, self._demotions = self._demotions, []
+            while under_way:
+                demotion = under_way.pop()
                 if demotion.copied.query():
                     self._arrived(demotion)
                 else:
-                    waiting.append(demotion)
-            self._demotions = waiting
+                    self._demotions.append(demotion)
 
     def _arrived(self, demotion: _Demotion) -> None:
         table, host = demotion.table, self._host
@@ -155,8 +157,8 @@ class DeviceTier(Tier):
         finally:
             host.give_back(demotion.buffer)
 
-    def clear(self) -> None:
-        """See `Tier.clear`."""
+    def close(self) -> None:
+        """See `Tier.close`."""
         with self._lock:
             self._demotions.clear()
-            super().clear()
+            super().close()

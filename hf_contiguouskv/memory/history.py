@@ -93,7 +93,7 @@ class SegmentTable:
         self.loads = np.zeros(size, dtype=np.int32)
         self.requests = np.zeros(size, dtype=np.int32)
         self.last = np.zeros(size, dtype=np.int32)
-        self.heat = np.zeros(size, dtype=np.float32)
+        self.heat = np.zeros(size, dtype=np.float64)  # Weights grow to 2**256 before they are scaled down.
         # Of the segment: requests that used it, and the most that one chunk could have gathered.
         self.uses = 0
         self.prefix_heat = 0.0
@@ -105,7 +105,8 @@ class SegmentTable:
     @property
     def nbytes(self) -> int:
         """Memory that the table itself takes up."""
-        return self.importance.nbytes * (5 + 2 * len(self.slots))
+        own = self.importance.nbytes + self.loads.nbytes + self.requests.nbytes + self.last.nbytes + self.heat.nbytes
+        return own + sum(slots.nbytes for slots in self.slots.values())
 
     def slots_in(self, tier: str) -> Places:
         """Slots of all places in a tier, int64 `(layers * chunks,)`."""
@@ -124,6 +125,22 @@ class SegmentTable:
             self.heat[places].astype(np.float64),
             self.prefix_heat,
             self.uses,
+        )
+
+    def uses_on_arrival(self, places: Places, clock: Clock, importance: Places | Floats | None) -> Uses:
+        """History of the chunks at `places` as it will be when the request that has just loaded them is over.
+
+        `importance`: what the request found of them, `(n,)`; `None`: unknown.
+        """
+        before = self.uses_of(places)
+        return Uses(
+            before.importance if importance is None else before.importance + importance,
+            before.loads,
+            before.requests + 1,
+            np.full(len(places), float(clock.now)),
+            before.heat + clock.weight,
+            before.prefix_heat + clock.weight,
+            before.prefix_requests + 1,
         )
 
     def uses_of_keys(self) -> Uses:
@@ -155,6 +172,9 @@ class SegmentTable:
         """`I_j += A_j` for chunks `first, first + 1, ...` in each of `layers`."""
         grid = self.importance.reshape(self.layers, self.chunks)
         grid[layers, first : first + len(mass)] += mass
+
+    def note_peak(self) -> None:
+        """Find out what the best chunk has gathered."""
         self.peak = max(self.peak, float(self.importance.max(initial=0.0)))
 
     def rescale(self, factor: float) -> None:

@@ -48,7 +48,7 @@ class LeastFrequentlyUsed:
 
     def worth(self, uses: Uses) -> Floats:
         """Requests that used it, ever."""
-        # Requests are counted in 32 bits, so that the sum is exact.
+        # A float64 holds both exactly for the first two million uses of one chunk; then ties lose their order.
         return uses.requests + uses.last * 2.0**-32
 
 

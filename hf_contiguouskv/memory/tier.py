@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StoreClosedError
 from .arena import Arena, Empty
 from .blocks import Blocks, Slots
-from .history import SegmentTable
+from .history import Clock, Floats, SegmentTable
 from .policies import EvictionPolicy
 
 # Buffers that are kept for the next read, as a share of the limit.
@@ -39,12 +39,15 @@ class Buffer:
 
 
 @dataclass(eq=False)
-class _Keys:
+class KeptKeys:
+    """Keys that are kept under a name. Whoever holds them gives them back with `Tier.let_go`."""
+
     name: str
     buffer: Buffer
     table: SegmentTable
     worth: float
     users: int = 0
+    gone: bool = False
 
 
 # Receives what is about to lose its slots: the arena and the slots.
@@ -62,6 +65,7 @@ class Tier:
         make_buffer: memory for a buffer.
         lock: shared by all tiers of a store, because their tables are.
         tables: by number.
+        clock: of requests.
 
     Raises:
         ConfigError: `max_bytes` is negative.
@@ -76,6 +80,7 @@ class Tier:
         make_buffer: Callable[[int], torch.Tensor],
         lock: threading.RLock,
         tables: dict[int, SegmentTable],
+        clock: Clock,
     ) -> None:
         if max_bytes < 0:
             raise ConfigError(f"the bound of the {name} tier must be 0 or more, got {max_bytes}")
@@ -88,9 +93,11 @@ class Tier:
         self._make_buffer = make_buffer
         self._lock = lock
         self._tables = tables
+        self._clock = clock
+        self._closed = False
         self._arenas: dict[int, Arena] = {}
-        self._keys: dict[str, _Keys] = {}
-        self._keys_in_order: list[_Keys] | None = None
+        self._keys: dict[str, KeptKeys] = {}
+        self._keys_in_order: list[KeptKeys] | None = None
         self._idle: dict[int, list[Buffer]] = {}
         self._idle_bytes = 0
         self._buffer_bytes = 0
@@ -105,7 +112,7 @@ class Tier:
     @property
     def held_bytes(self) -> int:
         """Everything that counts towards the limit: slots (free ones that were not given back too), keys, buffers."""
-        arenas = sum(arena.held_bytes for arena in self._arenas.values())
+        arenas = sum(arena.held_bytes for arena in tuple(self._arenas.values()))
         return arenas + self._key_bytes + self._buffer_bytes + self._idle_bytes + self.table_bytes
 
     @property
@@ -116,6 +123,11 @@ class Tier:
             slots = sum(arena.held_bytes for arena in self._arenas.values())
             buffers = self._buffer_bytes + self._idle_bytes + slots - chunks
             return {"chunks": chunks, "keys": self._key_bytes, "buffers": buffers, "tables": self.table_bytes}
+
+    def count_tables(self, nbytes: int) -> None:
+        """The books take up `nbytes` now."""
+        self.table_bytes = nbytes
+        self._note_peak()
 
     def _note_peak(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
@@ -146,17 +158,34 @@ class Tier:
             self._note_peak()
             return arena.take(count)
 
-    def keep(self, table: SegmentTable, places: Slots, slots: Slots, slot_bytes: int, *, loaded: bool = True) -> None:
+    def keep(
+        self,
+        table: SegmentTable,
+        places: Slots,
+        slots: Slots,
+        slot_bytes: int,
+        *,
+        loaded: bool = True,
+        importance: Floats | None = None,
+    ) -> None:
         """What `slots` (from `take`) hold now are the chunks at `places`. Where somebody was first, theirs stay.
 
-        `loaded`: they come from disk, which counts in `F_j`.
+        Until the request that loaded them is over, they are judged as if it were.
+
+        Args:
+            table, places: which chunks.
+            slots: where they are.
+            slot_bytes: size of a slot.
+            loaded: they come from disk, which counts in `F_j`.
+            importance: what that request found of them, `(n,)`.
         """
         with self._lock:
-            if table.number not in self._tables:
+            if table.number not in self._tables or self._closed:
                 return  # Forgotten since.
             known = table.slots_in(self.name)
             new = known[places] < 0
             places, slots = places[new], slots[new]
+            importance = None if importance is None else importance[new]
             if not len(slots):
                 return
             arena = self._arenas[slot_bytes]
@@ -165,12 +194,13 @@ class Tier:
             table.loads[places] += int(loaded)
             arena.owner[slots] = table.number
             arena.place[slots] = places
-            arena.worth[slots] = self.policy.worth(table.uses_of(places))
+            arena.worth[slots] = self.policy.worth(table.uses_on_arrival(places, self._clock, importance))
 
     def release(self, slots: Slots, slot_bytes: int) -> None:
         """One user less (see `find` and `take`)."""
         with self._lock:
-            self._arenas[slot_bytes].release(slots)
+            if not self._closed:
+                self._arenas[slot_bytes].release(slots)
 
     def would_keep(self, worth: npt.NDArray[np.float64], slot_bytes: int) -> npt.NDArray[np.bool_]:
         """Which chunks of these worths, bool `(n,)`, would be kept: all while there is room, else those that outscore
@@ -188,6 +218,8 @@ class Tier:
 
     def blocks(self, slot_bytes: int) -> Blocks:
         """The memory in which slots of this size lie."""
+        if self._closed:
+            raise StoreClosedError("the store was closed while a request was using its memory")
         return self._arenas[slot_bytes].blocks
 
     def judge(self, table: SegmentTable) -> None:
@@ -239,8 +271,9 @@ class Tier:
                 other.return_blocks(other.free_slots)
                 count -= self._grow(arena, count)
         if count > 0:
+            target = arena.free_slots + count
             self._reclaim(count * arena.slot_bytes, arena)
-            self._grow(arena, count - arena.free_slots)
+            self._grow(arena, target - arena.free_slots)
 
     def make_room(self, nbytes: int) -> bool:
         """Let go of what is worth least until `nbytes` more fit; whether they do."""
@@ -248,6 +281,10 @@ class Tier:
             if nbytes > self.max_bytes:
                 return False
             if not self._fits(nbytes):
+                evictable = self._idle_bytes + sum(arena.evictable_bytes for arena in self._arenas.values())
+                evictable += sum(keys.buffer.counted for keys in self._keys.values() if not keys.users)
+                if self._missing(nbytes) > evictable:
+                    return False  # Nothing goes in vain.
                 self._drop_idle()
             for arena in self._arenas.values():
                 if not self._fits(nbytes) and arena.free_slots:
@@ -265,7 +302,7 @@ class Tier:
     def _reclaim(self, nbytes: int, into: Arena | None) -> None:
         """Let go of entries, least worth first, until they were `nbytes`. In `into`, slots become free for its own
         use; memory of everything else is returned."""
-        candidates: list[tuple[float, int, _Keys | tuple[Arena, int]]] = []
+        candidates: list[tuple[float, int, KeptKeys | tuple[Arena, int]]] = []
         for arena in self._arenas.values():
             if arena is into or arena.blocks.slots_per_block == 1:
                 slots = arena.lowest(-(-nbytes // arena.slot_bytes))
@@ -281,7 +318,7 @@ class Tier:
             if nbytes <= 0:
                 break
             nbytes -= size
-            if isinstance(entry, _Keys):
+            if isinstance(entry, KeptKeys):
                 self._forget_keys(entry)
                 self.evicted += 1
             else:
@@ -294,11 +331,11 @@ class Tier:
             if arena is not into:
                 arena.return_blocks(len(numbers))
 
-    def _lowest_keys(self, nbytes: int) -> list[tuple[float, int, _Keys | tuple[Arena, int]]]:
+    def _lowest_keys(self, nbytes: int) -> list[tuple[float, int, KeptKeys | tuple[Arena, int]]]:
         """Keys that nobody uses, least worth first, as many as make up `nbytes`."""
         if self._keys_in_order is None:
             self._keys_in_order = sorted(self._keys.values(), key=lambda keys: keys.worth)
-        found: list[tuple[float, int, _Keys | tuple[Arena, int]]] = []
+        found: list[tuple[float, int, KeptKeys | tuple[Arena, int]]] = []
         for keys in self._keys_in_order:
             if nbytes <= 0:
                 break
@@ -330,7 +367,8 @@ class Tier:
             arena = self._arenas.get(slot_bytes)
             if arena is None:
                 return
-            room = max(0, self.max_bytes - self.held_bytes + self._idle_bytes) // slot_bytes
+            blocks = max(0, self.max_bytes - self.held_bytes + self._idle_bytes) // arena.block_bytes
+            room = blocks * arena.blocks.slots_per_block
             short = nbytes // slot_bytes - arena.free_slots - room
             if short > 0:
                 self._reclaim(short * slot_bytes, arena)
@@ -357,43 +395,44 @@ class Tier:
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def hold_keys(self, name: str) -> torch.Tensor | None:
+    def hold_keys(self, name: str) -> KeptKeys | None:
         """Keys that are kept here under `name`, not to be taken away before `let_go`; `None`: there are none."""
         with self._lock:
             keys = self._keys.get(name)
-            if keys is None:
-                return None
-            keys.users += 1
-            return keys.buffer.data
+            if keys is not None:
+                keys.users += 1
+            return keys
 
     def has_keys(self, name: str) -> bool:
         """Whether keys are kept here under `name`."""
         return name in self._keys
 
-    def let_go(self, name: str) -> None:
+    def let_go(self, keys: KeptKeys) -> None:
         """One user less."""
         with self._lock:
-            keys = self._keys.get(name)
-            if keys is not None and keys.users:
-                keys.users -= 1
+            keys.users -= 1
+            if keys.gone and not keys.users and not self._closed:
+                self._key_bytes -= keys.buffer.counted
 
-    def keep_keys(self, name: str, buffer: Buffer, table: SegmentTable | None) -> bool:
-        """Keep a leased buffer under `name`; if not (uncounted, or there already), it is still the caller's."""
+    def keep_keys(self, name: str, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
+        """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's."""
         with self._lock:
             if not buffer.counted or table is None or name in self._keys or table.number not in self._tables:
-                return False
+                return None
             worth = float(self.policy.worth(table.uses_of_keys())[0])
-            self._keys[name] = _Keys(name, buffer, table, worth)
+            keys = self._keys[name] = KeptKeys(name, buffer, table, worth, users=1)
             self._buffer_bytes -= buffer.counted
             self._key_bytes += buffer.counted
             self._keys_in_order = None
             table.resident += 1
-            return True
+            return keys
 
-    def _forget_keys(self, keys: _Keys) -> None:
+    def _forget_keys(self, keys: KeptKeys) -> None:
         if self._keys.pop(keys.name, None) is not None:
-            self._key_bytes -= keys.buffer.counted
+            keys.gone = True
             keys.table.resident -= 1
+            if not keys.users:  # Memory that is in use counts until it is not.
+                self._key_bytes -= keys.buffer.counted
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
@@ -428,7 +467,7 @@ class Tier:
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a leased buffer that nothing reads or writes any more."""
-        if not buffer.counted:
+        if not buffer.counted or self._closed:
             return
         with self._lock:
             self._buffer_bytes -= buffer.counted
@@ -440,9 +479,11 @@ class Tier:
         self._idle.clear()
         self._idle_bytes = 0
 
-    def clear(self) -> None:
-        """Let go of everything (nothing may be in use)."""
+    def close(self) -> None:
+        """Let go of everything, and keep nothing from now on."""
         with self._lock:
+            self._closed = True
+            self.max_bytes = 0
             self._arenas.clear()
             self._keys.clear()
             self._keys_in_order = None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..device import Device, device_of, pinned_buffer
+from ..errors import ConfigError
 from ..store.pread import aligned_buffer
 from ..store.segment import Segment
 from .blocks import Blocks, PageableBlocks, Slots, TensorBlocks
@@ -20,6 +23,8 @@ from .device_tier import DeviceTier
 from .history import Clock, SegmentTable
 from .policies import EvictionPolicy, policy_named
 from .tier import Tier
+
+logger = logging.getLogger("hf_contiguouskv")
 
 # Segments whose history is remembered, and what share of the host's limit that may take.
 _MAX_TABLES = 4096
@@ -29,21 +34,43 @@ _RESERVE_SHARE = 8
 _SMOOTHING = 0.1
 
 
+class Tables(Protocol):
+    """The tables of a prefix's segments, and which chunk is where in them (`residency.PrefixTables`)."""
+
+    @property
+    def known(self) -> list[SegmentTable]:
+        """The tables that there are."""
+        ...
+
+    def places(self, layer: int, chunks: Slots) -> list[tuple[SegmentTable, Slots]]:
+        """Per table, the places of `chunks` (ascending) in `layer`."""
+        ...
+
+    def parts(self, mass: npt.NDArray[np.float32]) -> list[tuple[SegmentTable, int, npt.NDArray[np.float32]]]:
+        """Per table, the first chunk and what of `mass` `(whole_chunks,)` belongs to it."""
+        ...
+
+
 @dataclass
 class Usage:
-    """What one request used of the stored segments, for the books.
+    """What one request used, noted as it goes, counted when its first token is out.
 
     Attributes:
-        places: chunks that attention used, per layer: the segment's table and places in it.
-        importance: chunk importance `A_j`: table, the layers it applies to, first chunk, float32 `(chunks,)`.
-        tables: segments that the request was about.
-        loaded_bytes: read into slots.
+        tables: of its prefix; `None`: nothing was used.
+        chunks: chunks that attention used, int64 ascending, by layer.
+        mass: chunk importance `A_j`: the layers it applies to, float32 `(rows, whole_chunks)`.
+        loaded_bytes: read into memory.
     """
 
-    tables: list[SegmentTable] = field(default_factory=list)
-    places: list[tuple[SegmentTable, Slots]] = field(default_factory=list)
-    importance: list[tuple[SegmentTable, list[int], int, npt.NDArray[np.float32]]] = field(default_factory=list)
+    tables: Tables | None = None
+    chunks: dict[int, Slots] = field(default_factory=dict)
+    mass: list[tuple[list[int], npt.NDArray[np.float32]]] = field(default_factory=list)
     loaded_bytes: int = 0
+
+    def used(self, tables: Tables, layer: int, chunks: Slots) -> None:
+        """Attention in `layer` uses `chunks`."""
+        self.tables = tables
+        self.chunks[layer] = chunks
 
 
 class MemoryTiers:
@@ -61,6 +88,8 @@ class MemoryTiers:
     """
 
     def __init__(self, host_bytes: int, device_bytes: int, eviction: str | EvictionPolicy) -> None:
+        if device_bytes < 0:
+            raise ConfigError(f"device_bytes must be 0 or more, got {device_bytes}")
         self.policy = policy_named(eviction)
         self.clock = Clock()
         self.device_bytes = device_bytes
@@ -68,10 +97,13 @@ class MemoryTiers:
         self._tables: dict[int, SegmentTable] = {}
         self._by_identity: OrderedDict[Hashable, SegmentTable] = OrderedDict()
         self._last_number = 0
+        self._table_bytes = 0
         self._reserve = 0.0
         self._deferred: deque[Callable[[], None]] = deque()
         self._pinned = False
-        self.host = Tier("host", host_bytes, self.policy, self._host_blocks, self._host_buffer, self.lock, self._tables)
+        self.host = Tier(
+            "host", host_bytes, self.policy, self._host_blocks, self._host_buffer, self.lock, self._tables, self.clock
+        )
         self.devices: dict[torch.device, DeviceTier] = {}
 
     def _host_blocks(self, slot_bytes: int, max_bytes: int) -> Blocks:
@@ -100,7 +132,7 @@ class MemoryTiers:
                 for tier in self.devices.values():
                     tier.limit(share)
                 self.devices[device] = DeviceTier(
-                    str(device), share, self.policy, opened, self.host, self.lock, self._tables
+                    str(device), share, self.policy, opened, self.host, self.lock, self._tables, self.clock
                 )
             return self.devices[device]
 
@@ -122,41 +154,45 @@ class MemoryTiers:
         with self.lock:
             table = self._by_identity.get(identity)
             if table is None:
-                self._last_number += 1
-                chunks = segment.num_chunks
-                table = SegmentTable(self._last_number, identity, geometry.num_layers, chunks, geometry.extent_bytes)
-                self._tables[table.number] = self._by_identity[identity] = table
-                self._count_tables()
-                self._drop_tables()
-                if table.number not in self._tables:
-                    return None
-            self._by_identity.move_to_end(identity)
+                table = self._new_table(identity, segment)
+            if table is not None:
+                self._by_identity.move_to_end(identity)
             return table
 
-    def _count_tables(self) -> None:
-        nbytes = sum(table.nbytes for table in self._tables.values())
-        self.host.table_bytes = nbytes if self.host.max_bytes else 0
-
-    def _drop_tables(self) -> None:
-        """Forget the history of segments that nobody asked for the longest, of which nothing is in memory."""
+    def _new_table(self, identity: Hashable, segment: Segment) -> SegmentTable | None:
+        """A table, if there is room for it; older ones go, first those of which nothing is in memory."""
+        geometry = segment.geometry
+        self._last_number += 1
+        table = SegmentTable(
+            self._last_number, identity, geometry.num_layers, segment.num_chunks, geometry.extent_bytes
+        )
+        for tier in self.tiers:
+            if tier.max_bytes:
+                table.slots_in(tier.name)
+        limit = (self.host.max_bytes + (self.device_bytes if self.devices else 0)) // _TABLE_SHARE
         for resident_too in (False, True):
-            for identity, table in list(self._by_identity.items()):
-                if self._few_enough():
+            for old_identity, old in list(self._by_identity.items()):
+                if len(self._tables) < _MAX_TABLES and self._table_bytes + table.nbytes <= limit:
                     break
-                if not table.resident or resident_too:
-                    self._drop(identity, table)
-        # What is left of them takes its room from what is resident.
-        self.host.make_room(0)
+                if not old.resident or resident_too:
+                    self._drop(old_identity, old)
+        counted = table.nbytes if self.host.max_bytes else 0
+        if self._table_bytes + table.nbytes > limit or not self.host.make_room(counted):
+            return None
+        self._tables[table.number] = self._by_identity[identity] = table
+        self._add_table_bytes(table.nbytes)
+        return table
 
-    def _few_enough(self) -> bool:
-        limit = self.host.max_bytes + (self.device_bytes if self.devices else 0)
-        return len(self._tables) <= _MAX_TABLES and self.host.table_bytes * _TABLE_SHARE <= limit
+    def _add_table_bytes(self, nbytes: int) -> None:
+        self._table_bytes += nbytes
+        # Where there is no host tier, they are the price of the device's.
+        self.host.count_tables(self._table_bytes if self.host.max_bytes else 0)
 
     def _drop(self, identity: Hashable, table: SegmentTable) -> None:
-        for tier in (self.host, *self.devices.values()):
+        for tier in self.tiers:
             tier.forget(table)
         del self._by_identity[identity], self._tables[table.number]
-        self._count_tables()
+        self._add_table_bytes(-table.nbytes)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Segments with these keys are gone: so is what memory holds of them."""
@@ -170,7 +206,7 @@ class MemoryTiers:
 
     def finished(self, usage: Usage) -> None:
         """A request is over: `usage` is counted at the next `catch_up`. May be called by a finalizer."""
-        if usage.tables:
+        if usage.tables is not None:
             self.defer(partial(self._count, usage))
 
     def defer(self, function: Callable[[], None]) -> None:
@@ -186,20 +222,30 @@ class MemoryTiers:
         """Do what was deferred. Called when the first token of a request is out: nothing waits for it."""
         while self._deferred:
             try:
-                function = self._deferred.popleft()
+                self._deferred.popleft()()
             except IndexError:
-                return
-            function()
+                return  # Another thread was faster.
+            except Exception:  # It belongs to another request than the one that calls this.
+                logger.exception("memory is not accounted for as it should be")
 
     def _count(self, usage: Usage) -> None:
+        assert usage.tables is not None
         with self.lock:
-            tables = [table for table in usage.tables if table.number in self._tables]
+            tables = [table for table in usage.tables.known if table.number in self._tables]
             for table in tables:
                 table.begin_request(self.clock)
-            for table, places in usage.places:
-                table.count(places, self.clock)
-            for table, layers, first, mass in usage.importance:
-                table.add_importance(layers, first, mass)
+            for layer, chunks in usage.chunks.items():
+                for table, places in usage.tables.places(layer, chunks):
+                    table.count(places, self.clock)
+            for layers, rows in usage.mass:
+                for table, first, part in usage.tables.parts(rows.sum(0)):
+                    table.add_importance(layers, first, part)
+            for layer in usage.chunks.keys() - {layer for layers, _ in usage.mass for layer in layers}:
+                # Nobody asked what attention looks at there: all chunks alike.
+                for table, places in usage.tables.places(layer, usage.chunks[layer]):
+                    table.importance[places] += 1.0 / len(usage.chunks[layer])
+            for table in tables:
+                table.note_peak()
             if self.clock.tick():
                 factor = self.clock.rescale()
                 for table in self._tables.values():
@@ -209,10 +255,10 @@ class MemoryTiers:
                 for tier in (self.host, *self.devices.values()):
                     tier.judge(table)
             self._reserve += _SMOOTHING * (usage.loaded_bytes - self._reserve)
-            if self.policy.arrivals_compete and tables:
-                for tier in (self.host, *self.devices.values()):
+            if self.policy.arrivals_compete and usage.tables.known:
+                for tier in self.tiers:
                     room = min(int(self._reserve), tier.max_bytes // _RESERVE_SHARE)
-                    tier.trim(tables[0].slot_bytes, room)
+                    tier.trim(usage.tables.known[0].slot_bytes, room)
             for device_tier in self.devices.values():
                 device_tier.drain()
 
@@ -225,11 +271,14 @@ class MemoryTiers:
                 "host": self.host.held_bytes,
             }
 
-    def clear(self) -> None:
-        """Let go of everything (nothing may be in use)."""
+    def close(self) -> None:
+        """Let go of everything; requests that are still running go on without."""
+        self.catch_up()
         with self.lock:
-            for tier in self.devices.values():
-                tier.clear()
-            self.host.clear()
+            for tier in self.tiers:
+                tier.close()
+            for table in self._tables.values():
+                table.slots.clear()
+                table.resident = 0
             self._by_identity.clear()
             self._tables.clear()

@@ -375,7 +375,7 @@ class PrefixStore(Upkeep):
         self._opened.close()
         self.backend.close()
         self._index.close()
-        self.memory.clear()
+        self.memory.close()
 
     def __enter__(self) -> PrefixStore:
         return self
