@@ -165,7 +165,8 @@ class Installation:
     @property
     def active(self) -> bool:
         """Whether the model's config still names our function."""
-        name = self._config._attn_implementation
+        # Asked several times per layer: not through the config's own attribute access, which takes its time.
+        name = object.__getattribute__(self._config, "_attn_implementation_internal")
         return isinstance(name, str) and name.startswith(PREFIX)
 
     @property

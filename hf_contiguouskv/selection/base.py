@@ -10,6 +10,9 @@ import numpy as np
 import torch
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True)
 class SelectionInput:
     """What the leader layer knows when its first suffix queries arrive.
@@ -52,13 +55,15 @@ def choose_chunks(importance: torch.Tensor, keep: int, keep_first: int, keep_las
     Returns:
         int64 `(rows, keep)` on the CPU, ascending. Ties go to the earlier chunk.
     """
-    # Hundreds of numbers per layer: numpy does this in a third of the time that tensor calls take.
-    scores = importance.detach().cpu().float().numpy().copy()
+    # Hundreds of numbers per layer: numpy does this in a third of the time that tensor calls take. Negative, because a
+    # stable sort goes upwards, and ties go to the earlier chunk.
+    costs = -importance.detach().cpu().float().numpy()
     if keep_last:
-        scores[:, -keep_last:] = np.finfo(np.float32).max
-    scores[:, :keep_first] = np.inf
-    order = np.argsort(-scores, axis=-1, kind="stable")
-    return torch.from_numpy(np.sort(order[:, :keep], axis=-1))
+        costs[:, -keep_last:] = -_LARGEST
+    costs[:, :keep_first] = -np.inf
+    chosen = np.argsort(costs, axis=-1, kind="stable")[:, :keep]
+    chosen.sort(axis=-1)
+    return torch.from_numpy(chosen)
 
 
 def voting_queries(voting: torch.Tensor, suffix_queries: int | None) -> torch.Tensor:

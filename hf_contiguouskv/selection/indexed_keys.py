@@ -61,14 +61,14 @@ class IndexedKeys:
 
     def __call__(self, inputs: SelectionInput) -> torch.Tensor:
         """Importance, float32 `(rows, whole_chunks)`."""
+        if inputs.queries.shape[0] == 1:
+            return self._row(inputs, 0)[None]
         return torch.stack([self._row(inputs, row) for row in range(inputs.queries.shape[0])])
 
     def _row(self, inputs: SelectionInput, row: int) -> torch.Tensor:
         kv_heads = self.parts[0][0].shape[0]
-        queries = _voting(inputs.queries[row], inputs.voters[row]).reshape(kv_heads, -1, inputs.queries.shape[-1])
-        # What a logit is multiplied with is a matter of its query: cheaper there than on every chunk.
-        queries = queries.float() * inputs.scaling
-        peaks = [chunk_peaks(queries, index, scale) for index, scale in self.parts]
+        queries = _voting(inputs.queries[row], inputs.voters[row]).unflatten(0, (kv_heads, -1))
+        peaks = [chunk_peaks(queries, index, scale, inputs.scaling) for index, scale in self.parts]
         best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
         if best.shape[-1] != self.whole_chunks:
             best = best[..., : self.whole_chunks]
@@ -82,37 +82,44 @@ class IndexedKeys:
 
 def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
     """Rows `voters` (ascending) of `(heads, q, head_dim)`; neighbours, as they nearly always are, without a copy."""
-    first, last = int(voters[0]), int(voters[-1])
-    if queries.device.type == "cpu" and last - first == len(voters) - 1:
-        return queries[:, first : last + 1]
+    if queries.device.type == "cpu":
+        first, last = int(voters[0]), int(voters[-1])
+        if last - first == len(voters) - 1:
+            return queries[:, first : last + 1]
     return queries[:, voters]
 
 
-def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """The largest `q . k` in each chunk.
 
     Args:
-        queries: float32 `(kv_heads, n, head_dim)`, `n` rows per KV head (query heads x queries).
+        queries: `(kv_heads, group, n, head_dim)`, the query heads of each KV head, any float dtype.
         index: int8 `(kv_heads, c, chunks, head_dim)`.
         scale: float32 `(kv_heads, head_dim)`.
+        scaling: factor on every product.
 
     Returns:
-        float32 `(kv_heads, n, chunks)`.
+        float32 `(kv_heads, group * n, chunks)`.
     """
     kv_heads, c, chunks, head_dim = index.shape
-    scaled = queries * scale[:, None]
+    # Hundreds of small calls per request: each of these is as short as it can be. One pass for scale, dtype and order.
+    scaled = torch.empty(queries.shape, dtype=torch.float32, device=queries.device)
+    torch.mul(queries, scale[:, None, None], out=scaled)
+    scaled = scaled.view(kv_heads, -1, head_dim)
     if index.device.type != "cpu":
         logits = torch.bmm(scaled.to(torch.bfloat16), index.view(kv_heads, -1, head_dim).to(torch.bfloat16).mT)
-        return logits.view(kv_heads, -1, c, chunks).amax(2).float()
+        return logits.view(kv_heads, -1, c, chunks).amax(2).float() * scaling
     # Each query row gets its own scale, so that the product can run in integers.
-    row_scale = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20).div_(127.0)
-    rounded = scaled.div_(row_scale).round_().to(torch.int8)
+    peak = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20)
+    rounded = scaled.mul_(127.0 / peak).round_().to(torch.int8).mT
     # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
-    rows = rounded.shape[1]
-    products = torch.empty(c * chunks, rows, dtype=torch.int32)
+    rows = rounded.shape[2]
+    products = torch.empty(c, chunks, rows, dtype=torch.int32)
+    flat = products.view(-1, rows)
     peaks = torch.empty(kv_heads, chunks, rows, dtype=torch.int32)
+    keys = index.view(kv_heads, -1, head_dim)
     for head in range(kv_heads):
-        torch._int_mm(index[head].view(-1, head_dim), rounded[head].t(), out=products)
-        torch.amax(products.view(c, chunks, rows), 0, out=peaks[head])
+        torch._int_mm(keys[head], rounded[head], out=flat)
+        torch.amax(products, 0, out=peaks[head])
     # Turned as integers first: whatever follows runs along the chunks.
-    return peaks.mT.contiguous() * row_scale
+    return peaks.mT.contiguous() * peak.mul_(scaling / 127.0)

@@ -118,7 +118,7 @@ def test_a_channel_of_zeros_does_not_divide_by_zero():
 
 def test_chunk_peaks_come_close_to_the_exact_maximum():
     keys, queries = keys_of(64), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
-    peaks = chunk_peaks(queries, *build_key_index(keys, 4))
+    peaks = chunk_peaks(queries[:, None], *build_key_index(keys, 4))
     exact = torch.bmm(queries, keys.mT).unflatten(-1, (16, 4)).amax(-1)
     assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
 
