@@ -6,6 +6,8 @@
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
 # make store-bench     look-up, opening, checksums, publishing, accounting (STORE_BENCH_ARGS=...)
 # make policies        which chunks to keep in memory: every eviction policy on a recorded trace (POLICIES_ARGS=...)
+# make timeline        what one request does when, as pictures in docs/pictures
+# make warm-bench      requests whose chunks are in memory, beside a DynamicCache of the kept tokens (WARM_ARGS=...)
 # make clean           remove the virtual environment, the demo's store and the tools' caches
 #
 # The first call makes .venv; later calls install nothing. PYTHON=python3.12 picks the interpreter (3.11 to 3.13).
@@ -20,6 +22,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 STORE_BENCH_ARGS ?=
+WARM_ARGS ?=
 POLICIES_ARGS ?=
 FAULTS_SCALE ?= 10
 FAULTS_SEED ?= $(shell date +%s)
@@ -29,7 +32,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test faults lint bench store-bench policies clean
+.PHONY: demo test faults lint bench store-bench warm-bench policies timeline clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
@@ -56,6 +59,17 @@ policies: $(VENV)/.eval
 
 store-bench: $(VENV)/.eval
 	$(BIN)/python -m eval.store_bench $(STORE_BENCH_ARGS)
+
+warm-bench: $(VENV)/.eval
+	$(BIN)/python -m eval.warm $(WARM_ARGS)
+
+timeline: $(VENV)/.eval
+	$(BIN)/python -m eval.timeline record .cache/timeline-published.json --paper
+	$(BIN)/python -m eval.timeline record .cache/timeline-default.json
+	$(BIN)/python -m eval.timeline record .cache/timeline-warm.json --warm
+	for name in published default warm; do \
+	  $(BIN)/python -m eval.timeline draw .cache/timeline-$$name.json docs/pictures/timeline-$$name.png || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

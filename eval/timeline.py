@@ -152,6 +152,7 @@ def record(
     with tempfile.TemporaryDirectory(prefix="contiguouskv-timeline-") as folder:
         trace = record_request(model, ids, suffix_tokens, config, Path(folder) / "store", warm=warm, runs=runs)
     trace["name"] = f"{'published' if paper else 'default'}, {budget:.0%} of the chunks"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(trace) + "\n")
     parts = ", ".join(f"{kind} {milliseconds:.1f}" for kind, milliseconds in totals(trace).items())
     Console().print(f"{trace['name']}: {trace['ttft_s'] * 1e3:.0f} ms to the first token ({parts} ms)")
