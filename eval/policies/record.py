@@ -15,9 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVCache, PrefixStore
-from hf_contiguouskv.memory import Usage
 from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.residency import PrefixTables
+from hf_contiguouskv.selection import choose_chunks
 from hf_contiguouskv.support import require_support
 
 from ..timing import machine
@@ -26,21 +25,20 @@ from .trace import Pool, Trace, Workload
 
 
 @contextmanager
-def _overheard() -> Iterator[dict[int, npt.NDArray[np.float32]]]:
-    """Importance per layer, as the cache tells it to the memory tiers, while this context lasts."""
-    heard: dict[int, npt.NDArray[np.float32]] = {}
-    original = PrefixTables.record_importance
+def _overheard() -> Iterator[list[npt.NDArray[np.float32]]]:
+    """Importance of the whole chunks, one array for each selection that is made while this context lasts."""
+    heard: list[npt.NDArray[np.float32]] = []
 
-    def record_importance(self: PrefixTables, usage: Usage, layers: list[int], mass: np.ndarray) -> None:
-        heard.update(dict.fromkeys(layers, mass))
-        original(self, usage, layers, mass)
+    def choose(importance: torch.Tensor, keep: int, keep_first: int, keep_last: int) -> torch.Tensor:
+        heard.append(importance.detach().float().sum(0).numpy())
+        return choose_chunks(importance, keep, keep_first, keep_last)
 
-    with mock.patch.object(PrefixTables, "record_importance", record_importance):
+    with mock.patch("hf_contiguouskv.request.choose_chunks", choose):
         yield heard
 
 
 def _one_request(
-    model: Any, cache: ContiguousKVCache, ids: torch.Tensor, heard: dict[int, npt.NDArray[np.float32]]
+    model: Any, cache: ContiguousKVCache, ids: torch.Tensor, heard: list[npt.NDArray[np.float32]]
 ) -> tuple[np.ndarray, ...]:
     """Ask one question; what `Pool` holds of it, without the leading axis."""
     heard.clear()
@@ -51,7 +49,9 @@ def _one_request(
     layers = len(cache.layers)
     chunks = [cache.selected_chunks(layer) for layer in range(layers)]
     selected = np.array([one[0].numpy() for one in chunks if one is not None], dtype=np.uint16)
-    importance = np.array([heard[layer] for layer in range(layers)], dtype=np.float16)
+    # The default selects anew in every layer.
+    assert len(heard) == layers
+    importance = np.array(heard, dtype=np.float16)
     assert cache.timeline is not None
     identify, compute = np.zeros(layers, dtype=np.float32), np.zeros(layers, dtype=np.float32)
     for span in cache.timeline.spans:

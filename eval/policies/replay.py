@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.keys import KeySource
 from hf_contiguouskv.memory import EvictionPolicy
 from hf_contiguouskv.plan import LayerPlan, Rows
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.request import PrefixRequest
-from hf_contiguouskv.selection import SelectionInput
+from hf_contiguouskv.selection import ChunkScorer, SelectionInput
 from hf_contiguouskv.store import KVGeometry
 from hf_contiguouskv.store.reader import ExtentReader, Read, Ticket
 
@@ -79,8 +81,44 @@ def footprint(trace: Trace, drawn: Iterable[tuple[int, int]]) -> dict[str, int]:
     return {"chunks": chunks * g.extent_bytes, "keys": keys}
 
 
+def pause(seconds: float) -> None:
+    """Sleep, unless there is nothing to sleep for."""
+    if seconds > 0.0:
+        time.sleep(float(seconds))
+
+
+class RecordedKeys(KeySource):
+    """Brings the keys, and then hands out what they once led to. See `RecordedRequest`."""
+
+    def __init__(self, *arguments: Any, pool: Pool, number: int, pace: float) -> None:
+        super().__init__(*arguments)
+        self._pool, self._number, self._pace = pool, number, pace
+        self.bytes_missed = 0
+
+    def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
+        """See `KeySource`."""
+        self.bytes_missed += sum(pending.nbytes for pending in self._taken.pending.get(layer, []))
+        super().scorer(layer, device)
+
+        def recorded(inputs: SelectionInput) -> torch.Tensor:
+            pause(self._pool.identify_s[self._number, layer] * self._pace)
+            mass = self._pool.importance[self._number, layer].astype(np.float32)
+            # Rounding may have made the last one selected and the first one left out equal.
+            selected = self._pool.selected[self._number, layer]
+            mass[selected] = np.nextafter(mass[selected], np.float32(np.inf))
+            return torch.from_numpy(mass)[None]
+
+        return recorded
+
+
 class RecordedRequest(PrefixRequest):
-    """A request that selects what was recorded, without a model. All else is as in the library."""
+    """A request that selects what was recorded, without a model. All else is as in the library.
+
+    Args:
+        prefix, config, plan, store, stats: see `PrefixRequest`.
+        pool, number: the recorded request.
+        pace: what its compute times are multiplied by.
+    """
 
     def __init__(
         self,
@@ -94,28 +132,17 @@ class RecordedRequest(PrefixRequest):
         pace: float,
     ) -> None:
         self._pool, self._number, self._pace = pool, number, pace
-        self.keys_read = 0
         super().__init__(prefix, config, plan, store, stats)
 
-    def _identify(self, layer: int, inputs: SelectionInput) -> None:
-        self._ahead.need(layer)
-        self.keys_read += sum(pending.nbytes for pending in self._keys._taken.pending.get(layer, []))
-        self._keys._collect(layer, CPU)
-        self._sleep(self._pool.identify_s[self._number, layer])
-        self._keys.used(layer, CPU)
-        selected = torch.from_numpy(self._pool.selected[self._number, layer].astype(np.int64))[None]
-        wanted = self._chunks_to_read(selected)
-        mass = self._pool.importance[self._number, layer].astype(np.float32)
-        members = self._period(layer)
-        self._payload.tables.record_importance(self._usage, members, mass)
-        for member in members:
-            self.selected[member], self._wanted[member] = selected, wanted
-        self._ask(members, wanted)
-        self._ahead.used(layer)
+    def _open_reads(self) -> None:
+        super()._open_reads()
+        arguments = self.prefix, self.config, self._store, self._payload, self.stats
+        self._keys: RecordedKeys = RecordedKeys(*arguments, pool=self._pool, number=self._number, pace=self._pace)
 
-    def _sleep(self, seconds: float) -> None:
-        if self._pace > 0.0:
-            time.sleep(float(seconds) * self._pace)
+    @property
+    def keys_read(self) -> int:
+        """Bytes of keys that were not in memory."""
+        return self._keys.bytes_missed
 
     def run(self, destination: torch.Tensor) -> float:
         """All layers in order; seconds to the first token. `destination` is as in `load_full`."""
@@ -124,7 +151,7 @@ class RecordedRequest(PrefixRequest):
         self.begin(Rows.distinct(1, 1))
         for layer in range(len(self.plan.windows)):
             self.load_full(layer, nothing, nothing, {"scaling": 1.0}, destination)
-            self._sleep(self._pool.compute_s[self._number, layer])
+            pause(self._pool.compute_s[self._number, layer] * self._pace)
         return time.perf_counter() - started
 
 

@@ -125,35 +125,35 @@ def made_up(selections: list[list[int]]) -> Trace:
         "leader_layers": "0",
         "indexed_layers": "0,1,2",
     }
-    return Trace([Pool(10 * CHUNK, selected, importance, seconds, seconds)], {"geometry": geometry, "budget": 0.2})
+    return Trace([Pool(10 * CHUNK, selected, importance, seconds, seconds)], {"geometry": geometry, "budget": 0.3})
 
 
 @pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_with_memory_for_all_only_first_uses_are_read(tmp_path: Path, policy: str, reads: bool) -> None:
-    small = made_up([[0, 1], [0, 1], [0, 2], [0, 1]])
+    small = made_up([[0, 1, 9], [0, 1, 9], [0, 2, 9], [0, 1, 9]])
     store = fill_store(tmp_path, small)
     drawn = [(0, number) for number in range(4)]
-    assert footprint(small, drawn) == {"chunks": 3 * LAYERS * EXTENT, "keys": LAYERS * 8 * (10 * CHUNK + 4)}
+    assert footprint(small, drawn) == {"chunks": 4 * LAYERS * EXTENT, "keys": LAYERS * 8 * (10 * CHUNK + 4)}
     outcome = replay(small, drawn, store, policy, 2**22, warm_up=1, reads=reads)
     keys = keys_bytes(small.pools[0], geometry_of(small))
     missed = LAYERS * EXTENT
-    assert outcome.chunk_hit_rate == pytest.approx(5 / 6)
+    assert outcome.chunk_hit_rate == pytest.approx(8 / 9)
     assert outcome.key_hit_rate == 1.0
-    assert outcome.byte_hit_rate == pytest.approx(1 - missed / (6 * LAYERS * EXTENT + 3 * keys))
+    assert outcome.byte_hit_rate == pytest.approx(1 - missed / (9 * LAYERS * EXTENT + 3 * keys))
     # Extents are smaller than pages here, so what is read is rounded up.
     assert (outcome.bytes_read >= missed / 3) if reads else (outcome.bytes_read == 0)
     assert outcome.peak_bytes <= 2**22
 
 
 def test_without_memory_everything_is_read_each_time(tmp_path: Path) -> None:
-    small = made_up([[0, 1], [0, 1]])
+    small = made_up([[0, 1, 9], [0, 1, 9]])
     outcome = replay(small, [(0, 0), (0, 1)], fill_store(tmp_path, small), "lru", 0, warm_up=0)
     assert (outcome.chunk_hit_rate, outcome.key_hit_rate, outcome.byte_hit_rate) == (0.0, 0.0, 0.0)
 
 
 def test_recorded_compute_is_slept_where_time_is_taken(tmp_path: Path) -> None:
-    small = made_up([[0, 1]])
+    small = made_up([[0, 1, 9]])
     store = fill_store(tmp_path, small)
     drawn = [(0, 0)] * 6
     outcome = replay(small, drawn, store, "lru", 2**22, warm_up=0, timed=2, pace=20.0)
