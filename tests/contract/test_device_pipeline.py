@@ -103,7 +103,7 @@ def _small_memories() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("schedule", [LATE, 4], ids=str)
-@pytest.mark.parametrize(("config", "device", "host"), _small_memories())
+@pytest.mark.parametrize(("config", "device", "host"), list(_small_memories()))
 def test_the_smallest_memory_still_answers(model, store_path, device, host, config, schedule):
     suffixes = [SUFFIX, token_ids(6, seed=1204)]
     expected = [on_a_cpu(model, store_path, CONFIGS[config], suffix) for suffix in suffixes]
