@@ -84,7 +84,7 @@ class Workload:
         seed: of everything that is drawn.
     """
 
-    requests: int = 2500
+    requests: int = 2000
     exponent: float = 1.0
     drift: float = 0.3
     drift_every: int = 500

@@ -79,7 +79,7 @@ class ExpectedUse:
     name = "expected-use"
     arrivals_compete = True
 
-    def __init__(self, prior: float = 0.2, weight: float = 2.0) -> None:
+    def __init__(self, prior: float = 0.2, weight: float = 5.0) -> None:
         self.prior = prior
         self.weight = weight
 
