@@ -14,6 +14,8 @@ A CPU needs none of this: what was read is where attention wants it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -71,25 +73,42 @@ class Accelerator:
         self._incoming = torch.Stream(device=device)
         self._outgoing = torch.Stream(device=device)
 
+    @contextmanager
+    def _on(self, stream: torch.Stream) -> Iterator[None]:
+        """Make `stream` the current one of this thread.
+
+        Not `with stream`: a Stream object remembers what was current before, and several threads share this one.
+        """
+        index = torch.accelerator.current_device_index()
+        before = torch.accelerator.current_stream(self._device)
+        torch.accelerator.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
+            torch.accelerator.set_device_index(index)
+
     def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
         """See `Device`."""
-        if not for_copies:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        with self._incoming:  # From the memory that this stream reuses in its own order.
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        # Ordinary tensors even in inference mode: other threads, and requests outside of it, write to them.
+        with torch.inference_mode(False):
+            if not for_copies:
+                return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            with self._on(self._incoming):  # From the memory that this stream reuses in its own order.
+                return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
         """See `Device`."""
         if after is not None:
             self._incoming.wait_event(after)
-        with self._incoming:
+        with self._on(self._incoming):
             target.copy_(source, non_blocking=True)
         return self._incoming.record_event()
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Any:
         """See `Device`."""
         self._outgoing.wait_event(self.mark())
-        with self._outgoing:
+        with self._on(self._outgoing):
             target.copy_(source, non_blocking=True)
         source.record_stream(self._outgoing)
         return self._outgoing.record_event()
@@ -129,9 +148,14 @@ def pinned_buffer(nbytes: int) -> torch.Tensor:
     """Page-aligned uint8 `(nbytes,)` in host memory that copies to an accelerator run from without the host."""
     if not torch.accelerator.is_available():
         return aligned_buffer(nbytes)
-    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
-    start = -raw.data_ptr() % PAGE
-    return raw[start : start + nbytes]
+    with torch.inference_mode(False):
+        # Pinned memory comes in whole pages, and in powers of two: a byte more may cost as much again.
+        raw = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        if raw.data_ptr() % PAGE == 0:
+            return raw
+        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
+        start = -raw.data_ptr() % PAGE
+        return raw[start : start + nbytes]
 
 
 class StreamOrder:

@@ -190,6 +190,7 @@ class KeySource:
     def _collect(self, layer: int, device: torch.device) -> None:
         """Wait for what comes from disk; afterwards all keys of the layer are in `data`, on `device`."""
         there = self._memory.on(device)
+        held = list(self._taken.held.get(layer, []))
         waiting = self._taken.pending.get(layer, [])
         while waiting:  # One by one: what is left here when one fails is given back by `close`.
             pending = waiting[0]
@@ -205,11 +206,14 @@ class KeySource:
             else:
                 host.give_back(buffer)
         if there is not None:
-            held = self._taken.held.get(layer, [])
-            on_host = [keys.name for tier, keys in held if tier is self._memory.host]
-            for name in on_host:
-                span = next(span for span in self._prefix.spans if name.startswith(self._key(span, "")))
-                self._upload(layer, name, span, self._taken.data[layer][name], there)
+            for tier, keys in held:
+                if tier is there:
+                    # Another stream may have brought them.
+                    there.device.wait(keys.buffer.ready)
+                    there.device.uses(keys.buffer.data)
+                else:
+                    span = next(span for span in self._prefix.spans if keys.name.startswith(self._key(span, "")))
+                    self._upload(layer, keys.name, span, keys.buffer.data, there)
 
     def _keep(self, layer: int, name: str, span: SegmentSpan, buffer: Buffer, tier: Tier) -> bool:
         """Keys that have just arrived in `buffer` stay in `tier`, if there is room; if not, until they are used."""
@@ -238,6 +242,7 @@ class KeySource:
         buffer = there.lease(source.numel(), exact=True)
         assert buffer is not None
         copied = there.device.copy_in(source, buffer.data, after=buffer.busy)
+        buffer.ready = copied
         there.device.wait(copied)
         there.device.uses(buffer.data)
         if source_buffer is not None:

@@ -273,7 +273,7 @@ class ContiguousLayer(DynamicLayer):
         assert self._buffer is not None
         request = self.attached.request
         rows = request.rows
-        self.row_of = (torch.arange(query.shape[0]) if rows is None else rows.of_batch).to(query.device)
+        self.row_of = request.row_of(query.shape[0], query.device)
         if self._joined:
             destination = self._buffer[:, :, :, : request.kept_tokens]
         else:

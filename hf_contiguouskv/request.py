@@ -23,7 +23,7 @@ from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
 from .selection import SelectionInput, choose_chunks
-from .slots import chosen, copy_in_order, fill
+from .slots import chosen, copy_in_order, place
 from .stats import RequestStats
 from .store import PrefixStore
 from .timeline import Timeline
@@ -70,9 +70,12 @@ class PrefixRequest:
         self._wanted: dict[int, Chunks] = {}
         self._loaded: set[int] = set()
         self._voters: list[torch.Tensor] = []
+        self._row_of: dict[torch.device, torch.Tensor] = {}
         # Whether bytes of this prefix proved wrong, and could not be computed anew.
         self.damaged = False
         self.timeline = Timeline() if config.timeline else None
+        for device in set(plan.devices):
+            store.memory.on(device)
         # What the memory tiers are told of this request once its first token is out.
         self._usage = Usage()
         self._settled = weakref.finalize(self, store.memory.finished, self._usage)
@@ -111,6 +114,7 @@ class PrefixRequest:
     def begin(self, rows: Rows) -> None:
         """The first suffix tokens are here."""
         self.rows = rows
+        self._row_of.clear()
         self._voters = rows.voters(self.config.suffix_queries)
         self.start()
 
@@ -214,6 +218,14 @@ class PrefixRequest:
         if self.rows is None:
             self.begin(Rows.distinct(batch, q_length))
 
+    def row_of(self, batch: int, device: torch.device) -> torch.Tensor:
+        """Which distinct row each batch row is, int64 `(batch,)` on `device`; copied there once, without a wait."""
+        found = self._row_of.get(device)
+        if found is None:
+            rows = torch.arange(batch) if self.rows is None else self.rows.of_batch
+            found = self._row_of[device] = rows.to(device, non_blocking=True)
+        return found
+
     def load_full(
         self,
         layer: int,
@@ -253,7 +265,6 @@ class PrefixRequest:
     ) -> list[Batch]:
         """Select, if this layer leads a period; then put each batch in its place as soon as it is there."""
         self._bring(layer, query, suffix_keys, options)
-        filled = [0] * destination.shape[1]
         wanted = self._wanted[layer]
         # Mostly exactly the wanted chunks were asked for, and there is nothing to sort out.
         asked = self._payload.asked(layer)
@@ -262,7 +273,7 @@ class PrefixRequest:
         with closing(self._payload.take(layer)) as arriving:
             for batch in arriving:
                 began = perf_counter()
-                self._assemble(layer, batch, destination, filled, exactly)
+                self._assemble(layer, batch, destination, exactly)
                 if self.timeline is not None:
                     self.timeline.add("copy", layer, began, perf_counter())
                 batches.append(batch)
@@ -325,8 +336,8 @@ class PrefixRequest:
 
     # -- from extents to K and V --------------------------------------------------------------------------------------
 
-    def _assemble(self, layer: int, batch: Batch, destination: torch.Tensor, filled: list[int], exactly: bool) -> None:
-        """Put the chunks of a batch where the rows that selected them want them, behind the first `filled` ones.
+    def _assemble(self, layer: int, batch: Batch, destination: torch.Tensor, exactly: bool) -> None:
+        """Put the chunks of a batch where the rows that selected them want them.
 
         `exactly`: a single row wants all of them.
         """
@@ -340,14 +351,14 @@ class PrefixRequest:
                 destination[:, :, :, whole:] = kv[0, :, None, :, :tail]
         selected = self.selected.get(layer)
         only_row = exactly and destination.shape[1] == 1 and not tail
-        # RoPE is in the keys, so attention does not mind the order of chunks: they are put as they came.
         for row in range(destination.shape[1]):
             own = None if selected is None else selected[row].numpy()
             take = None if only_row else chosen(batch.chunks, own, self.keep)
             if take is None or len(take):
                 kv = self.prefix.kv_view(batch.extents(take))
-                fill(chunks[:, row], filled[row], kv)
-                filled[row] += kv.shape[0]
+                mine = batch.chunks if take is None else batch.chunks[take]
+                # In the order of the text, wherever they come from: the same chunks give the same answer, bit for bit.
+                place(kv, mine if own is None else np.searchsorted(own, mine), chunks[:, row])
 
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .memory.blocks import neighbours
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
 
@@ -21,17 +22,22 @@ def chosen(chunks: Chunks, selected: Chunks | None, keep: int) -> Chunks | None:
     return None if used.all() else np.flatnonzero(used)
 
 
-def fill(destination: torch.Tensor, start: int, kv: torch.Tensor) -> None:
-    """From `(n, 2, kv_heads, c, head_dim)` to `(2, kv_heads, kept, c, head_dim)`, from position `start` on."""
-    destination.narrow(2, start, kv.shape[0]).copy_(kv.permute(1, 2, 0, 3, 4))
+def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:
+    """Put chunks where they belong.
+
+    Args:
+        kv: `(n, 2, kv_heads, c, head_dim)`.
+        positions: int64 `(n,)`, each once.
+        destination: `(2, kv_heads, chunks, c, head_dim)`.
+    """
+    turned = kv.permute(1, 2, 0, 3, 4)
+    if neighbours(positions):
+        destination.narrow(2, int(positions[0]), len(positions)).copy_(turned)
+    else:
+        where = torch.from_numpy(positions).to(destination.device, non_blocking=True)
+        destination.index_copy_(2, where, turned)
 
 
 def copy_in_order(prefix: AttachedPrefix, batch: Batch, first_chunk: int, destination: torch.Tensor) -> None:
-    """Put every chunk of a batch where it belongs in `destination` `(2, kv_heads, chunks, c, head_dim)`."""
-    kv = prefix.kv_view(batch.extents(None)).permute(1, 2, 0, 3, 4)
-    chunks = batch.chunks
-    if len(chunks) == int(chunks[-1]) - int(chunks[0]) + 1 and bool((np.diff(chunks) == 1).all()):
-        destination.narrow(2, int(chunks[0]) - first_chunk, len(chunks)).copy_(kv)
-    else:
-        where = torch.from_numpy(chunks - first_chunk).to(destination.device, non_blocking=True)
-        destination.index_copy_(2, where, kv)
+    """Put all chunks of a batch into `destination` `(2, kv_heads, chunks, c, head_dim)`, from `first_chunk` on."""
+    place(prefix.kv_view(batch.extents(None)), batch.chunks - first_chunk, destination)

@@ -107,25 +107,48 @@ class StagedBatch:
 
     def release(self) -> None:
         """See `residency.Batch`."""
-        if self._waited and self._stays:
-            self._stay()
-        if self._waited:
-            self._target.busy = self._tier.device.mark()
-        elif self._copied is not None:
-            self._target.busy = self._copied
-        self._tier.give_back(self._target)
-        self._memory.host.give_back(self._host)
+        try:
+            if self._waited and self._stays:
+                self._stay()
+        finally:
+            if self._waited:
+                self._target.busy = self._tier.device.mark()
+            elif self._copied is not None:
+                self._target.busy = self._copied
+            self._tier.give_back(self._target)
+            self._memory.host.give_back(self._host)
 
     def _stay(self) -> None:
-        """Put the chunks into the device's slots, as far as these can be had."""
+        """Put the chunks into the device's slots, as far as these can be had; what was read into the host's, if not."""
         order = np.argsort(self.chunks)
-        slots = self._tier.take(self._size, len(order))
+        try:
+            slots = self._tier.take(self._size, len(order))
+        except torch.OutOfMemoryError:
+            slots = order[:0]  # The model needs it more: what is here is used, and then forgotten.
+        if len(slots):
+            try:
+                self._put(order[: len(slots)], slots)
+            finally:
+                self._tier.release(slots, self._size)
+        else:
+            self._stay_on_host(order[order >= self.from_host])
+
+    def _stay_on_host(self, order: Chunks) -> None:
+        host = self._memory.host
+        slots = host.take(self._size, len(order))
         if not len(slots):
             return
         try:
-            self._put(order[: len(slots)], slots)
+            order = order[: len(slots)]
+            rows = self._host.data[: len(self.chunks) * self._size].view(-1, self._size)
+            host.blocks(self._size).write(slots, rows.index_select(0, torch.from_numpy(order)))
+            mass = self._tables.importance(self._layer, self.chunks[order])
+            for table, part, places in self._tables.split(self._layer, self.chunks[order]):
+                if table is not None:
+                    found = None if mass is None else mass[part]
+                    host.keep(table, places, slots[part], self._size, importance=found)
         finally:
-            self._tier.release(slots, self._size)
+            host.release(slots, self._size)
 
     def _put(self, order: Chunks, slots: Chunks) -> None:
         self._tier.blocks(self._size).write(slots, self.extents(order))
@@ -223,7 +246,7 @@ class DeviceResidency:
             self._tables,
             size,
             speculative,
-            self._verify and not must,
+            self._verify,
         )
         try:
             if len(packed):

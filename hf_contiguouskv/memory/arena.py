@@ -189,6 +189,11 @@ class Arena:
         busy = (self.users[: self._top * size] > 0).reshape(-1, size).any(1)
         return self.held_bytes - int(busy.sum()) * self.block_bytes
 
+    def held(self) -> list[int]:
+        """Blocks that the system gave."""
+        returned = set(self._returned)
+        return [block for block in range(self._top) if block not in returned]
+
     def resident(self) -> Slots:
         """All slots that belong to a table."""
         return np.flatnonzero(self.owner[: self._top * self.blocks.slots_per_block] > 0)

@@ -76,7 +76,8 @@ class PageableBlocks:
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         count = self.max_blocks * self.slots_per_block
         self.slots_in_a_row = max(1, count)
-        octets = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        with torch.inference_mode(False):  # Written to outside of it as well.
+            octets = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._rows = octets[: count * slot_bytes].view(count, slot_bytes)
         self._octets = as_memoryview(octets)
 
@@ -115,7 +116,8 @@ class TensorBlocks:
     """
 
     def __init__(self, slot_bytes: int, max_bytes: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        piece = min(max_bytes, max(max_bytes // _PIECES, _SMALLEST_PIECE))
+        # Powers of two: pinned memory comes in nothing else.
+        piece = min(max_bytes, 1 << (max(max_bytes // _PIECES, _SMALLEST_PIECE).bit_length() - 1))
         self.slot_bytes = slot_bytes
         self.slots_per_block = max(1, piece // slot_bytes)
         self.max_blocks = max_bytes // (self.slots_per_block * slot_bytes)
@@ -125,7 +127,8 @@ class TensorBlocks:
 
     def take(self, block: int) -> None:
         """See `Blocks`."""
-        octets = self._allocate(self.slots_per_block * self.slot_bytes)
+        with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
+            octets = self._allocate(self.slots_per_block * self.slot_bytes)
         self._tensors[block] = octets.view(self.slots_per_block, self.slot_bytes)
 
     def drop(self, blocks: Sequence[int]) -> None:

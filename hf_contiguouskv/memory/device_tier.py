@@ -17,6 +17,9 @@ from .history import Clock, SegmentTable
 from .policies import EvictionPolicy
 from .tier import Buffer, Tier
 
+# Victims that are on their way to the host at the same time.
+_MOVING_BYTES = 4 * 2**20
+
 
 @dataclass(eq=False)
 class _Demotion:
@@ -35,36 +38,43 @@ class OrderedBlocks:
         self._device = device
         self._blocks = TensorBlocks(slot_bytes, max_bytes, device.empty)
         self._order = StreamOrder(device)
+        self._lock = threading.Lock()
         self.slot_bytes = slot_bytes
         self.slots_per_block = self._blocks.slots_per_block
         self.max_blocks = self._blocks.max_blocks
         self.slots_in_a_row = self._blocks.slots_in_a_row
 
     def take(self, block: int) -> None:
-        """See `Blocks`."""
-        self._blocks.take(block)
+        """See `Blocks`; whoever writes first, on whatever stream, does so behind the allocation."""
+        with self._lock:
+            self._order.before_write()
+            self._blocks.take(block)
+            self._order.after_write()
 
     def drop(self, blocks: Sequence[int]) -> None:
         """See `Blocks`."""
-        self._order.before_write()
-        for block in blocks:
-            self._device.uses(self._blocks.tensor(block))
-        self._blocks.drop(blocks)
+        with self._lock:
+            self._order.before_write()
+            for block in blocks:
+                self._device.uses(self._blocks.tensor(block))
+            self._blocks.drop(blocks)
 
     def select(self, slots: Slots) -> torch.Tensor:
         """See `Blocks`; always a copy, so that the slots may be given to somebody else once this has been queued."""
-        self._order.before_read()
-        found = self._blocks.select(slots)
-        if found._base is not None and neighbours(slots):
-            found = found.clone()  # It was a view.
-        self._order.after_read()
-        return found
+        with self._lock:
+            self._order.before_read()
+            found = self._blocks.select(slots)
+            if found._base is not None and neighbours(slots):
+                found = found.clone()  # It was a view.
+            self._order.after_read()
+            return found
 
     def write(self, slots: Slots, content: torch.Tensor) -> None:
         """See `Blocks`."""
-        self._order.before_write()
-        self._blocks.write(slots, content)
-        self._order.after_write()
+        with self._lock:
+            self._order.before_write()
+            self._blocks.write(slots, content)
+            self._order.after_write()
 
     def buffer(self, first: int, count: int) -> memoryview:
         """See `Blocks`: the host cannot write here."""
@@ -112,23 +122,34 @@ class DeviceTier(Tier):
     # -- victims ------------------------------------------------------------------------------------------------------
 
     def _demote(self, arena: Arena, slots: Slots) -> None:
-        """Start moving the victims that outscore the host's least to the host; the others are dropped."""
+        """Start moving the victims that outscore the host's least to the host; the others are dropped.
+
+        They cross in a buffer beside the limits, so that room for them is made only where they are going to stay: a
+        few at a time, and what is too many at once is dropped.
+        """
         for number in np.unique(arena.owner[slots]):
             table = self._tables[int(number)]
             mine = slots[arena.owner[slots] == number]
             absent = table.slots_in(self._host.name)[arena.place[mine]] < 0
             mine = mine[absent]
+            room = (_MOVING_BYTES - sum(one.buffer.data.numel() for one in self._demotions)) // arena.slot_bytes
+            # The best first: they displace the host's least.
+            mine = mine[np.argsort(-arena.worth[mine], kind="stable")][: max(0, room)]
+            mine = mine[: self._host.would_keep(arena.worth[mine], arena.slot_bytes)]
             if len(mine):
-                mine = mine[self._host.would_keep(arena.worth[mine], arena.slot_bytes)]
-            if not len(mine):
-                continue
-            buffer = self._host.lease(len(mine) * arena.slot_bytes, must=False)
-            if buffer is None:
-                continue
-            content = arena.blocks.select(mine)
-            target = buffer.data[: content.numel()].view_as(content)
-            copied = self.device.copy_out(content, target)
-            self._demotions.append(_Demotion(table, arena.place[mine].copy(), buffer, copied))
+                self._move(table, arena, np.sort(mine))
+
+    def _move(self, table: SegmentTable, arena: Arena, slots: Slots) -> None:
+        buffer = self._host.lease(len(slots) * arena.slot_bytes, exact=True, evict=False)
+        assert buffer is not None
+        try:
+            content = arena.blocks.select(slots)
+            copied = self.device.copy_out(content, buffer.data[: content.numel()].view_as(content))
+        except BaseException:
+            self._host.give_back(buffer)
+            raise
+        buffer.busy = copied
+        self._demotions.append(_Demotion(table, arena.place[slots].copy(), buffer, copied))
 
     def drain(self) -> None:
         """Put demoted chunks whose copy has ended into the host's slots."""
@@ -161,4 +182,6 @@ class DeviceTier(Tier):
         """See `Tier.close`."""
         with self._lock:
             self._demotions.clear()
+            for arena in self._arenas.values():
+                arena.blocks.drop(arena.held())  # Behind what is queued on any stream.
             super().close()

@@ -99,6 +99,8 @@ class SegmentTable:
         self.prefix_heat = 0.0
         self.peak = 0.0
         self.last_request = 0
+        # What of `nbytes` the host's tier counts.
+        self.counted = 0
         # Chunks and keys of this table that are in some tier.
         self.resident = 0
 

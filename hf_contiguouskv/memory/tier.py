@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..errors import ConfigError, StoreClosedError
@@ -31,11 +30,13 @@ class Buffer:
         data: uint8 `(capacity,)`.
         counted: what of it the tier's limit covers: all or nothing.
         busy: an event; until it has happened, an accelerator reads or writes this memory.
+        ready: an event; once it has happened, what was copied here can be read (device memory only).
     """
 
     data: torch.Tensor
     counted: int
     busy: Any = None
+    ready: Any = None
 
 
 @dataclass(eq=False)
@@ -202,19 +203,20 @@ class Tier:
             if not self._closed:
                 self._arenas[slot_bytes].release(slots)
 
-    def would_keep(self, worth: npt.NDArray[np.float64], slot_bytes: int) -> npt.NDArray[np.bool_]:
-        """Which chunks of these worths, bool `(n,)`, would be kept: all while there is room, else those that outscore
-        the least of what is here."""
+    def would_keep(self, worth: Floats, slot_bytes: int) -> int:
+        """How many of chunks with these worths, the best first, would be kept: as many as there is room for, and then
+        each that outscores the one that it would take the place of."""
         with self._lock:
             arena = self._arena(slot_bytes)
-            if arena is None:
-                return np.zeros(len(worth), dtype=np.bool_)
-            room = arena.free_slots + max(0, self.max_bytes - self.held_bytes + self._idle_bytes) // slot_bytes
+            if arena is None or not len(worth):
+                return 0
+            free = max(0, self.max_bytes - self.held_bytes + self._idle_bytes) // arena.block_bytes
+            room = arena.free_slots + free * arena.blocks.slots_per_block
             if room >= len(worth):
-                return np.ones(len(worth), dtype=np.bool_)
-            lowest = arena.lowest(1)
-            least = float(arena.worth[lowest[0]]) if len(lowest) else np.inf
-            return worth > least
+                return len(worth)
+            least = arena.worth[arena.lowest(len(worth) - room)]
+            better = worth[room : room + len(least)] > least
+            return room + (len(better) if better.all() else int(np.argmin(better)))
 
     def blocks(self, slot_bytes: int) -> Blocks:
         """The memory in which slots of this size lie."""
@@ -436,13 +438,14 @@ class Tier:
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
-    def lease(self, nbytes: int, *, must: bool = True, exact: bool = False) -> Buffer | None:
+    def lease(self, nbytes: int, *, must: bool = True, exact: bool = False, evict: bool = True) -> Buffer | None:
         """A buffer of at least `nbytes`, counted towards the limit if there is room.
 
         Args:
             nbytes: how large.
             must: where there is no room, have it uncounted instead of `None`. Callers ask for few and small ones.
             exact: not a byte more (for what is going to be kept).
+            evict: whether something may go for it.
         """
         capacity = nbytes if exact else _capacity(nbytes)
         with self._lock:
@@ -453,13 +456,15 @@ class Tier:
                     self._idle_bytes -= capacity
                     self._buffer_bytes += capacity
                     return buffer
-            counted = capacity if self.make_room(capacity) else 0
+            fits = self.make_room(capacity) if evict else self._fits(capacity)
+            counted = capacity if fits else 0
             if not counted and not must:
                 return None
             self._buffer_bytes += counted
             self._note_peak()
         try:
-            return Buffer(self._make_buffer(capacity), counted)
+            with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
+                return Buffer(self._make_buffer(capacity), counted)
         except BaseException:
             with self._lock:
                 self._buffer_bytes -= counted
@@ -474,6 +479,11 @@ class Tier:
             if self._idle_bytes + buffer.counted <= self.max_bytes // _IDLE_SHARE and self._fits(buffer.counted):
                 self._idle.setdefault(buffer.counted, []).append(buffer)
                 self._idle_bytes += buffer.counted
+
+    def drop_idle(self) -> None:
+        """Let go of buffers that are kept for the next read."""
+        with self._lock:
+            self._drop_idle()
 
     def _drop_idle(self) -> None:
         self._idle.clear()

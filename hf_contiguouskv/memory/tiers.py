@@ -128,12 +128,16 @@ class MemoryTiers:
         with self.lock:
             if device not in self.devices:
                 self._pinned = True
+                self.host.drop_idle()  # They are not pinned.
                 share = self.device_bytes // (len(self.devices) + 1)
                 for tier in self.devices.values():
                     tier.limit(share)
                 self.devices[device] = DeviceTier(
                     str(device), share, self.policy, opened, self.host, self.lock, self._tables, self.clock
                 )
+                for table in self._tables.values():
+                    table.slots_in(str(device))
+                    self._count_table(table)
             return self.devices[device]
 
     @property
@@ -180,11 +184,13 @@ class MemoryTiers:
         if self._table_bytes + table.nbytes > limit or not self.host.make_room(counted):
             return None
         self._tables[table.number] = self._by_identity[identity] = table
-        self._add_table_bytes(table.nbytes)
+        self._count_table(table)
         return table
 
-    def _add_table_bytes(self, nbytes: int) -> None:
-        self._table_bytes += nbytes
+    def _count_table(self, table: SegmentTable, nbytes: int | None = None) -> None:
+        counted = table.nbytes if nbytes is None else nbytes
+        self._table_bytes += counted - table.counted
+        table.counted = counted
         # Where there is no host tier, they are the price of the device's.
         self.host.count_tables(self._table_bytes if self.host.max_bytes else 0)
 
@@ -192,7 +198,7 @@ class MemoryTiers:
         for tier in self.tiers:
             tier.forget(table)
         del self._by_identity[identity], self._tables[table.number]
-        self._add_table_bytes(-table.nbytes)
+        self._count_table(table, 0)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Segments with these keys are gone: so is what memory holds of them."""

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-
 _LARGEST = float(np.finfo(np.float32).max)
 
 

@@ -27,7 +27,9 @@ def aligned_buffer(nbytes: int) -> torch.Tensor:
         # Only a hint: kernels built without huge pages refuse it.
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+    # An ordinary tensor even in inference mode: other threads, and requests outside of it, write to it.
+    with torch.inference_mode(False):
+        return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
 
 
 def as_memoryview(tensor: torch.Tensor) -> memoryview:

@@ -207,7 +207,6 @@ def test_memory_of_dropped_blocks_is_given_out_behind_its_last_use(machine: Mach
     machine.check()
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: OrderedBlocks.take does not order later streams behind the allocation")
 def test_a_block_may_be_written_first_on_another_stream_than_it_was_allocated_for(
     machine: Machine, small_pieces: None
 ) -> None:
@@ -222,9 +221,6 @@ def test_a_block_may_be_written_first_on_another_stream_than_it_was_allocated_fo
     machine.check()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: OrderedBlocks is used by several threads, but nothing locks StreamOrder"
-)
 def test_a_read_between_the_halves_of_a_write_is_not_forgotten(machine: Machine, ordered: OrderedBlocks) -> None:
     """Two threads with their own streams: one reads slot 0 while the other is in the middle of writing slot 1."""
     ordered.write(slots(0, 1), rows(1, 2))
@@ -378,9 +374,6 @@ def test_a_victim_moves_only_if_it_outscores_the_hosts_least(busy: Machine, wort
     assert (0 in settled(busy, two)) == moved
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: every victim is compared with the same least, and the buffer evicts too"
-)
 def test_victims_that_outscore_only_the_very_least_displace_nothing_better(busy: Machine) -> None:
     two = TwoTiers(busy, device=4, host=4)
     two.host_has(8, 9, 10, 11)
