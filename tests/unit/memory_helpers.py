@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from hf_contiguouskv.memory import Usage
 from hf_contiguouskv.memory.arena import Arena
 from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorBlocks
-from hf_contiguouskv.memory.history import Floats, SegmentTable, Uses
+from hf_contiguouskv.memory.history import Clock, Floats, SegmentTable, Uses
 from hf_contiguouskv.memory.policies import EvictionPolicy
 from hf_contiguouskv.memory.tier import Tier
 from hf_contiguouskv.store.pread import PAGE, aligned_buffer
@@ -35,7 +37,7 @@ class FourPerBlock(TensorBlocks):
 
     def __init__(self, slot_bytes: int, max_bytes: int) -> None:
         super().__init__(slot_bytes, max_bytes, octets)
-        self.slots_per_block = 4
+        self.slots_per_block = self.slots_in_a_row = 4
         self.max_blocks = max_bytes // (4 * slot_bytes)
 
 
@@ -48,10 +50,12 @@ def new_tier(
     tables: Iterable[SegmentTable] = (),
     policy: EvictionPolicy | None = None,
     blocks: Any = PageableBlocks,
+    clock: Clock | None = None,
 ) -> Tier:
     """A host's tier that knows `tables`."""
     known = {table.number: table for table in tables}
-    return Tier("host", max_bytes, policy or ByImportance(), blocks, aligned_buffer, threading.RLock(), known)
+    lock = threading.RLock()
+    return Tier("host", max_bytes, policy or ByImportance(), blocks, aligned_buffer, lock, known, clock or Clock())
 
 
 def new_table(number: int, chunks: int = 16, slot_bytes: int = PAGE, layers: int = 1) -> SegmentTable:
@@ -70,8 +74,52 @@ def places(*numbers: int) -> Slots:
     return np.array(numbers, dtype=np.int64)
 
 
-def load(tier: Tier, table: SegmentTable, wanted: Slots, worth: Iterable[float] | None = None) -> int:
-    """Load chunks that are not there as a request does; how many could be kept. `worth`: for `ByImportance`."""
+class Joined:
+    """Tables of a prefix whose segments follow each other, used from their first chunk to their last."""
+
+    def __init__(self, *tables: SegmentTable) -> None:
+        self.known = list(tables)
+        self._ends = np.cumsum([table.chunks for table in tables])
+
+    def places(self, layer: int, chunks: Slots) -> list[tuple[SegmentTable, Slots]]:
+        found = []
+        for table, end in zip(self.known, self._ends, strict=True):
+            mine = chunks[(chunks >= end - table.chunks) & (chunks < end)]
+            if len(mine):
+                found.append((table, mine - (end - table.chunks) + layer * table.chunks))
+        return found
+
+    def parts(self, mass: npt.NDArray[np.float32]) -> list[tuple[SegmentTable, int, npt.NDArray[np.float32]]]:
+        split = zip(self.known, self._ends, strict=True)
+        return [(table, 0, mass[end - table.chunks : end]) for table, end in split]
+
+
+def usage(
+    tables: Joined,
+    *used: int,
+    layer: int = 0,
+    mass: Iterable[Iterable[float]] | None = None,
+    loaded_bytes: int = 0,
+) -> Usage:
+    """What a request tells that used these chunks of one layer, and found `mass` `(rows, chunks)` in it."""
+    told = Usage(loaded_bytes=loaded_bytes)
+    told.used(tables, layer, places(*used))
+    if mass is not None:
+        told.mass.append(([layer], np.array(mass, dtype=np.float32)))
+    return told
+
+
+def load(
+    tier: Tier,
+    table: SegmentTable,
+    wanted: Slots,
+    worth: Iterable[float] | None = None,
+    importance: Floats | None = None,
+) -> int:
+    """Load chunks that are not there as a request does; how many could be kept.
+
+    `worth`: for `ByImportance`. `importance`: what the request has found of them, `(n,)`.
+    """
     if worth is not None:
         table.importance[wanted] = list(worth)
     size = table.slot_bytes
@@ -79,7 +127,7 @@ def load(tier: Tier, table: SegmentTable, wanted: Slots, worth: Iterable[float] 
     if len(slots):
         got = wanted[: len(slots)]
         tier.blocks(size).write(slots, content_of(table.number, got, size))
-        tier.keep(table, got, slots, size)
+        tier.keep(table, got, slots, size, importance=None if importance is None else importance[: len(got)])
         tier.release(slots, size)
     return len(slots)
 
@@ -109,13 +157,18 @@ def heap_victims(arena: Arena, count: int) -> list[int]:
     return [heapq.heappop(heap)[1] for _ in range(min(count, len(heap)))]
 
 
-def check_tier(tier: Tier, leased: int | None = None) -> None:
-    """Everything that must hold of a tier between any two calls. `leased`: counted bytes that callers have now."""
+def check_tier(tier: Tier, leased: int | None = None, forgotten: int = 0) -> None:
+    """Everything that must hold of a tier between any two calls.
+
+    `leased`: counted bytes that callers have now (`None`: any); of keys, those `forgotten` while callers hold them.
+    """
     assert tier.held_bytes <= tier.max_bytes
-    assert tier.held_bytes - tier.table_bytes <= tier.peak_bytes <= tier.max_bytes
+    assert tier.held_bytes <= tier.peak_bytes <= tier.max_bytes
+    kept = sum(keys.buffer.counted for keys in tier._keys.values())
     if leased is not None:
         assert tier._buffer_bytes == leased
-    assert tier._key_bytes == sum(keys.buffer.counted for keys in tier._keys.values())
+        assert tier._key_bytes == kept + forgotten
+    assert tier._key_bytes >= kept
     assert tier._idle_bytes == sum(buffer.counted for kept in tier._idle.values() for buffer in kept)
     assert sum(tier.bytes_by_use.values()) == tier.held_bytes
     resident = dict.fromkeys(tier._tables, 0)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helpers import ByImportance, fake_segment, here, load, new_table, new_tier, places
+from memory_helpers import ByImportance, Joined, fake_segment, here, load, new_table, new_tier, places, usage
 
 from hf_contiguouskv.errors import ConfigError
-from hf_contiguouskv.memory import POLICIES, EvictionPolicy, MemoryTiers, Usage
+from hf_contiguouskv.memory import POLICIES, EvictionPolicy, MemoryTiers
 from hf_contiguouskv.memory.history import HALF_LIFE, Clock, SegmentTable, Uses
 from hf_contiguouskv.memory.policies import (
     AttentionGuided,
@@ -120,6 +119,7 @@ def test_importance_goes_to_these_layers_and_chunks_only() -> None:
     table.add_importance([0, 2], 1, np.array([0.5, 0.25], dtype=np.float32))
     table.add_importance([2], 0, np.array([1.0], dtype=np.float32))
     assert table.importance.tolist() == [0, 0.5, 0.25, 0, 0, 0, 1.0, 0.5, 0.25]
+    table.note_peak()
     assert table.peak == 1.0
 
 
@@ -183,6 +183,7 @@ def test_keys_are_worth_at_least_as_much_as_the_best_chunk(policy: EvictionPolic
         table.loads[fresh] = 1
         tell(clock, (table, sorted(used)))
         table.add_importance([0], 0, np.array([0.125 * (j in used) for j in range(4)], dtype=np.float32))
+    table.note_peak()
     keys = policy.worth(table.uses_of_keys())
     assert keys.shape == (1,)
     assert keys[0] >= policy.worth(table.uses_of(np.arange(4))).max()
@@ -222,18 +223,8 @@ def test_a_new_epoch_changes_no_ratio() -> None:
     assert tables[0].heat[1] / tables[1].heat[0] == pytest.approx(2 ** (1 / HALF_LIFE), rel=1e-5)
 
 
-@pytest.mark.parametrize("half_lives", [1, 10, 100])
-def test_heat_is_a_number_for_as_long_as_an_epoch_lasts(half_lives: int) -> None:
-    check_heat_after(half_lives)
-
-
-@pytest.mark.xfail(strict=True, reason="heat is float32: infinite after 128 half-lives, NaN after the next rescale")
-@pytest.mark.parametrize("half_lives", [130, 255])
+@pytest.mark.parametrize("half_lives", [1, 10, 100, 130, 255])
 def test_heat_is_a_number_until_the_epoch_ends(half_lives: int) -> None:
-    check_heat_after(half_lives)
-
-
-def check_heat_after(half_lives: int) -> None:
     clock, table = Clock(), new_table(1, chunks=2)
     tell(clock, (table, [0]))
     later(clock, half_lives)
@@ -257,37 +248,17 @@ def test_tiers_begin_a_new_epoch_by_themselves_and_keep_the_order() -> None:
         assert table is not None
         load(memory.host, table, places(0))
         for _ in range(count):
-            memory.finished(Usage([table], [(table, places(0))]))
+            memory.finished(usage(Joined(table), 0))
             memory.catch_up()
     memory.clock.now = 256 * HALF_LIFE - 1
-    memory.finished(Usage([tables[1]], [(tables[1], places(0))]))
+    assert tables[1] is not None
+    memory.finished(usage(Joined(tables[1]), 0))
     memory.catch_up()
     assert memory.clock.weight == 1.0, "the epoch has ended"
     arena = memory.host._arenas[PAGE]
     worth = [float(arena.worth[table.slots_in("host")[0]]) for table in tables]
     assert worth[1] > worth[0] > worth[2] > 0
     assert arena.lowest(3).tolist() == [table.slots_in("host")[0] for table in (tables[2], tables[0], tables[1])]
-
-
-# ---- within a request ----
-
-
-def turn(tier_policy: EvictionPolicy, arrive: Callable[[int], None] | None = None) -> tuple[list[int], list[int]]:
-    """A full tier of an old prefix; then a request for another one that loads it layer by layer."""
-    old, new, clock = new_table(1, chunks=4), new_table(2, chunks=1, layers=4), Clock()
-    tier = new_tier(4 * PAGE, [old, new], tier_policy)
-    load(tier, old, np.arange(4))
-    tell(clock, (old, [0, 1, 2, 3]))
-    tier.judge(old)
-    for layer in range(3):
-        assert load(tier, new, places(layer)) == 1
-    return here(tier, old), here(tier, new)
-
-
-@pytest.mark.xfail(strict=True, reason="until its request is over an arrival counts as never used: it goes first")
-def test_under_lru_an_arrival_displaces_what_was_not_used_longest_and_not_another_arrival() -> None:
-    old, new = turn(LeastRecentlyUsed())
-    assert (len(old), new) == (1, [0, 1, 2])
 
 
 # ---- names ----

@@ -18,6 +18,7 @@ from memory_helpers import ByImportance, FourPerBlock, check_tier, content_of, n
 from hf_contiguouskv.memory import POLICIES, Buffer, Tier
 from hf_contiguouskv.memory.blocks import Slots
 from hf_contiguouskv.memory.history import Clock, SegmentTable
+from hf_contiguouskv.memory.tier import KeptKeys
 from hf_contiguouskv.store.pread import PAGE
 
 SIZES = [PAGE // 8, PAGE, 2 * PAGE, 3 * PAGE]
@@ -52,11 +53,11 @@ class TierMachine(RuleBasedStateMachine):
     def begin(self, bound: int, kind: str, policy: type, sizes: list[int]) -> None:
         self.numbers = itertools.count(1)
         self.tables = [new_table(next(self.numbers), CHUNKS, size) for size in sizes]
-        self.tier = new_tier(bound, self.tables, policy(), KINDS[kind])
         self.clock = Clock()
+        self.tier = new_tier(bound, self.tables, policy(), KINDS[kind], self.clock)
         self.loans: list[Loan] = []
         self.buffers: list[tuple[Buffer, int]] = []
-        self.held_keys: list[tuple[str, int, torch.Tensor]] = []
+        self.held_keys: list[tuple[KeptKeys, int]] = []
         self.marks = itertools.cycle(range(1, 255))
 
     def a_table(self, data: st.DataObject) -> SegmentTable:
@@ -91,6 +92,9 @@ class TierMachine(RuleBasedStateMachine):
             self.tier.keep(loan.table, loan.wanted, loan.slots, size)
             if loan.table in self.tables:
                 assert known[loan.wanted].tolist() == np.where(before >= 0, before, loan.slots).tolist()
+                fresh = loan.wanted[before < 0]
+                worth = self.tier.policy.worth(loan.table.uses_on_arrival(fresh, self.clock, None))
+                assert self.tier._arenas[size].worth[known[fresh]].tolist() == worth.tolist()
             else:
                 assert (known == -1).all(), "what was forgotten is not kept"
         self.tier.release(loan.slots, size)
@@ -113,11 +117,13 @@ class TierMachine(RuleBasedStateMachine):
     def give_buffer_back(self, data: st.DataObject, as_keys: bool, name: str) -> None:
         buffer, mark = self.buffers.pop(data.draw(st.integers(0, len(self.buffers) - 1)))
         assert (buffer.data == mark).all()
-        if as_keys and not any(name == held for held, _, _ in self.held_keys):
+        if as_keys:
             had, table = self.tier.has_keys(name), self.a_table(data)
             kept = self.tier.keep_keys(name, buffer, table)
-            assert kept is (buffer.counted > 0 and not had)
-            if kept:
+            assert (kept is not None) is (buffer.counted > 0 and not had)
+            if kept is not None:
+                assert kept.buffer is buffer
+                self.held_keys.append((kept, mark))
                 return
         self.tier.give_back(buffer)
 
@@ -126,12 +132,15 @@ class TierMachine(RuleBasedStateMachine):
         found = self.tier.hold_keys(name)
         assert (found is not None) is self.tier.has_keys(name)
         if found is not None:
-            self.held_keys.append((name, int(found[0]), found))
+            self.held_keys.append((found, int(found.buffer.data[0])))
 
     @precondition(lambda self: self.held_keys)
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
         self.tier.let_go(self.held_keys.pop(data.draw(st.integers(0, len(self.held_keys) - 1)))[0])
+
+    def keys_in_use(self) -> list[KeptKeys]:
+        return list({id(keys): keys for keys, _ in self.held_keys}.values())
 
     @rule(data=st.data(), used=wanted, mass=st.integers(0, 4))
     def judge(self, data: st.DataObject, used: Slots, mass: int) -> None:
@@ -153,7 +162,6 @@ class TierMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.tables) - 1))
         table = self.tables[index]
         gone = {name for name, keys in self.tier._keys.items() if keys.table is table}
-        self.held_keys = [held for held in self.held_keys if held[0] not in gone]
         self.tier.forget(table)
         assert (table.slots_in("host") == -1).all()
         assert table.resident == 0
@@ -173,13 +181,21 @@ class TierMachine(RuleBasedStateMachine):
         used += [
             len({s // a.blocks.slots_per_block for s in np.flatnonzero(a.users)}) * a.block_bytes for _, a in arenas
         ]
-        used += [keys.buffer.counted for keys in self.tier._keys.values() if keys.users]
+        used += [keys.buffer.counted for keys in self.keys_in_use()]
         used += [buffer.counted for buffer, _ in self.buffers]
-        assert self.tier.make_room(nbytes) is (sum(used) + nbytes <= self.tier.max_bytes)
+        before = (self.tier.evicted, self.tier.held_bytes)
+        if sum(used) + nbytes <= self.tier.max_bytes:
+            assert self.tier.make_room(nbytes)
+            assert self.tier.held_bytes + nbytes <= self.tier.max_bytes
+        else:
+            assert not self.tier.make_room(nbytes)
+            assert (self.tier.evicted, self.tier.held_bytes) == before, "nothing goes in vain"
 
-    @rule(data=st.data(), worth=st.lists(st.floats(0, 5), max_size=5))
+    @rule(data=st.data(), worth=st.lists(st.floats(0, 5), max_size=5).map(lambda worth: sorted(worth, reverse=True)))
     def would_keep(self, data: st.DataObject, worth: list[float]) -> None:
-        assert self.tier.would_keep(np.array(worth), self.a_table(data).slot_bytes).shape == (len(worth),)
+        before = (self.tier.held_bytes, self.tier.evicted)
+        assert 0 <= self.tier.would_keep(np.array(worth), self.a_table(data).slot_bytes) <= len(worth)
+        assert (self.tier.held_bytes, self.tier.evicted) == before, "asking changes nothing"
 
     @precondition(lambda self: not (self.loans or self.buffers or self.held_keys))
     @rule()
@@ -193,14 +209,15 @@ class TierMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         if not hasattr(self, "tier"):
             return
-        check_tier(self.tier, leased=sum(buffer.counted for buffer, _ in self.buffers))
+        forgotten = sum(keys.buffer.counted for keys in self.keys_in_use() if keys.gone)
+        check_tier(self.tier, sum(buffer.counted for buffer, _ in self.buffers), forgotten)
         for loan in self.loans:
             loan.check(self.tier)
         for buffer, mark in self.buffers:
             assert (buffer.data == mark).all()
-        for name, mark, data in self.held_keys:
-            assert self.tier.has_keys(name)
-            assert (data == mark).all()
+        for keys, mark in self.held_keys:
+            assert keys.gone is (self.tier._keys.get(keys.name) is not keys)
+            assert (keys.buffer.data == mark).all()
         for table in self.tables:
             resident = np.flatnonzero(table.slots_in("host") >= 0)
             if len(resident):
@@ -287,17 +304,20 @@ class Crowd:
 
     def use_keys(self, rng: np.random.Generator, table: SegmentTable) -> None:
         name, mark = f"{table.number}/{rng.integers(3)}", table.number
-        data = self.tier.hold_keys(name)
-        if data is not None:
-            assert (data == mark).all()
-            self.tier.let_go(name)
+        keys = self.tier.hold_keys(name)
+        if keys is not None:
+            assert (keys.buffer.data == mark).all()
+            self.tier.let_go(keys)
             return
         buffer = self.tier.lease(int(rng.integers(1, 3)) * PAGE, exact=True)
         assert buffer is not None
         buffer.data.fill_(mark)
-        if not self.tier.keep_keys(name, buffer, table):
-            assert (buffer.data == mark).all()
+        keys = self.tier.keep_keys(name, buffer, table)
+        assert (buffer.data == mark).all()
+        if keys is None:
             self.tier.give_back(buffer)
+        else:
+            self.tier.let_go(keys)
 
 
 @pytest.fixture
