@@ -78,7 +78,7 @@ def scenario_table(results: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Hit rate, mean and P95 TTFT by memory size, one line for each policy."""
+    """Hit rates, mean and P95 TTFT by memory size, one line for each policy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,10 +87,11 @@ def picture(results: dict[str, Any], path: Path) -> None:
     rows = _timed(results["rows"])
     panels = (
         ("chunk_hit_rate", 100.0, "chunks found in memory, %"),
+        ("byte_hit_rate", 100.0, "bytes found in memory, keys included, %"),
         ("ttft_mean_s", 1e3, "mean TTFT, ms"),
         ("ttft_p95_s", 1e3, "P95 TTFT, ms"),
     )
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8), constrained_layout=True)
     sizes = sorted(_unique(row["host_bytes"] for row in rows))
     for axis, (field, scale, label) in zip(axes, panels, strict=True):
         for policy in (name for name in NAMES if _select(rows, policy=name)):
@@ -134,7 +135,7 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
 configuration, budget {about["budget"]:.0%}. Replayed without the model, through the real store, reader and memory
 tiers: {load["requests"]} requests, of which the first {results["warm_up"]} are not counted; popularity follows Zipf's
 law (exponent {load["exponent"]}); every {load["drift_every"]} requests {load["drift"]:.0%} of the prefixes swap ranks,
-unless it says "no drift". All that a replay touches is {whole / 2**20:.0f} MiB
+except where drift is "no". All that a replay touches is {whole / 2**20:.0f} MiB
 ({results["footprint"]["keys"] / whole:.0%} of it key index); shares are of that.
 
 Time to first token is from the request's start until the last layer is through, over the last {results["timed"]}

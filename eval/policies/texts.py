@@ -55,7 +55,7 @@ def documents(
     """
     lengths = np.random.default_rng([seed, 2]).integers(tokens[0], tokens[1] + 1, count).tolist()
     pieces = _built_in() if data_dir is None else _natural_questions(data_dir)
-    found = []
+    found: list[Document] = []
     ids: list[int] = []
     questions: list[str] = []
     for length in lengths:
