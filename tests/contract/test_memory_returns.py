@@ -1,0 +1,211 @@
+"""A request returns all the memory that it had, however it ends, and is written in the books once, after its answer."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.errors import StoreClosedError
+
+from .memory_helpers import CHUNK_BYTES, LAYERS, POLICIES, ask, assert_nothing_in_use
+from .models import token_ids
+from .references import assert_close, forward, generate, prefilled
+from .subject import ContiguousKVCache, PrefixStore, write_prefix
+
+pytestmark = pytest.mark.needs_library
+
+SUFFIX = token_ids(6, seed=901)
+OTHER_SUFFIX = token_ids(6, seed=902)
+EXACT = ContiguousKVConfig(budget=1.0)
+PRUNED = ContiguousKVConfig(budget=0.3)
+
+
+def document(tokens: int, seed: int = 903) -> torch.Tensor:
+    return token_ids(tokens, seed=seed)
+
+
+# ---- everything comes back ----
+
+
+def copy_and_close_both(model, cache):
+    twin = copy.deepcopy(cache)
+    forward(model, SUFFIX, twin)
+    cache.close()
+    forward(model, SUFFIX, twin)
+    twin.close()
+
+
+def crop_into_the_prefix(model, cache):
+    cache.crop(40 - cache.get_seq_length())
+    forward(model, SUFFIX, cache)
+    cache.close()
+
+
+def crop_everything(model, cache):
+    cache.crop(-cache.get_seq_length())
+    cache.close()
+
+
+def reset_and_ask_again(model, cache):
+    cache.reset()
+    forward(model, SUFFIX, cache)
+    cache.reset()
+    cache.close()
+
+
+def fail_inside_a_layer(model, cache):
+    def fail(module, args, output):
+        raise RuntimeError("out of luck")
+
+    handle = model.model.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        forward(model, SUFFIX, cache)
+    handle.remove()
+    cache.close()
+
+
+ENDINGS = {
+    "close": lambda model, cache: cache.close(),
+    "close twice": lambda model, cache: (cache.close(), cache.close()),
+    "dropped": lambda model, cache: None,
+    "a copy": copy_and_close_both,
+    "a dropped copy": lambda model, cache: (copy.deepcopy(cache), cache.close()),
+    "crop into the prefix": crop_into_the_prefix,
+    "crop everything": crop_everything,
+    "reset": reset_and_ask_again,
+    "a failure": fail_inside_a_layer,
+}
+
+
+@pytest.mark.parametrize("host_bytes", [0, 24 * CHUNK_BYTES, 2**30], ids=["none", "little", "plenty"])
+@pytest.mark.parametrize("settings", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "pruned", "paper"])
+@pytest.mark.parametrize("begun", [False, True], ids=["reads under way", "in mid-answer"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_everything_is_given_back_however_a_cache_ends(tiny_model, store_path, ending, begun, settings, host_bytes):
+    model, prefix = tiny_model("llama"), document(165)
+    write_prefix(model, prefix, store_path)
+    with PrefixStore(store_path, host_bytes=host_bytes) as store:
+        cache = ContiguousKVCache(model, prefix, store=store, config=settings)
+        if begun:
+            forward(model, SUFFIX, cache)
+        ENDINGS[ending](model, cache)
+        del cache
+        gc.collect()
+        assert_nothing_in_use(store)
+        assert store.memory.host.held_bytes <= host_bytes
+        after = ask(model, prefix, SUFFIX, store, EXACT)
+        expected = generate(model, torch.cat([prefix, SUFFIX], dim=1), prefilled(model, prefix), tokens=3)
+        for ours, theirs in zip(after.logits, expected.logits, strict=True):
+            assert_close(ours, theirs)
+        assert_nothing_in_use(store)
+
+
+@pytest.mark.parametrize("settings", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "pruned", "paper"])
+@pytest.mark.parametrize("what", ["close", "drop", "reset"])
+def test_a_store_may_be_closed_before_a_cache_that_has_reads_under_way(tiny_model, store_path, what, settings):
+    model, prefix = tiny_model("llama", seed=7), document(165)
+    write_prefix(model, prefix, store_path)
+    store = PrefixStore(store_path)
+    cache = ContiguousKVCache(model, prefix, store=store, config=settings)
+    store.close()
+    if what == "reset":
+        with pytest.raises(StoreClosedError):
+            cache.reset()
+    elif what == "close":
+        cache.close()
+    del cache
+    assert_nothing_in_use(store)
+    assert store.memory.host.held_bytes == 0
+
+
+# ---- the books ----
+
+
+def history(store) -> list[tuple]:
+    return [
+        (table.uses, table.prefix_heat, table.importance.tobytes(), table.requests.tobytes(), table.heat.tobytes())
+        for table in store.memory._tables.values()
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("settings", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "pruned", "paper"])
+def test_scores_are_settled_only_after_the_first_token(tiny_model, store_path, settings, policy):
+    model, prefix = tiny_model("llama"), document(165)
+    write_prefix(model, prefix, store_path)
+    with PrefixStore(store_path, eviction=policy) as store:
+        ask(model, prefix, OTHER_SUFFIX, store, settings)  # So that there is a history to change.
+        cache = ContiguousKVCache(model, prefix, store=store, config=settings)
+        before = history(store)
+        seen = []
+        handle = model.lm_head.register_forward_hook(lambda *_: seen.append(history(store)))
+        try:
+            forward(model, SUFFIX, cache)
+            assert history(store) == before
+            forward(model, token_ids(1, seed=950), cache)
+        finally:
+            handle.remove()
+        assert seen[0] == before
+        after = history(store)
+        assert after != before
+        assert after[0][0] == before[0][0] + 1
+        for number in range(3):
+            forward(model, token_ids(1, seed=951 + number), cache)
+        assert history(store) == after, "later tokens count nothing"
+        cache.reset()
+        cache.close()
+        assert history(store) == after, "a request counts once"
+
+
+@pytest.mark.parametrize("ending", ["close", "reset", "dropped"])
+def test_a_request_of_one_token_is_settled_when_it_ends(tiny_model, store_path, ending):
+    model, prefix = tiny_model("llama"), document(165)
+    write_prefix(model, prefix, store_path)
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, prefix, store=store, config=PRUNED)
+        forward(model, SUFFIX, cache)
+        table = next(iter(store.memory._tables.values()))
+        assert (table.uses, float(table.importance.sum())) == (0, 0.0)
+        if ending == "dropped":
+            del cache
+            gc.collect()
+            store.memory.catch_up()
+        else:
+            getattr(cache, ending)()
+        assert table.uses == 1
+        assert float(table.importance.sum()) > 0
+        grid = table.requests.reshape(LAYERS, 11)
+        assert (grid.sum(1) == PRUNED.chunks_kept(10) + 1).all()
+
+
+def test_a_cache_that_was_never_asked_counts_nothing(tiny_model, store_path):
+    model, prefix = tiny_model("llama"), document(165)
+    write_prefix(model, prefix, store_path)
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, prefix, store=store, config=EXACT)
+        cache.reset()
+        cache.close()
+        assert [table.uses for table in store.memory._tables.values()] == [0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+@pytest.mark.parametrize("padding", ["before", "between"])
+def test_importance_stays_finite_where_rows_are_padded(tiny_model, store_path, family, padding):
+    model, prefix = tiny_model(family), document(165)
+    write_prefix(model, prefix, store_path)
+    pads = torch.zeros(1, 5, dtype=torch.long)
+    short = token_ids(1, seed=960)
+    second = [pads, prefix, short] if padding == "before" else [prefix, pads, short]
+    ids = torch.cat([torch.cat([prefix, SUFFIX], dim=1), torch.cat(second, dim=1)])
+    with PrefixStore(store_path) as store:
+        for settings in (PRUNED, ContiguousKVConfig.paper(0.3)):
+            with ContiguousKVCache(model, prefix, store=store, config=settings) as cache:
+                generate(model, ids, cache, tokens=2, attention_mask=(ids != 0).long())
+        for table in store.memory._tables.values():
+            assert torch.isfinite(torch.from_numpy(table.importance)).all()
+            assert (table.importance >= 0).all()
+        assert_nothing_in_use(store)
