@@ -28,7 +28,7 @@ from .store.format import KVGeometry
 from .store.hashing import TokenIds
 from .store.segment import Segment
 from .store.writer import SegmentWriter
-from .support import ModelSupport
+from .support import ModelSupport, input_device
 
 # Prefilling more tokens than this shows a progress bar.
 PROGRESS_TOKENS = 2048
@@ -247,7 +247,7 @@ class Prefill:
         tokens, layers = ids.shape[0], len(self._support.plan.windows)
         block = self._config.prefill_block
         starts = range(done, tokens, block)
-        device = getattr(self._model, "device", torch.device("cpu"))
+        device = input_device(self._model)
         silent = tokens - done < PROGRESS_TOKENS
         with tqdm(total=len(starts) * layers, desc="prefill", unit="layer", disable=silent, leave=False) as bar:
 

@@ -165,11 +165,25 @@ class _ProbeLayer(CacheLayerMixin):
         return -1
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model's inputs go; with all weights offloaded, where its hooks bring them to be used."""
+    device: torch.device = getattr(model, "device", torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            used = getattr(one, "execution_device", None)
+            if used is not None:
+                return torch.device(used)
+    return torch.device("cpu")
+
+
 def _probe(model: nn.Module) -> ModelSupport:
     windows = layer_windows(model)
     name = type(model).__name__
     layers = [_ProbeLayer() for _ in windows]
-    device = getattr(model, "device", torch.device("cpu"))
+    device = input_device(model)
     ids = torch.zeros(1, 3, dtype=torch.long, device=device)
     installation = Installation(decoder_config(model))
     try:

@@ -151,8 +151,8 @@ class MemoryTiers:
         """The table of a segment; `None` where there is no memory to keep its chunks in."""
         identity = (segment.key, segment.first_chunk, segment.identity)
         geometry = segment.geometry
-        if getattr(segment.blob, "in_memory", False):
-            return None  # It is in memory already.
+        if getattr(segment.blob, "in_memory", False) or segment.retired:
+            return None  # It is in memory already, or nobody will ask for it again.
         if max(self.host.max_bytes, self.device_bytes if self.devices else 0) < geometry.extent_bytes:
             return None
         with self.lock:

@@ -193,13 +193,18 @@ def _config_content(model: Any) -> str:
     return _canonical(config.to_dict() if hasattr(config, "to_dict") else vars(config))
 
 
-def _canonical(value: Any) -> str:
-    """Text that does not depend on the order of keys."""
+def _canonical(value: Any, whole: bool = False) -> str:
+    """Text that does not depend on the order of keys; `whole`: with names that begin with an underscore."""
     if isinstance(value, dict):
-        items = sorted((str(k), _canonical(v)) for k, v in value.items() if not _is_ignored(str(k)))
+        items = sorted(
+            # What a quantisation's own library calls its fields is not for us to judge.
+            (str(k), _canonical(v, whole or k == "quantization_config"))
+            for k, v in value.items()
+            if whole or not _is_ignored(str(k))
+        )
         return "{" + ",".join(f"{k!r}:{v}" for k, v in items) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_canonical, value)) + "]"
+        return "[" + ",".join(_canonical(one, whole) for one in value) + "]"
     return repr(value)
 
 
@@ -209,9 +214,25 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{prefix}.{name}", parameter, _materialised(module, name, parameter)
+                for attribute, scales in _scales(module, parameter):
+                    yield f"{prefix}.{name}.{attribute}", scales, scales
         for name, buffer in module._buffers.items():
             if buffer is not None and _counts(module, name):
                 yield f"{prefix}.{name}", buffer, _materialised(module, name, buffer)
+
+
+def _scales(module: torch.nn.Module, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors without which a quantised weight means nothing, and that are no parameters: bitsandbytes hangs them on
+    the weight, and moves some to the module's state at the first forward."""
+    holders: list[tuple[str, Any]] = [("", getattr(parameter, "quant_state", None)), ("", parameter)]
+    holders += [("nested_", getattr(holders[0][1], "state2", None)), ("", getattr(module, "state", None))]
+    found: dict[str, torch.Tensor] = {}
+    for prefix, holder in holders:
+        for attribute in ("absmax", "code", "offset", "SCB"):
+            scales = None if holder is None else getattr(holder, attribute, None)
+            if isinstance(scales, torch.Tensor):
+                found.setdefault(prefix + attribute, scales)
+    yield from sorted(found.items())
 
 
 def _materialised(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:

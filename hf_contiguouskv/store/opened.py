@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import SegmentCorruptError, SegmentMissingError, SegmentReadError
 from .backend import SegmentBackend
@@ -20,10 +20,12 @@ class OpenSegments:
 
     Args:
         backend: where they lie.
+        on_forget: told the keys of segments that have been removed.
     """
 
-    def __init__(self, backend: SegmentBackend) -> None:
+    def __init__(self, backend: SegmentBackend, on_forget: Callable[[Sequence[str]], None] | None = None) -> None:
         self._backend = backend
+        self._on_forget = on_forget
         self._recent: OrderedDict[str, Segment] = OrderedDict()
         self._all: weakref.WeakSet[Segment] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -67,10 +69,16 @@ class OpenSegments:
         return segment
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Drop segments that have been removed."""
+        """Drop segments that have been removed; caches that have them open keep them, and nobody else."""
+        gone = list(keys)
+        names = set(gone)
         with self._lock:
-            for key in keys:
+            for key in gone:
                 self._recent.pop(key, None)
+            for segment in [segment for segment in self._all if segment.key in names]:
+                segment.retired = True
+        if self._on_forget is not None and gone:
+            self._on_forget(gone)
 
     def close(self) -> None:
         """Close all segments, those in use as well."""

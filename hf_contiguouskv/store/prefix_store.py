@@ -123,7 +123,7 @@ class PrefixStore(Upkeep):
         self.counters = StoreCounters()
         salt = salt.encode() if isinstance(salt, str) else bytes(salt)
         index = self._index = StoreIndex(self.path / "index.sqlite", self._refill)
-        opened = self._opened = OpenSegments(self.backend)
+        opened = self._opened = OpenSegments(self.backend, self.memory.forget)
         self._finder = Finder(
             index, self.backend, opened, salt, ttl_s, self._last_use, lambda: self.counters.add("quarantined")
         )

@@ -38,6 +38,7 @@ class Segment:
         blob: where the bytes are.
         name: of the blob, for messages.
         header: its header, checked.
+        retired: it was removed from its store, and lives only as long as somebody has it open.
 
     Raises:
         SegmentCorruptError, StoreFormatError: see `format.read_header`.
@@ -46,6 +47,7 @@ class Segment:
 
     def __init__(self, blob: Blob) -> None:
         self.blob = blob
+        self.retired = False
         self.name = blob.name
         try:
             self.header, self._data_start = read_header(blob)

@@ -99,7 +99,6 @@ class Upkeep:
                 self.backend.delete(key_of_one)
             deleted = self._write(delete)
         self._opened.forget(deleted)
-        self.memory.forget(deleted)
         for gone in deleted:
             self._pins.set(gone, False)
         return deleted
