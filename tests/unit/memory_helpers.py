@@ -209,7 +209,15 @@ def fake_segment(
     """What `MemoryTiers.table` asks of a segment."""
     geometry = SimpleNamespace(num_layers=layers, extent_bytes=extent_bytes)
     blob = SimpleNamespace(in_memory=in_memory)
-    found = SimpleNamespace(key=key, first_chunk=0, identity=(1, 2), geometry=geometry, num_chunks=chunks, blob=blob)
+    found = SimpleNamespace(
+        key=key,
+        first_chunk=0,
+        identity=(1, 2),
+        geometry=geometry,
+        num_chunks=chunks,
+        blob=blob,
+        retired=False,
+    )
     return cast(Segment, found)
 
 
