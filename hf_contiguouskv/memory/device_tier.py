@@ -154,13 +154,16 @@ class DeviceTier(Tier):
     def drain(self) -> None:
         """Put demoted chunks whose copy has ended into the host's slots."""
         with self._lock:
-            under_way, self._demotions = self._demotions, []
-            while under_way:
-                demotion = under_way.pop()
-                if demotion.copied.query():
+            arrived = [one for one in self._demotions if one.copied.query()]
+            self._demotions = [one for one in self._demotions if one not in arrived]
+            failure: BaseException | None = None
+            for demotion in arrived:
+                try:
                     self._arrived(demotion)
-                else:
-                    self._demotions.append(demotion)
+                except BaseException as error:
+                    failure = error  # The others have nothing to do with it.
+            if failure is not None:
+                raise failure
 
     def _arrived(self, demotion: _Demotion) -> None:
         table, host = demotion.table, self._host
@@ -171,10 +174,12 @@ class DeviceTier(Tier):
             if len(slots):
                 places = demotion.places[: len(slots)]
                 size = table.slot_bytes
-                content = demotion.buffer.data[: len(slots) * size].view(len(slots), size)
-                host.blocks(size).write(slots, content)
-                host.keep(table, places, slots, size, loaded=False)
-                host.release(slots, size)
+                try:
+                    content = demotion.buffer.data[: len(slots) * size].view(len(slots), size)
+                    host.blocks(size).write(slots, content)
+                    host.keep(table, places, slots, size, loaded=False, arriving=False)
+                finally:
+                    host.release(slots, size)
         finally:
             host.give_back(demotion.buffer)
 

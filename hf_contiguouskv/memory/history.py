@@ -145,17 +145,22 @@ class SegmentTable:
             before.prefix_requests + 1,
         )
 
-    def uses_of_keys(self) -> Uses:
-        """History of what every request to the segment needs: at least that of its best chunk."""
+    def uses_of_keys(self, arriving: Clock | None = None) -> Uses:
+        """History of what every request to the segment needs: at least that of its best chunk.
+
+        `arriving`: as it will be when the request that has just loaded them is over.
+        """
         one = np.ones(1)
+        more = 0 if arriving is None else 1
+        heat = self.prefix_heat + (0.0 if arriving is None else arriving.weight)
         return Uses(
             one * self.peak,
-            one * max(1, self.uses),
-            one * self.uses,
-            one * self.last_request,
-            one * self.prefix_heat,
-            self.prefix_heat,
-            self.uses,
+            one * max(1, self.uses + more),
+            one * (self.uses + more),
+            one * (self.last_request if arriving is None else arriving.now),
+            one * heat,
+            heat,
+            self.uses + more,
         )
 
     def begin_request(self, clock: Clock) -> None:

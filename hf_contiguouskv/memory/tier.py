@@ -138,7 +138,10 @@ class Tier:
     def find(self, table: SegmentTable, places: Slots) -> Slots:
         """Slots of the chunks at `places`, -1 where there is none. Those found have one more user."""
         with self._lock:
-            slots = table.slots_in(self.name)[places]
+            known = table.slots.get(self.name)
+            if known is None or self._closed:
+                return np.full(len(places), -1, dtype=np.int64)
+            slots = known[places]
             found = slots[slots >= 0]
             if len(found):
                 # All chunks of a table have one size.
@@ -167,17 +170,19 @@ class Tier:
         slot_bytes: int,
         *,
         loaded: bool = True,
+        arriving: bool = True,
         importance: Floats | None = None,
     ) -> None:
         """What `slots` (from `take`) hold now are the chunks at `places`. Where somebody was first, theirs stay.
 
-        Until the request that loaded them is over, they are judged as if it were.
+        Until the request that brought them is over, they are judged as if it were.
 
         Args:
             table, places: which chunks.
             slots: where they are.
             slot_bytes: size of a slot.
             loaded: they come from disk, which counts in `F_j`.
+            arriving: a running request brought them.
             importance: what that request found of them, `(n,)`.
         """
         with self._lock:
@@ -195,13 +200,16 @@ class Tier:
             table.loads[places] += int(loaded)
             arena.owner[slots] = table.number
             arena.place[slots] = places
-            arena.worth[slots] = self.policy.worth(table.uses_on_arrival(places, self._clock, importance))
+            uses = table.uses_on_arrival(places, self._clock, importance) if arriving else table.uses_of(places)
+            arena.worth[slots] = self.policy.worth(uses)
 
     def release(self, slots: Slots, slot_bytes: int) -> None:
         """One user less (see `find` and `take`)."""
         with self._lock:
             if not self._closed:
                 self._arenas[slot_bytes].release(slots)
+                if not self._fits(0):  # The limit was lowered while they were in use.
+                    self.make_room(0)
 
     def would_keep(self, worth: Floats, slot_bytes: int) -> int:
         """How many of chunks with these worths, the best first, would be kept: as many as there is room for, and then
@@ -283,9 +291,7 @@ class Tier:
             if nbytes > self.max_bytes:
                 return False
             if not self._fits(nbytes):
-                evictable = self._idle_bytes + sum(arena.evictable_bytes for arena in self._arenas.values())
-                evictable += sum(keys.buffer.counted for keys in self._keys.values() if not keys.users)
-                if self._missing(nbytes) > evictable:
+                if nbytes and not self.could_fit(nbytes):
                     return False  # Nothing goes in vain.
                 self._drop_idle()
             for arena in self._arenas.values():
@@ -294,6 +300,13 @@ class Tier:
             if not self._fits(nbytes):
                 self._reclaim(self._missing(nbytes), None)
             return self._fits(nbytes)
+
+    def could_fit(self, nbytes: int) -> bool:
+        """Whether `nbytes` more would fit if everything went that nobody uses."""
+        with self._lock:
+            evictable = self._idle_bytes + sum(arena.evictable_bytes for arena in self._arenas.values())
+            evictable += sum(keys.buffer.counted for keys in self._keys.values() if not keys.users)
+            return self._missing(nbytes) <= evictable
 
     def _fits(self, nbytes: int) -> bool:
         return self._missing(nbytes) <= 0
@@ -419,9 +432,11 @@ class Tier:
     def keep_keys(self, name: str, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
         """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's."""
         with self._lock:
-            if not buffer.counted or table is None or name in self._keys or table.number not in self._tables:
+            if not buffer.counted or table is None or self._closed:
                 return None
-            worth = float(self.policy.worth(table.uses_of_keys())[0])
+            if name in self._keys or table.number not in self._tables:
+                return None
+            worth = float(self.policy.worth(table.uses_of_keys(self._clock))[0])
             keys = self._keys[name] = KeptKeys(name, buffer, table, worth, users=1)
             self._buffer_bytes -= buffer.counted
             self._key_bytes += buffer.counted

@@ -174,13 +174,15 @@ class MemoryTiers:
             if tier.max_bytes:
                 table.slots_in(tier.name)
         limit = (self.host.max_bytes + (self.device_bytes if self.devices else 0)) // _TABLE_SHARE
+        counted = table.nbytes if self.host.max_bytes else 0
+        if table.nbytes > limit or not self.host.could_fit(counted):
+            return None
         for resident_too in (False, True):
             for old_identity, old in list(self._by_identity.items()):
                 if len(self._tables) < _MAX_TABLES and self._table_bytes + table.nbytes <= limit:
                     break
                 if not old.resident or resident_too:
                     self._drop(old_identity, old)
-        counted = table.nbytes if self.host.max_bytes else 0
         if self._table_bytes + table.nbytes > limit or not self.host.make_room(counted):
             return None
         self._tables[table.number] = self._by_identity[identity] = table
@@ -281,6 +283,7 @@ class MemoryTiers:
         """Let go of everything; requests that are still running go on without."""
         self.catch_up()
         with self.lock:
+            self.device_bytes = 0
             for tier in self.tiers:
                 tier.close()
             for table in self._tables.values():

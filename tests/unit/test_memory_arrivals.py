@@ -138,7 +138,6 @@ def test_a_request_larger_than_memory_ends_with_its_last_or_most_important_chunk
     check_tier(memory.host, leased=0)
 
 
-@pytest.mark.xfail(strict=True, reason="keep_keys judges new keys as if their request had not been: they go first")
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "expected-use"])
 def test_keys_of_a_request_that_is_not_over_are_worth_as_much_as_its_chunks(eviction: str) -> None:
     old, new, clock = new_table(1, chunks=2), new_table(2, chunks=2), Clock()

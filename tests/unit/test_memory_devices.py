@@ -144,7 +144,6 @@ def test_victims_move_only_if_they_outscore_the_least_of_the_host(
     machine.check()
 
 
-@pytest.mark.xfail(strict=True, reason="Tier.keep judges a demoted victim as if the running request used it")
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "expected-use"])
 def test_a_victim_is_worth_on_the_host_what_it_was_worth_on_the_device(eviction: str) -> None:
     machine = Machine(64, 16, eviction)
@@ -203,7 +202,6 @@ def test_a_single_move_that_fails_gives_its_buffer_back(monkeypatch: pytest.Monk
     assert machine.host._buffer_bytes == 0
 
 
-@pytest.mark.xfail(strict=True, reason="DeviceTier._arrived does not release the slots that it took")
 def test_a_move_that_fails_gives_its_slots_back(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, _ = demoting(1)
     monkeypatch.setattr(machine.host, "keep", fail_once(machine.host.keep))
@@ -211,7 +209,6 @@ def test_a_move_that_fails_gives_its_slots_back(monkeypatch: pytest.MonkeyPatch)
     machine.check()
 
 
-@pytest.mark.xfail(strict=True, reason="DeviceTier.drain drops what is behind the move that fails, buffers and all")
 def test_a_move_that_fails_does_not_take_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, table = demoting(3)
     monkeypatch.setattr(machine.host, "take", fail_once(machine.host.take))
@@ -243,7 +240,6 @@ def test_with_another_accelerator_each_gets_its_share() -> None:
     assert machine.tier.held_bytes <= 8 * PAGE
 
 
-@pytest.mark.xfail(strict=True, reason="make_room(0) gives up where it cannot free all: nothing goes, now or later")
 def test_with_another_accelerator_what_is_in_use_goes_later_and_the_rest_at_once() -> None:
     machine = Machine(64, 16, ByImportance())
     table = machine.table("a", chunks=32)
@@ -265,16 +261,7 @@ def test_tables_made_for_both_tiers_are_counted_and_given_back() -> None:
     assert machine.host.table_bytes == 0
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        "an accelerator that came later",
-        pytest.param(
-            "device_bytes=0",
-            marks=pytest.mark.xfail(strict=True, reason="a table grows when a tier without room is asked for slots"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("order", ["an accelerator that came later", "device_bytes=0"])
 def test_books_are_counted_with_all_tiers_and_end_at_nothing(order: str) -> None:
     machine = Machine(64, 16 if "later" in order else 0, "lru")
     table = machine.table("a")
@@ -285,7 +272,6 @@ def test_books_are_counted_with_all_tiers_and_end_at_nothing(order: str) -> None
     assert (counted, machine.host.table_bytes) == (table.nbytes, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="device_bytes outlives MemoryTiers.close")
 def test_after_close_there_are_no_new_tables_or_tiers_with_room() -> None:
     machine = Machine(64, 16, "lru")
     machine.memory.close()

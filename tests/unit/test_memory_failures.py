@@ -82,7 +82,6 @@ def test_what_was_taken_before_close_is_given_back_into_nothing(kind: object) ->
     assert tier.lease(PAGE) is not leased
 
 
-@pytest.mark.xfail(strict=True, reason="keep_keys does not ask whether the tier is closed")
 def test_a_closed_tier_keeps_no_keys() -> None:
     table = new_table(1)
     tier = new_tier(32 * PAGE, [table])

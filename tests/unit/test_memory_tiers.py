@@ -137,7 +137,6 @@ def test_a_table_that_would_take_up_too_much_is_not_made() -> None:
     assert opened(memory, "small", chunks=16) is not None
 
 
-@pytest.mark.xfail(strict=True, reason="all older tables go, with their chunks, before the new one is refused")
 @pytest.mark.parametrize("in_use", [False, True], ids=["too large", "no room beside what is in use"])
 def test_a_table_that_is_refused_costs_the_others_nothing(in_use: bool) -> None:
     memory = MemoryTiers(16 * PAGE, 0, "lru")
