@@ -37,8 +37,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
+# The fault suite is alone, because it keeps the machine's files and processes busy and prints its figures at the end.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup tests/unit tests/contract tests/eval $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/faults $(TEST_ARGS)
 
 faults: $(VENV)/.dev
 	FAULTS_SCALE=$(FAULTS_SCALE) FAULTS_SEED=$(FAULTS_SEED) $(BIN)/python -m pytest tests/faults $(TEST_ARGS)

@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int64]
 
 # Requests after which a use counts half as much in `heat`.
-HALF_LIFE = 1000
+HALF_LIFE = 200
 # `heat` of older requests is scaled down when newer ones would overflow.
 _RESCALE_AT = 256
 
