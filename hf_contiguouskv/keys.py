@@ -13,7 +13,7 @@ import torch
 from .config import ContiguousKVConfig
 from .memory import Buffer, Tier
 from .memory.device_tier import DeviceTier
-from .memory.tier import KeptKeys
+from .memory.entries import KeptKeys
 from .prefetch import PayloadReads, wait
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, ChunkScorer, IndexedKeys

@@ -13,9 +13,10 @@ import torch
 from ..device import Device, StreamOrder
 from .arena import Arena
 from .blocks import Blocks, Slots, TensorBlocks, neighbours
+from .entries import Buffer
 from .history import Clock, SegmentTable
 from .policies import EvictionPolicy
-from .tier import Buffer, Tier
+from .tier import Tier
 
 # Victims that are on their way to the host at the same time.
 _MOVING_BYTES = 4 * 2**20

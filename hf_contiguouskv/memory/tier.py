@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,42 +11,13 @@ import torch
 from ..errors import ConfigError, StoreClosedError
 from .arena import Arena, Empty
 from .blocks import Blocks, Slots
+from .entries import Buffer, KeptKeys, buffer_capacity
 from .history import Clock, Floats, SegmentTable
 from .policies import EvictionPolicy
+from .victims import choose_victims
 
 # Buffers that are kept for the next read, as a share of the limit.
 _IDLE_SHARE = 8
-
-
-@dataclass(eq=False)
-class Buffer:
-    """Memory for reads or copies.
-
-    Where the limit leaves no room a buffer is had all the same, uncounted (see `Tier.lease`), and never kept.
-
-    Attributes:
-        data: uint8 `(capacity,)`.
-        counted: what of it the tier's limit covers: all or nothing.
-        busy: an event; until it has happened, an accelerator reads or writes this memory.
-        ready: an event; once it has happened, what was copied here can be read (device memory only).
-    """
-
-    data: torch.Tensor
-    counted: int
-    busy: Any = None
-    ready: Any = None
-
-
-@dataclass(eq=False)
-class KeptKeys:
-    """Keys that are kept under a name. Whoever holds them gives them back with `Tier.let_go`."""
-
-    name: str
-    buffer: Buffer
-    table: SegmentTable
-    worth: float
-    users: int = 0
-    gone: bool = False
 
 
 # Receives what is about to lose its slots: the arena and the slots.
@@ -267,7 +236,7 @@ class Tier:
         wanted = -(-slots // arena.blocks.slots_per_block)
         missing = wanted * arena.block_bytes - (self.max_bytes - self.held_bytes)
         if missing > 0 and self._idle_bytes:
-            self._drop_idle()
+            self.drop_idle()
         room = (self.max_bytes - self.held_bytes) // arena.block_bytes
         return arena.grow(max(0, min(wanted, room)))
 
@@ -293,7 +262,7 @@ class Tier:
             if not self._fits(nbytes):
                 if nbytes and not self.could_fit(nbytes):
                     return False  # Nothing goes in vain.
-                self._drop_idle()
+                self.drop_idle()
             for arena in self._arenas.values():
                 if not self._fits(nbytes) and arena.free_slots:
                     arena.return_blocks(-(-self._missing(nbytes) // arena.block_bytes))
@@ -317,47 +286,16 @@ class Tier:
     def _reclaim(self, nbytes: int, into: Arena | None) -> None:
         """Let go of entries, least worth first, until they were `nbytes`. In `into`, slots become free for its own
         use; memory of everything else is returned."""
-        candidates: list[tuple[float, int, KeptKeys | tuple[Arena, int]]] = []
-        for arena in self._arenas.values():
-            if arena is into or arena.blocks.slots_per_block == 1:
-                slots = arena.lowest(-(-nbytes // arena.slot_bytes))
-                worths = arena.worth[slots].tolist()
-                found = zip(worths, slots.tolist(), strict=True)
-                candidates += [(worth, arena.slot_bytes, (arena, slot)) for worth, slot in found]
-            else:
-                candidates += [(worth, arena.block_bytes, (arena, block)) for worth, block in arena.lowest_blocks()]
-        candidates += self._lowest_keys(nbytes)
-        candidates.sort(key=lambda candidate: candidate[0])
-        victims: dict[Arena, list[int]] = {}
-        for _, size, entry in candidates:
-            if nbytes <= 0:
-                break
-            nbytes -= size
-            if isinstance(entry, KeptKeys):
-                self._forget_keys(entry)
-                self.evicted += 1
-            else:
-                victims.setdefault(entry[0], []).append(entry[1])
-        for arena, numbers in victims.items():
-            if arena is into or arena.blocks.slots_per_block == 1:
-                self._evict(arena, np.array(numbers, dtype=np.int64))
-            else:
-                self._evict(arena, np.concatenate([arena.in_block(block) for block in numbers]))
-            if arena is not into:
-                arena.return_blocks(len(numbers))
-
-    def _lowest_keys(self, nbytes: int) -> list[tuple[float, int, KeptKeys | tuple[Arena, int]]]:
-        """Keys that nobody uses, least worth first, as many as make up `nbytes`."""
         if self._keys_in_order is None:
             self._keys_in_order = sorted(self._keys.values(), key=lambda keys: keys.worth)
-        found: list[tuple[float, int, KeptKeys | tuple[Arena, int]]] = []
-        for keys in self._keys_in_order:
-            if nbytes <= 0:
-                break
-            if not keys.users and keys.name in self._keys:
-                found.append((keys.worth, keys.buffer.counted, keys))
-                nbytes -= keys.buffer.counted
-        return found
+        keys, slots_of = choose_victims(nbytes, self._arenas.values(), self._keys_in_order, into)
+        for one in keys:
+            self._forget_keys(one)
+        self.evicted += len(keys)
+        for arena, slots in slots_of.items():
+            self._evict(arena, slots)
+            if arena is not into:
+                arena.return_blocks(len(np.unique(slots // arena.blocks.slots_per_block)))
 
     def _evict(self, arena: Arena, slots: Slots) -> None:
         if not len(slots):
@@ -462,7 +400,7 @@ class Tier:
             exact: not a byte more (for what is going to be kept).
             evict: whether something may go for it.
         """
-        capacity = nbytes if exact else _capacity(nbytes)
+        capacity = nbytes if exact else buffer_capacity(nbytes)
         with self._lock:
             for buffer in self._idle.get(capacity, ()):
                 # A stream can wait for a buffer of its device; a thread that reads into host memory cannot.
@@ -498,11 +436,8 @@ class Tier:
     def drop_idle(self) -> None:
         """Let go of buffers that are kept for the next read."""
         with self._lock:
-            self._drop_idle()
-
-    def _drop_idle(self) -> None:
-        self._idle.clear()
-        self._idle_bytes = 0
+            self._idle.clear()
+            self._idle_bytes = 0
 
     def close(self) -> None:
         """Let go of everything, and keep nothing from now on."""
@@ -512,12 +447,5 @@ class Tier:
             self._arenas.clear()
             self._keys.clear()
             self._keys_in_order = None
-            self._drop_idle()
+            self.drop_idle()
             self._buffer_bytes = self._key_bytes = self.table_bytes = 0
-
-
-def _capacity(nbytes: int) -> int:
-    """Sizes of buffers: powers of two up to 4 MiB (few sizes are reused more often), then whole MiB."""
-    if nbytes <= 2**22:
-        return max(4096, 1 << (nbytes - 1).bit_length())
-    return -(-nbytes // 2**20) * 2**20

@@ -21,8 +21,8 @@ from memory_helpers import (
 
 from hf_contiguouskv.errors import ConfigError
 from hf_contiguouskv.memory import Tier
+from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import SegmentTable
-from hf_contiguouskv.memory.tier import KeptKeys
 from hf_contiguouskv.store.pread import PAGE
 
 

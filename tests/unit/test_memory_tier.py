@@ -17,8 +17,8 @@ from memory_helpers import ByImportance, FourPerBlock, check_tier, content_of, n
 
 from hf_contiguouskv.memory import POLICIES, Buffer, Tier
 from hf_contiguouskv.memory.blocks import Slots
+from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, SegmentTable
-from hf_contiguouskv.memory.tier import KeptKeys
 from hf_contiguouskv.store.pread import PAGE
 
 SIZES = [PAGE // 8, PAGE, 2 * PAGE, 3 * PAGE]
