@@ -83,6 +83,14 @@ class PrefixTables:
                 yield table, slice(begin, end), positions + layer * (table.chunks if table else 0)
             begin = end
 
+    def find(self, tier: Tier, layer: int, chunks: Chunks) -> Chunks:
+        """Slots of `tier` that hold `chunks` (ascending), each with one user more; -1 where there is none."""
+        slots = np.full(len(chunks), -1, dtype=np.int64)
+        for table, part, places in self.split(layer, chunks):
+            if table is not None:
+                slots[part] = tier.find(table, places)
+        return slots
+
     def importance(self, layer: int, chunks: Chunks) -> npt.NDArray[np.float64] | None:
         """What the running request has found of `chunks` in `layer`, float64 `(n,)`."""
         mass = self.mass.get(layer)
@@ -218,10 +226,7 @@ class HostResidency:
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
     ) -> tuple[list[Batch], Chunks]:
         """See `Residency`."""
-        slots = np.full(len(chunks), -1, dtype=np.int64)
-        for table, part, places in self._tables.split(layer, chunks):
-            if table is not None:
-                slots[part] = self._tier.find(table, places)
+        slots = self._tables.find(self._tier, layer, chunks)
         there = slots >= 0
         batches: list[Batch] = []
         if there.any():

@@ -188,10 +188,7 @@ class DeviceResidency:
     ) -> tuple[list[Batch], Chunks]:
         """See `residency.Residency`."""
         size = self._prefix.geometry.extent_bytes
-        slots = np.full(len(chunks), -1, dtype=np.int64)
-        for table, part, places in self._tables.split(layer, chunks):
-            if table is not None:
-                slots[part] = self._tier.find(table, places)
+        slots = self._tables.find(self._tier, layer, chunks)
         there = slots >= 0
         batches: list[Batch] = []
         if there.any():
@@ -230,10 +227,7 @@ class DeviceResidency:
         if target is None:
             host.give_back(source)
             return None
-        slots = np.full(len(chunks), -1, dtype=np.int64)
-        for table, part, places in self._tables.split(layer, chunks):
-            if table is not None:
-                slots[part] = host.find(table, places)
+        slots = self._tables.find(host, layer, chunks)
         packed, rest = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         batch = StagedBatch(
             layer,
