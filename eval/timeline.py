@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +77,7 @@ def record_request(
                 raise AssertionError("the segment is in the page cache")
             store = PrefixStore(folder)
         seconds, _, cache = time_to_first_token(
-            model, ids[None], lambda store=store: ContiguousKVCache(model, prefix, store=store, config=config)
+            model, ids[None], partial(ContiguousKVCache, model, prefix, store=store, config=config)
         )
         recorded.append({"ttft_s": seconds, "stats": cache.stats.as_dict(), "spans": cache.timeline.as_dicts()})
         cache.close()

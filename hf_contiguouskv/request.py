@@ -178,15 +178,14 @@ class PrefixRequest:
         began = perf_counter()
         scores = scorer(inputs)
         self._keys.used(layer, self.plan.devices[layer])
-        scores = scores.detach().float().cpu()  # The choice is made where reads are issued.
-        selected = choose_chunks(scores, self.keep, self.config.keep_first, self.config.keep_last)
+        selected = choose_chunks(scores.importance, self.keep, self.config.keep_first, self.config.keep_last)
+        mass = scores.mass.detach().cpu().numpy().sum(0)
         if self.timeline is not None:
             self.timeline.add("identify", layer, began, perf_counter())
         wanted = self._chunks_to_read(selected)
         members = self._period(layer)
-        mass = scores.numpy() if len(scores) == 1 else scores.numpy().sum(0, keepdims=True)
         self._usage.mass.append((members, mass))
-        self._payload.tables.mass.update(dict.fromkeys(members, mass[0]))
+        self._payload.tables.mass.update(dict.fromkeys(members, mass))
         for member in members:
             self.selected[member], self._wanted[member] = selected, wanted
         self._ask(members, wanted)
@@ -350,15 +349,13 @@ class PrefixRequest:
                 kv = self.prefix.kv_view(batch.extents(last))
                 destination[:, :, :, whole:] = kv[0, :, None, :, :tail]
         selected = self.selected.get(layer)
-        only_row = exactly and destination.shape[1] == 1 and not tail
-        for row in range(destination.shape[1]):
+        rows = destination.shape[1]
+        for row in range(rows):
             own = None if selected is None else selected[row].numpy()
-            take = None if only_row else chosen(batch.chunks, own, self.keep)
-            if take is None or len(take):
-                kv = self.prefix.kv_view(batch.extents(take))
-                mine = batch.chunks if take is None else batch.chunks[take]
+            take, places = chosen(batch.chunks, own, self.keep, selected_only=exactly and rows == 1)
+            if len(places):
                 # In the order of the text, wherever they come from: the same chunks give the same answer, bit for bit.
-                place(kv, mine if own is None else np.searchsorted(own, mine), chunks[:, row])
+                place(self.prefix.kv_view(batch.extents(take)), places, chunks[:, row])
 
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]

@@ -10,16 +10,28 @@ from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
 
 
-def chosen(chunks: Chunks, selected: Chunks | None, keep: int) -> Chunks | None:
-    """Positions in `chunks` that a row uses, int64 `(n,)`; `None`: all of them.
+def chosen(
+    chunks: Chunks, selected: Chunks | None, keep: int, *, selected_only: bool = False
+) -> tuple[Chunks | None, Chunks]:
+    """What a row uses of a batch, and where each of these chunks goes.
 
     Args:
-        chunks: int64, what a batch holds.
-        selected: int64, ascending, what the row has selected; `None`: the first `keep` chunks of the prefix.
+        chunks: int64, each once, what the batch holds.
+        selected: int64 `(keep,)`, ascending, what the row has selected; `None`: the first `keep` chunks of the prefix.
         keep: how many chunks the row uses.
+        selected_only: it is known that `chunks` holds nothing else, but for a partial last chunk.
+
+    Returns:
+        positions in `chunks` (`None`: all of them), and which of the row's chunks each is, int64 `(n,)` both.
     """
-    used = chunks < keep if selected is None else np.isin(chunks, selected, assume_unique=True)
-    return None if used.all() else np.flatnonzero(used)
+    places = chunks if selected is None else np.searchsorted(selected, chunks)
+    used = places < keep
+    if selected is not None and not selected_only:
+        used &= selected[np.minimum(places, keep - 1)] == chunks
+    if used.all():
+        return None, places
+    take = np.flatnonzero(used)
+    return take, places[take]
 
 
 def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:

@@ -13,8 +13,9 @@ from .trace import Trace, Workload
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-# Of everything that requests touch: LRU finds about a third, a half and four fifths of the chunks.
-SIZES = (1 / 16, 1 / 5, 1 / 2)
+# Of everything that requests touch; at the last ones only hits are counted.
+SIZES = (1 / 16, 1 / 8, 1 / 4)
+MORE_SIZES = (1 / 2,)
 
 Folder = Annotated[
     Path | None, typer.Option(help="Where trace, store and results lie, on a real disk; default: the cache folder.")
@@ -65,17 +66,18 @@ def replay(
     folder: Folder = None,
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all.")] = None,
     share: Annotated[list[float] | None, typer.Option(help="Memory as a share of all that is touched.")] = None,
+    more_share: Annotated[list[float] | None, typer.Option(help="The same, for hit rates only.")] = None,
     requests: Annotated[int, typer.Option(help="In each replay.")] = Workload.requests,
     exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = Workload.exponent,
     drift: Annotated[float, typer.Option(help="Share of the prefixes that swap ranks.")] = Workload.drift,
     drift_every: Annotated[int, typer.Option(help="Requests between two swaps.")] = Workload.drift_every,
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated; only the first is timed.")] = None,
-    rounds: Annotated[int, typer.Option(help="0: hit rates alone, without reads.")] = 2,
+    rounds: Annotated[int, typer.Option(help="0: hit rates alone, without reads.")] = 1,
     warm_up: Annotated[int, typer.Option(help="Requests that are not counted.")] = 500,
-    timed: Annotated[int, typer.Option(help="Requests at the end that TTFT is taken of.")] = 300,
+    timed: Annotated[int, typer.Option(help="Requests at the end that TTFT is taken of.")] = 250,
     pace: Annotated[float, typer.Option(help="Factor on recorded compute times; 0: no compute.")] = 1.0,
 ) -> None:
-    """Replay what was recorded with every policy and size, with drift (timed) and without (hit rates)."""
+    """Replay what was recorded with every policy and size, without drift (timed) and with drift (hit rates)."""
     from hf_contiguouskv.memory import POLICIES
 
     from .compare import plan, run_replays
@@ -85,7 +87,17 @@ def replay(
     trace = Trace.load(place / "trace.npz")
     scenarios = plan(seed or [0], rounds, Workload(requests, exponent, drift, drift_every))
     store = fill_store(place, trace)
-    results = run_replays(trace, store, scenarios, policy or list(POLICIES), share or list(SIZES), warm_up, timed, pace)
+    results = run_replays(
+        place / "trace.npz",
+        store,
+        scenarios,
+        policy or list(POLICIES),
+        share or list(SIZES),
+        more_share or list(MORE_SIZES),
+        warm_up,
+        timed,
+        pace,
+    )
     path = place / "replay.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"{len(results['rows'])} replays: {path}")

@@ -15,8 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVCache, PrefixStore
+from hf_contiguouskv.keys import KeySource
 from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.selection import choose_chunks
+from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
 from hf_contiguouskv.support import require_support
 
 from ..timing import machine
@@ -26,14 +27,21 @@ from .trace import Pool, Trace, Workload
 
 @contextmanager
 def _overheard() -> Iterator[list[npt.NDArray[np.float32]]]:
-    """Importance of the whole chunks, one array for each selection that is made while this context lasts."""
+    """Attention mass of the whole chunks, one array for each selection that is made while this context lasts."""
     heard: list[npt.NDArray[np.float32]] = []
+    scorer_of = KeySource.scorer
 
-    def choose(importance: torch.Tensor, keep: int, keep_first: int, keep_last: int) -> torch.Tensor:
-        heard.append(importance.detach().float().sum(0).numpy())
-        return choose_chunks(importance, keep, keep_first, keep_last)
+    def scorer(source: KeySource, layer: int, device: torch.device) -> ChunkScorer:
+        score = scorer_of(source, layer, device)
 
-    with mock.patch("hf_contiguouskv.request.choose_chunks", choose):
+        def listen(inputs: SelectionInput) -> ChunkScores:
+            scores = score(inputs)
+            heard.append(scores.mass.sum(0).numpy())
+            return scores
+
+        return listen
+
+    with mock.patch.object(KeySource, "scorer", scorer):
         yield heard
 
 
@@ -51,7 +59,7 @@ def _one_request(
     selected = np.array([one[0].numpy() for one in chunks if one is not None], dtype=np.uint16)
     # The default selects anew in every layer.
     assert len(heard) == layers
-    importance = np.array(heard, dtype=np.float16)
+    mass = np.array(heard, dtype=np.float16)
     assert cache.timeline is not None
     identify, compute = np.zeros(layers, dtype=np.float32), np.zeros(layers, dtype=np.float32)
     for span in cache.timeline.spans:
@@ -60,7 +68,7 @@ def _one_request(
         elif span.kind == "compute":
             # The first one, up to layer 0, began when the cache was reset; a later one of layer 0 replaces it.
             compute[span.layer] = span.end - span.start
-    return selected, importance, identify, compute
+    return selected, mass, identify, compute
 
 
 def record(

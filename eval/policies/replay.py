@@ -19,7 +19,7 @@ from hf_contiguouskv.memory import EvictionPolicy
 from hf_contiguouskv.plan import LayerPlan, Rows
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.request import PrefixRequest
-from hf_contiguouskv.selection import ChunkScorer, SelectionInput
+from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
 from hf_contiguouskv.store import KVGeometry
 from hf_contiguouskv.store.reader import ExtentReader, Read, Ticket
 
@@ -100,13 +100,12 @@ class RecordedKeys(KeySource):
         self.bytes_missed += sum(pending.nbytes for pending in self._taken.pending.get(layer, []))
         super().scorer(layer, device)
 
-        def recorded(inputs: SelectionInput) -> torch.Tensor:
+        def recorded(inputs: SelectionInput) -> ChunkScores:
             pause(self._pool.identify_s[self._number, layer] * self._pace)
-            mass = self._pool.importance[self._number, layer].astype(np.float32)
-            # Rounding may have made the last one selected and the first one left out equal.
-            selected = self._pool.selected[self._number, layer]
-            mass[selected] = np.nextafter(mass[selected], np.float32(np.inf))
-            return torch.from_numpy(mass)[None]
+            mass = self._pool.mass[self._number, layer].astype(np.float32)
+            importance = np.zeros_like(mass)
+            importance[self._pool.selected[self._number, layer]] = 1.0
+            return ChunkScores(torch.from_numpy(importance)[None], torch.from_numpy(mass)[None])
 
         return recorded
 
@@ -173,23 +172,113 @@ class Outcome:
         chunk_hit_rate: chunks found in memory / chunks used, all layers.
         byte_hit_rate: the same in bytes, with the keys that chunks are chosen by.
         key_hit_rate: bytes of keys found in memory / bytes of keys used.
-        bytes_read: per request, from disk, page rounding included (0 where nothing was really read).
-        ttft_mean_s, ttft_p95_s, io_wait_s: over the timed requests; `io_wait_s` is a mean.
+        ttft_s: seconds to the first token of each timed request, in order.
+        bytes_read: per timed request, from disk, page rounding included.
+        io_wait_s: per timed request.
         peak_bytes: most that the tier ever held.
     """
 
     chunk_hit_rate: float
     byte_hit_rate: float
     key_hit_rate: float
+    ttft_s: list[float]
     bytes_read: float
-    ttft_mean_s: float
-    ttft_p95_s: float
     io_wait_s: float
     peak_bytes: int
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
         return asdict(self)
+
+
+class Replay:
+    """One policy at one size, request by request. A context manager.
+
+    Args:
+        trace: where requests come from.
+        path: of the store (`fill_store`).
+        policy, host_bytes: of the store.
+    """
+
+    def __init__(self, trace: Trace, path: Path, policy: str | EvictionPolicy, host_bytes: int) -> None:
+        self._trace = trace
+        self._geometry = g = geometry_of(trace)
+        self._config = ContiguousKVConfig(budget=trace.about["budget"], chunk_size=g.chunk_size)
+        self._plan = LayerPlan((None,) * g.num_layers, (CPU,) * g.num_layers)
+        self._attached: dict[int, AttachedPrefix] = {}
+        self._rows: list[tuple[float, ...]] = []
+        self._store = PrefixStore(path, host_bytes=host_bytes, eviction=policy)
+        self._readers = {True: self._store.reader, False: NoReads(1)}
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._store.close()
+
+    def _prefix(self, number: int) -> AttachedPrefix:
+        if number not in self._attached:
+            tokens = self._trace.pools[number].tokens
+            found = self._store.lookup(MODEL, some_ids(tokens, number), self._geometry.chunk_size, count=False)
+            assert found is not None
+            self._attached[number] = AttachedPrefix.of(found, tokens)
+        return self._attached[number]
+
+    def make(self, prefix: int, number: int, pace: float, reads: bool) -> None:
+        """Make one request.
+
+        Args:
+            prefix, number: of the prefix, and in its pool.
+            pace: what its compute times are multiplied by.
+            reads: whether anything is read from disk.
+        """
+        g, pool, stats = self._geometry, self._trace.pools[prefix], RequestStats()
+        self._store._reader = self._readers[reads]
+        request = RecordedRequest(
+            self._prefix(prefix), self._config, self._plan, self._store, stats, pool, number, pace
+        )
+        shape = (2, 1, g.kv_heads, request.kept_tokens, g.head_dim)
+        seconds = request.run(torch.empty(shape, dtype=g.dtype))
+        request.close()
+        keys, hits, misses = keys_bytes(pool, g), stats.hits["host"], stats.hits["disk"]
+        self._rows.append((hits, misses, keys, request.keys_read, stats.bytes_read, seconds, stats.io_wait_s))
+
+    def outcome(self, warm_up: int, timed: int) -> Outcome:
+        """Without the first `warm_up` requests; reads and TTFT of the last `timed`."""
+        peak = self._store.memory.host.peak_bytes
+        return _outcome(np.array(self._rows), self._geometry.extent_bytes, warm_up, timed, peak)
+
+
+def replay_together(
+    replays: Sequence[Replay],
+    drawn: Sequence[tuple[int, int]],
+    *,
+    warm_up: int,
+    timed: int,
+    pace: float,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Outcome]:
+    """Make the same requests in several replays, each request in all of them, in random order, before the next.
+
+    What the machine does meanwhile is thus shared fairly among them.
+
+    Args:
+        replays: which.
+        drawn: the requests (`Workload.draw`).
+        warm_up: requests that are not counted.
+        timed: so many requests at the end read from disk and compute, and TTFT is taken of them; the others only move
+            what is in memory.
+        pace: what the recorded compute times are multiplied by.
+        seed: of the order.
+        progress: whether to show a bar.
+    """
+    chance = np.random.default_rng(seed)
+    for position, (prefix, number) in enumerate(tqdm(drawn, "requests", disable=not progress, leave=False)):
+        real = position >= len(drawn) - timed
+        for which in chance.permutation(len(replays)).tolist():
+            replays[which].make(prefix, number, pace if real else 0.0, real)
+    return [one.outcome(warm_up, timed) for one in replays]
 
 
 def replay(
@@ -202,62 +291,22 @@ def replay(
     warm_up: int = 500,
     timed: int = 0,
     pace: float = 0.0,
-    reads: bool = True,
-    progress: str | None = None,
 ) -> Outcome:
-    """Make all requests, one after the other.
-
-    Args:
-        trace, drawn: which requests (`Workload.draw`).
-        path: of the store (`fill_store`).
-        policy, host_bytes: of the store.
-        warm_up: requests that are not counted.
-        timed: so many requests at the end run at `pace`, and TTFT is taken of them; the others do not sleep.
-            0: TTFT is taken of all after the warm-up.
-        pace: what the recorded compute times are multiplied by.
-        reads: whether to read from disk at all.
-        progress: name of a progress bar.
-    """
-    g = geometry_of(trace)
-    config = ContiguousKVConfig(budget=trace.about["budget"], chunk_size=g.chunk_size)
-    plan = LayerPlan((None,) * g.num_layers, (CPU,) * g.num_layers)
-    rows = []
-    with PrefixStore(path, host_bytes=host_bytes, eviction=policy) as store:
-        if not reads:
-            store._reader = NoReads(1)
-        attached: dict[int, AttachedPrefix] = {}
-        for position, (prefix, number) in enumerate(
-            tqdm(drawn, progress, disable=True if progress is None else None, leave=False)
-        ):
-            pool = trace.pools[prefix]
-            if prefix not in attached:
-                found = store.lookup(MODEL, some_ids(pool.tokens, prefix), g.chunk_size, count=False)
-                assert found is not None
-                attached[prefix] = AttachedPrefix.of(found, pool.tokens)
-            paced = pace if position >= len(drawn) - timed else 0.0
-            stats = RequestStats()
-            request = RecordedRequest(attached[prefix], config, plan, store, stats, pool, number, paced)
-            shape = (2, 1, g.kv_heads, request.kept_tokens, g.head_dim)
-            seconds = request.run(torch.empty(shape, dtype=g.dtype))
-            request.close()
-            keys = keys_bytes(pool, g)
-            hits, misses = stats.hits["host"], stats.hits["disk"]
-            rows.append((hits, misses, keys, request.keys_read, stats.bytes_read, seconds, stats.io_wait_s))
-        peak = store.memory.host.peak_bytes
-    return _outcome(np.array(rows), g.extent_bytes, warm_up, timed, peak)
+    """Make all requests in one replay; see `Replay` and `replay_together`."""
+    with Replay(trace, path, policy, host_bytes) as one:
+        return replay_together([one], drawn, warm_up=warm_up, timed=timed, pace=pace)[0]
 
 
 def _outcome(rows: np.ndarray, extent_bytes: int, warm_up: int, timed: int, peak: int) -> Outcome:
     counted = rows[warm_up:] if len(rows) > warm_up else rows
-    hits, misses, keys, keys_read, bytes_read, *_ = counted.sum(0)
-    _, _, _, _, _, seconds, waits = (rows[-timed:] if timed else counted).T
+    hits, misses, keys, keys_read, *_ = counted.sum(0)
+    *_, bytes_read, seconds, waits = rows[len(rows) - timed :].T
     return Outcome(
         float(hits / (hits + misses)),
         float(1 - (misses * extent_bytes + keys_read) / ((hits + misses) * extent_bytes + keys)),
         float(1 - keys_read / keys),
-        float(bytes_read / len(counted)),
-        float(seconds.mean()),
-        float(np.quantile(seconds, 0.95)),
-        float(waits.mean()),
+        [round(float(one), 6) for one in seconds],
+        float(bytes_read.mean()) if timed else 0.0,
+        float(waits.mean()) if timed else 0.0,
         int(peak),
     )

@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..timing import Spread, median_spread
+import numpy as np
+import numpy.typing as npt
 
 NAMES = {"lru": "LRU", "lfu": "LFU", "published": "published, I·F", "expected-use": "expected use (ours)"}
 _COLOURS = {"lru": "#8a8a8a", "lfu": "#5b8db8", "published": "#d08a2e", "expected-use": "#2a7f4f"}
-_FIELDS = ("chunk_hit_rate", "byte_hit_rate", "key_hit_rate", "bytes_read", "ttft_mean_s", "ttft_p95_s", "io_wait_s")
+_RESAMPLES = 2000
 
 Rows = list[dict[str, Any]]
+Times = npt.NDArray[np.float64]
+# A figure, and the ends of its 95% interval (bootstrap over requests).
+Interval = tuple[float, float, float]
 
 
-def medians(rows: Rows) -> dict[str, Spread]:
-    """Over rounds, of every figure of one policy at one size."""
-    return {field: median_spread([row[field] for row in rows]) for field in _FIELDS}
+def mean_of(rows: Rows, field: str) -> float:
+    """Of one policy at one size, over rounds."""
+    return float(np.mean([row[field] for row in rows]))
+
+
+def times_of(rows: Rows) -> Times:
+    """Seconds to the first token of all timed requests, float64 `(n,)`, in the same order for every policy."""
+    return np.concatenate([row["ttft_s"] for row in rows])
+
+
+def _resampled(count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
+
+
+def _interval(value: float, resampled: Times) -> Interval:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return value, float(low), float(high)
+
+
+def mean_time(times: Times) -> Interval:
+    """Mean time to the first token."""
+    return _interval(float(times.mean()), times[_resampled(len(times))].mean(1))
+
+
+def tail_time(times: Times) -> Interval:
+    """95th percentile of the time to the first token."""
+    return _interval(float(np.quantile(times, 0.95)), np.quantile(times[_resampled(len(times))], 0.95, axis=1))
+
+
+def ratio_of_means(times: Times, others: Times) -> Interval:
+    """Mean time over that of the same requests in another replay."""
+    chosen = _resampled(len(times))
+    return _interval(float(times.mean() / others.mean()), times[chosen].mean(1) / others[chosen].mean(1))
 
 
 def _timed(rows: Rows) -> Rows:
@@ -33,45 +67,59 @@ def _select(rows: Rows, **wanted: Any) -> Rows:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def _percent(rows: Rows, policy: str, field: str) -> str:
+    """The rate of a policy; bold if no other is better."""
+    rates = {name: mean_of(_select(rows, policy=name), field) for name in _unique(row["policy"] for row in rows)}
+    text = f"{rates[policy]:.1%}"
+    return f"**{text}**" if rates[policy] == max(rates.values()) else text
+
+
+def _shown(interval: Interval, scale: float = 1e3, digits: int = 1) -> str:
+    value, low, high = (f"{one * scale:.{digits}f}" for one in interval)
+    return f"{value} ({low} - {high})"
+
+
 def main_table(results: dict[str, Any]) -> str:
     """Markdown: every size and policy of the timed scenario."""
     rows = _timed(results["rows"])
     lines = [
-        "| memory | policy | chunk hits | byte hits, keys included | MB read | mean TTFT, ms | P95 TTFT, ms | rounds |",
+        "| memory | policy | chunk hits | byte hits, keys too | MB read | mean TTFT, ms | over LRU's | P95 TTFT, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for size in sorted(_unique(row["host_bytes"] for row in rows)):
         here = _select(rows, host_bytes=size)
-        best = max(row["chunk_hit_rate"] for row in here)
         for policy in (name for name in NAMES if _select(here, policy=name)):
-            found = medians(_select(here, policy=policy))
-            hits = f"{found['chunk_hit_rate'].median:.1%}"
-            hits = f"**{hits}**" if found["chunk_hit_rate"].median == best else hits
-            mean, tail = found["ttft_mean_s"], found["ttft_p95_s"]
-            lines.append(
-                f"| {size / 2**20:.0f} MiB ({here[0]['share']:.0%}) | {NAMES[policy]} | {hits} "
-                f"| {found['byte_hit_rate'].median:.1%} | {found['bytes_read'].median / 1e6:.2f} "
-                f"| {mean.median * 1e3:.1f} ({mean.low * 1e3:.1f} - {mean.high * 1e3:.1f}) "
-                f"| {tail.median * 1e3:.1f} ({tail.low * 1e3:.1f} - {tail.high * 1e3:.1f}) | {mean.count} |"
+            mine, lru = _select(here, policy=policy), _select(here, policy="lru")
+            times = times_of(mine)
+            against = "" if policy == "lru" or not lru else _shown(ratio_of_means(times, times_of(lru)), 1.0, 3)
+            cells = (
+                f"{size / 2**20:.0f} MiB ({here[0]['share']:.0%})",
+                NAMES[policy],
+                _percent(here, policy, "chunk_hit_rate"),
+                _percent(here, policy, "byte_hit_rate"),
+                f"{mean_of(mine, 'bytes_read') / 1e6:.2f}",
+                _shown(mean_time(times)),
+                against,
+                _shown(tail_time(times)),
             )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def scenario_table(results: dict[str, Any]) -> str:
-    """Markdown: chunk hit rates of all scenarios (drift, seed), policies side by side."""
+    """Markdown: hit rates of all scenarios (drift, seed), chunks and bytes, policies side by side."""
     rows = results["rows"]
     policies = [name for name in NAMES if _select(rows, policy=name)]
     lines = [
         "| drift | seed | memory | " + " | ".join(NAMES[name] for name in policies) + " |",
         "|---" * (3 + len(policies)) + "|",
     ]
-    scenarios = sorted(
-        _unique((row["drift"], row["seed"], row["host_bytes"]) for row in rows), key=lambda one: (-one[0], *one[1:])
-    )
+    scenarios = sorted(_unique((row["drift"], row["seed"], row["host_bytes"]) for row in rows))
     for drift, seed, size in scenarios:
         here = _select(rows, drift=drift, seed=seed, host_bytes=size)
-        rates = {name: _select(here, policy=name)[0]["chunk_hit_rate"] for name in policies}
-        cells = [f"**{rate:.1%}**" if rate == max(rates.values()) else f"{rate:.1%}" for rate in rates.values()]
+        cells = [
+            f"{_percent(here, name, 'chunk_hit_rate')} / {_percent(here, name, 'byte_hit_rate')}" for name in policies
+        ]
         share = f"{size / 2**20:.0f} MiB ({here[0]['share']:.0%})"
         lines.append(f"| {'yes' if drift else 'no'} | {seed} | {share} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -85,20 +133,24 @@ def picture(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = _timed(results["rows"])
-    panels = (
-        ("chunk_hit_rate", 100.0, "chunks found in memory, %"),
-        ("byte_hit_rate", 100.0, "bytes found in memory, keys included, %"),
-        ("ttft_mean_s", 1e3, "mean TTFT, ms"),
-        ("ttft_p95_s", 1e3, "P95 TTFT, ms"),
+
+    def rate(field: str) -> Callable[[Rows], Interval]:
+        return lambda mine: (mean_of(mine, field),) * 3
+
+    panels: tuple[tuple[Callable[[Rows], Interval], float, str], ...] = (
+        (rate("chunk_hit_rate"), 100.0, "chunks found in memory, %"),
+        (rate("byte_hit_rate"), 100.0, "bytes found in memory, keys included, %"),
+        (lambda mine: mean_time(times_of(mine)), 1e3, "mean TTFT, ms"),
+        (lambda mine: tail_time(times_of(mine)), 1e3, "P95 TTFT, ms"),
     )
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8), constrained_layout=True)
     sizes = sorted(_unique(row["host_bytes"] for row in rows))
-    for axis, (field, scale, label) in zip(axes, panels, strict=True):
+    for axis, (figure_of, scale, label) in zip(axes, panels, strict=True):
         for policy in (name for name in NAMES if _select(rows, policy=name)):
-            spreads = [medians(_select(rows, policy=policy, host_bytes=size))[field] for size in sizes]
-            middle = [spread.median * scale for spread in spreads]
-            below = [(spread.median - spread.low) * scale for spread in spreads]
-            above = [(spread.high - spread.median) * scale for spread in spreads]
+            found = [figure_of(_select(rows, policy=policy, host_bytes=size)) for size in sizes]
+            middle = [value * scale for value, _, _ in found]
+            below = [(value - low) * scale for value, low, _ in found]
+            above = [(high - value) * scale for value, _, high in found]
             axis.errorbar(
                 [size / 2**20 for size in sizes],
                 middle,
@@ -128,25 +180,27 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     paths = [folder / f"policies.{ending}" for ending in ("md", "png", "json")]
     about, load = results["about"], results["workload"]
     whole = sum(results["footprint"].values())
+    drift = max(row["drift"] for row in results["rows"])
     text = f"""# Which chunks to keep
 
 `make policies`. {len(about["prefix_tokens"])} prefixes of real text ({about["text"]}), {min(about["prefix_tokens"])} to
 {max(about["prefix_tokens"])} tokens; {about["recorded_requests"]} requests recorded with {about["model"]}, default
 configuration, budget {about["budget"]:.0%}. Replayed without the model, through the real store, reader and memory
 tiers: {load["requests"]} requests, of which the first {results["warm_up"]} are not counted; popularity follows Zipf's
-law (exponent {load["exponent"]}); every {load["drift_every"]} requests {load["drift"]:.0%} of the prefixes swap ranks,
-except where drift is "no". All that a replay touches is {whole / 2**20:.0f} MiB
+law (exponent {load["exponent"]}). All that a replay touches is {whole / 2**20:.0f} MiB
 ({results["footprint"]["keys"] / whole:.0%} of it key index); shares are of that.
 
 Time to first token is from the request's start until the last layer is through, over the last {results["timed"]}
-requests, with recorded compute times (times {results["pace"]}) slept where the model would compute; medians over rounds
-with quartiles (of fewer than four: extremes), policies in random order in each round. Hit rates do not depend on time.
+requests: these read from disk (`O_DIRECT`), with recorded compute times (times {results["pace"]}) slept where the model
+would compute. The requests before them only move what is in memory. Every request is made in all replays, in random
+order, before the next one; in brackets: 95% intervals, bootstrap over requests. MB read are those of timed requests.
 
 {main_table(results)}
 
 ![Hit rate and time to first token by memory size](policies.png)
 
-Chunk hit rates with other seeds, and without drift:
+Hits of chunks / of bytes also with more memory, and with drift (every {load["drift_every"]} requests {drift:.0%} of the
+prefixes swap their ranks):
 
 {scenario_table(results)}
 

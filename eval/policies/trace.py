@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-_ARRAYS = ("selected", "importance", "identify_s", "compute_s")
+_ARRAYS = ("selected", "mass", "identify_s", "compute_s")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Pool:
     Attributes:
         tokens: of the prefix.
         selected: whole chunks that attention used, ascending, uint16 `(n, layers, kept)`.
-        importance: `A_j` of every whole chunk, float16 `(n, layers, whole_chunks)`.
+        mass: `A_j`, attention mass of every whole chunk, float16 `(n, layers, whole_chunks)`.
         identify_s: seconds that scoring took, float32 `(n, layers)`.
         compute_s: seconds from the moment that a layer has its chunks until the next layer asks for its own (the last
             layer: until the first token is known), float32 `(n, layers)`.
@@ -30,7 +30,7 @@ class Pool:
 
     tokens: int
     selected: npt.NDArray[np.uint16]
-    importance: npt.NDArray[np.float16]
+    mass: npt.NDArray[np.float16]
     identify_s: npt.NDArray[np.float32]
     compute_s: npt.NDArray[np.float32]
 

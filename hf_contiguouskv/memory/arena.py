@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .blocks import Blocks, Slots
+from .blocks import Blocks, Slots, distinct
 
 # Candidates that are looked for at once: finding the lowest few of all takes a pass over everything.
 _CANDIDATES = 512
@@ -133,9 +133,8 @@ class Arena:
         if np.count_nonzero(self.worth[waiting] <= self._limit) < count and self._limit < np.inf:
             self._search(count)
             waiting = self._queue
-        recent = self._evictable(np.unique(np.concatenate(self._recent))) if self._recent else Empty
-        if len(recent):
-            waiting = np.union1d(waiting, recent)
+        if self._recent:
+            waiting = distinct(np.concatenate([waiting, self._evictable(np.concatenate(self._recent))]))
         order = np.lexsort((waiting, self.worth[waiting]))
         return waiting[order[:count]]
 

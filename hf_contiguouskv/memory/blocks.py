@@ -6,7 +6,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 from ..store.pread import PAGE, as_memoryview
 
 Slots = npt.NDArray[np.int64]
+Integer = TypeVar("Integer", np.int32, np.int64)
 
 _HUGE = 2 * 2**20
 # Tensors are had in so many pieces of a tier's bound, none smaller than this.
@@ -188,6 +189,18 @@ def neighbours(slots: Slots) -> bool:
     if count < 2:
         return count == 1
     return int(slots[-1]) - int(slots[0]) == count - 1 and bool((np.diff(slots) == 1).all())
+
+
+def distinct(numbers: npt.NDArray[Integer]) -> npt.NDArray[Integer]:
+    """Each of `numbers` once, ascending; for hundreds of them several times as fast as `np.unique`."""
+    if len(numbers) < 2:
+        return numbers
+    ordered = np.sort(numbers)
+    first = np.empty(len(ordered), dtype=bool)
+    first[0] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    found: npt.NDArray[Integer] = ordered[first]
+    return found
 
 
 def runs(numbers: Slots) -> list[tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ Places = npt.NDArray[np.int64]
 
 # Requests after which a use counts half as much in `heat`.
 HALF_LIFE = 200
+# What counting the loads of one layer's keys takes up: two names and numbers, roughly.
+_KEY_BOOKS = 512
 # `heat` of older requests is scaled down when newer ones would overflow.
 _RESCALE_AT = 256
 
@@ -50,13 +53,15 @@ class Uses:
     """What a policy may judge `n` entries by. All arrays are `(n,)`.
 
     Attributes:
-        importance: `I_j`, attention mass summed over requests, whether the chunk was in memory or not.
+        importance: `I_j`, attention mass summed over requests, whether the entry was in memory or not; of keys, that of
+            an average chunk of their segment: they lead to all.
         loads: `F_j`, times loaded into memory.
         requests: requests that used the entry.
         last: number of the last request that did.
         heat: uses, each half as much as one that is `HALF_LIFE` requests younger.
         prefix_heat: the same for requests to the segment that the entry belongs to.
         prefix_requests: how many there were.
+        ahead: whether these entries are keys, which are read ahead of need and in one piece.
     """
 
     importance: Floats
@@ -66,6 +71,7 @@ class Uses:
     heat: Floats
     prefix_heat: float
     prefix_requests: int
+    ahead: bool = False
 
 
 class SegmentTable:
@@ -94,11 +100,13 @@ class SegmentTable:
         self.requests = np.zeros(size, dtype=np.int32)
         self.last = np.zeros(size, dtype=np.int32)
         self.heat = np.zeros(size, dtype=np.float64)  # Weights grow to 2**256 before they are scaled down.
-        # Of the segment: requests that used it, and the most that one chunk could have gathered.
+        # Of the segment: requests that used it, and what its average chunk has gathered.
         self.uses = 0
         self.prefix_heat = 0.0
-        self.peak = 0.0
+        self.mean_mass = 0.0
         self.last_request = 0
+        # How often its keys were loaded, by name.
+        self.key_loads: Counter[str] = Counter()
         # What of `nbytes` the host's tier counts.
         self.counted = 0
         # Chunks and keys of this table that are in some tier.
@@ -108,7 +116,7 @@ class SegmentTable:
     def nbytes(self) -> int:
         """Memory that the table itself takes up."""
         own = self.importance.nbytes + self.loads.nbytes + self.requests.nbytes + self.last.nbytes + self.heat.nbytes
-        return own + sum(slots.nbytes for slots in self.slots.values())
+        return own + sum(slots.nbytes for slots in self.slots.values()) + self.layers * _KEY_BOOKS
 
     def slots_in(self, tier: str) -> Places:
         """Slots of all places in a tier, int64 `(layers * chunks,)`."""
@@ -145,22 +153,23 @@ class SegmentTable:
             before.prefix_requests + 1,
         )
 
-    def uses_of_keys(self, arriving: Clock | None = None) -> Uses:
-        """History of what every request to the segment needs: at least that of its best chunk.
+    def uses_of_keys(self, names: Sequence[str], arriving: Clock | None = None) -> Uses:
+        """History of the keys with these names, which every request to the segment needs.
 
         `arriving`: as it will be when the request that has just loaded them is over.
         """
-        one = np.ones(1)
+        one = np.ones(len(names))
         more = 0 if arriving is None else 1
         heat = self.prefix_heat + (0.0 if arriving is None else arriving.weight)
         return Uses(
-            one * self.peak,
-            one * max(1, self.uses + more),
+            one * self.mean_mass,
+            np.array([self.key_loads[name] for name in names], dtype=np.float64),
             one * (self.uses + more),
             one * (self.last_request if arriving is None else arriving.now),
             one * heat,
             heat,
             self.uses + more,
+            ahead=True,
         )
 
     def begin_request(self, clock: Clock) -> None:
@@ -180,9 +189,9 @@ class SegmentTable:
         grid = self.importance.reshape(self.layers, self.chunks)
         grid[layers, first : first + len(mass)] += mass
 
-    def note_peak(self) -> None:
-        """Find out what the best chunk has gathered."""
-        self.peak = max(self.peak, float(self.importance.max(initial=0.0)))
+    def note_mass(self) -> None:
+        """Find out what the chunks have gathered."""
+        self.mean_mass = float(self.importance.mean(dtype=np.float64))
 
     def rescale(self, factor: float) -> None:
         """Multiply all heat (see `Clock`)."""

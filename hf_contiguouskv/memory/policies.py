@@ -74,17 +74,22 @@ class ExpectedUse:
     Args:
         prior: the share that a chunk is believed to have before anything is known.
         weight: how many requests that belief counts for.
+        ahead: what a byte of keys is worth beside one of chunks: keys are read in one piece and before they are needed,
+            chunks here and there while attention waits for them.
     """
 
     name = "expected-use"
     arrivals_compete = True
 
-    def __init__(self, prior: float = 0.2, weight: float = 5.0) -> None:
+    def __init__(self, prior: float = 0.2, weight: float = 5.0, ahead: float = 0.5) -> None:
         self.prior = prior
         self.weight = weight
+        self.ahead = ahead
 
     def worth(self, uses: Uses) -> Floats:
         """Expected uses per request, up to a factor that all entries share."""
+        if uses.ahead:  # Every request to the prefix uses its keys.
+            return np.full(len(uses.requests), uses.prefix_heat * self.ahead)
         believed = self.weight * self.prior
         # Both counts of the ratio fade alike, so it is taken of counts that do not; what fades is the prefix's heat.
         share = (uses.requests + believed) / (uses.prefix_requests + self.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import insort
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from ..errors import ConfigError, StoreClosedError
 from .arena import Arena, Empty
-from .blocks import Blocks, Slots
+from .blocks import Blocks, Slots, distinct
 from .entries import Buffer, KeptKeys, buffer_capacity
 from .history import Clock, Floats, SegmentTable
 from .policies import EvictionPolicy
@@ -72,6 +73,8 @@ class Tier:
         self._idle_bytes = 0
         self._buffer_bytes = 0
         self._key_bytes = 0
+        # Of keys that somebody uses.
+        self._busy_key_bytes = 0
         # Bytes of tables and the like, set by the owner of the tables.
         self.table_bytes = 0
         self.evicted = 0
@@ -209,13 +212,12 @@ class Tier:
                 places = np.flatnonzero(known >= 0)
                 if len(places):
                     self._arena_of(table).set_worth(known[places], self.policy.worth(table.uses_of(places)))
-            worth: float | None = None
-            for keys in self._keys.values():
-                if keys.table is table:
-                    if worth is None:
-                        worth = float(self.policy.worth(table.uses_of_keys())[0])
-                    keys.worth = worth
-            self._keys_in_order = None
+            keys = [keys for keys in self._keys.values() if keys.table is table]
+            if keys:
+                judged = self.policy.worth(table.uses_of_keys([one.name for one in keys]))
+                for one, worth in zip(keys, judged.tolist(), strict=True):
+                    one.worth = worth
+                self._keys_in_order = None
 
     def _arena_of(self, table: SegmentTable) -> Arena:
         return self._arenas[table.slot_bytes]
@@ -274,7 +276,7 @@ class Tier:
         """Whether `nbytes` more would fit if everything went that nobody uses."""
         with self._lock:
             evictable = self._idle_bytes + sum(arena.evictable_bytes for arena in self._arenas.values())
-            evictable += sum(keys.buffer.counted for keys in self._keys.values() if not keys.users)
+            evictable += self._key_bytes - self._busy_key_bytes
             return self._missing(nbytes) <= evictable
 
     def _fits(self, nbytes: int) -> bool:
@@ -287,7 +289,7 @@ class Tier:
         """Let go of entries, least worth first, until they were `nbytes`. In `into`, slots become free for its own
         use; memory of everything else is returned."""
         if self._keys_in_order is None:
-            self._keys_in_order = sorted(self._keys.values(), key=lambda keys: keys.worth)
+            self._keys_in_order = sorted(self._keys.values(), key=_worth)
         keys, slots_of = choose_victims(nbytes, self._arenas.values(), self._keys_in_order, into)
         for one in keys:
             self._forget_keys(one)
@@ -295,7 +297,7 @@ class Tier:
         for arena, slots in slots_of.items():
             self._evict(arena, slots)
             if arena is not into:
-                arena.return_blocks(len(np.unique(slots // arena.blocks.slots_per_block)))
+                arena.return_blocks(len(distinct(slots // arena.blocks.slots_per_block)))
 
     def _evict(self, arena: Arena, slots: Slots) -> None:
         if not len(slots):
@@ -307,7 +309,7 @@ class Tier:
 
     def _vacate(self, arena: Arena, slots: Slots) -> None:
         owners = arena.owner[slots]
-        for number in np.unique(owners):
+        for number in distinct(owners):
             table = self._tables[int(number)]
             mine = slots[owners == number]
             table.slots[self.name][arena.place[mine]] = -1
@@ -353,6 +355,7 @@ class Tier:
         with self._lock:
             keys = self._keys.get(name)
             if keys is not None:
+                self._busy_key_bytes += 0 if keys.users else keys.buffer.counted
                 keys.users += 1
             return keys
 
@@ -364,8 +367,10 @@ class Tier:
         """One user less."""
         with self._lock:
             keys.users -= 1
-            if keys.gone and not keys.users and not self._closed:
-                self._key_bytes -= keys.buffer.counted
+            if not keys.users and not self._closed:
+                self._busy_key_bytes -= keys.buffer.counted
+                if keys.gone:
+                    self._key_bytes -= keys.buffer.counted
 
     def keep_keys(self, name: str, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
         """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's."""
@@ -374,11 +379,14 @@ class Tier:
                 return None
             if name in self._keys or table.number not in self._tables:
                 return None
-            worth = float(self.policy.worth(table.uses_of_keys(self._clock))[0])
+            table.key_loads[name] += 1
+            worth = float(self.policy.worth(table.uses_of_keys([name], self._clock))[0])
             keys = self._keys[name] = KeptKeys(name, buffer, table, worth, users=1)
             self._buffer_bytes -= buffer.counted
             self._key_bytes += buffer.counted
-            self._keys_in_order = None
+            self._busy_key_bytes += buffer.counted
+            if self._keys_in_order is not None:
+                insort(self._keys_in_order, keys, key=_worth)
             table.resident += 1
             return keys
 
@@ -448,4 +456,8 @@ class Tier:
             self._keys.clear()
             self._keys_in_order = None
             self.drop_idle()
-            self._buffer_bytes = self._key_bytes = self.table_bytes = 0
+            self._buffer_bytes = self._key_bytes = self._busy_key_bytes = self.table_bytes = 0
+
+
+def _worth(keys: KeptKeys) -> float:
+    return keys.worth

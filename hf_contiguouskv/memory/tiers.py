@@ -58,7 +58,7 @@ class Usage:
     Attributes:
         tables: of its prefix; `None`: nothing was used.
         chunks: chunks that attention used, int64 ascending, by layer.
-        mass: chunk importance `A_j`: the layers it applies to, float32 `(rows, whole_chunks)`.
+        mass: attention mass `A_j`: the layers it applies to, float32 `(whole_chunks,)`, summed over rows.
         loaded_bytes: read into memory.
     """
 
@@ -245,15 +245,15 @@ class MemoryTiers:
             for layer, chunks in usage.chunks.items():
                 for table, places in usage.tables.places(layer, chunks):
                     table.count(places, self.clock)
-            for layers, rows in usage.mass:
-                for table, first, part in usage.tables.parts(rows.sum(0)):
+            for layers, mass in usage.mass:
+                for table, first, part in usage.tables.parts(mass):
                     table.add_importance(layers, first, part)
             for layer in usage.chunks.keys() - {layer for layers, _ in usage.mass for layer in layers}:
                 # Nobody asked what attention looks at there: all chunks alike.
                 for table, places in usage.tables.places(layer, usage.chunks[layer]):
                     table.importance[places] += 1.0 / len(usage.chunks[layer])
             for table in tables:
-                table.note_peak()
+                table.note_mass()
             if self.clock.tick():
                 factor = self.clock.rescale()
                 for table in self._tables.values():

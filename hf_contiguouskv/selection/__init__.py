@@ -1,12 +1,13 @@
 """Which chunks of the prefix a request needs: one module per method, one protocol."""
 
 from .attention_mass import AttentionMass
-from .base import ChunkScorer, SelectionInput, choose_chunks, voting_queries
+from .base import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, voting_queries
 from .indexed_keys import IndexedKeys, build_key_index
 
 __all__ = [
     "AttentionMass",
     "ChunkScorer",
+    "ChunkScores",
     "IndexedKeys",
     "SelectionInput",
     "build_key_index",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import SelectionInput
+from .base import ChunkScores, SelectionInput, scores_of_rows
 
 # Logits held at once (float32), so that a long suffix does not need gigabytes.
 LOGITS_AT_ONCE = 2**23
@@ -25,12 +25,12 @@ class AttentionMass:
         self.chunk_size = chunk_size
         self.concentration = concentration
 
-    def __call__(self, inputs: SelectionInput) -> torch.Tensor:
-        """Importance, float32 `(rows, whole_chunks)`."""
+    def __call__(self, inputs: SelectionInput) -> ChunkScores:
+        """See `ChunkScorer`."""
         keys = self.prefix_keys.float()
-        return torch.stack([self._row(inputs, row, keys) for row in range(inputs.queries.shape[0])])
+        return scores_of_rows([self._row(inputs, row, keys) for row in range(inputs.queries.shape[0])])
 
-    def _row(self, inputs: SelectionInput, row: int, prefix_keys: torch.Tensor) -> torch.Tensor:
+    def _row(self, inputs: SelectionInput, row: int, prefix_keys: torch.Tensor) -> ChunkScores:
         kv_heads, tokens, head_dim = prefix_keys.shape
         voters = inputs.voters[row]
         group = inputs.queries.shape[1] // kv_heads
@@ -41,6 +41,7 @@ class AttentionMass:
         causal = voters[:, None] >= torch.arange(length, device=voters.device)[None, :]
         hidden = ~(causal & inputs.visible[row][None, :]).repeat(group, 1)
         mass = prefix_keys.new_zeros(tokens // self.chunk_size)
+        importance = mass if self.concentration == 1.0 else torch.zeros_like(mass)
         step = min(queries.shape[1], max(1, LOGITS_AT_ONCE // (tokens + length)))
         # One piece of memory for all heads: fresh megabytes cost more than the arithmetic on them.
         scratch = queries.new_empty(step, tokens + length)
@@ -52,15 +53,23 @@ class AttentionMass:
                 torch.mm(block, suffix_keys[head].T, out=logits[:, tokens:])
                 logits = squash(logits, inputs.softcap)
                 logits[:, tokens:].masked_fill_(hidden[start : start + step], float("-inf"))
-                mass += self._chunk_mass(torch.softmax(logits, dim=-1, out=logits))
-        return mass / inputs.queries.shape[1]
+                weights = torch.softmax(logits, dim=-1, out=logits)
+                mass += self._chunk_mass(weights)
+                if importance is not mass:
+                    importance += self._chunk_importance(weights)
+        heads = inputs.queries.shape[1]
+        mass /= heads
+        return ChunkScores(mass if importance is mass else importance / heads, mass)
 
     def _chunk_mass(self, weights: torch.Tensor) -> torch.Tensor:
-        """Attention weights `(n, tokens + suffix)` as one number per whole chunk."""
+        """Attention weights `(n, tokens + suffix)` summed to one number per whole chunk."""
         whole = self.prefix_keys.shape[1] // self.chunk_size
-        if self.concentration == 1.0:
-            # Rows first: that sum runs along the fast axis, and 16 neighbours are summed only once.
-            return weights.sum(0)[: whole * self.chunk_size].view(whole, self.chunk_size).sum(-1)
+        # Rows first: that sum runs along the fast axis, and 16 neighbours are summed only once.
+        return weights.sum(0)[: whole * self.chunk_size].view(whole, self.chunk_size).sum(-1)
+
+    def _chunk_importance(self, weights: torch.Tensor) -> torch.Tensor:
+        """The same with every row's sum raised to `concentration` first."""
+        whole = self.prefix_keys.shape[1] // self.chunk_size
         chunks = weights[:, : whole * self.chunk_size].reshape(-1, whole, self.chunk_size).sum(-1)
         return chunks.pow_(self.concentration).sum(0)
 

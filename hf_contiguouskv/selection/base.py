@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,12 +33,33 @@ class SelectionInput:
     softcap: float | None = None
 
 
+class ChunkScores(NamedTuple):
+    """What a leader layer finds of its whole chunks. Both are float32 `(rows, whole_chunks)`.
+
+    Attributes:
+        importance: what the request chooses by, higher = keep.
+        mass: `A_j`, the attention mass that memory is managed by: summed over the voting queries, mean over heads;
+            without a method's own emphasis, such as a power.
+    """
+
+    importance: torch.Tensor
+    mass: torch.Tensor
+
+
 class ChunkScorer(Protocol):
     """Scores chunks of one leader layer."""
 
-    def __call__(self, inputs: SelectionInput) -> torch.Tensor:
-        """Importance of each whole chunk, float32 `(rows, whole_chunks)`, higher = keep."""
+    def __call__(self, inputs: SelectionInput) -> ChunkScores:
+        """Importance and attention mass of each whole chunk, for every row."""
         ...
+
+
+def scores_of_rows(rows: Sequence[ChunkScores]) -> ChunkScores:
+    """Scores `(whole_chunks,)` of single rows as one."""
+    if len(rows) == 1:
+        importance, mass = rows[0]
+        return ChunkScores(importance[None], importance[None] if mass is importance else mass[None])
+    return ChunkScores(torch.stack([row.importance for row in rows]), torch.stack([row.mass for row in rows]))
 
 
 def choose_chunks(importance: torch.Tensor, keep: int, keep_first: int, keep_last: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .attention_mass import squash
-from .base import SelectionInput
+from .base import ChunkScores, SelectionInput, scores_of_rows
 
 
 def build_key_index(keys: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,25 +59,24 @@ class IndexedKeys:
         self.whole_chunks = whole_chunks
         self.concentration = concentration
 
-    def __call__(self, inputs: SelectionInput) -> torch.Tensor:
-        """Importance, float32 `(rows, whole_chunks)`."""
-        if inputs.queries.shape[0] == 1:
-            return self._row(inputs, 0)[None]
-        return torch.stack([self._row(inputs, row) for row in range(inputs.queries.shape[0])])
+    def __call__(self, inputs: SelectionInput) -> ChunkScores:
+        """See `ChunkScorer`. A chunk's mass is the share of its strongest token among those of all chunks."""
+        return scores_of_rows([self._row(inputs, row) for row in range(inputs.queries.shape[0])])
 
-    def _row(self, inputs: SelectionInput, row: int) -> torch.Tensor:
+    def _row(self, inputs: SelectionInput, row: int) -> ChunkScores:
         kv_heads = self.parts[0][0].shape[0]
         queries = _voting(inputs.queries[row], inputs.voters[row]).unflatten(0, (kv_heads, -1))
         peaks = [chunk_peaks(queries, index, scale, inputs.scaling) for index, scale in self.parts]
         best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
         if best.shape[-1] != self.whole_chunks:
             best = best[..., : self.whole_chunks]
-        share = torch.softmax(squash(best, inputs.softcap), dim=-1)
-        if self.concentration == 2.0:
-            share = share.square_()
-        elif self.concentration != 1.0:
-            share = share.pow_(self.concentration)
-        return share.flatten(0, 1).sum(0)
+        share = torch.softmax(squash(best, inputs.softcap), dim=-1).flatten(0, 1)
+        mass = share.sum(0)
+        mass /= inputs.queries.shape[1]
+        if self.concentration == 1.0:
+            return ChunkScores(mass, mass)
+        share = share.square_() if self.concentration == 2.0 else share.pow_(self.concentration)
+        return ChunkScores(share.sum(0), mass)
 
 
 def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from hf_contiguouskv.memory import Usage
 from hf_contiguouskv.memory.arena import Arena
 from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorBlocks
+from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, Floats, SegmentTable, Uses
 from hf_contiguouskv.memory.policies import EvictionPolicy
 from hf_contiguouskv.memory.tier import Tier
@@ -98,10 +99,10 @@ def usage(
     tables: Joined,
     *used: int,
     layer: int = 0,
-    mass: Iterable[Iterable[float]] | None = None,
+    mass: Iterable[float] | None = None,
     loaded_bytes: int = 0,
 ) -> Usage:
-    """What a request tells that used these chunks of one layer, and found `mass` `(rows, chunks)` in it."""
+    """What a request tells that used these chunks of one layer, and found `mass` `(chunks,)` in it."""
     told = Usage(loaded_bytes=loaded_bytes)
     told.used(tables, layer, places(*used))
     if mass is not None:
@@ -169,6 +170,11 @@ def check_tier(tier: Tier, leased: int | None = None, forgotten: int = 0) -> Non
         assert tier._buffer_bytes == leased
         assert tier._key_bytes == kept + forgotten
     assert tier._key_bytes >= kept
+    idle = sum(keys.buffer.counted for keys in tier._keys.values() if not keys.users)
+    assert tier._key_bytes - tier._busy_key_bytes == idle
+    if tier._keys_in_order is not None:
+        assert {id(keys) for keys in tier._keys.values()} <= {id(keys) for keys in tier._keys_in_order}
+        assert [keys.worth for keys in tier._keys_in_order] == sorted(keys.worth for keys in tier._keys_in_order)
     assert tier._idle_bytes == sum(buffer.counted for kept in tier._idle.values() for buffer in kept)
     assert sum(tier.bytes_by_use.values()) == tier.held_bytes
     resident = dict.fromkeys(tier._tables, 0)
@@ -223,3 +229,18 @@ def fake_segment(
 
 def pageable(slot_bytes: int, max_bytes: int) -> Blocks:
     return PageableBlocks(slot_bytes, max_bytes)
+
+
+def hold_new_keys(tier: Tier, name: str, table: SegmentTable, pages: int = 1) -> KeptKeys:
+    """Keys of so many pages under `name`, with one user."""
+    buffer = tier.lease(pages * PAGE, exact=True)
+    assert buffer is not None
+    keys = tier.keep_keys(name, buffer, table)
+    assert keys is not None
+    assert keys.buffer is buffer
+    return keys
+
+
+def keys_in(tier: Tier, name: str, table: SegmentTable, pages: int = 1) -> None:
+    """Keys of so many pages under `name`, which nobody uses."""
+    tier.let_go(hold_new_keys(tier, name, table, pages))

@@ -17,7 +17,7 @@ def tell(tier: Tier, clock: Clock, table: SegmentTable, used: list[int], mass: f
     table.begin_request(clock)
     table.count(places(*used), clock)
     table.importance[used] += mass
-    table.note_peak()
+    table.note_mass()
     clock.tick()
     tier.judge(table)
 
@@ -131,7 +131,7 @@ def test_a_request_larger_than_memory_ends_with_its_last_or_most_important_chunk
         load(memory.host, table, places(place), importance=mass[[place]].astype(np.float64))
     there = here(memory.host, table)
     before = worth(memory.host, table, *there)
-    memory.finished(usage(Joined(table), *range(8), mass=[mass]))
+    memory.finished(usage(Joined(table), *range(8), mass=mass))
     memory.catch_up()
     assert here(memory.host, table) == there
     assert before == pytest.approx(worth(memory.host, table, *there))

@@ -11,6 +11,8 @@ from memory_helpers import (
     check_tier,
     content_of,
     here,
+    hold_new_keys,
+    keys_in,
     load,
     new_table,
     new_tier,
@@ -20,24 +22,7 @@ from memory_helpers import (
 )
 
 from hf_contiguouskv.errors import ConfigError
-from hf_contiguouskv.memory import Tier
-from hf_contiguouskv.memory.entries import KeptKeys
-from hf_contiguouskv.memory.history import SegmentTable
 from hf_contiguouskv.store.pread import PAGE
-
-
-def hold_new_keys(tier: Tier, name: str, table: SegmentTable, pages: int = 1) -> KeptKeys:
-    buffer = tier.lease(pages * PAGE, exact=True)
-    assert buffer is not None
-    keys = tier.keep_keys(name, buffer, table)
-    assert keys is not None
-    assert keys.buffer is buffer
-    return keys
-
-
-def keys_in(tier: Tier, name: str, table: SegmentTable, pages: int = 1) -> None:
-    tier.let_go(hold_new_keys(tier, name, table, pages))
-
 
 # ---- the bound ----
 
@@ -153,7 +138,7 @@ def test_a_tier_gives_all_slots_that_can_be_had_however_many_are_free() -> None:
 def test_keys_and_chunks_compete_by_worth(keys_worth: int, stay: bool) -> None:
     table, other = new_table(1), new_table(2)
     tier = new_tier(4 * PAGE, [table, other])
-    other.peak = keys_worth
+    other.mean_mass = keys_worth
     keys_in(tier, "keys", other)
     load(tier, table, places(0, 1, 2), worth=[3, 4, 6])
     assert load(tier, table, places(3), worth=[9]) == 1
@@ -168,7 +153,7 @@ def test_keys_are_judged_anew_with_their_table() -> None:
     tier = new_tier(2 * PAGE, [table, other])
     keys_in(tier, "a", table)
     keys_in(tier, "b", other)
-    table.peak, other.peak = 2.0, 1.0
+    table.mean_mass, other.mean_mass = 2.0, 1.0
     for changed in (table, other):
         tier.judge(changed)
     assert tier.make_room(PAGE)

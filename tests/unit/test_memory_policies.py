@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helpers import ByImportance, Joined, fake_segment, here, load, new_table, new_tier, places, usage
+from memory_helpers import ByImportance, Joined, fake_segment, here, keys_in, load, new_table, new_tier, places, usage
 
 from hf_contiguouskv.errors import ConfigError
 from hf_contiguouskv.memory import POLICIES, EvictionPolicy, MemoryTiers
@@ -119,8 +119,8 @@ def test_importance_goes_to_these_layers_and_chunks_only() -> None:
     table.add_importance([0, 2], 1, np.array([0.5, 0.25], dtype=np.float32))
     table.add_importance([2], 0, np.array([1.0], dtype=np.float32))
     assert table.importance.tolist() == [0, 0.5, 0.25, 0, 0, 0, 1.0, 0.5, 0.25]
-    table.note_peak()
-    assert table.peak == 1.0
+    table.note_mass()
+    assert table.mean_mass == pytest.approx((0.75 + 0.0 + 1.75) / 9)
 
 
 @given(st.lists(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3), max_size=12))
@@ -173,20 +173,44 @@ def test_expected_use_is_a_probability_times_the_heat_of_the_prefix() -> None:
     assert worth.tolist() == [3.0 * 1 / 6, 3.0 * 4 / 6, 3.0]
 
 
-@pytest.mark.parametrize("policy", [ExpectedUse(), LeastRecentlyUsed(), LeastFrequentlyUsed(), AttentionGuided()])
+@pytest.mark.parametrize("policy", [ExpectedUse(ahead=1.0), LeastRecentlyUsed(), LeastFrequentlyUsed()])
 @given(history=st.lists(st.sets(st.integers(0, 3), max_size=4), min_size=1, max_size=10))
 @settings(deadline=None)
 def test_keys_are_worth_at_least_as_much_as_the_best_chunk(policy: EvictionPolicy, history: list[set[int]]) -> None:
     table, clock = new_table(1, chunks=4), Clock()
     for used in history:
-        fresh = [place for place in used if not table.loads[place]]
-        table.loads[fresh] = 1
         tell(clock, (table, sorted(used)))
-        table.add_importance([0], 0, np.array([0.125 * (j in used) for j in range(4)], dtype=np.float32))
-    table.note_peak()
-    keys = policy.worth(table.uses_of_keys())
-    assert keys.shape == (1,)
-    assert keys[0] >= policy.worth(table.uses_of(np.arange(4))).max()
+    keys = policy.worth(table.uses_of_keys(["index", "scale"]))
+    assert keys.shape == (2,)
+    assert keys.min() >= policy.worth(table.uses_of(np.arange(4))).max()
+
+
+@pytest.mark.parametrize("ahead", [0.25, 0.5, 1.0])
+def test_keys_are_worth_less_because_they_are_read_ahead(ahead: float) -> None:
+    table, clock = new_table(1, chunks=4), Clock()
+    tell(clock, *[(table, [0, 1])] * 3)
+    keys = ExpectedUse(ahead=ahead).worth(table.uses_of_keys(["index"]))
+    assert keys[0] == ahead * ExpectedUse(ahead=1.0).worth(table.uses_of_keys(["index"]))[0] > 0
+
+
+def test_published_keys_have_the_mass_of_an_average_chunk() -> None:
+    table = new_table(1, chunks=4, layers=2)
+    table.add_importance([0], 0, np.full(4, 0.25, dtype=np.float32))
+    table.add_importance([1], 0, np.full(4, 0.75, dtype=np.float32))
+    table.note_mass()
+    table.key_loads["index.0"] = 2
+    keys = AttentionGuided().worth(table.uses_of_keys(["index.0", "index.1"]))
+    assert keys.tolist() == [2 * 0.5, 0.0]
+
+
+def test_loads_of_keys_are_counted_by_name_when_they_are_kept() -> None:
+    table = new_table(1)
+    tier = new_tier(2 * PAGE, [table], AttentionGuided())
+    for name in ("a", "b"):
+        keys_in(tier, name, table)
+    assert tier.make_room(2 * PAGE)
+    keys_in(tier, "b", table)
+    assert table.key_loads == {"a": 1, "b": 2}
 
 
 # ---- time ----

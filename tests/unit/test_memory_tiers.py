@@ -86,7 +86,7 @@ def test_the_cpu_has_no_tier_of_its_own() -> None:
 def test_tables_count_in_the_host_tier() -> None:
     memory = MemoryTiers(64 * PAGE, 0, "expected-use")
     one = opened(memory, "a", chunks=8)
-    assert memory.host.bytes_by_use["tables"] == memory.host.held_bytes == one.nbytes == 8 * (3 * 4 + 4 + 8 + 8)
+    assert memory.host.bytes_by_use["tables"] == memory.host.held_bytes == one.nbytes == 8 * (3 * 4 + 4 + 8 + 8) + 512
     before = memory.host.held_bytes
     opened(memory, "b", chunks=8)
     assert memory.host.held_bytes == memory.bytes_by_tier["host"] > before
@@ -192,7 +192,7 @@ def test_what_requests_used_is_remembered_of_chunks_that_are_not_in_memory() -> 
     memory = MemoryTiers(64 * PAGE, 0, "published")
     table = opened(memory, "a")
     mass = np.linspace(0, 1, CHUNKS, dtype=np.float32)
-    memory.finished(usage(Joined(table), 2, 5, mass=[mass / 2, mass / 2]))
+    memory.finished(usage(Joined(table), 2, 5, mass=mass))
     assert not table.uses, "only `catch_up` counts"
     memory.catch_up()
     memory.catch_up()

@@ -69,28 +69,29 @@ def slow_importance(inputs, prefix_keys, chunk_size, power=1.0):
 def test_attention_mass_is_the_published_formula(tokens, votes, power, softcap):
     voters = [voting_queries(torch.ones(5, dtype=torch.bool), votes)] * 2
     inputs, keys = some_input(softcap=softcap, voters=voters), keys_of(tokens)
-    fast = AttentionMass(keys, 4, power)(inputs)
-    torch.testing.assert_close(fast, slow_importance(inputs, keys, 4, power), rtol=1e-5, atol=1e-6)
+    importance, mass = AttentionMass(keys, 4, power)(inputs)
+    torch.testing.assert_close(importance, slow_importance(inputs, keys, 4, power), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mass, slow_importance(inputs, keys, 4), rtol=1e-5, atol=1e-6)
 
 
 def test_padding_and_drafts_neither_vote_nor_are_seen():
     voters = [torch.tensor([2, 3]), torch.arange(5)]
     visible = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
     inputs, keys = some_input(voters=voters, visible=visible), keys_of(32)
-    fast = AttentionMass(keys, 4)(inputs)
+    fast = AttentionMass(keys, 4)(inputs).importance
     torch.testing.assert_close(fast, slow_importance(inputs, keys, 4), rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_suffix_is_scored_in_pieces(monkeypatch):
     inputs, keys = some_input(), keys_of(32)
-    whole = AttentionMass(keys, 4)(inputs)
+    whole = AttentionMass(keys, 4, 2.0)(inputs)
     monkeypatch.setattr("hf_contiguouskv.selection.attention_mass.LOGITS_AT_ONCE", 3 * 37)
-    torch.testing.assert_close(AttentionMass(keys, 4)(inputs), whole)
+    torch.testing.assert_close(AttentionMass(keys, 4, 2.0)(inputs), whole)
 
 
 def test_large_logits_do_not_overflow():
     inputs, keys = some_input(scaling=300.0), keys_of(32)
-    assert torch.isfinite(AttentionMass(keys, 4)(inputs)).all()
+    assert torch.isfinite(AttentionMass(keys, 4)(inputs).importance).all()
 
 
 def test_a_row_of_padding_lets_its_last_query_vote():
@@ -130,11 +131,30 @@ def test_segments_are_scored_as_one_prefix():
     torch.testing.assert_close(IndexedKeys(parts, 12, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_mass_from_an_index_is_what_each_voter_spreads_whatever_the_emphasis(power, rows):
+    voters = [torch.tensor([1, 2, 4]), torch.tensor([3])][:rows]
+    inputs, keys = some_input(rows=rows, voters=voters), keys_of(64)
+    importance, mass = IndexedKeys([build_key_index(keys, 4)], 16, power)(inputs)
+    assert importance.shape == mass.shape == (rows, 16)
+    torch.testing.assert_close(mass.sum(-1), torch.tensor([3.0, 1.0])[:rows])
+    # The softmax over the chunks' best logits, by hand.
+    for row in range(rows):
+        queries = inputs.queries[row][:, voters[row]].unflatten(0, (2, 2)).flatten(1, 2)
+        best = torch.bmm(queries, keys.mT).unflatten(-1, (16, 4)).amax(-1) * inputs.scaling
+        share = torch.softmax(best, -1).flatten(0, 1)
+        torch.testing.assert_close(mass[row], share.sum(0) / 4, rtol=0.1, atol=0.02)
+        emphasised = mass[row] if power == 1.0 else share.pow(power).sum(0)
+        torch.testing.assert_close(importance[row], emphasised, rtol=0.2, atol=0.02)
+
+
 def test_an_obvious_needle_is_found_by_both_scorers():
     inputs, keys = some_input(rows=1), keys_of(64) * 0.1
     keys[:, 41] = inputs.queries[0, :, -1].unflatten(0, (2, 2)).sum(1) * 5
     for scorer in (AttentionMass(keys, 4), IndexedKeys([build_key_index(keys, 4)], 16, 2.0)):
-        assert scorer(inputs)[0].argmax() == 10
+        assert scorer(inputs).importance[0].argmax() == 10
+        assert scorer(inputs).mass[0].argmax() == 10
 
 
 @given(st.integers(1, 40), st.data())
