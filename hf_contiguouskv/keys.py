@@ -16,7 +16,7 @@ from .memory.device_tier import DeviceTier
 from .memory.entries import KeptKeys
 from .prefetch import PayloadReads, wait
 from .prefix import AttachedPrefix
-from .selection import AttentionMass, ChunkScorer, IndexedKeys
+from .selection import AttentionMass, ChunkScorer, IndexedKeys, Scratch
 from .slots import copy_in_order
 from .stats import RequestStats
 from .store import PrefixStore
@@ -73,6 +73,9 @@ class KeySource:
         self._names = {
             id(span): f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/" for span in prefix.spans
         }
+        self._scratch = Scratch()
+        self._indexed = _in_all(prefix, "indexed_layers") if config.selection == "indexed_keys" else frozenset()
+        self._leading = _in_all(prefix, "leader_layers")
         self._taken = _Taken()
         give_up = partial(_give_up, self._taken, self._memory.host, stats)
         self._finalizer = weakref.finalize(self, self._memory.defer, give_up)
@@ -80,16 +83,11 @@ class KeySource:
 
     def uses_index(self, layer: int) -> bool:
         """Whether this layer is scored from the int8 index."""
-        return self._config.selection == "indexed_keys" and all(
-            layer in span.segment.geometry.indexed_layers for span in self._prefix.spans
-        )
-
-    def _has_leader_keys(self, layer: int) -> bool:
-        return all(layer in span.segment.geometry.leader_layers for span in self._prefix.spans)
+        return layer in self._indexed
 
     def reads_payload(self, layer: int) -> bool:
         """Whether the keys of this layer can only be had by reading its whole payload."""
-        return not self.uses_index(layer) and not self._has_leader_keys(layer)
+        return layer not in self._indexed and layer not in self._leading
 
     def _tensors(self, layer: int) -> list[str]:
         """Names of the tensors of a segment that this layer is scored from."""
@@ -166,7 +164,7 @@ class KeySource:
             return AttentionMass(self._keys_of_payload(layer, device), g.chunk_size, concentration)
         self._collect(layer, device)
         if self.uses_index(layer):
-            return IndexedKeys(self._index_parts(layer), self._prefix.whole_chunks, concentration)
+            return IndexedKeys(self._index_parts(layer), self._prefix.whole_chunks, concentration, self._scratch)
         return AttentionMass(self._leader_keys(layer, device), g.chunk_size, concentration)
 
     def used(self, layer: int, device: torch.device) -> None:
@@ -280,6 +278,11 @@ class KeySource:
         for batch in self._payload.peek(layer):
             copy_in_order(self._prefix, batch, 0, kv)
         return kv[0].flatten(1, 2)[:, : self._prefix.tokens]
+
+
+def _in_all(prefix: AttachedPrefix, kind: str) -> frozenset[int]:
+    """Layers that every segment of the prefix has this kind of keys for."""
+    return frozenset.intersection(*(frozenset(getattr(span.segment.geometry, kind)) for span in prefix.spans))
 
 
 def _give_up(taken: _Taken, host: Tier, stats: RequestStats) -> None:

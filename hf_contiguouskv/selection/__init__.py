@@ -2,13 +2,14 @@
 
 from .attention_mass import AttentionMass
 from .base import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, voting_queries
-from .indexed_keys import IndexedKeys, build_key_index
+from .indexed_keys import IndexedKeys, Scratch, build_key_index
 
 __all__ = [
     "AttentionMass",
     "ChunkScorer",
     "ChunkScores",
     "IndexedKeys",
+    "Scratch",
     "SelectionInput",
     "build_key_index",
     "choose_chunks",

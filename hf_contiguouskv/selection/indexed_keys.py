@@ -6,10 +6,18 @@ token-in-chunk is the leading axis, so that a chunk's maximum is taken over whol
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
+
+Floats = npt.NDArray[np.float32]
+# Index `(kv_heads, c, chunks, head_dim)` and scale `(kv_heads, head_dim)` of one segment.
+Part = tuple[torch.Tensor, torch.Tensor]
 
 
 def build_key_index(keys: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +45,22 @@ def build_key_index(keys: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, 
     return index, scale.cpu()
 
 
+class Scratch:
+    """Memory for products of keys and queries, used by one layer after the other: fresh megabytes cost more than the
+    arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.int32)
+
+    def of(self, *shape: int) -> torch.Tensor:
+        """int32 of this shape, with anything in it; valid until the next call."""
+        count = math.prod(shape)
+        if len(self._memory) < count:
+            with torch.inference_mode(False):
+                self._memory = torch.empty(count, dtype=torch.int32)
+        return self._memory[:count].view(shape)
+
+
 class IndexedKeys:
     """Softmax over the chunks' best logits, raised to `concentration`, summed over queries and heads.
 
@@ -47,78 +71,122 @@ class IndexedKeys:
         parts: one `(index, scale)` pair per segment of the prefix, in order (see the module's docstring).
         whole_chunks: how many chunks at the beginning are candidates (a partial last one is not).
         concentration: exponent on a chunk's share per head and query.
+        scratch: to be shared by the layers of a request, on a CPU.
     """
 
     def __init__(
-        self,
-        parts: list[tuple[torch.Tensor, torch.Tensor]],
-        whole_chunks: int,
-        concentration: float,
+        self, parts: list[Part], whole_chunks: int, concentration: float, scratch: Scratch | None = None
     ) -> None:
         self.parts = parts
         self.whole_chunks = whole_chunks
         self.concentration = concentration
+        self._scratch = Scratch() if scratch is None else scratch
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
         """See `ChunkScorer`. A chunk's mass is the share of its strongest token among those of all chunks."""
-        return scores_of_rows([self._row(inputs, row) for row in range(inputs.queries.shape[0])])
+        on_cpu = self.parts[0][0].device.type == "cpu"
+        score = self._row_on_cpu if on_cpu else self._row_on_device
+        return scores_of_rows([score(inputs, row) for row in range(inputs.queries.shape[0])])
 
-    def _row(self, inputs: SelectionInput, row: int) -> ChunkScores:
+    def _row_on_cpu(self, inputs: SelectionInput, row: int) -> ChunkScores:
+        # A few thousand numbers per layer, a hundred layers: numpy's calls are a third as long as torch's. Chunks stay
+        # in rows, as the product leaves them; what is summed over queries and heads is summed by a product, too.
         kv_heads = self.parts[0][0].shape[0]
-        queries = _voting(inputs.queries[row], inputs.voters[row]).unflatten(0, (kv_heads, -1))
-        peaks = [chunk_peaks(queries, index, scale, inputs.scaling) for index, scale in self.parts]
-        best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
-        if best.shape[-1] != self.whole_chunks:
-            best = best[..., : self.whole_chunks]
-        share = torch.softmax(squash(best, inputs.softcap), dim=-1).flatten(0, 1)
-        mass = share.sum(0)
+        queries = _voting(inputs.queries[row], inputs.voters[row]).float().numpy().reshape(kv_heads, -1, self._head_dim)
+        logits = [peaks_on_cpu(queries, part, inputs.scaling, self._scratch) for part in self.parts]
+        best = logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+        best = best[:, : self.whole_chunks]
+        if inputs.softcap is not None:
+            best = np.tanh(best / np.float32(inputs.softcap)) * np.float32(inputs.softcap)
+        best -= best.max(axis=1, keepdims=True)
+        unnormalised = np.exp(best, out=best)
+        per_share = 1.0 / unnormalised.sum(axis=1, dtype=np.float32)
+        mass = _sum_of_products(unnormalised, per_share)
         mass /= inputs.queries.shape[1]
         if self.concentration == 1.0:
+            found = torch.from_numpy(mass)
+            return ChunkScores(found, found)
+        power = np.float32(self.concentration)
+        raised = np.square(unnormalised, out=unnormalised) if power == 2.0 else unnormalised**power
+        return ChunkScores(torch.from_numpy(_sum_of_products(raised, per_share**power)), torch.from_numpy(mass))
+
+    def _row_on_device(self, inputs: SelectionInput, row: int) -> ChunkScores:
+        kv_heads = self.parts[0][0].shape[0]
+        queries = inputs.queries[row][:, inputs.voters[row]].reshape(kv_heads, -1, self._head_dim)
+        peaks = [peaks_on_device(queries, part, inputs.scaling) for part in self.parts]
+        best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
+        share = torch.softmax(squash(best[..., : self.whole_chunks], inputs.softcap), dim=-1).flatten(0, 1)
+        mass = share.sum(0) / inputs.queries.shape[1]
+        if self.concentration == 1.0:
             return ChunkScores(mass, mass)
-        share = share.square_() if self.concentration == 2.0 else share.pow_(self.concentration)
-        return ChunkScores(share.sum(0), mass)
+        return ChunkScores(share.pow_(self.concentration).sum(0), mass)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.parts[0][0].shape[-1]
 
 
 def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
     """Rows `voters` (ascending) of `(heads, q, head_dim)`; neighbours, as they nearly always are, without a copy."""
-    if queries.device.type == "cpu":
-        first, last = int(voters[0]), int(voters[-1])
-        if last - first == len(voters) - 1:
-            return queries[:, first : last + 1]
+    first, last = int(voters[0]), int(voters[-1])
+    if last - first == len(voters) - 1:
+        return queries[:, first : last + 1]
     return queries[:, voters]
 
 
-def chunk_peaks(queries: torch.Tensor, index: torch.Tensor, scale: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
-    """The largest `q . k` in each chunk.
+def _sum_of_products(numbers: Floats, weights: Floats) -> Floats:
+    """`(kv_heads, chunks, n)` times `(kv_heads, n)`, summed over heads and `n`: float32 `(chunks,)`."""
+    found: Floats = np.matmul(numbers, weights[:, :, None]).sum(axis=0)[:, 0]
+    return found
+
+
+def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch) -> Floats:
+    """The largest `q . k` in each chunk, by an integer product.
 
     Args:
-        queries: `(kv_heads, group, n, head_dim)`, the query heads of each KV head, any float dtype.
-        index: int8 `(kv_heads, c, chunks, head_dim)`.
-        scale: float32 `(kv_heads, head_dim)`.
+        queries: float32 `(kv_heads, n, head_dim)`, the query heads of each KV head.
+        part: index and scale.
+        scaling: factor on every product.
+        scratch: for the products.
+
+    Returns:
+        float32 `(kv_heads, chunks, n)`.
+    """
+    index, scale = part
+    kv_heads, c, chunks, head_dim = index.shape
+    rows = queries.shape[1]
+    scaled = queries * scale.numpy()[:, None]
+    # Each query gets a scale of its own, so that the product can run in integers.
+    peak = np.abs(scaled).max(axis=-1, keepdims=True)
+    np.maximum(peak, np.float32(1e-20), out=peak)
+    scaled *= np.float32(127.0) / peak
+    rounded = torch.from_numpy(np.rint(scaled, out=scaled).astype(np.int8))
+    products = scratch.of(c, chunks, rows)
+    flat = products.view(-1, rows)
+    best = torch.empty(kv_heads, chunks, rows, dtype=torch.int32)
+    keys = index.view(kv_heads, -1, head_dim).unbind(0)
+    # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
+    for of_head, query, out in zip(keys, rounded.mT.unbind(0), best.unbind(0), strict=True):
+        torch._int_mm(of_head, query, out=flat)
+        torch.amax(products, 0, out=out)
+    peak *= np.float32(scaling / 127.0)
+    found: Floats = torch.mul(best, torch.from_numpy(peak).view(kv_heads, 1, rows)).numpy()
+    return found
+
+
+def peaks_on_device(queries: torch.Tensor, part: Part, scaling: float) -> torch.Tensor:
+    """The largest `q . k` in each chunk, by a product in bfloat16.
+
+    Args:
+        queries: `(kv_heads, n, head_dim)`, any float dtype.
+        part: index and scale.
         scaling: factor on every product.
 
     Returns:
-        float32 `(kv_heads, group * n, chunks)`.
+        float32 `(kv_heads, n, chunks)`.
     """
+    index, scale = part
     kv_heads, c, chunks, head_dim = index.shape
-    # Hundreds of small calls per request: each of these is as short as it can be. One pass for scale, dtype and order.
-    scaled = torch.empty(queries.shape, dtype=torch.float32, device=queries.device)
-    torch.mul(queries, scale[:, None, None], out=scaled)
-    scaled = scaled.view(kv_heads, -1, head_dim)
-    if index.device.type != "cpu":
-        logits = torch.bmm(scaled.to(torch.bfloat16), index.view(kv_heads, -1, head_dim).to(torch.bfloat16).mT)
-        return logits.view(kv_heads, -1, c, chunks).amax(2).float() * scaling
-    # Each query row gets its own scale, so that the product can run in integers.
-    peak = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20)
-    rounded = scaled.mul_(127.0 / peak).round_().to(torch.int8).mT
-    # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
-    rows = rounded.shape[2]
-    products = torch.empty(c, chunks, rows, dtype=torch.int32)
-    flat = products.view(-1, rows)
-    peaks = torch.empty(kv_heads, chunks, rows, dtype=torch.int32)
-    keys = index.view(kv_heads, -1, head_dim)
-    for head in range(kv_heads):
-        torch._int_mm(keys[head], rounded[head], out=flat)
-        torch.amax(products, 0, out=peaks[head])
-    # Turned as integers first: whatever follows runs along the chunks.
-    return peaks.mT.contiguous() * peak.mul_(scaling / 127.0)
+    scaled = (queries.float() * scale[:, None]).to(torch.bfloat16)
+    products = torch.bmm(scaled, index.view(kv_heads, -1, head_dim).to(torch.bfloat16).mT)
+    return products.view(kv_heads, -1, c, chunks).amax(2).float() * scaling

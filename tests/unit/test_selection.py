@@ -15,7 +15,7 @@ from hf_contiguouskv.selection import (
     choose_chunks,
     voting_queries,
 )
-from hf_contiguouskv.selection.indexed_keys import chunk_peaks
+from hf_contiguouskv.selection.indexed_keys import Scratch, peaks_on_cpu, peaks_on_device
 
 
 def some_input(rows=2, heads=4, kv_heads=2, q=5, head_dim=8, seed=0, **changes):
@@ -119,9 +119,44 @@ def test_a_channel_of_zeros_does_not_divide_by_zero():
 
 def test_chunk_peaks_come_close_to_the_exact_maximum():
     keys, queries = keys_of(64), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
-    peaks = chunk_peaks(queries[:, None], *build_key_index(keys, 4))
-    exact = torch.bmm(queries, keys.mT).unflatten(-1, (16, 4)).amax(-1)
-    assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
+    exact = torch.bmm(queries, keys.mT).unflatten(-1, (16, 4)).amax(-1) * 0.5
+    part = build_key_index(keys, 4)
+    integers = torch.from_numpy(peaks_on_cpu(queries.numpy(), part, 0.5, Scratch()))
+    for peaks in (integers.mT, peaks_on_device(queries, part, 0.5)):
+        assert peaks.dtype == torch.float32
+        assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_scratch_memory_is_shared_and_grows():
+    scratch = Scratch()
+    with torch.inference_mode():
+        first = scratch.of(2, 3)
+    assert (first.shape, first.dtype) == ((2, 3), torch.int32)
+    assert not first.is_inference()
+    assert scratch.of(6).data_ptr() == scratch.of(1, 2).data_ptr() == first.data_ptr()
+    assert scratch.of(100).shape == (100,)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_a_cpu_and_a_device_score_alike(power, softcap):
+    voters = [torch.tensor([1, 2, 4]), torch.tensor([3])]
+    inputs, keys = some_input(voters=voters, softcap=softcap), keys_of(67)
+    parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
+    scorer = IndexedKeys(parts, 16, power)
+    for row, (importance, mass) in enumerate(zip(*scorer(inputs), strict=True)):
+        other = scorer._row_on_device(inputs, row)
+        torch.testing.assert_close(importance, other.importance, rtol=0.05, atol=0.01)
+        torch.testing.assert_close(mass, other.mass, rtol=0.05, atol=0.01)
+
+
+def test_scores_of_very_large_and_of_no_logits_are_numbers():
+    inputs, keys = some_input(scaling=1e6), keys_of(32)
+    assert torch.isfinite(IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs).importance).all()
+    inputs = some_input(queries=torch.zeros(1, 4, 5, 8), rows=1)
+    importance, mass = IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs)
+    torch.testing.assert_close(mass, torch.full((1, 8), 5 / 8))
+    torch.testing.assert_close(importance, torch.full((1, 8), 20 / 64))
 
 
 def test_segments_are_scored_as_one_prefix():
@@ -177,6 +212,13 @@ def test_the_best_chunks_are_kept_with_both_ends(chunks, data):
             free = [c for c in range(chunks) if c not in forced]
             best = sorted(free, key=lambda c: -scores[row, c])[: keep - len(forced)]
             assert set(kept) == set(forced) | set(best)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, -1.0, float("inf"), float("nan")]), min_size=1, max_size=12), st.data())
+def test_of_equals_the_earlier_are_kept_and_what_is_no_number_goes_last(scores, data):
+    keep = data.draw(st.integers(1, len(scores)))
+    ranked = sorted(range(len(scores)), key=lambda j: (math.inf if math.isnan(scores[j]) else -scores[j], j))
+    assert choose_chunks(torch.tensor([scores]), keep, 0, 0).tolist() == [sorted(ranked[:keep])]
 
 
 def test_ties_go_to_the_earlier_chunk():
