@@ -158,8 +158,8 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 def main(
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
-    prefix_tokens: int = 8128,
-    suffix_tokens: int = 32,
+    tokens: Annotated[int, typer.Option(help="Prefix and suffix together.")] = 8160,
+    suffix_tokens: Annotated[str, typer.Option(help="Lengths of the suffix, with commas.")] = "32,256",
     rounds: int = 21,
     budgets: Annotated[str, typer.Option(help="Shares of chunks, with commas.")] = "0.05,0.1,1.0",
     model_name: Annotated[str | None, typer.Option("--model")] = None,
@@ -169,11 +169,14 @@ def main(
     from .models import load_model
 
     model, tokenizer = load_model(model_name)
-    ids = document_ids(tokenizer, prefix_tokens + suffix_tokens)
-    results = run(model, ids, suffix_tokens, [float(budget) for budget in budgets.split(",")], rounds)
-    report(results, Console())
+    ids = document_ids(tokenizer, tokens)
+    shares = [float(budget) for budget in budgets.split(",")]
+    found = []
+    for length in suffix_tokens.split(","):
+        found.append(run(model, ids, int(length), shares, rounds))
+        report(found[-1], Console())
     if json_path is not None:
-        json_path.write_text(json.dumps(results, indent=2) + "\n")
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

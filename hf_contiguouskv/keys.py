@@ -27,9 +27,10 @@ from .store.reader import Read, Ticket
 
 @dataclass
 class _Pending:
-    """One tensor of one segment on its way from disk, `nbytes` of it."""
+    """One tensor of one segment on its way from disk, `nbytes` of it; `which` is as in `KeptKeys`."""
 
     name: str
+    which: int
     span: SegmentSpan
     buffer: Buffer
     nbytes: int
@@ -51,8 +52,8 @@ class _Taken:
 class KeySource:
     """Brings what the scorer of a leader layer needs. One per request.
 
-    Keys stay in memory afterwards, where there is room; they are worth at least as much as the best chunk that they
-    lead to. Where a segment has neither index nor leader keys for a layer, that layer's whole payload is read.
+    Keys stay in memory afterwards, where there is room and the policy finds them worth it. Where a segment has neither
+    index nor leader keys for a layer, that layer's whole payload is read.
     """
 
     def __init__(
@@ -123,11 +124,11 @@ class KeySource:
         there = self._memory.on(device)
         tiers = [tier for tier in (there, self._memory.host) if tier is not None]
         for span in self._prefix.spans:
-            for tensor in self._tensors(layer):
+            for number, tensor in enumerate(self._tensors(layer)):
                 name = self._key(span, tensor)
                 if any(self._hold(layer, name, tier) for tier in tiers):
                     continue
-                pending = self._start(span, tensor, must)
+                pending = self._start(span, tensor, 2 * layer + number, must)
                 if pending is None:
                     _give_up_layer(self._taken, layer, self._memory.host, self._stats)
                     return False
@@ -142,7 +143,7 @@ class KeySource:
         self._taken.data.setdefault(layer, {})[name] = keys.buffer.data
         return True
 
-    def _start(self, span: SegmentSpan, tensor: str, must: bool) -> _Pending | None:
+    def _start(self, span: SegmentSpan, tensor: str, which: int, must: bool) -> _Pending | None:
         segment = span.segment
         offset, length = segment.tensor_extent(tensor)
         # There is one checksum for all of it, so all of it is read, whatever part the prefix needs.
@@ -152,7 +153,7 @@ class KeySource:
             return None
         try:
             read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
-            return _Pending(self._key(span, tensor), span, buffer, length, self._store.reader.submit([read]))
+            return _Pending(self._key(span, tensor), which, span, buffer, length, self._store.reader.submit([read]))
         except BaseException:
             self._memory.host.give_back(buffer)
             raise
@@ -198,29 +199,29 @@ class KeySource:
                 self._stats.bytes_read += pending.ticket.bytes_read
                 self._stats.bytes_identified += pending.ticket.bytes_read
             del waiting[0]
-            buffer, host = pending.buffer, self._memory.host
-            if there is None or not self._upload(layer, pending.name, pending.span, buffer.data, there, buffer):
-                self._keep(layer, pending.name, pending.span, buffer, host)
+            buffer, host, keys = pending.buffer, self._memory.host, (pending.name, pending.which)
+            if there is None or not self._upload(layer, *keys, pending.span, buffer.data, there, buffer):
+                self._keep(layer, *keys, pending.span, buffer, host)
             else:
                 host.give_back(buffer)
         if there is not None:
-            for tier, keys in held:
+            for tier, kept in held:
                 if tier is there:
                     # Another stream may have brought them.
-                    there.device.wait(keys.buffer.ready)
-                    there.device.uses(keys.buffer.data)
+                    there.device.wait(kept.buffer.ready)
+                    there.device.uses(kept.buffer.data)
                 else:
-                    span = next(span for span in self._prefix.spans if keys.name.startswith(self._key(span, "")))
-                    self._upload(layer, keys.name, span, keys.buffer.data, there)
+                    span = next(span for span in self._prefix.spans if kept.name.startswith(self._key(span, "")))
+                    self._upload(layer, kept.name, kept.which, span, kept.buffer.data, there)
 
-    def _keep(self, layer: int, name: str, span: SegmentSpan, buffer: Buffer, tier: Tier) -> bool:
+    def _keep(self, layer: int, name: str, which: int, span: SegmentSpan, buffer: Buffer, tier: Tier) -> bool:
         """Keys that have just arrived in `buffer` stay in `tier`, if there is room; if not, until they are used."""
         data = self._taken.data.setdefault(layer, {})
         if tier.on_device or name not in data:
             data[name] = buffer.data
         # What was not compared with its checksum must not reach a request that wants that.
         table = self._memory.table(span.segment)
-        kept = tier.keep_keys(name, buffer, table) if self._config.verify else None
+        kept = tier.keep_keys(name, which, buffer, table) if self._config.verify else None
         if kept is not None:
             self._taken.held.setdefault(layer, []).append((tier, kept))
         else:
@@ -231,6 +232,7 @@ class KeySource:
         self,
         layer: int,
         name: str,
+        which: int,
         span: SegmentSpan,
         source: torch.Tensor,
         there: DeviceTier,
@@ -245,7 +247,7 @@ class KeySource:
         there.device.uses(buffer.data)
         if source_buffer is not None:
             source_buffer.busy = copied
-        return self._keep(layer, name, span, buffer, there)
+        return self._keep(layer, name, which, span, buffer, there)
 
     def _index_parts(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         g = self._prefix.geometry

@@ -342,7 +342,7 @@ class PrefixRequest:
         """
         c, tail = self.prefix.geometry.chunk_size, self.prefix.tail_tokens
         whole = self.keep * c
-        chunks = destination.narrow(3, 0, whole).view(*destination.shape[:3], self.keep, c, -1)
+        chunks = destination.narrow(3, 0, whole).view(*destination.shape[:3], self.keep, c, destination.shape[4])
         if tail:
             last = np.flatnonzero(batch.chunks == self.prefix.whole_chunks)
             if len(last):

@@ -31,9 +31,13 @@ class Buffer:
 
 @dataclass(eq=False)
 class KeptKeys:
-    """Keys that are kept under a name. Whoever holds them gives them back with `Tier.let_go`."""
+    """Keys that are kept under a name. Whoever holds them gives them back with `Tier.let_go`.
+
+    `which`: of their table's (see `SegmentTable.uses_of_keys`).
+    """
 
     name: str
+    which: int
     buffer: Buffer
     table: SegmentTable
     worth: float

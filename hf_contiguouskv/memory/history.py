@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ Places = npt.NDArray[np.int64]
 
 # Requests after which a use counts half as much in `heat`.
 HALF_LIFE = 200
-# What counting the loads of one layer's keys takes up: two names and numbers, roughly.
-_KEY_BOOKS = 512
 # `heat` of older requests is scaled down when newer ones would overflow.
 _RESCALE_AT = 256
 
@@ -105,8 +102,8 @@ class SegmentTable:
         self.prefix_heat = 0.0
         self.mean_mass = 0.0
         self.last_request = 0
-        # How often its keys were loaded, by name.
-        self.key_loads: Counter[str] = Counter()
+        # How often its keys were loaded: two tensors for each layer.
+        self.key_loads = np.zeros(2 * layers, dtype=np.int32)
         # What of `nbytes` the host's tier counts.
         self.counted = 0
         # Chunks and keys of this table that are in some tier.
@@ -116,7 +113,7 @@ class SegmentTable:
     def nbytes(self) -> int:
         """Memory that the table itself takes up."""
         own = self.importance.nbytes + self.loads.nbytes + self.requests.nbytes + self.last.nbytes + self.heat.nbytes
-        return own + sum(slots.nbytes for slots in self.slots.values()) + self.layers * _KEY_BOOKS
+        return own + sum(slots.nbytes for slots in self.slots.values()) + self.key_loads.nbytes
 
     def slots_in(self, tier: str) -> Places:
         """Slots of all places in a tier, int64 `(layers * chunks,)`."""
@@ -153,17 +150,19 @@ class SegmentTable:
             before.prefix_requests + 1,
         )
 
-    def uses_of_keys(self, names: Sequence[str], arriving: Clock | None = None) -> Uses:
-        """History of the keys with these names, which every request to the segment needs.
+    def uses_of_keys(self, which: Sequence[int], arriving: Clock | None = None) -> Uses:
+        """History of keys, which every request to the segment needs.
 
-        `arriving`: as it will be when the request that has just loaded them is over.
+        Args:
+            which: twice the layer, and one more for the second of its tensors.
+            arriving: as it will be when the request that has just loaded them is over.
         """
-        one = np.ones(len(names))
+        one = np.ones(len(which))
         more = 0 if arriving is None else 1
         heat = self.prefix_heat + (0.0 if arriving is None else arriving.weight)
         return Uses(
             one * self.mean_mass,
-            np.array([self.key_loads[name] for name in names], dtype=np.float64),
+            self.key_loads[list(which)].astype(np.float64),
             one * (self.uses + more),
             one * (self.last_request if arriving is None else arriving.now),
             one * heat,

@@ -214,7 +214,7 @@ class Tier:
                     self._arena_of(table).set_worth(known[places], self.policy.worth(table.uses_of(places)))
             keys = [keys for keys in self._keys.values() if keys.table is table]
             if keys:
-                judged = self.policy.worth(table.uses_of_keys([one.name for one in keys]))
+                judged = self.policy.worth(table.uses_of_keys([one.which for one in keys]))
                 for one, worth in zip(keys, judged.tolist(), strict=True):
                     one.worth = worth
                 self._keys_in_order = None
@@ -372,16 +372,19 @@ class Tier:
                 if keys.gone:
                     self._key_bytes -= keys.buffer.counted
 
-    def keep_keys(self, name: str, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
-        """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's."""
+    def keep_keys(self, name: str, which: int, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
+        """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's.
+
+        `which`: see `SegmentTable.uses_of_keys`.
+        """
         with self._lock:
             if not buffer.counted or table is None or self._closed:
                 return None
             if name in self._keys or table.number not in self._tables:
                 return None
-            table.key_loads[name] += 1
-            worth = float(self.policy.worth(table.uses_of_keys([name], self._clock))[0])
-            keys = self._keys[name] = KeptKeys(name, buffer, table, worth, users=1)
+            table.key_loads[which] += 1
+            worth = float(self.policy.worth(table.uses_of_keys([which], self._clock))[0])
+            keys = self._keys[name] = KeptKeys(name, which, buffer, table, worth, users=1)
             self._buffer_bytes -= buffer.counted
             self._key_bytes += buffer.counted
             self._busy_key_bytes += buffer.counted

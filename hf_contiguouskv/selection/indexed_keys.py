@@ -92,7 +92,8 @@ class IndexedKeys:
         # A few thousand numbers per layer, a hundred layers: numpy's calls are a third as long as torch's. Chunks stay
         # in rows, as the product leaves them; what is summed over queries and heads is summed by a product, too.
         kv_heads = self.parts[0][0].shape[0]
-        queries = _voting(inputs.queries[row], inputs.voters[row]).float().numpy().reshape(kv_heads, -1, self._head_dim)
+        voting = _voting(inputs.queries[row], inputs.voters[row]).detach().float()
+        queries = voting.numpy().reshape(kv_heads, -1, self._head_dim)
         logits = [peaks_on_cpu(queries, part, inputs.scaling, self._scratch) for part in self.parts]
         best = logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
         best = best[:, : self.whole_chunks]

@@ -231,16 +231,16 @@ def pageable(slot_bytes: int, max_bytes: int) -> Blocks:
     return PageableBlocks(slot_bytes, max_bytes)
 
 
-def hold_new_keys(tier: Tier, name: str, table: SegmentTable, pages: int = 1) -> KeptKeys:
+def hold_new_keys(tier: Tier, name: str, table: SegmentTable, pages: int = 1, which: int = 0) -> KeptKeys:
     """Keys of so many pages under `name`, with one user."""
     buffer = tier.lease(pages * PAGE, exact=True)
     assert buffer is not None
-    keys = tier.keep_keys(name, buffer, table)
+    keys = tier.keep_keys(name, which, buffer, table)
     assert keys is not None
     assert keys.buffer is buffer
     return keys
 
 
-def keys_in(tier: Tier, name: str, table: SegmentTable, pages: int = 1) -> None:
+def keys_in(tier: Tier, name: str, table: SegmentTable, pages: int = 1, which: int = 0) -> None:
     """Keys of so many pages under `name`, which nobody uses."""
-    tier.let_go(hold_new_keys(tier, name, table, pages))
+    tier.let_go(hold_new_keys(tier, name, table, pages, which))

@@ -146,7 +146,7 @@ def test_keys_of_a_request_that_is_not_over_are_worth_as_much_as_its_chunks(evic
     tell(tier, clock, old, [0, 1], mass=0.125)
     buffer = tier.lease(PAGE, exact=True)
     assert buffer is not None
-    keys = tier.keep_keys("keys", buffer, new)
+    keys = tier.keep_keys("keys", 0, buffer, new)
     assert keys is not None
     tier.let_go(keys)
     load(tier, new, places(0), importance=np.ones(1))

@@ -255,7 +255,7 @@ def test_with_another_accelerator_what_is_in_use_goes_later_and_the_rest_at_once
 def test_tables_made_for_both_tiers_are_counted_and_given_back() -> None:
     machine = Machine(64, 16, "lru")
     table = machine.table("a")
-    assert machine.host.table_bytes == table.nbytes == 16 * (4 * 4 + 8 + 2 * 8) + 512 * table.layers
+    assert machine.host.table_bytes == table.nbytes == 16 * (4 * 4 + 8 + 2 * 8) + 2 * 4 * table.layers
     machine.load(table, 0)
     machine.memory.forget(["a"])
     assert machine.host.table_bytes == 0

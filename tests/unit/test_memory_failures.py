@@ -64,7 +64,7 @@ def test_what_was_taken_before_close_is_given_back_into_nothing(kind: object) ->
     buffer, leased = tier.lease(PAGE, exact=True), tier.lease(PAGE)
     assert buffer is not None
     assert leased is not None
-    keys = tier.keep_keys("keys", buffer, table)
+    keys = tier.keep_keys("keys", 0, buffer, table)
     assert keys is not None
     forgotten = tier.hold_keys("keys")
     buffer.data.fill_(7)
@@ -88,7 +88,7 @@ def test_a_closed_tier_keeps_no_keys() -> None:
     buffer = tier.lease(PAGE, exact=True)
     assert buffer is not None
     tier.close()
-    assert tier.keep_keys("keys", buffer, table) is None
+    assert tier.keep_keys("keys", 0, buffer, table) is None
 
 
 def test_closing_counts_what_was_deferred_and_leaves_nothing() -> None:

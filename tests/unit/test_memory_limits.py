@@ -41,7 +41,7 @@ def test_a_tier_without_room_for_one_chunk_keeps_nothing_and_still_lends_buffers
     buffer = tier.lease(PAGE)
     assert buffer is not None
     assert (buffer.counted, len(buffer.data)) == (0, PAGE)
-    assert tier.keep_keys("keys", buffer, table) is None
+    assert tier.keep_keys("keys", 0, buffer, table) is None
     tier.give_back(buffer)
     assert tier.would_keep(np.ones(2), PAGE) == 0
     assert tier.make_room(0)
@@ -180,7 +180,7 @@ def test_keys_are_kept_once_and_only_of_segments_that_are_known() -> None:
     for name, owner in (("keys", table), ("new", None), ("new", new_table(9))):
         buffer = tier.lease(PAGE, exact=True)
         assert buffer is not None
-        assert tier.keep_keys(name, buffer, owner) is None
+        assert tier.keep_keys(name, 0, buffer, owner) is None
         tier.give_back(buffer)
     check_tier(tier, leased=0)
 

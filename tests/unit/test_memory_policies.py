@@ -180,7 +180,7 @@ def test_keys_are_worth_at_least_as_much_as_the_best_chunk(policy: EvictionPolic
     table, clock = new_table(1, chunks=4), Clock()
     for used in history:
         tell(clock, (table, sorted(used)))
-    keys = policy.worth(table.uses_of_keys(["index", "scale"]))
+    keys = policy.worth(table.uses_of_keys([0, 1]))
     assert keys.shape == (2,)
     assert keys.min() >= policy.worth(table.uses_of(np.arange(4))).max()
 
@@ -189,8 +189,8 @@ def test_keys_are_worth_at_least_as_much_as_the_best_chunk(policy: EvictionPolic
 def test_keys_are_worth_less_because_they_are_read_ahead(ahead: float) -> None:
     table, clock = new_table(1, chunks=4), Clock()
     tell(clock, *[(table, [0, 1])] * 3)
-    keys = ExpectedUse(ahead=ahead).worth(table.uses_of_keys(["index"]))
-    assert keys[0] == ahead * ExpectedUse(ahead=1.0).worth(table.uses_of_keys(["index"]))[0] > 0
+    keys = ExpectedUse(ahead=ahead).worth(table.uses_of_keys([0]))
+    assert keys[0] == ahead * ExpectedUse(ahead=1.0).worth(table.uses_of_keys([0]))[0] > 0
 
 
 def test_published_keys_have_the_mass_of_an_average_chunk() -> None:
@@ -198,19 +198,19 @@ def test_published_keys_have_the_mass_of_an_average_chunk() -> None:
     table.add_importance([0], 0, np.full(4, 0.25, dtype=np.float32))
     table.add_importance([1], 0, np.full(4, 0.75, dtype=np.float32))
     table.note_mass()
-    table.key_loads["index.0"] = 2
-    keys = AttentionGuided().worth(table.uses_of_keys(["index.0", "index.1"]))
+    table.key_loads[2] = 2
+    keys = AttentionGuided().worth(table.uses_of_keys([2, 3]))
     assert keys.tolist() == [2 * 0.5, 0.0]
 
 
-def test_loads_of_keys_are_counted_by_name_when_they_are_kept() -> None:
-    table = new_table(1)
+def test_loads_of_keys_are_counted_when_they_are_kept() -> None:
+    table = new_table(1, layers=2)
     tier = new_tier(2 * PAGE, [table], AttentionGuided())
-    for name in ("a", "b"):
-        keys_in(tier, name, table)
+    keys_in(tier, "a", table, which=0)
+    keys_in(tier, "b", table, which=3)
     assert tier.make_room(2 * PAGE)
-    keys_in(tier, "b", table)
-    assert table.key_loads == {"a": 1, "b": 2}
+    keys_in(tier, "b", table, which=3)
+    assert table.key_loads.tolist() == [1, 0, 0, 2]
 
 
 # ---- time ----

@@ -119,7 +119,7 @@ class TierMachine(RuleBasedStateMachine):
         assert (buffer.data == mark).all()
         if as_keys:
             had, table = self.tier.has_keys(name), self.a_table(data)
-            kept = self.tier.keep_keys(name, buffer, table)
+            kept = self.tier.keep_keys(name, 0, buffer, table)
             assert (kept is not None) is (buffer.counted > 0 and not had)
             if kept is not None:
                 assert kept.buffer is buffer
@@ -312,7 +312,7 @@ class Crowd:
         buffer = self.tier.lease(int(rng.integers(1, 3)) * PAGE, exact=True)
         assert buffer is not None
         buffer.data.fill_(mark)
-        keys = self.tier.keep_keys(name, buffer, table)
+        keys = self.tier.keep_keys(name, 0, buffer, table)
         assert (buffer.data == mark).all()
         if keys is None:
             self.tier.give_back(buffer)

@@ -86,7 +86,7 @@ def test_the_cpu_has_no_tier_of_its_own() -> None:
 def test_tables_count_in_the_host_tier() -> None:
     memory = MemoryTiers(64 * PAGE, 0, "expected-use")
     one = opened(memory, "a", chunks=8)
-    assert memory.host.bytes_by_use["tables"] == memory.host.held_bytes == one.nbytes == 8 * (3 * 4 + 4 + 8 + 8) + 512
+    assert memory.host.bytes_by_use["tables"] == memory.host.held_bytes == one.nbytes == 8 * (3 * 4 + 4 + 8 + 8) + 2 * 4
     before = memory.host.held_bytes
     opened(memory, "b", chunks=8)
     assert memory.host.held_bytes == memory.bytes_by_tier["host"] > before
@@ -252,7 +252,7 @@ def test_only_the_segments_with_these_keys_are_forgotten() -> None:
         load(memory.host, table, places(0, 1))
         buffer = memory.host.lease(PAGE, exact=True)
         assert buffer is not None
-        kept = memory.host.keep_keys(f"{table.number}", buffer, table)
+        kept = memory.host.keep_keys(f"{table.number}", 0, buffer, table)
         assert kept is not None
         memory.host.let_go(kept)
     memory.forget(["a"])

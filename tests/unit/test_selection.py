@@ -150,6 +150,15 @@ def test_a_cpu_and_a_device_score_alike(power, softcap):
         torch.testing.assert_close(mass, other.mass, rtol=0.05, atol=0.01)
 
 
+def test_queries_that_require_a_gradient_are_scored_all_the_same():
+    """Outside of `no_grad`, a model in float32 hands out tensors of that kind."""
+    inputs, keys = some_input(), keys_of(32)
+    inputs.queries.requires_grad_()
+    with torch.no_grad():
+        scores = IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs)
+    assert not scores.importance.requires_grad
+
+
 def test_scores_of_very_large_and_of_no_logits_are_numbers():
     inputs, keys = some_input(scaling=1e6), keys_of(32)
     assert torch.isfinite(IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs).importance).all()

@@ -1,0 +1,44 @@
+"""How right one answer is, between 0 and 1; the `evaluate` modules beside this file average it."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous white space (as SQuAD and NQ-Open compare)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers, but for what `normalised` takes away."""
+    return float(normalised(prediction) in {normalised(answer) for answer in answers})
+
+
+def qa_f1(prediction: str, answers: Sequence[str]) -> float:
+    """F1 of the words of the prediction, with the answer that fits best."""
+    return max((_f1(normalised(prediction).split(), normalised(answer).split()) for answer in answers), default=0.0)
+
+
+def _f1(found: list[str], wanted: list[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted))
+
+
+def needle_recall(prediction: str, answers: Sequence[str]) -> float:
+    """Share of the answers that the prediction contains, whatever else it says; letters' case does not matter."""
+    said = prediction.lower()
+    return sum(answer.lower() in said for answer in answers) / len(answers)
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the label is right."""
+    return float(prediction in answers)

@@ -1,0 +1,48 @@
+"""What systems are asked: one module per task, one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .base import Request, Task
+from .common_words import common_words
+from .kv_retrieval import kv_retrieval
+from .needle import needle, needle_multikey
+from .nq_open import nq_open
+from .rows import DataMissingError
+from .rte import rte
+from .sst2 import sst2
+from .subj import subj
+from .trec import trec
+from .variable_tracking import variable_tracking
+
+TASKS: dict[str, Callable[[Path | str | None], Task]] = {
+    "sst2": sst2,
+    "subj": subj,
+    "trec": trec,
+    "rte": rte,
+    "needle": needle,
+    "needle_multikey": needle_multikey,
+    "variable_tracking": variable_tracking,
+    "common_words": common_words,
+    "kv_retrieval": kv_retrieval,
+    "nq_open": nq_open,
+}
+
+__all__ = ["TASKS", "DataMissingError", "Request", "Task", "task_named"]
+
+
+def task_named(name: str, data_dir: Path | str | None = None) -> Task:
+    """A task by its name.
+
+    Args:
+        name: one of `TASKS`.
+        data_dir: folder with local data; default: `$CONTIGUOUSKV_DATA`, else the Hub.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")
+    return TASKS[name](data_dir)

@@ -1,0 +1,67 @@
+"""Real text to hide things in: passages of NQ-Open where there is a data folder, else Python's language reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..documents import reference_text
+from .base import encode
+from .rows import data_folder, load_rows
+
+
+def paragraphs(data_dir: Path | str | None) -> list[str]:
+    """Pieces of about a hundred words, always in the same order."""
+    if data_folder(data_dir) is None:
+        return [piece.strip() for piece in reference_text().split("\n\n") if len(piece) > 80]
+    rows = load_rows("nq_open", "test", data_dir, None)
+    return [document["text"] for row in rows for document in row["documents"]]
+
+
+class Haystack:
+    """Text of any length with sentences hidden in it.
+
+    Args:
+        tokenizer: of the model.
+        data_dir: local data.
+    """
+
+    def __init__(self, tokenizer: Any, data_dir: Path | str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._pieces = paragraphs(data_dir)
+
+    def hide(
+        self, needles: Sequence[tuple[float, str]], tokens: int, begin: str, chance: random.Random
+    ) -> torch.Tensor:
+        """Token ids int64 `(n,)`, about `tokens` of them: `begin`, then paragraphs with the needles between them.
+
+        Args:
+            needles: depth (0 is the beginning, 1 the end) and text of each; a needle never cuts a paragraph.
+            tokens: how long the text shall be, needles included; it is shorter by less than a paragraph.
+            begin: what comes first.
+            chance: chooses the paragraphs.
+
+        Raises:
+            ValueError: there is less text than that.
+        """
+        first = encode(self._tokenizer, begin)
+        hidden = [(depth, encode(self._tokenizer, f"{text}\n\n")) for depth, text in needles]
+        room = tokens - len(first) - sum(len(ids) for _, ids in hidden)
+        order = chance.sample(range(len(self._pieces)), len(self._pieces))
+        hay: list[torch.Tensor] = []
+        for number in order:
+            piece = encode(self._tokenizer, f"{self._pieces[number]}\n\n")
+            if len(piece) > room:
+                break
+            hay.append(piece)
+            room -= len(piece)
+        else:
+            raise ValueError(f"there is not enough text for {tokens} tokens")
+        # From the back, so that places before it stay what they are.
+        for depth, ids in sorted(hidden, key=lambda one: -one[0]):
+            hay.insert(round(depth * len(hay)), ids)
+        return torch.cat([first, *hay])

@@ -1,0 +1,75 @@
+"""A needle in a haystack: one sentence of a long text answers the question; with several keys, others look like it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base import Request, answer_turn, encode, user_turn
+from .haystack import Haystack
+
+CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Seoul", "Delhi", "Accra", "Turin", "Kyoto", "Perth", "Riga")
+_BEGIN = user_turn("Read this text. It hides secret numbers.\n\n")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Secret numbers of cities in real text.
+
+    Attributes:
+        name: of the task.
+        keys: needles in one prefix; each is asked for, so a prefix has as many requests.
+        tokens: of the prefix.
+        data_dir: local data.
+    """
+
+    name: str
+    keys: int
+    tokens: int = 2048
+    data_dir: Path | str | None = None
+    metric: str = "needle_recall"
+
+    def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
+        """See `Task`. Depths are spread evenly over the text."""
+        haystack = Haystack(tokenizer, self.data_dir)
+        chance = random.Random(f"{self.name} {seed}")
+        prefixes = -(-count // self.keys)
+        # Evenly over all needles, and each prefix has some of everywhere.
+        depths = [(number + 0.5) / (prefixes * self.keys) for number in range(prefixes * self.keys)]
+        found: list[Request] = []
+        for prefix in range(prefixes):
+            mine = depths[prefix::prefixes]
+            cities = chance.sample(CITIES, self.keys)
+            numbers = [str(chance.randint(10000, 99999)) for _ in cities]
+            needles = [
+                (depth, f"The secret number of {city} is {number}. Remember it.")
+                for depth, city, number in zip(mine, cities, numbers, strict=True)
+            ]
+            prefix_ids = haystack.hide(needles, self.tokens, _BEGIN, chance)
+            for depth, city, number in zip(mine, cities, numbers, strict=True):
+                asked = answer_turn(f"What is the secret number of {city}?", f"The secret number of {city} is")
+                found.append(
+                    Request(
+                        self.name,
+                        len(found),
+                        prefix_ids,
+                        prefix,
+                        encode(tokenizer, asked),
+                        (number,),
+                        max_new_tokens=8,
+                        about=(("depth", round(depth, 4)),),
+                    )
+                )
+        return found[:count]
+
+
+def needle(data_dir: Path | str | None = None) -> Needle:
+    """One needle in 2,048 tokens."""
+    return Needle("needle", 1, data_dir=data_dir)
+
+
+def needle_multikey(data_dir: Path | str | None = None) -> Needle:
+    """Four needles in 2,048 tokens, of which one is asked for."""
+    return Needle("needle_multikey", 4, data_dir=data_dir)

@@ -1,0 +1,66 @@
+"""Rows of data sets: from local JSON Lines files, or from the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where the Hub has the same data.
+
+    Attributes:
+        path, config, revision: of the data set; one that needs no script.
+        splits: what its splits are called, by our names ("train", "test").
+        row: turns one of its rows into one with our fields.
+    """
+
+    path: str
+    row: Callable[[Row], Row]
+    config: str | None = None
+    revision: str | None = None
+    splits: tuple[tuple[str, str], ...] = (("train", "train"), ("test", "test"))
+
+
+class DataMissingError(Exception):
+    """A data set is neither in the data folder nor can it be had from the Hub."""
+
+
+def data_folder(chosen: Path | str | None) -> Path | None:
+    """The folder with local data: `chosen`, else `$CONTIGUOUSKV_DATA`, else `None`."""
+    found = chosen or os.environ.get("CONTIGUOUSKV_DATA")
+    return Path(found) if found else None
+
+
+def load_rows(name: str, split: str, data_dir: Path | str | None, hub: HubSource | None) -> list[Row]:
+    """All rows of a split: of `<data_dir>/<name>/<split>.jsonl` if there is a data folder, else of the Hub.
+
+    Raises:
+        DataMissingError: neither can be read.
+    """
+    folder = data_folder(data_dir)
+    if folder is not None:
+        path = folder / name / f"{split}.jsonl"
+        if not path.is_file():
+            raise DataMissingError(f"{name}: there is no {path}")
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    if hub is None:
+        raise DataMissingError(f"{name}: only local files are supported; pass --data-dir")
+    from datasets import load_dataset
+
+    theirs = dict(hub.splits)[split]
+    try:
+        found = load_dataset(hub.path, hub.config, split=theirs, revision=hub.revision)
+    except Exception as error:
+        raise DataMissingError(
+            f"{name}: {hub.path} could not be loaded from the Hub; pass --data-dir with {name}/{split}.jsonl"
+        ) from error
+    return [hub.row(row) for row in found]

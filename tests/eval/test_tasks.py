@@ -1,0 +1,245 @@
+"""Tasks: the same requests for the same seed, prefixes that are really shared, and answers that are really in them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval.tasks import TASKS, DataMissingError, task_named
+from eval.tasks.haystack import Haystack
+from eval.tasks.needle import Needle
+from eval.tasks.rows import HubSource, load_rows
+
+ALL = sorted(TASKS)
+
+
+class Words:
+    """A tokenizer that keeps every piece: words with the space before them, and single other characters."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.numbers: dict[str, int] = {}
+
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        found = []
+        for piece in re.findall(r" ?\w+|\W", text):
+            if piece not in self.numbers:
+                self.numbers[piece] = len(self.pieces)
+                self.pieces.append(piece)
+            found.append(self.numbers[piece])
+        return {"input_ids": found}
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return "".join(self.pieces[int(number)] for number in ids)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Small files with the fields of the real ones."""
+    chance = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join("".join(chance.choices("abcdefgh", k=chance.randint(5, 8))) for _ in range(count))
+
+    def write(name: str, split: str, rows: list[dict[str, Any]]) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name, labels in (("sst2", 2), ("subj", 2), ("trec", 6)):
+        for split, count in (("train", 130), ("test", 12)):
+            write(name, split, [{"text": words(6), "label": number % labels} for number in range(count)])
+    for split, count in (("train", 90), ("test", 12)):
+        rows = [{"premise": words(9), "hypothesis": words(4), "label": number % 2} for number in range(count)]
+        write("rte", split, rows)
+    pairs = [[words(1) + str(number), words(1) + str(number)] for number in range(75)]
+    records = [{"ordered_kv_records": pairs, "key": pairs[n][0], "value": pairs[n][1]} for n in range(12)]
+    write("kv_retrieval", "test", records)
+    common = [words(1) for _ in range(300)]
+    passages = [" ".join(chance.choices(common, k=60)) for _ in range(80)]
+    write(
+        "nq_open",
+        "test",
+        [
+            {"question": words(5), "answers": [passage.split()[7]], "documents": [{"title": words(2), "text": passage}]}
+            for passage in passages
+        ],
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_requests_are_the_same_for_the_same_seed_and_others_for_another(name: str, data_dir: Path) -> None:
+    tokenizer = Words()
+    first, again, other = (task_named(name, data_dir).requests(tokenizer, 6, seed) for seed in (0, 0, 1))
+    assert [request.key for request in first] == [f"{name}/{number}" for number in range(6)]
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one.prefix_ids, two.prefix_ids)
+        assert torch.equal(one.suffix_ids, two.suffix_ids)
+        assert (one.answers, one.choices, one.about) == (two.answers, two.choices, two.about)
+    assert any(
+        one.answers != two.answers or not torch.equal(one.suffix_ids, two.suffix_ids)
+        for one, two in zip(first, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_requests_of_one_prefix_share_it_and_ask_different_things(name: str, data_dir: Path) -> None:
+    requests = task_named(name, data_dir).requests(Words(), 8)
+    by_prefix: dict[int, list[Any]] = {}
+    for request in requests:
+        by_prefix.setdefault(request.prefix, []).append(request)
+        assert request.prefix_ids.dtype == request.suffix_ids.dtype == torch.int64
+        assert len(request.prefix_ids) > 4 * len(request.suffix_ids) > 0
+    for mine in by_prefix.values():
+        assert all(torch.equal(request.prefix_ids, mine[0].prefix_ids) for request in mine)
+        assert len({tuple(request.suffix_ids.tolist()) for request in mine}) == len(mine)
+    assert list(by_prefix) == list(range(len(by_prefix)))
+
+
+@pytest.mark.parametrize(("name", "shots"), [("sst2", 100), ("subj", 110), ("trec", 120), ("rte", 80)])
+def test_few_shot_tasks_have_as_many_examples_as_in_the_paper(name: str, shots: int, data_dir: Path) -> None:
+    tokenizer = Words()
+    requests = task_named(name, data_dir).requests(tokenizer, 12)
+    prefix = tokenizer.decode(requests[0].prefix_ids)
+    examples = prefix.split("\n\n")
+    assert examples.pop() == ""
+    assert len(examples) == len(set(examples)) == shots
+    labels = set(requests[0].choices)
+    assert {example.rsplit(" ", 1)[1] for example in examples} == labels
+    for request in requests:
+        assert request.prefix == 0
+        asked = tokenizer.decode(request.suffix_ids)
+        # It goes on exactly as the examples do.
+        assert asked.endswith(":")
+        assert request.answers[0] in labels
+        assert asked not in prefix
+
+
+@pytest.mark.parametrize(
+    "name", ["needle", "needle_multikey", "variable_tracking", "common_words", "kv_retrieval", "nq_open"]
+)
+def test_answers_are_in_the_prefix_and_not_in_the_question(name: str, data_dir: Path) -> None:
+    tokenizer = Words()
+    for request in task_named(name, data_dir).requests(tokenizer, 6):
+        prefix, asked = tokenizer.decode(request.prefix_ids), tokenizer.decode(request.suffix_ids)
+        for answer in request.answers:
+            assert answer in prefix
+            assert answer not in asked
+        assert request.max_new_tokens > 1
+        assert not request.choices
+
+
+def test_needles_lie_at_the_depths_that_they_say(data_dir: Path) -> None:
+    tokenizer = Words()
+    requests = Needle("needle", 1, 1500, data_dir).requests(tokenizer, 10)
+    depths = [dict(request.about)["depth"] for request in requests]
+    assert sorted(depths) == pytest.approx([0.05 + 0.1 * number for number in range(10)])
+    for request, depth in zip(requests, depths, strict=True):
+        assert 1350 < len(request.prefix_ids) <= 1500
+        text = tokenizer.decode(request.prefix_ids)
+        assert text.count(request.answers[0]) == 1
+        assert text.index(request.answers[0]) / len(text) == pytest.approx(depth, abs=0.12)
+
+
+def test_needles_of_one_prefix_belong_to_different_cities(data_dir: Path) -> None:
+    tokenizer = Words()
+    requests = Needle("needle_multikey", 4, 1500, data_dir).requests(tokenizer, 8)
+    assert [request.prefix for request in requests] == [0] * 4 + [1] * 4
+    assert len({request.answers for request in requests[:4]}) == 4
+    text = tokenizer.decode(requests[0].prefix_ids)
+    assert text.count("The secret number of") == 4
+
+
+def test_assignments_come_after_what_they_refer_to(data_dir: Path) -> None:
+    tokenizer = Words()
+    for request in task_named("variable_tracking", data_dir).requests(tokenizer, 6):
+        text = tokenizer.decode(request.prefix_ids)
+        places = [text.index(f"VAR {name} =") for name in request.answers]
+        assert places == sorted(places)
+        assert len(places) == 3
+
+
+def test_common_words_come_more_often_than_all_others(data_dir: Path) -> None:
+    tokenizer = Words()
+    for request in task_named("common_words", data_dir).requests(tokenizer, 3):
+        listed = re.findall(r"\d+\. (\w+)", tokenizer.decode(request.prefix_ids))
+        counts = {word: listed.count(word) for word in listed}
+        assert {word for word, count in counts.items() if count == 30} == set(request.answers)
+        assert {count for word, count in counts.items() if word not in request.answers} == {3}
+        assert len(request.prefix_ids) <= 2048
+
+
+def test_without_a_data_folder_a_haystack_is_the_built_in_text() -> None:
+    tokenizer = Words()
+    ids = Haystack(tokenizer).hide([(0.0, "first"), (1.0, "last")], 1000, "begin ", random.Random(0))
+    text = tokenizer.decode(ids)
+    assert 600 < len(ids) <= 1000
+    assert text.startswith("begin first\n\n")
+    assert text.endswith("last\n\n")
+
+
+def test_more_text_than_there_is_is_refused(data_dir: Path) -> None:
+    with pytest.raises(ValueError, match="not enough text for 10000000 tokens"):
+        Haystack(Words(), data_dir).hide([], 10_000_000, "", random.Random(0))
+
+
+@pytest.mark.parametrize("name", ["sst2", "kv_retrieval"])
+def test_more_requests_than_rows_are_refused(name: str, data_dir: Path) -> None:
+    with pytest.raises(ValueError, match="rows were asked for"):
+        task_named(name, data_dir).requests(Words(), 10_000)
+
+
+def test_a_missing_file_is_named(data_dir: Path) -> None:
+    (data_dir / "sst2" / "train.jsonl").unlink()
+    with pytest.raises(DataMissingError, match=r"there is no .*sst2/train\.jsonl"):
+        task_named("sst2", data_dir).requests(Words(), 1)
+
+
+def test_the_folder_is_taken_from_the_environment(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTIGUOUSKV_DATA", str(data_dir))
+    assert len(load_rows("sst2", "test", None, None)) == 12
+
+
+def test_without_folder_and_hub_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONTIGUOUSKV_DATA", raising=False)
+    for name in ("sst2", "kv_retrieval"):
+        with pytest.raises(DataMissingError, match="pass --data-dir"):
+            task_named(name).requests(Words(), 1)
+
+
+def test_rows_of_the_hub_get_our_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source, with a row as its data card shows it."""
+    theirs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "sst2": ({"sentence": "dull ", "label": 0}, {"text": "dull", "label": 0}),
+        "subj": ({"text": "a fact .", "label_text": "objective"}, {"text": "a fact .", "label": 1}),
+        "trec": ({"text": "Who ?", "coarse_label": 3}, {"text": "Who ?", "label": 3}),
+        "rte": (
+            {"sentence1": "A.", "sentence2": "B.", "label": 1},
+            {"premise": "A.", "hypothesis": "B.", "label": 1},
+        ),
+    }
+    asked = []
+
+    def load_dataset(path: str, config: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+        asked.append((path, config, split, revision))
+        return [theirs[current][0]]
+
+    monkeypatch.delenv("CONTIGUOUSKV_DATA", raising=False)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for current, (_, ours) in theirs.items():
+        hub = task_named(current).hub  # type: ignore[attr-defined]
+        assert isinstance(hub, HubSource)
+        assert load_rows(current, "test", None, hub) == [ours]
+    assert ("nyu-mll/glue", "rte", "validation", None) in asked
+    assert ("CogComp/trec", None, "test", "refs/convert/parquet") in asked
+
+
+def test_an_unknown_task_is_refused_with_the_names_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"kv_retrieval.*sst2.*got 'sst3'"):
+        task_named("sst3")
