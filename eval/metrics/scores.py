@@ -6,6 +6,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -42,3 +44,15 @@ def needle_recall(prediction: str, answers: Sequence[str]) -> float:
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 if the label is right."""
     return float(prediction in answers)
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L F1 with the answer that fits best."""
+    return float(_rouge().score_multi(answers, prediction)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])

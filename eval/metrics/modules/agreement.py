@@ -1,0 +1,11 @@
+"""Share of positions at which prediction and reference think the same token the likeliest."""
+
+from __future__ import annotations
+
+from eval.metrics import base, fidelity
+
+
+class Agreement(base.MeanOfLogits):
+    """Share of positions at which prediction and reference think the same token the likeliest."""
+
+    of_positions = staticmethod(fidelity.agreement)

@@ -1,0 +1,11 @@
+"""Share of requests whose text is one of the answers, but for case, punctuation, articles and white space."""
+
+from __future__ import annotations
+
+from eval.metrics import base, scores
+
+
+class ExactMatch(base.MeanScore):
+    """Share of requests whose text is one of the answers, but for case, punctuation, articles and white space."""
+
+    score = staticmethod(scores.exact_match)

@@ -1,0 +1,11 @@
+"""Mean F1 of the words of an answer, with the right answer that fits best (as SQuAD measures it)."""
+
+from __future__ import annotations
+
+from eval.metrics import base, scores
+
+
+class QaF1(base.MeanScore):
+    """Mean F1 of the words of an answer, with the right answer that fits best (as SQuAD measures it)."""
+
+    score = staticmethod(scores.qa_f1)

@@ -1,0 +1,11 @@
+"""Mean ROUGE-L F1, with the right answer that fits best (Lin 2004)."""
+
+from __future__ import annotations
+
+from eval.metrics import base, scores
+
+
+class RougeL(base.MeanScore):
+    """Mean ROUGE-L F1, with the right answer that fits best (Lin 2004)."""
+
+    score = staticmethod(scores.rouge_l)
