@@ -1,11 +1,13 @@
-"""AttentionStore as it deserves: the whole prefix KV loaded layer by layer, every read overlapped with compute.
+"""AttentionStore (ATC'24): the whole prefix KV loaded layer by layer.
 
-Same files, same layout, same reader and threads as the library. All layers are asked for at once, in order; a layer's
-attention waits for that layer alone.
+Same files, same layout, same reader and threads as the library. With overlap (as it deserves) all layers are asked for
+at once, in order, and a layer's attention waits for that layer alone; without (as papers that compare with it run it) a
+layer is asked for when attention gets there.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +15,27 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, RequestStats
 from hf_contiguouskv.prefetch import PayloadReads
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.slots import copy_in_order
-from hf_contiguouskv.stats import RequestStats
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.fingerprint import model_fingerprint
+
+from .base import NotStoredError
 
 ROOM = 256
 
 
 class _LoadedLayer(DynamicLayer):
-    """A layer whose prefix is on its way from disk until the first update."""
+    """A layer whose prefix is on its way from disk until the first update; `ask`: it is asked for only then."""
 
-    def __init__(self, layer: int, prefix: AttachedPrefix, reads: PayloadReads) -> None:
+    def __init__(self, layer: int, prefix: AttachedPrefix, reads: PayloadReads, ask: bool) -> None:
         super().__init__()
         self._layer = layer
         self._prefix = prefix
         self._reads: PayloadReads | None = reads
+        self._ask = ask
         self._buffers: list[torch.Tensor] = []
         self._length = 0
 
@@ -53,6 +58,8 @@ class _LoadedLayer(DynamicLayer):
         self.lazy_initialization(key_states, key_states)
         g = self._prefix.geometry
         count = self._prefix.chunks
+        if self._ask:
+            self._reads.ask([self._layer], np.arange(count), torch.device("cpu"))
         # One copy, from the chunks' order on disk to the order that attention wants.
         both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + ROOM, g.head_dim)
         chunks = both[:, 0, :, : count * g.chunk_size].unflatten(2, (count, g.chunk_size))
@@ -66,24 +73,87 @@ class _LoadedLayer(DynamicLayer):
         return self._prefix.tokens if self._reads is not None else self._length
 
 
-def overlapped_full_load(model: Any, prefix_ids: torch.Tensor, store: PrefixStore, stats: RequestStats) -> DynamicCache:
-    """A `DynamicCache` that holds a stored prefix, all of whose reads are under way.
+def full_load(
+    model: Any, prefix_ids: torch.Tensor, store: PrefixStore, stats: RequestStats, overlap: bool = True
+) -> DynamicCache:
+    """A `DynamicCache` that holds a stored prefix; with `overlap` all of its reads are under way.
 
     Args:
-        model: the causal language model whose KV is stored.
+        model: the causal language model whose KV is stored, on the CPU.
         prefix_ids: int64 `(n,)`, stored in full.
         store: where.
-        stats: receives `bytes_read` and `io_wait_s`.
+        stats: receives `bytes_read`, `bytes_used` and `io_wait_s`.
+        overlap: whether reads run ahead of compute.
+
+    Raises:
+        NotStoredError: the prefix is not stored.
     """
     ids = prefix_ids.numpy().astype(np.int64)
     stored = store.lookup(model_fingerprint(model), ids, 16)
     if stored is None or stored.tokens < len(ids):
-        raise ValueError("the prefix is not stored")
+        raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
     prefix = AttachedPrefix.of(stored, len(ids))
     reads = PayloadReads(prefix, store.reader, store.memory, stats, verify=True)
     cache = DynamicCache()
-    cache.layers = [_LoadedLayer(layer, prefix, reads) for layer in range(prefix.geometry.num_layers)]
+    layers = range(prefix.geometry.num_layers)
+    cache.layers = [_LoadedLayer(layer, prefix, reads, not overlap) for layer in layers]
     cache.layer_class_to_replicate = None
-    for layer in range(prefix.geometry.num_layers):
-        reads.ask([layer], np.arange(prefix.chunks), torch.device("cpu"))
+    if overlap:
+        for layer in layers:
+            reads.ask([layer], np.arange(prefix.chunks), torch.device("cpu"))
+    stats.bytes_used = len(layers) * prefix.tokens * prefix.token_bytes()
     return cache
+
+
+class AttentionStore:
+    """All KV of the prefix, from a store in a folder that is opened anew after `forget`.
+
+    Args:
+        model: whose prefixes, on the CPU.
+        folder: of the store.
+        overlap: see `full_load`.
+        store_options: of `PrefixStore`; chunks that stay in memory go by LRU, as published.
+    """
+
+    def __init__(self, model: Any, folder: Path, overlap: bool = True, **store_options: Any) -> None:
+        self.name = "attentionstore_overlapped" if overlap else "attentionstore"
+        self._model = model
+        self._folder = folder
+        self._overlap = overlap
+        self._options = {"eviction": "lru"} | store_options
+        self._store: PrefixStore | None = None
+        self._stats = RequestStats()
+
+    def _opened(self) -> PrefixStore:
+        if self._store is None:
+            self._store = PrefixStore(self._folder, **self._options)
+        return self._store
+
+    def store(self, prefix_ids: torch.Tensor) -> None:
+        """See `System`."""
+        ContiguousKVCache(self._model, prefix_ids, store=self._opened(), config=ContiguousKVConfig(budget=1.0)).close()
+
+    def files(self) -> list[Path]:
+        """See `System`."""
+        return sorted(self._folder.rglob("*.safetensors"))
+
+    def forget(self) -> None:
+        """See `System`: the store is opened again inside the timer."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def cache(self, prefix_ids: torch.Tensor) -> Any:
+        """See `System`."""
+        self._stats = RequestStats()
+        return full_load(self._model, prefix_ids, self._opened(), self._stats, self._overlap)
+
+    def finish(self, cache: Any) -> RequestStats:
+        """See `System`."""
+        return self._stats
+
+    def __enter__(self) -> AttentionStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.forget()

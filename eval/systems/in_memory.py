@@ -1,0 +1,68 @@
+"""The whole cache kept in memory: the reference for quality, and for time where memory is no object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from hf_contiguouskv import RequestStats
+
+from .base import NotStoredError, key_of
+
+
+def prefill(model: Any, prefix_ids: torch.Tensor, block: int = 512) -> DynamicCache:
+    """A `DynamicCache` of the prefix, computed block by block."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part in prefix_ids.to(model.device).split(block):
+            model(input_ids=part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+class InMemory:
+    """A `DynamicCache` for every prefix. Requests use it in turn, and what they added is cropped away again: the next
+    one pays nothing for a copy."""
+
+    name = "in_memory"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._caches: dict[bytes, DynamicCache] = {}
+        self._lengths: dict[int, int] = {}
+
+    def store(self, prefix_ids: torch.Tensor) -> None:
+        """See `System`."""
+        cache = self._caches[key_of(prefix_ids)] = prefill(self._model, prefix_ids)
+        self._lengths[id(cache)] = len(prefix_ids)
+
+    def files(self) -> list[Path]:
+        """See `System`."""
+        return []
+
+    def forget(self) -> None:
+        """See `System`: being in memory is what this system is."""
+
+    def cache(self, prefix_ids: torch.Tensor) -> Any:
+        """See `System`.
+
+        Raises:
+            NotStoredError: the prefix was not stored.
+        """
+        found = self._caches.get(key_of(prefix_ids))
+        if found is None:
+            raise NotStoredError(f"a prefix of {len(prefix_ids)} tokens was not stored")
+        return found
+
+    def finish(self, cache: Any) -> RequestStats:
+        """See `System`."""
+        cache.crop(self._lengths[id(cache)] - cache.get_seq_length())  # A negative number: so many go.
+        return RequestStats()
+
+    def __enter__(self) -> InMemory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._caches.clear()

@@ -1,0 +1,41 @@
+"""No stored prefix: everything is computed, every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from hf_contiguouskv import RequestStats
+
+
+class Recompute:
+    """What transformers does without any help."""
+
+    name = "recompute"
+
+    def store(self, prefix_ids: torch.Tensor) -> None:
+        """See `System`: nothing is kept."""
+
+    def files(self) -> list[Path]:
+        """See `System`."""
+        return []
+
+    def forget(self) -> None:
+        """See `System`."""
+
+    def cache(self, prefix_ids: torch.Tensor) -> Any:
+        """See `System`: an empty one."""
+        return DynamicCache()
+
+    def finish(self, cache: Any) -> RequestStats:
+        """See `System`."""
+        return RequestStats()
+
+    def __enter__(self) -> Recompute:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass

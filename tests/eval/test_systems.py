@@ -1,0 +1,111 @@
+"""Systems that use the whole prefix answer as `DynamicCache` does, request after request, and count what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from eval.systems import AttentionStore, ContiguousKV, InMemory, NotStoredError, Recompute, Reload, System
+from hf_contiguouskv import ContiguousKVConfig
+
+# K and V of one token in both layers: 2 x 2 layers x 1 head x 16 channels x 4 bytes.
+TOKEN_BYTES = 2 * 2 * 16 * 4
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def some_ids(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+EXACT: dict[str, Callable[[Any, Path], Any]] = {
+    "recompute": lambda model, folder: Recompute(),
+    "in_memory": lambda model, folder: InMemory(model),
+    "reload": Reload,
+    "attentionstore": lambda model, folder: AttentionStore(model, folder, overlap=False),
+    "attentionstore_overlapped": AttentionStore,
+    "contiguouskv": lambda model, folder: ContiguousKV("contiguouskv", model, folder, ContiguousKVConfig(budget=1.0)),
+    "contiguouskv_paper": lambda model, folder: ContiguousKV(
+        "contiguouskv_paper", model, folder, ContiguousKVConfig.paper(1.0)
+    ),
+}
+
+
+@pytest.fixture(params=list(EXACT))
+def system(request: pytest.FixtureRequest, model: Any, tmp_path: Path) -> Iterator[System]:
+    with EXACT[request.param](model, tmp_path / "store") as found:
+        assert found.name == request.param
+        yield found
+
+
+def logits_of(model: Any, prompt: torch.Tensor, cache: Any, new: int) -> torch.Tensor:
+    """Of the first token after the prompt and of `new - 1` more, `(new, vocabulary)`."""
+    output = model.generate(
+        prompt[None],
+        past_key_values=cache,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.cat(output.logits)
+
+
+def test_answers_are_those_of_dynamic_cache_request_after_request(system: System, model: Any) -> None:
+    """Two prefixes, one of them not of whole chunks, asked in turn, with and without `forget` between."""
+    prefixes = [some_ids(80, 1), some_ids(93, 2)]
+    for prefix in prefixes:
+        system.store(prefix)
+    for number in range(6):
+        prefix, suffix = prefixes[number % 2], some_ids(5 + number, 10 + number)
+        prompt = torch.cat([prefix, suffix])
+        if number in (2, 3):
+            system.forget()
+        cache = system.cache(prefix)
+        found = logits_of(model, prompt, cache, 3)
+        stats = system.finish(cache)
+        expected = logits_of(model, prompt, DynamicCache(), 3)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        if stats.bytes_used:
+            assert stats.bytes_used >= len(prefix) * TOKEN_BYTES
+        if number in (2, 3) and system.name not in ("recompute", "in_memory"):
+            assert stats.bytes_read >= len(prefix) * TOKEN_BYTES
+
+
+def test_what_was_not_stored_is_refused_or_computed(system: System, model: Any) -> None:
+    prefix = some_ids(64, 5)
+    if system.name in ("recompute", "contiguouskv", "contiguouskv_paper"):
+        prompt = torch.cat([prefix, some_ids(4, 6)])
+        found = logits_of(model, prompt, system.cache(prefix), 1)
+        torch.testing.assert_close(found, logits_of(model, prompt, DynamicCache(), 1), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(NotStoredError):
+            system.cache(prefix)
+
+
+def test_files_are_those_that_requests_read(system: System) -> None:
+    assert system.files() == []
+    system.store(some_ids(80, 1))
+    on_disk = system.name not in ("recompute", "in_memory")
+    assert len(system.files()) == (1 if on_disk else 0)
+    assert all(file.stat().st_size >= 80 * TOKEN_BYTES for file in system.files())
