@@ -22,7 +22,7 @@ from .plan import LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
-from .selection import SelectionInput, choose_chunks
+from .selection import ChunkScores, SelectionInput, choose_chunks
 from .slots import chosen, copy_in_order, place
 from .stats import RequestStats
 from .store import PrefixStore
@@ -178,8 +178,10 @@ class PrefixRequest:
         began = perf_counter()
         scores = scorer(inputs)
         self._keys.used(layer, self.plan.devices[layer])
+        if scores.mass.device.type != "cpu":  # The choice is made where reads are issued: one copy, one wait.
+            scores = ChunkScores(*torch.stack(scores).cpu())
         selected = choose_chunks(scores.importance, self.keep, self.config.keep_first, self.config.keep_last)
-        mass = scores.mass.detach().cpu().numpy().sum(0)
+        mass = scores.mass.detach().numpy().sum(0)
         if self.timeline is not None:
             self.timeline.add("identify", layer, began, perf_counter())
         wanted = self._chunks_to_read(selected)

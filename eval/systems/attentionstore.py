@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, RequestStats
+from hf_contiguouskv import ContiguousKVConfig, RequestStats
 from hf_contiguouskv.prefetch import PayloadReads
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.slots import copy_in_order
@@ -23,6 +23,7 @@ from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.fingerprint import model_fingerprint
 
 from .base import NotStoredError
+from .stored import Stored
 
 ROOM = 256
 
@@ -105,55 +106,28 @@ def full_load(
     return cache
 
 
-class AttentionStore:
-    """All KV of the prefix, from a store in a folder that is opened anew after `forget`.
+class AttentionStore(Stored):
+    """All KV of the prefix; chunks that stay in memory go by LRU, as published.
 
     Args:
         model: whose prefixes, on the CPU.
         folder: of the store.
         overlap: see `full_load`.
-        store_options: of `PrefixStore`; chunks that stay in memory go by LRU, as published.
+        store_options: of `PrefixStore`.
     """
 
     def __init__(self, model: Any, folder: Path, overlap: bool = True, **store_options: Any) -> None:
-        self.name = "attentionstore_overlapped" if overlap else "attentionstore"
-        self._model = model
-        self._folder = folder
+        name = "attentionstore_overlapped" if overlap else "attentionstore"
+        options = {"eviction": "lru"} | store_options
+        super().__init__(name, model, folder, ContiguousKVConfig(budget=1.0), **options)
         self._overlap = overlap
-        self._options = {"eviction": "lru"} | store_options
-        self._store: PrefixStore | None = None
         self._stats = RequestStats()
-
-    def _opened(self) -> PrefixStore:
-        if self._store is None:
-            self._store = PrefixStore(self._folder, **self._options)
-        return self._store
-
-    def store(self, prefix_ids: torch.Tensor) -> None:
-        """See `System`."""
-        ContiguousKVCache(self._model, prefix_ids, store=self._opened(), config=ContiguousKVConfig(budget=1.0)).close()
-
-    def files(self) -> list[Path]:
-        """See `System`."""
-        return sorted(self._folder.rglob("*.safetensors"))
-
-    def forget(self) -> None:
-        """See `System`: the store is opened again inside the timer."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
         self._stats = RequestStats()
-        return full_load(self._model, prefix_ids, self._opened(), self._stats, self._overlap)
+        return full_load(self._model, prefix_ids, self.opened(), self._stats, self._overlap)
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
         return self._stats
-
-    def __enter__(self) -> AttentionStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.forget()

@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv import ContiguousKVCache, RequestStats
+
+from .stored import Stored
 
 
-class ContiguousKV:
-    """A store in a folder, opened anew after `forget`.
-
-    Args:
-        name: "contiguouskv" or "contiguouskv_paper".
-        model: whose prefixes.
-        folder: of the store.
-        config: how requests are served.
-        store_options: of `PrefixStore` (limits, eviction).
-    """
-
-    def __init__(self, name: str, model: Any, folder: Path, config: ContiguousKVConfig, **store_options: Any) -> None:
-        self._name = name
-        self._model = model
-        self._folder = folder
-        self._config = config
-        self._options = store_options
-        self._store: PrefixStore | None = None
-
-    @property
-    def name(self) -> str:
-        """See `System`."""
-        return self._name
-
-    def _opened(self) -> PrefixStore:
-        if self._store is None:
-            self._store = PrefixStore(self._folder, **self._options)
-        return self._store
-
-    def store(self, prefix_ids: torch.Tensor) -> None:
-        """See `System`."""
-        ContiguousKVCache(self._model, prefix_ids, store=self._opened(), config=self._config).close()
-
-    def files(self) -> list[Path]:
-        """See `System`."""
-        return sorted(self._folder.rglob("*.safetensors"))
-
-    def forget(self) -> None:
-        """See `System`: the store is opened again inside the timer."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+class ContiguousKV(Stored):
+    """Requests are served as prefixes are stored: by the `config` of `Stored`."""
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
-        return ContiguousKVCache(self._model, prefix_ids, store=self._opened(), config=self._config)
+        return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config)
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
         cache.close()
         found: RequestStats = cache.stats
         return found
-
-    def __enter__(self) -> ContiguousKV:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.forget()

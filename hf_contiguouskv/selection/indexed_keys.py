@@ -98,7 +98,7 @@ class IndexedKeys:
         best = logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
         best = best[:, : self.whole_chunks]
         if inputs.softcap is not None:
-            best = np.tanh(best / np.float32(inputs.softcap)) * np.float32(inputs.softcap)
+            best = squash(torch.from_numpy(best), inputs.softcap).numpy()
         best -= best.max(axis=1, keepdims=True)
         unnormalised = np.exp(best, out=best)
         per_share = 1.0 / unnormalised.sum(axis=1, dtype=np.float32)
