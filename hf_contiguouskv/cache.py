@@ -184,12 +184,14 @@ class ContiguousKVCache(Cache):
             if stats is not None:
                 self._stats.tokens_from_store = min(stats.tokens_from_store, prefix.tokens)
                 self._stats.tokens_prefilled = prefix.tokens - self._stats.tokens_from_store
-            request = PrefixRequest(
-                prefix, config or self.config, self._support.plan, self.store, self._stats, Recovery(self)
-            )
-            self._attached = AttachedState(request, self._installation)
+            self._attached = AttachedState(self._new_request(prefix, config or self.config), self._installation)
         for layer in self.layers:
             layer.attach(self._attached)
+
+    def _new_request(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> PrefixRequest:
+        """What serves `prefix`. (The evaluation package puts other methods here.)"""
+        assert self.store is not None
+        return PrefixRequest(prefix, config, self._support.plan, self.store, self._stats, Recovery(self))
 
     def _close_request(self) -> None:
         if self._attached is not None:

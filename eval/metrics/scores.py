@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"\d+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -39,6 +40,19 @@ def needle_recall(prediction: str, answers: Sequence[str]) -> float:
     """Share of the answers that the prediction contains, whatever else it says; letters' case does not matter."""
     said = prediction.lower()
     return sum(answer.lower() in said for answer in answers) / len(answers)
+
+
+def contains_any(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction contains one of the answers, whatever else it says (questions of RULER); case is ignored."""
+    said = prediction.lower()
+    return float(any(answer.lower() in said for answer in answers))
+
+
+def right_numbers(prediction: str, answers: Sequence[str]) -> float:
+    """Share of the prediction's numbers that are the first number of an answer, the best one (LongBench's counting)."""
+    said = _NUMBER.findall(prediction)
+    wanted = [number for answer in answers for number in _NUMBER.findall(answer)[:1]]
+    return max((said.count(number) / len(said) for number in wanted if said), default=0.0)
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:

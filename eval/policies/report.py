@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..statistics import Interval, mean_interval, quantile_interval, ratio_of_means
+
 NAMES = {"lru": "LRU", "lfu": "LFU", "published": "published, I·F", "expected-use": "expected use (ours)"}
 _COLOURS = {"lru": "#8a8a8a", "lfu": "#5b8db8", "published": "#d08a2e", "expected-use": "#2a7f4f"}
-_RESAMPLES = 2000
 
 Rows = list[dict[str, Any]]
 Times = npt.NDArray[np.float64]
-# A figure, and the ends of its 95% interval (bootstrap over requests).
-Interval = tuple[float, float, float]
 
 
 def mean_of(rows: Rows, field: str) -> float:
@@ -30,29 +29,14 @@ def times_of(rows: Rows) -> Times:
     return np.concatenate([row["ttft_s"] for row in rows])
 
 
-def _resampled(count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
-
-
-def _interval(value: float, resampled: Times) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return value, float(low), float(high)
-
-
 def mean_time(times: Times) -> Interval:
     """Mean time to the first token."""
-    return _interval(float(times.mean()), times[_resampled(len(times))].mean(1))
+    return mean_interval(times)
 
 
 def tail_time(times: Times) -> Interval:
     """95th percentile of the time to the first token."""
-    return _interval(float(np.quantile(times, 0.95)), np.quantile(times[_resampled(len(times))], 0.95, axis=1))
-
-
-def ratio_of_means(times: Times, others: Times) -> Interval:
-    """Mean time over that of the same requests in another replay."""
-    chosen = _resampled(len(times))
-    return _interval(float(times.mean() / others.mean()), times[chosen].mean(1) / others[chosen].mean(1))
+    return quantile_interval(times, 0.95)
 
 
 def _timed(rows: Rows) -> Rows:

@@ -4,10 +4,22 @@ Those that read parts of a prefix do so with the library's reader, layout and th
 """
 
 from .attentionstore import AttentionStore
+from .attentionstore_h2o import AttentionStoreH2O
 from .base import NotStoredError, System
 from .contiguouskv import ContiguousKV
+from .impress import Impress
 from .in_memory import InMemory
 from .recompute import Recompute
 from .reload import Reload
 
-__all__ = ["AttentionStore", "ContiguousKV", "InMemory", "NotStoredError", "Recompute", "Reload", "System"]
+__all__ = [
+    "AttentionStore",
+    "AttentionStoreH2O",
+    "ContiguousKV",
+    "Impress",
+    "InMemory",
+    "NotStoredError",
+    "Recompute",
+    "Reload",
+    "System",
+]

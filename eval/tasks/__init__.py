@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .base import Request, Task
 from .common_words import common_words
 from .kv_retrieval import kv_retrieval
+from .longbench import SUBSETS, longbench
 from .needle import needle, needle_multikey
 from .nq_open import nq_open
 from .rows import DataMissingError
 from .rte import rte
+from .ruler import METRICS, ruler
 from .sst2 import sst2
 from .subj import subj
 from .trec import trec
@@ -28,6 +31,8 @@ TASKS: dict[str, Callable[[Path | str | None], Task]] = {
     "common_words": common_words,
     "kv_retrieval": kv_retrieval,
     "nq_open": nq_open,
+    **{f"longbench_{subset}": partial(longbench, subset) for subset in SUBSETS},
+    **{f"ruler_{task}": partial(ruler, task) for task in METRICS},
 }
 
 __all__ = ["TASKS", "DataMissingError", "Request", "Task", "task_named"]

@@ -61,7 +61,8 @@ class Haystack:
             room -= len(piece)
         else:
             raise ValueError(f"there is not enough text for {tokens} tokens")
-        # From the back, so that places before it stay what they are.
+        # From the back, so that places before it stay what they are. (Of two in one place, the deeper one is behind.)
+        pieces = len(hay)
         for depth, ids in sorted(hidden, key=lambda one: -one[0]):
-            hay.insert(round(depth * len(hay)), ids)
+            hay.insert(round(depth * pieces), ids)
         return torch.cat([first, *hay])

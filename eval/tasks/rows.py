@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ class HubSource:
         path, config, revision: of the data set; one that needs no script.
         splits: what its splits are called, by our names ("train", "test").
         row: turns one of its rows into one with our fields.
+        archive: zip file of the repository with the rows as JSON Lines, for a data set whose own loading needs a
+            script; `splits` then names files in it.
     """
 
     path: str
@@ -27,6 +30,7 @@ class HubSource:
     config: str | None = None
     revision: str | None = None
     splits: tuple[tuple[str, str], ...] = (("train", "train"), ("test", "test"))
+    archive: str | None = None
 
 
 class DataMissingError(Exception):
@@ -54,13 +58,23 @@ def load_rows(name: str, split: str, data_dir: Path | str | None, hub: HubSource
             return [json.loads(line) for line in lines if line.strip()]
     if hub is None:
         raise DataMissingError(f"{name}: only local files are supported; pass --data-dir")
-    from datasets import load_dataset
-
     theirs = dict(hub.splits)[split]
     try:
+        if hub.archive is not None:
+            return [hub.row(row) for row in _of_archive(hub, hub.archive, theirs)]
+        from datasets import load_dataset
+
         found = load_dataset(hub.path, hub.config, split=theirs, revision=hub.revision)
     except Exception as error:
         raise DataMissingError(
             f"{name}: {hub.path} could not be loaded from the Hub; pass --data-dir with {name}/{split}.jsonl"
         ) from error
     return [hub.row(row) for row in found]
+
+
+def _of_archive(hub: HubSource, archive: str, member: str) -> list[Row]:
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(hub.path, archive, repo_type="dataset", revision=hub.revision)
+    with zipfile.ZipFile(path) as files, files.open(member) as lines:
+        return [json.loads(line) for line in lines if line.strip()]

@@ -54,6 +54,35 @@ def test_recall_is_the_share_of_needles_that_were_found(prediction: str, answers
     assert scores.needle_recall(prediction, answers) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        (" It is the SECOND one.", ["first", "second"], 1.0),
+        ("third", ["first", "second"], 0.0),
+        ("third", [], 0.0),
+    ],
+)
+def test_one_answer_of_several_is_enough(prediction: str, answers: list[str], expected: float) -> None:
+    assert scores.contains_any(prediction, answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Paragraph 15.", ["Paragraph 15"], 1.0),
+        ("Paragraph 15.", ["Paragraph 1"], 0.0),
+        ("7 or 9", ["9"], 0.5),
+        ("7 7 9", ["9", "7"], 2 / 3),
+        ("seven", ["7"], 0.0),
+        ("7", ["none"], 0.0),
+    ],
+)
+def test_right_numbers_are_counted_among_all_that_are_said(
+    prediction: str, answers: list[str], expected: float
+) -> None:
+    assert scores.right_numbers(prediction, answers) == pytest.approx(expected)
+
+
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     # "police ... the gunman" of the longer texts: three of four words, in order, on both sides.
     assert scores.rouge_l("police kill the gunman", ["police killed the gunman"]) == pytest.approx(0.75)
@@ -81,7 +110,7 @@ def _modules_go_to_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "metrics")
 
 
-@pytest.mark.parametrize("name", ["accuracy", "exact_match", "needle_recall", "qa_f1", "rouge_l"])
+@pytest.mark.parametrize("name", ["accuracy", "contains_any", "exact_match", "needle_recall", "qa_f1", "rouge_l"])
 def test_modules_of_texts_give_the_mean_of_the_scores(name: str) -> None:
     module = evaluate.load(metric_path(name))
     predictions, references = ["red fox", "blue"], [["red fox"], ["green bird", "red"]]
@@ -89,6 +118,12 @@ def test_modules_of_texts_give_the_mean_of_the_scores(name: str) -> None:
     expected = sum(one(*pair) for pair in zip(predictions, references, strict=True)) / 2
     assert module.compute(predictions=predictions, references=references) == {name: pytest.approx(expected)}
     assert expected == 0.5
+
+
+def test_the_module_of_numbers_gives_the_mean_of_the_scores() -> None:
+    module = evaluate.load(metric_path("right_numbers"))
+    found = module.compute(predictions=["7 or 9", "Paragraph 3"], references=[["9"], ["Paragraph 3"]])
+    assert found == {"right_numbers": pytest.approx(0.75)}
 
 
 @pytest.mark.parametrize(("name", "function"), [("kl", fidelity.divergence), ("agreement", fidelity.agreement)])
@@ -104,6 +139,7 @@ def test_modules_of_logits_give_the_mean_over_all_positions(name: str, function:
 
 
 def test_every_module_has_a_name_and_others_are_refused() -> None:
-    assert metric_names() == ["accuracy", "agreement", "exact_match", "kl", "needle_recall", "qa_f1", "rouge_l"]
+    texts = ["accuracy", "contains_any", "exact_match", "needle_recall", "qa_f1", "right_numbers", "rouge_l"]
+    assert metric_names() == sorted([*texts, "agreement", "kl"])
     with pytest.raises(ValueError, match="metric must be one of"):
         metric_path("bleu")

@@ -1,0 +1,11 @@
+"""Share of requests whose text contains one of the answers."""
+
+from __future__ import annotations
+
+from eval.metrics import base, scores
+
+
+class ContainsAny(base.MeanScore):
+    """Share of requests whose text contains one of the answers."""
+
+    score = staticmethod(scores.contains_any)

@@ -1,0 +1,8 @@
+"""What runs measured, as a report for people."""
+
+from __future__ import annotations
+
+from .rows import RunError
+from .write import write_report
+
+__all__ = ["RunError", "write_report"]

@@ -1,0 +1,64 @@
+"""Numbers as text, and Markdown tables of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..statistics import Interval
+from ..timing import Spread
+from .names import OURS, Setting, label
+
+
+def shown(interval: Interval | None, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
+    """A figure with its interval, "1.32 (1.28 - 1.36)"; without one if there is none; nothing if it is not known."""
+    if interval is None or math.isnan(interval[0]):
+        return ""
+    kind = "+" if sign else ""
+    # A difference that rounds to nothing has no sign.
+    value, low, high = (f"{round(one * scale, digits) + 0.0:{kind}.{digits}f}" for one in interval)
+    return (
+        value if math.isnan(interval[1]) else f"{value} ({low} - {high})" if not sign else f"{value} ({low} to {high})"
+    )
+
+
+def number(value: float | None, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
+    """A figure; nothing if it is not known."""
+    return "" if value is None or math.isnan(value) else f"{value * scale:,.{digits}f}{unit}"
+
+
+def milliseconds(spread: Spread | None) -> str:
+    """Median and quartiles of seconds, "210 (190 - 240)"."""
+    if spread is None:
+        return ""
+    digits = 1 if spread.median < 0.1 else 0
+    median, low, high = (f"{one * 1e3:,.{digits}f}" for one in (spread.median, spread.low, spread.high))
+    return median if spread.count < 2 else f"{median} ({low} - {high})"
+
+
+def share(value: float) -> str:
+    """A budget as a percentage with no more digits than it needs."""
+    return f"{value * 100:.4g}%"
+
+
+def named(setting: Setting) -> list[str]:
+    """The first two cells of a row: the system (ours in bold) and its budget."""
+    system, budget = setting
+    return [f"**{label(system)}**" if system == OURS else label(system), share(budget)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
+    """Markdown; all columns but the first `words` are numbers and stand to the right."""
+    lines = [head, ["---" if place < words else "---:" for place in range(len(head))], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def columns_used(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same without columns that are empty in every row."""
+    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def listed(items: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""

@@ -1,0 +1,79 @@
+"""What systems are called in a report, in which order they stand, and their colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# A system at a budget: what every table has a row for.
+Setting = tuple[str, float]
+
+IN_MEMORY = "in_memory"
+ATTENTIONSTORE = "attentionstore"
+PAPER = "contiguouskv_paper"
+OURS = "contiguouskv"
+
+_LABELS = {
+    "recompute": "recompute",
+    "in_memory": "in memory",
+    "reload": "reload",
+    "attentionstore": "AttentionStore",
+    "attentionstore_overlapped": "AttentionStore (overlapped)",
+    "attentionstore_h2o": "AttentionStore + H2O",
+    "impress": "IMPRESS",
+    "impress_groups": "IMPRESS (groups)",
+    "contiguouskv_paper": "ContiguousKV (published)",
+    "contiguouskv": "ContiguousKV (ours)",
+}
+_COLOURS = {
+    "recompute": "#b3b3b3",
+    "in_memory": "#5c5c5c",
+    "reload": "#9c755f",
+    "attentionstore": "#7fb2e0",
+    "attentionstore_overlapped": "#2b6ca3",
+    "attentionstore_h2o": "#8e6bb0",
+    "impress": "#e0a03c",
+    "impress_groups": "#b5532b",
+    "contiguouskv_paper": "#8cc79b",
+    "contiguouskv": "#1f7a45",
+}
+_OTHER_COLOURS = ("#c2458a", "#2fa3a3", "#a3a32a", "#d96c6c", "#4b4ba8")
+_MARKERS = {
+    "reload": "v",
+    "attentionstore": "s",
+    "attentionstore_overlapped": "D",
+    "attentionstore_h2o": "P",
+    "impress": "X",
+    "impress_groups": "^",
+    "contiguouskv_paper": "h",
+}
+# Systems that attend to the whole prefix, whatever budget others have.
+EXACT = ("recompute", "in_memory", "reload", "attentionstore", "attentionstore_overlapped")
+
+
+def label(system: str) -> str:
+    """A system's name for readers; its own where we know no better."""
+    return _LABELS.get(system, system)
+
+
+def colour(system: str, systems: Iterable[str]) -> str:
+    """A system's colour; strangers take turns with the spare ones, in the order of their names among `systems`."""
+    if system in _COLOURS:
+        return _COLOURS[system]
+    strangers = sorted(set(systems) - set(_COLOURS))
+    return _OTHER_COLOURS[strangers.index(system) % len(_OTHER_COLOURS)]
+
+
+def marker(system: str) -> str:
+    """A system's marker in pictures, for readers who do not tell the colours apart."""
+    return _MARKERS.get(system, "o")
+
+
+def ordered(settings: Iterable[Setting]) -> list[Setting]:
+    """By budget, the whole prefix first; within a budget as systems are listed here, strangers last."""
+    places = {name: place for place, name in enumerate(_LABELS)}
+
+    def place(setting: Setting) -> tuple[float, int, str]:
+        system, budget = setting
+        return (-1.0 if budget >= 1 else budget), places.get(system, len(places)), system
+
+    return sorted(set(settings), key=place)

@@ -1,0 +1,214 @@
+"""What requests of systems that choose tokens have in common: the library's request and cache, with other insides."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.memory.blocks import neighbours
+from hf_contiguouskv.plan import LayerPlan
+from hf_contiguouskv.prefetch import PayloadReads
+from hf_contiguouskv.prefill import geometry_of
+from hf_contiguouskv.prefix import AttachedPrefix
+from hf_contiguouskv.request import PrefixRequest
+
+from .token_scores import Tokens, tokens_kept
+from .units import UnitLayout
+
+_CPU = torch.device("cpu")
+# Layers whose keys are read ahead of compute, as in the library.
+AHEAD = 3
+
+
+class TokenRequest(PrefixRequest):
+    """A request that chooses tokens instead of chunks, in every layer. One row, full attention, on the CPU.
+
+    Args:
+        units: the prefix in units.
+        layout: of the units.
+        ahead: layers whose first keys are read before attention gets there; 0: none.
+        prefix, config, plan, store, stats: see `PrefixRequest`; of the prefix only its length and geometry count.
+
+    Raises:
+        ValueError: the model has layers with a sliding window.
+    """
+
+    def __init__(
+        self,
+        units: AttachedPrefix,
+        layout: UnitLayout,
+        ahead: int,
+        prefix: AttachedPrefix,
+        config: ContiguousKVConfig,
+        plan: LayerPlan,
+        store: PrefixStore,
+        stats: RequestStats,
+    ) -> None:
+        if len(plan.full_layers) < len(plan.windows):
+            raise ValueError("only models with full attention in every layer are supported")
+        self.units = units
+        self.layout = layout
+        self.kept = tokens_kept(prefix.tokens, config.budget)
+        self._layers_ahead = ahead
+        self._asked: set[int] = set()
+        super().__init__(prefix, config, plan, store, stats)
+
+    @property
+    def kept_tokens(self) -> int:
+        """See `PrefixRequest`."""
+        return self.kept
+
+    @property
+    def keeps_all(self) -> bool:
+        """See `PrefixRequest`: even if all tokens are kept, they are chosen."""
+        return False
+
+    def _open_reads(self) -> None:
+        store = self._store
+        if store.memory.behind:
+            store.reader.run(store.memory.catch_up)
+        self._payload = PayloadReads(
+            self.units, store.reader, store.memory, self.stats, self.config.verify, self.timeline
+        )
+
+    def start(self) -> None:
+        """See `PrefixRequest`."""
+        if self._layers_ahead:
+            self._ask_keys(range(self._layers_ahead))
+
+    def _ask_keys(self, layers: range) -> None:
+        for layer in layers:
+            if layer < len(self._full) and layer not in self._asked:
+                self._asked.add(layer)
+                self._payload.ask([self.layout.keys_of(layer)], self.first_keys, _CPU)
+
+    @property
+    @abstractmethod
+    def first_keys(self) -> Tokens:
+        """Units of keys that every layer needs, whatever the queries are; int64, ascending."""
+
+    @abstractmethod
+    def choose(
+        self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
+    ) -> None:
+        """Fill `destination` `(2 (K, V), kv_heads, kept_tokens, head_dim)`.
+
+        Args:
+            layer: layer index.
+            queries: `(heads, q, head_dim)` after RoPE.
+            suffix_keys: `(kv_heads, q, head_dim)`.
+            scaling: factor on `q @ k`.
+            destination: where attention looks.
+        """
+
+    def load_full(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        suffix_keys: torch.Tensor,
+        options: Mapping[str, Any],
+        destination: torch.Tensor,
+    ) -> None:
+        """See `PrefixRequest`."""
+        if query.shape[0] != 1 or options.get("softcap") is not None:
+            raise NotImplementedError("these systems serve one row, of models without a soft cap on attention")
+        self._begun(*query.shape[:3:2])
+        if self.timeline is not None:
+            self.timeline.layer_reached(layer)
+        self._ask_keys(range(layer, layer + 1 + self._layers_ahead))
+        self.choose(layer, query[0], suffix_keys[0], options["scaling"], destination[:, 0])
+        g = self.prefix.geometry
+        self.stats.bytes_used += destination[:, 0].numel() * g.itemsize
+        self._loaded.add(layer)
+        if self.timeline is not None:
+            self.timeline.layer_ready(layer)
+
+    def ask(self, stored_layer: int, units: Tokens) -> None:
+        """Start reading units of one stored layer (int64, ascending)."""
+        self._payload.ask([stored_layer], units, _CPU)
+
+    def take(self, stored_layer: int, units: Tokens, identifies: bool = False) -> torch.Tensor:
+        """Units that were asked for, in the order of `units`: `(len(units), u, head_dim)`.
+
+        `identifies`: they serve to choose tokens (counted as `bytes_identified`).
+        """
+        g, size = self.prefix.geometry, self.layout.unit_bytes
+        before = self.stats.bytes_read
+        found = torch.empty(len(units), self.layout.unit_tokens, g.head_dim, dtype=g.dtype)
+        rows = found.view(torch.uint8).view(len(units), size)
+        with closing(self._payload.take(stored_layer)) as arriving:
+            for batch in arriving:
+                with self.timed("copy", stored_layer // 2):
+                    positions = np.searchsorted(units, batch.chunks)
+                    if neighbours(positions):
+                        rows[positions[0] : positions[0] + len(positions)] = batch.extents(None)
+                    else:
+                        rows.index_copy_(0, torch.from_numpy(positions), batch.extents(None))
+                    self._count_hits(batch)
+        if identifies:
+            self.stats.bytes_identified += self.stats.bytes_read - before
+        return found
+
+    @contextmanager
+    def timed(self, kind: str, layer: int) -> Iterator[None]:
+        """What happens inside goes into the timeline, if there is one."""
+        began = perf_counter()
+        yield
+        if self.timeline is not None:
+            self.timeline.add(kind, layer, began, perf_counter())
+
+    def used(self, stored_layer: int, units: Tokens, share: npt.NDArray[np.float64] | None = None) -> None:
+        """Tell memory which units a layer has used, and which share of each unit of the prefix was important."""
+        self._usage.used(self._payload.tables, stored_layer, units)
+        if share is not None:
+            self._usage.mass.append(([stored_layer], share.astype(np.float32)))
+
+    def close(self) -> None:
+        """See `PrefixRequest`."""
+        self._payload.close()
+        self._settled()
+        self._store.memory.catch_up()
+
+
+# Makes a request from `(prefix, config, plan, store, stats)`.
+MakeRequest = Callable[[AttachedPrefix, ContiguousKVConfig, LayerPlan, PrefixStore, RequestStats], PrefixRequest]
+
+
+class TokenCache(ContiguousKVCache):
+    """The library's cache, served by another kind of request.
+
+    Args:
+        model, prefix_ids, store, config: see `ContiguousKVCache`.
+        make_request: makes the request; called anew for each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix_ids: torch.Tensor,
+        store: PrefixStore,
+        config: ContiguousKVConfig,
+        make_request: MakeRequest,
+    ) -> None:
+        self._make_request = make_request
+        super().__init__(model, prefix_ids, store=store, config=config)
+
+    def _attach_ids(self, lm: nn.Module, ids: torch.Tensor) -> None:
+        self.prefix_ids = ids
+        self._whole_prefix = AttachedPrefix(len(ids), (), geometry_of(self._support, self.config.chunk_size))
+        self._attach(self._whole_prefix)
+        assert self._attached is not None
+        self._attached.request.start()
+
+    def _new_request(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> PrefixRequest:
+        assert self.store is not None
+        return self._make_request(prefix, config, self._support.plan, self.store, self._stats)

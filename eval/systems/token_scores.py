@@ -1,0 +1,93 @@
+"""How systems that choose tokens score and choose them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_contiguouskv.selection import choose_chunks
+from hf_contiguouskv.selection.attention_mass import LOGITS_AT_ONCE
+
+Tokens = npt.NDArray[np.int64]
+
+
+def tokens_kept(tokens: int, budget: float) -> int:
+    """How many of `tokens` prefix tokens a budget keeps, at least one."""
+    # Guard against 0.1 * 30 == 3.0000000000000004 becoming 4.
+    return min(tokens, max(1, int(np.ceil(tokens * budget - 1e-9))))
+
+
+def column_sums(
+    queries: torch.Tensor, prefix_keys: torch.Tensor, suffix_keys: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention that each prefix token gets from all suffix queries, per query head, in float32.
+
+    The softmax is over prefix and suffix (causal).
+
+    Args:
+        queries: `(heads, q, head_dim)` after RoPE, of the suffix.
+        prefix_keys: `(kv_heads, n, head_dim)`; heads are groups of equal size, one for each KV head.
+        suffix_keys: `(kv_heads, q, head_dim)`.
+        scaling: factor on `q @ k`.
+
+    Returns:
+        float32 `(heads, n)`.
+    """
+    kv_heads, tokens, head_dim = prefix_keys.shape
+    heads, length, _ = queries.shape
+    group = heads // kv_heads
+    grouped = queries.float().reshape(kv_heads, group * length, head_dim) * scaling
+    later = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(group, 1)
+    sums = torch.zeros(heads, tokens)
+    # Whole query heads at a time, and one piece of memory for all: fresh megabytes cost more than the arithmetic.
+    at_once = max(1, min(group, LOGITS_AT_ONCE // (length * (tokens + length))))
+    scratch = torch.empty(at_once * length, tokens + length)
+    for head in range(kv_heads):
+        prefix, suffix = prefix_keys[head].float().T, suffix_keys[head].float().T
+        for first in range(0, group, at_once):
+            rows = slice(first * length, min(group, first + at_once) * length)
+            block = grouped[head, rows]
+            logits = scratch[: len(block)]
+            torch.mm(block, prefix, out=logits[:, :tokens])
+            torch.mm(block, suffix, out=logits[:, tokens:])
+            logits[:, tokens:].masked_fill_(later[rows], float("-inf"))
+            weights = torch.softmax(logits, dim=-1, out=logits)
+            own = weights.view(-1, length, tokens + length)[:, :, :tokens]
+            torch.sum(own, 1, out=sums[head * group + first : head * group + first + len(own)])
+    return sums
+
+
+def best_tokens(mass: torch.Tensor, keep: int) -> Tokens:
+    """The `keep` tokens with the most mass, per row: int64 `(rows, keep)`, ascending; ties go to the earlier token."""
+    return choose_chunks(mass, keep, 0, 0).numpy()
+
+
+def similarity(chosen: Tokens) -> float:
+    """Mean Jaccard index of all pairs of rows of `(rows, keep)`; 1.0 for a single row."""
+    pairs = [len(np.intersect1d(one, other, assume_unique=True)) for one, other in combinations(chosen, 2)]
+    keep = chosen.shape[1]
+    return float(np.mean([common / (2 * keep - common) for common in pairs])) if pairs else 1.0
+
+
+def similar_enough(tokens: int, keep: int, exponent: float = 0.6) -> float:
+    """From which `similarity` on probe heads speak for all: `E[J] ** 0.6`, where `E[J] = k / (2N - k)` is that of
+    random choices of `k` of `N` tokens (IMPRESS, FAST'25)."""
+    return float((keep / (2 * tokens - keep)) ** exponent)
+
+
+def voted(chosen: Tokens, mass: torch.Tensor, keep: int) -> Tokens:
+    """The `keep` tokens that the most rows have chosen; of equals, those with the most mass.
+
+    Args:
+        chosen: int64 `(rows, keep)`.
+        mass: float32 `(rows, n)`, what they have chosen by.
+
+    Returns:
+        int64 `(keep,)`, ascending.
+    """
+    votes = np.bincount(chosen.ravel(), minlength=mass.shape[1])
+    order = np.lexsort((-mass.sum(0).numpy(), -votes))
+    return np.sort(order[:keep])

@@ -1,0 +1,150 @@
+"""What systems that choose tokens have in common: how they store a prefix, and how they make a request."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import DynamicCache
+
+from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.memory.policies import EvictionPolicy
+from hf_contiguouskv.plan import LayerPlan
+from hf_contiguouskv.prefill import geometry_of
+from hf_contiguouskv.prefix import AttachedPrefix
+from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.store.format import KVGeometry
+from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
+
+from .in_memory import prefill
+from .stored import Stored
+from .token_request import AHEAD, TokenCache, TokenRequest
+from .token_scores import column_sums
+from .units import UnitLayout, find_units, write_units
+
+# Tokens of a unit, as of IMPRESS's blocks.
+UNIT_TOKENS = 64
+# Last tokens of a prefix whose attention says which of its tokens matter, before there was any request.
+OBSERVED = 64
+
+
+def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCache, list[torch.Tensor]]:
+    """A prefilled cache, and per layer the attention that its tokens get from the last `OBSERVED` ones.
+
+    Args:
+        model: with `sdpa` attention, on the CPU.
+        prefix_ids: int64 `(n,)`.
+
+    Returns:
+        the cache, and float32 `(n,)` per layer, summed over heads.
+    """
+    split = max(0, len(prefix_ids) - OBSERVED)
+    cache = prefill(model, prefix_ids[:split]) if split else DynamicCache(config=model.config)
+    queries: list[tuple[torch.Tensor, float]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        queries.append((query[0], options.get("scale") or query.shape[-1] ** -0.5))
+        return attend(query, *arguments, **options)
+
+    with torch.no_grad(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
+        model(input_ids=prefix_ids[None, split:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    importance = []
+    for layer, (query, scaling) in zip(cache.layers, queries, strict=True):
+        keys = layer.keys[0]
+        mass = column_sums(query, keys[:, :split], keys[:, split:], scaling).sum(0)
+        # Of the last tokens themselves nothing is known yet: they count as much as the best.
+        importance.append(torch.cat([mass, mass.new_full((len(prefix_ids) - split,), float("inf"))]))
+    return cache, importance
+
+
+class TokenSystem(Stored):
+    """A system that chooses tokens.
+
+    Args:
+        model: whose prefixes, with `sdpa` attention, on the CPU.
+        folder: of the store.
+        budget: share of tokens that attention uses.
+        overlap: whether keys are read ahead of compute: as the system deserves, not as papers run it.
+        store_options: of `PrefixStore`.
+
+    Attributes:
+        published: name of the system as published, without overlap.
+        published_eviction: what stays in memory, as published.
+        request: its kind of request.
+    """
+
+    published: str
+    published_eviction: str | EvictionPolicy
+    request: type[TokenRequest]
+
+    def __init__(
+        self,
+        model: Any,
+        folder: Path,
+        budget: float,
+        overlap: bool = False,
+        timeline: bool = False,
+        **store_options: Any,
+    ) -> None:
+        name = f"{self.published}_overlapped" if overlap else self.published
+        options = {"eviction": self.published_eviction} | store_options
+        super().__init__(name, model, folder, ContiguousKVConfig(budget=budget, timeline=timeline), **options)
+        self._ahead = AHEAD if overlap else 0
+        lm = innermost_causal_lm(model)
+        geometry = geometry_of(require_support(lm), self._config.chunk_size)
+        self.layout = self.layout_for(geometry, decoder_config(lm).num_attention_heads)
+        self._fingerprint = self.layout.fingerprint_of(model_fingerprint(lm), self.method)
+
+    @property
+    def method(self) -> str:
+        """Tells prefixes apart that are arranged in different ways."""
+        return self.published
+
+    def layout_for(self, geometry: KVGeometry, heads: int) -> UnitLayout:
+        """How KV of this shape, of a model with so many query heads, is cut into units."""
+        return UnitLayout(geometry, UNIT_TOKENS)
+
+    @abstractmethod
+    def arranged(
+        self, layout: UnitLayout, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """The units of one layer in their order on disk, keys and values: `(units, u, head_dim)` each.
+
+        Args:
+            layout: of units.
+            keys, values: `(kv_heads, n, head_dim)`.
+            importance: float32 `(n,)`, see `observed_importance`.
+        """
+
+    def store(self, prefix_ids: torch.Tensor) -> None:
+        """See `System`."""
+        cache, importance = observed_importance(self._model, prefix_ids)
+        layers = (
+            self.arranged(self.layout, layer.keys[0], layer.values[0], mass)
+            for layer, mass in zip(cache.layers, importance, strict=True)
+        )
+        pairs = ((keys, values) for keys, values in layers)
+        write_units(self.opened(), self.layout, self._fingerprint, prefix_ids.numpy(), pairs)
+
+    def cache(self, prefix_ids: torch.Tensor) -> Any:
+        """See `System`."""
+        store = self.opened()
+        units = find_units(store, self.layout, self._fingerprint, prefix_ids.numpy())
+
+        def make(
+            prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, store: PrefixStore, stats: RequestStats
+        ) -> TokenRequest:
+            return self.request(units, self.layout, self._ahead, prefix, config, plan, store, stats)
+
+        return TokenCache(self._model, prefix_ids, store, self._config, make)
+
+    def finish(self, cache: Any) -> RequestStats:
+        """See `System`."""
+        cache.close()
+        found: RequestStats = cache.stats
+        return found

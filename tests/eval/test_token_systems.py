@@ -1,0 +1,287 @@
+"""AS+H2O and IMPRESS answer as slow, independent readings of them do; they read what they say, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from token_references import attending, h2o, impress, weights_of
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from eval.systems import AttentionStoreH2O, Impress, NotStoredError
+from eval.systems.impress import ImpressLayout, UsedAndImportant, probe_heads
+from eval.systems.token_scores import column_sums, similar_enough, similarity, tokens_kept, voted
+from eval.systems.token_system import observed_importance
+from eval.systems.units import UnitLayout
+from hf_contiguouskv.memory.history import Uses
+from hf_contiguouskv.store.format import KVGeometry
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 8
+PREFIX = 200  # Three units of 64 tokens, and a part of one.
+UNIT_BYTES = 64 * HEAD_DIM * 4
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A tiny model; in its second layer all query heads are alike, so that probe heads agree there."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    found = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
+            weight = getattr(found.model.layers[1].self_attn, name).weight
+            weight.copy_(weight[:HEAD_DIM].repeat(heads, 1))
+    return found
+
+
+def some_ids(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+PREFIX_IDS, SUFFIX_IDS = some_ids(PREFIX, 1), some_ids(6, 2)
+PROMPT = torch.cat([PREFIX_IDS, SUFFIX_IDS])
+
+
+def logits_of(model: Any, cache: Any) -> torch.Tensor:
+    """Of all suffix tokens behind a cached prefix, `(q, vocabulary)`."""
+    with torch.no_grad():
+        return model(input_ids=SUFFIX_IDS[None], past_key_values=cache).logits[0]
+
+
+def reference(model: Any, choose: Any) -> torch.Tensor:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=PREFIX_IDS[None], past_key_values=cache)
+        with attending(model, PREFIX, choose):
+            return model(input_ids=SUFFIX_IDS[None], past_key_values=cache).logits[0]
+
+
+def served(system: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    cache = system.cache(PREFIX_IDS)
+    logits = logits_of(model, cache)
+    return logits, system.finish(cache)
+
+
+BUDGETS = (0.05, 0.25, 0.5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_h2o_chooses_what_a_slow_reading_of_it_chooses(
+    model: Any, tmp_path: Path, budget: float, overlap: bool
+) -> None:
+    with AttentionStoreH2O(model, tmp_path, budget, overlap=overlap) as system:
+        system.store(PREFIX_IDS)
+        logits, _ = served(system, model)
+    torch.testing.assert_close(logits, reference(model, h2o(budget)), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+@pytest.mark.parametrize("probes", ["first", "groups"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_impress_chooses_what_a_slow_reading_of_it_chooses(
+    model: Any, tmp_path: Path, budget: float, probes: str, reorder: bool
+) -> None:
+    agreed: list[bool] = []
+    heads = {"first": [0, 1, 2], "groups": [0, 3]}[probes]
+    expected = reference(model, impress(budget, heads, agreed))
+    assert agreed[1]
+    if budget > 0.05:
+        assert not all(agreed), "no layer in which probe heads disagree was tested"
+    with Impress(model, tmp_path, budget, probes=probes, reorder=reorder) as system:
+        assert system.name == ("impress" if probes == "first" else "impress_groups")
+        system.store(PREFIX_IDS)
+        cache = system.cache(PREFIX_IDS)
+        logits = logits_of(model, cache)
+        assert cache._attached.request.agreed == sum(agreed)
+        system.finish(cache)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+SYSTEMS: dict[str, Callable[..., Any]] = {
+    "attentionstore_h2o": AttentionStoreH2O,
+    "impress": Impress,
+    "impress_groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
+}
+
+
+@pytest.mark.parametrize("name", list(SYSTEMS))
+def test_the_whole_budget_is_the_whole_cache(model: Any, tmp_path: Path, name: str) -> None:
+    with SYSTEMS[name](model, tmp_path, 1.0) as system:
+        system.store(PREFIX_IDS)
+        logits, stats = served(system, model)
+    with torch.no_grad():
+        expected = model(input_ids=PROMPT[None]).logits[0, PREFIX:]
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+    assert stats.bytes_used == LAYERS * 2 * KV_HEADS * PREFIX * HEAD_DIM * 4
+
+
+@pytest.mark.parametrize("name", list(SYSTEMS))
+@pytest.mark.parametrize("eviction", ["lru", "lfu", None])
+def test_answers_do_not_depend_on_what_is_in_memory(
+    model: Any, tmp_path: Path, name: str, eviction: str | None
+) -> None:
+    """With room for a few units only, requests evict each other's; with enough, the second reads nothing."""
+    options = {} if eviction is None else {"eviction": eviction}
+    few, other = {"host_bytes": 64 * 1024}, some_ids(150, 5)
+    with SYSTEMS[name](model, tmp_path / "a", 0.1, **options) as system:
+        for ids in (PREFIX_IDS, other):
+            system.store(ids)
+        first, cold = served(system, model)
+        again, warm = served(system, model)
+        torch.testing.assert_close(first, again, atol=0, rtol=0)
+        assert cold.bytes_read > 0
+        assert cold.hits["host"] == 0
+        assert (warm.bytes_read, warm.hits["disk"]) == (0, 0)
+        assert warm.hits["host"] == cold.hits["disk"]
+        system.forget()
+        assert served(system, model)[1].bytes_read == cold.bytes_read
+    with SYSTEMS[name](model, tmp_path / "a", 0.1, **options, **few) as system:
+        for _ in range(3):
+            torch.testing.assert_close(served(system, model)[0], first, atol=0, rtol=0)
+            cache = system.cache(other)
+            with torch.no_grad():
+                model(input_ids=SUFFIX_IDS[None], past_key_values=cache)
+            system.finish(cache)
+        assert system.opened().memory.host.peak_bytes <= 64 * 1024
+
+
+def test_h2o_reads_all_keys_and_the_values_that_it_chose(model: Any, tmp_path: Path) -> None:
+    with AttentionStoreH2O(model, tmp_path, 0.02) as system:
+        system.store(PREFIX_IDS)
+        _, stats = served(system, model)
+    keys = LAYERS * KV_HEADS * 4 * UNIT_BYTES
+    assert stats.bytes_identified == keys
+    # Four tokens of each head, in as many units or fewer.
+    assert keys < stats.bytes_read < 2 * keys
+    assert stats.bytes_used == LAYERS * 2 * KV_HEADS * 4 * HEAD_DIM * 4
+
+
+def test_impress_reads_the_keys_of_its_probe_heads_only_where_they_agree(model: Any, tmp_path: Path) -> None:
+    half = LAYERS * 4 * UNIT_BYTES
+    with Impress(model, tmp_path, 0.25) as system:
+        system.store(PREFIX_IDS)
+        cache = system.cache(PREFIX_IDS)
+        logits_of(model, cache)
+        agreed = cache._attached.request.agreed
+        stats = system.finish(cache)
+    assert 0 < agreed < LAYERS
+    # Of one KV head everywhere; of the other as well where probe heads disagree.
+    assert stats.bytes_identified == half + (LAYERS - agreed) * 4 * UNIT_BYTES
+
+
+def test_generation_goes_on_from_what_was_chosen(model: Any, tmp_path: Path) -> None:
+    for system in (AttentionStoreH2O(model, tmp_path, 1.0), Impress(model, tmp_path, 1.0)):
+        with system:
+            system.store(PREFIX_IDS)
+            arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+            cache = system.cache(PREFIX_IDS)
+            found = model.generate(PROMPT[None], past_key_values=cache, **arguments)
+            system.finish(cache)
+            assert torch.equal(found, model.generate(PROMPT[None], **arguments))
+
+
+def test_what_was_not_stored_is_refused(model: Any, tmp_path: Path) -> None:
+    with AttentionStoreH2O(model, tmp_path, 0.1) as system:
+        system.store(PREFIX_IDS)
+        system.store(PREFIX_IDS)  # Twice is once.
+        assert len(system.files()) == 1
+        with pytest.raises(NotStoredError, match="200 tokens"):
+            system.cache(some_ids(PREFIX, 9))
+        cache = system.cache(PREFIX_IDS)
+        with pytest.raises(NotImplementedError, match="one row"), torch.no_grad():
+            model(input_ids=SUFFIX_IDS.repeat(2, 1), past_key_values=cache)
+        system.finish(cache)
+
+
+def test_column_sums_against_loops() -> None:
+    chance = torch.Generator().manual_seed(3)
+    queries = torch.randn(HEADS, 5, HEAD_DIM, generator=chance)
+    keys = torch.randn(KV_HEADS, 40 + 5, HEAD_DIM, generator=chance)
+    found = column_sums(queries, keys[:, :40], keys[:, 40:], HEAD_DIM**-0.5)
+    torch.testing.assert_close(found.double(), weights_of(queries, keys, 40).sum(1), atol=1e-5, rtol=1e-5)
+
+
+def test_similarity_and_votes_by_hand() -> None:
+    chosen = np.array([[0, 1, 2, 3], [2, 3, 4, 5], [0, 1, 2, 3]])
+    assert similarity(chosen) == pytest.approx((2 / 6 + 1 + 2 / 6) / 3)
+    assert similarity(chosen[:1]) == 1.0
+    assert similar_enough(100, 10) == pytest.approx((10 / 190) ** 0.6)
+    mass = torch.zeros(3, 8)
+    mass[:, 1], mass[:, 5] = 1.0, 2.0
+    # Two and three have three votes, one and zero two each, of which one has more mass.
+    assert voted(chosen, mass, 3).tolist() == [1, 2, 3]
+    assert voted(chosen, mass, 5).tolist() == [0, 1, 2, 3, 5]
+
+
+def test_expected_similarity_is_that_of_random_choices() -> None:
+    chance = np.random.default_rng(0)
+    found = [similarity(np.stack([chance.choice(400, 40, replace=False) for _ in range(2)])) for _ in range(400)]
+    assert np.mean(found) == pytest.approx(similar_enough(400, 40, exponent=1.0), rel=0.05)
+
+
+def test_budgets_are_shares_of_tokens() -> None:
+    assert [tokens_kept(200, budget) for budget in (0.001, 0.05, 0.051, 1.0)] == [1, 10, 11, 200]
+
+
+def test_probe_heads() -> None:
+    assert probe_heads(9, 3, "first").tolist() == [0, 1, 2]
+    assert probe_heads(9, 3, "groups").tolist() == [0, 3, 6]
+    assert probe_heads(2, 1, "first").tolist() == [0, 1]
+    with pytest.raises(ValueError, match="probes must be"):
+        probe_heads(9, 3, "best")
+
+
+def test_tokens_are_stored_in_the_order_of_their_importance() -> None:
+    geometry = KVGeometry(1, KV_HEADS, HEAD_DIM, torch.float32)
+    layout = ImpressLayout(geometry, 4, HEADS, "first")
+    keys = torch.arange(10.0)[None, :, None].expand(KV_HEADS, 10, HEAD_DIM) + torch.tensor([0.0, 100.0])[:, None, None]
+    order = torch.tensor([7, 3, 0, 1, 2, 4, 5, 6, 8, 9])
+    stored_keys, stored_values = layout.arranged(keys, keys + 1000, order)
+    # Keys of the probing head first, all of it; then the other's. Values: both heads of a block together.
+    assert stored_keys[:, :, 0].tolist() == [
+        [7, 3, 0, 1], [2, 4, 5, 6], [8, 9, 0, 0], [107, 103, 100, 101], [102, 104, 105, 106], [108, 109, 0, 0],
+    ]  # fmt: skip
+    assert stored_values[:2, :, 0].tolist() == [[1007, 1003, 1000, 1001], [1107, 1103, 1100, 1101]]
+
+
+def test_importance_is_what_the_last_tokens_look_at(model: Any) -> None:
+    cache, importance = observed_importance(model, PREFIX_IDS)
+    assert cache.get_seq_length() == PREFIX
+    for layer, mass in zip(cache.layers, importance, strict=True):
+        assert layer.keys.shape[2] == PREFIX
+        assert torch.isinf(mass[-64:]).all()
+        # Each of 64 queries of six heads gives one in all, part of it to the last tokens themselves.
+        assert 0 < float(mass[:-64].sum()) < 64 * HEADS
+    short, importance = observed_importance(model, PREFIX_IDS[:20])
+    assert short.get_seq_length() == 20
+    assert all(torch.isinf(mass).all() for mass in importance)
+
+
+def test_prefixes_have_names_of_their_own() -> None:
+    layout = UnitLayout(KVGeometry(1, KV_HEADS, HEAD_DIM, torch.float32), 64)
+    ids = PREFIX_IDS.numpy()
+    names = {layout.ids_of(one).tobytes() for one in (ids, ids[:-1], np.append(ids[:-1], 5), ids)}
+    assert len(names) == 3
+    assert len(layout.ids_of(ids)) == KV_HEADS * 4 * 32
+    with pytest.raises(ValueError, match="even"):
+        UnitLayout(layout.geometry, 5)
+
+
+def test_blocks_are_worth_their_uses_times_their_share() -> None:
+    one = np.ones(2)
+    uses = Uses(np.array([0.5, 0.1]), one, one * 5, one, one, 1.0, 5)
+    assert UsedAndImportant().worth(uses).tolist() == [0.5, 0.1]
