@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
 
-from .systems.attentionstore import full_load
+from .systems.attentionstore import Loading, full_load
 from .timing import drop_page_cache, interleave, machine, median_spread, resident_pages, time_to_first_token
 
 FLOOR, RECOMPUTE, FULL_LOAD = "floor (no prefix)", "recompute", "overlapped full load"
@@ -75,7 +75,7 @@ def _request(load: Workload, system: str, config: ContiguousKVConfig | None, mea
     makers: dict[str, Callable[[], Any]] = {
         FLOOR: DynamicCache,
         RECOMPUTE: DynamicCache,
-        FULL_LOAD: lambda: full_load(load.model, load.prefix_ids, opened(), stats),
+        FULL_LOAD: lambda: full_load(load.model, load.prefix_ids, opened(), Loading(stats)),
     }
     make = makers.get(system, lambda: ContiguousKVCache(load.model, load.prefix_ids, store=opened(), config=config))
     prompt = load.suffix_ids[None] if system == FLOOR else load.prompt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..systems import SYSTEMS
+
 # A system at a budget: what every table has a row for.
 Setting = tuple[str, float]
 
@@ -19,7 +21,10 @@ _LABELS = {
     "attentionstore": "AttentionStore",
     "attentionstore_overlapped": "AttentionStore (overlapped)",
     "attentionstore_h2o": "AttentionStore + H2O",
+    "attentionstore_h2o_lfu": "AttentionStore + H2O (LFU)",
+    "attentionstore_h2o_overlapped": "AttentionStore + H2O (overlapped)",
     "impress": "IMPRESS",
+    "impress_overlapped": "IMPRESS (overlapped)",
     "impress_groups": "IMPRESS (groups)",
     "contiguouskv_paper": "ContiguousKV (published)",
     "contiguouskv": "ContiguousKV (ours)",
@@ -31,7 +36,10 @@ _COLOURS = {
     "attentionstore": "#7fb2e0",
     "attentionstore_overlapped": "#2b6ca3",
     "attentionstore_h2o": "#8e6bb0",
+    "attentionstore_h2o_lfu": "#c9b3dd",
+    "attentionstore_h2o_overlapped": "#5d3f7f",
     "impress": "#e0a03c",
+    "impress_overlapped": "#f0cf95",
     "impress_groups": "#b5532b",
     "contiguouskv_paper": "#8cc79b",
     "contiguouskv": "#1f7a45",
@@ -47,7 +55,7 @@ _MARKERS = {
     "contiguouskv_paper": "h",
 }
 # Systems that attend to the whole prefix, whatever budget others have.
-EXACT = ("recompute", "in_memory", "reload", "attentionstore", "attentionstore_overlapped")
+EXACT = tuple(name for name, kind in SYSTEMS.items() if kind.exact)
 
 
 def label(system: str) -> str:

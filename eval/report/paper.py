@@ -16,7 +16,15 @@ BUDGET = 0.05
 SPEED_UPS = {ATTENTIONSTORE: 6.16, "attentionstore_h2o": 5.83, "impress": 3.85}
 # Points of accuracy that the paper loses at most.
 ACCURACY_LOSS = 2.94
-BASELINES = (ATTENTIONSTORE, "attentionstore_overlapped", "attentionstore_h2o", "impress", "impress_groups")
+BASELINES = (
+    ATTENTIONSTORE,
+    "attentionstore_overlapped",
+    "attentionstore_h2o",
+    "attentionstore_h2o_overlapped",
+    "impress",
+    "impress_overlapped",
+    "impress_groups",
+)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from .contiguouskv import ContiguousKV
 from .impress import Impress
 from .in_memory import InMemory
 from .recompute import Recompute
+from .registry import SYSTEMS, SystemKind, system_named
 from .reload import Reload
 
 __all__ = [
+    "SYSTEMS",
     "AttentionStore",
     "AttentionStoreH2O",
     "ContiguousKV",
@@ -22,4 +24,6 @@ __all__ = [
     "Recompute",
     "Reload",
     "System",
+    "SystemKind",
+    "system_named",
 ]

@@ -7,6 +7,8 @@ layer is asked for when attention gets there.
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv.memory import Usage
 from hf_contiguouskv.prefetch import PayloadReads
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.slots import copy_in_order
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.support import innermost_causal_lm, require_support
+from hf_contiguouskv.timeline import Timeline
 
 from .base import NotStoredError
 from .stored import Stored
@@ -28,15 +33,31 @@ from .stored import Stored
 ROOM = 256
 
 
+@dataclass
+class Loading:
+    """What one request reads, and what it tells of that.
+
+    Attributes:
+        stats: receives `bytes_read`, `bytes_used`, `hits` and `io_wait_s`.
+        timeline: receives reads, waits and copies.
+        usage: what memory is to be told once the request is over (`MemoryTiers.finished`).
+    """
+
+    stats: RequestStats = field(default_factory=RequestStats)
+    timeline: Timeline = field(default_factory=Timeline)
+    usage: Usage = field(default_factory=Usage)
+
+
 class _LoadedLayer(DynamicLayer):
     """A layer whose prefix is on its way from disk until the first update; `ask`: it is asked for only then."""
 
-    def __init__(self, layer: int, prefix: AttachedPrefix, reads: PayloadReads, ask: bool) -> None:
+    def __init__(self, layer: int, prefix: AttachedPrefix, reads: PayloadReads, ask: bool, loading: Loading) -> None:
         super().__init__()
         self._layer = layer
         self._prefix = prefix
         self._reads: PayloadReads | None = reads
         self._ask = ask
+        self._loading = loading
         self._buffers: list[torch.Tensor] = []
         self._length = 0
 
@@ -60,30 +81,46 @@ class _LoadedLayer(DynamicLayer):
         g = self._prefix.geometry
         count = self._prefix.chunks
         if self._ask:
-            self._reads.ask([self._layer], np.arange(count), torch.device("cpu"))
+            self._reads.ask([self._layer], np.arange(count), key_states.device)
         # One copy, from the chunks' order on disk to the order that attention wants.
         both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + ROOM, g.head_dim)
         chunks = both[:, 0, :, : count * g.chunk_size].unflatten(2, (count, g.chunk_size))
         for batch in self._reads.take(self._layer):
+            began = time.perf_counter()
             copy_in_order(self._prefix, batch, 0, chunks)
+            self._loading.timeline.add("copy", self._layer, began, time.perf_counter())
+            self._loading.stats.hits["host"] += batch.from_host
+            self._loading.stats.hits["disk"] += batch.from_disk
+        self._loading.usage.used(self._reads.tables, self._layer, np.arange(count))
         self._buffers = [both[0], both[1]]
         self._reads = None
         self._length = self._prefix.tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `DynamicLayer.crop`."""
+        if tokens_to_remove > 0 or self._reads is not None:
+            raise ValueError("crop takes a negative number, once the prefix was used")
+        self._length += tokens_to_remove
+        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
     def get_seq_length(self) -> int:
         return self._prefix.tokens if self._reads is not None else self._length
 
 
 def full_load(
-    model: Any, prefix_ids: torch.Tensor, store: PrefixStore, stats: RequestStats, overlap: bool = True
+    model: Any,
+    prefix_ids: torch.Tensor,
+    store: PrefixStore,
+    loading: Loading,
+    overlap: bool = True,
 ) -> DynamicCache:
     """A `DynamicCache` that holds a stored prefix; with `overlap` all of its reads are under way.
 
     Args:
-        model: the causal language model whose KV is stored, on the CPU.
+        model: the causal language model whose KV is stored.
         prefix_ids: int64 `(n,)`, stored in full.
         store: where.
-        stats: receives `bytes_read`, `bytes_used` and `io_wait_s`.
+        loading: receives what the request does.
         overlap: whether reads run ahead of compute.
 
     Raises:
@@ -94,15 +131,15 @@ def full_load(
     if stored is None or stored.tokens < len(ids):
         raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
     prefix = AttachedPrefix.of(stored, len(ids))
-    reads = PayloadReads(prefix, store.reader, store.memory, stats, verify=True)
+    reads = PayloadReads(prefix, store.reader, store.memory, loading.stats, True, loading.timeline)
     cache = DynamicCache()
     layers = range(prefix.geometry.num_layers)
-    cache.layers = [_LoadedLayer(layer, prefix, reads, not overlap) for layer in layers]
+    cache.layers = [_LoadedLayer(layer, prefix, reads, not overlap, loading) for layer in layers]
     cache.layer_class_to_replicate = None
     if overlap:
-        for layer in layers:
-            reads.ask([layer], np.arange(prefix.chunks), torch.device("cpu"))
-    stats.bytes_used = len(layers) * prefix.tokens * prefix.token_bytes()
+        for layer, device in enumerate(require_support(innermost_causal_lm(model)).plan.devices):
+            reads.ask([layer], np.arange(prefix.chunks), device)
+    loading.stats.bytes_used = len(layers) * prefix.tokens * prefix.token_bytes()
     return cache
 
 
@@ -110,7 +147,7 @@ class AttentionStore(Stored):
     """All KV of the prefix; chunks that stay in memory go by LRU, as published.
 
     Args:
-        model: whose prefixes, on the CPU.
+        model: whose prefixes.
         folder: of the store.
         overlap: see `full_load`.
         store_options: of `PrefixStore`.
@@ -121,13 +158,20 @@ class AttentionStore(Stored):
         options = {"eviction": "lru"} | store_options
         super().__init__(name, model, folder, ContiguousKVConfig(budget=1.0), **options)
         self._overlap = overlap
-        self._stats = RequestStats()
+        self._loading = Loading()
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
-        self._stats = RequestStats()
-        return full_load(self._model, prefix_ids, self.opened(), self._stats, self._overlap)
+        self._loading = Loading()
+        return full_load(self._model, prefix_ids, self.opened(), self._loading, self._overlap)
+
+    def timeline(self, cache: Any) -> Timeline:
+        """See `System`."""
+        return self._loading.timeline
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
-        return self._stats
+        memory = self.opened().memory
+        memory.finished(self._loading.usage)
+        memory.catch_up()
+        return self._loading.stats

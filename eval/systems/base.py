@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from hf_contiguouskv import RequestStats
+from hf_contiguouskv.timeline import Timeline
 
 
 class System(Protocol):
@@ -32,6 +33,10 @@ class System(Protocol):
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """A transformers cache for one request (prefix and suffix are passed to the model together). Timed."""
+        ...
+
+    def timeline(self, cache: Any) -> Timeline | None:
+        """When the request did what, before `finish`; `None` where the system has nothing to tell."""
         ...
 
     def finish(self, cache: Any) -> RequestStats:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv import ContiguousKVCache, RequestStats
+from hf_contiguouskv import ContiguousKVCache
 
 from .stored import Stored
 
@@ -17,9 +17,3 @@ class ContiguousKV(Stored):
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
         return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config)
-
-    def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
-        cache.close()
-        found: RequestStats = cache.stats
-        return found

@@ -35,6 +35,8 @@ class InMemory:
 
     def store(self, prefix_ids: torch.Tensor) -> None:
         """See `System`."""
+        if key_of(prefix_ids) in self._caches:
+            return
         cache = self._caches[key_of(prefix_ids)] = prefill(self._model, prefix_ids)
         self._lengths[id(cache)] = len(prefix_ids)
 
@@ -55,6 +57,9 @@ class InMemory:
         if found is None:
             raise NotStoredError(f"a prefix of {len(prefix_ids)} tokens was not stored")
         return found
+
+    def timeline(self, cache: Any) -> None:
+        """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""

@@ -30,6 +30,9 @@ class Recompute:
         """See `System`: an empty one."""
         return DynamicCache()
 
+    def timeline(self, cache: Any) -> None:
+        """See `System`."""
+
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
         return RequestStats()

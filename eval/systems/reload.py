@@ -39,6 +39,8 @@ class Reload:
 
     def store(self, prefix_ids: torch.Tensor) -> None:
         """See `System`."""
+        if self._file(prefix_ids).exists():
+            return
         tensors = {}
         for number, layer in enumerate(prefill(self._model, prefix_ids).layers):
             tensors[f"keys.{number}"] = layer.keys.cpu().contiguous()
@@ -70,6 +72,9 @@ class Reload:
         # All of it is read before the model starts, and all of it is used.
         self._stats = RequestStats(bytes_read=nbytes, bytes_used=nbytes, io_wait_s=time.perf_counter() - started)
         return cache
+
+    def timeline(self, cache: Any) -> None:
+        """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""

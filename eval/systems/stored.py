@@ -7,7 +7,8 @@ from typing import Any, Self
 
 import torch
 
-from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.timeline import Timeline
 
 
 class Stored:
@@ -47,6 +48,17 @@ class Stored:
     def files(self) -> list[Path]:
         """See `System`."""
         return sorted(self._folder.rglob("*.safetensors"))
+
+    def finish(self, cache: Any) -> RequestStats:
+        """See `System`."""
+        cache.close()
+        found: RequestStats = cache.stats
+        return found
+
+    def timeline(self, cache: Any) -> Timeline | None:
+        """See `System`."""
+        found: Timeline | None = cache.timeline
+        return found
 
     def forget(self) -> None:
         """See `System`: the store is opened again inside the timer."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +22,7 @@ from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.store.format import KVGeometry
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
 
+from .base import NotStoredError, key_of
 from .in_memory import prefill
 from .stored import Stored
 from .token_request import AHEAD, TokenCache, TokenRequest
@@ -30,6 +33,11 @@ from .units import UnitLayout, find_units, write_units
 UNIT_TOKENS = 64
 # Last tokens of a prefix whose attention says which of its tokens matter, before there was any request.
 OBSERVED = 64
+
+
+@lru_cache(maxsize=1)
+def _observed(model: weakref.ref[Any], ids: bytes) -> tuple[DynamicCache, list[torch.Tensor]]:
+    return observed_importance(model(), torch.frombuffer(bytearray(ids), dtype=torch.int64))
 
 
 def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCache, list[torch.Tensor]]:
@@ -72,6 +80,9 @@ class TokenSystem(Stored):
         overlap: whether keys are read ahead of compute: as the system deserves, not as papers run it.
         store_options: of `PrefixStore`.
 
+    Raises:
+        ValueError: the model is on another device.
+
     Attributes:
         published: name of the system as published, without overlap.
         published_eviction: what stays in memory, as published.
@@ -91,9 +102,12 @@ class TokenSystem(Stored):
         timeline: bool = False,
         **store_options: Any,
     ) -> None:
-        name = f"{self.published}_overlapped" if overlap else self.published
         options = {"eviction": self.published_eviction} | store_options
+        lfu = "_lfu" if options["eviction"] == "lfu" else ""
+        name = self.published + lfu + ("_overlapped" if overlap else "")
         super().__init__(name, model, folder, ContiguousKVConfig(budget=budget, timeline=timeline), **options)
+        if model.device.type != "cpu":
+            raise ValueError(f"{name} runs on the CPU only, the model is on {model.device}")
         self._ahead = AHEAD if overlap else 0
         lm = innermost_causal_lm(model)
         geometry = geometry_of(require_support(lm), self._config.chunk_size)
@@ -123,7 +137,12 @@ class TokenSystem(Stored):
 
     def store(self, prefix_ids: torch.Tensor) -> None:
         """See `System`."""
-        cache, importance = observed_importance(self._model, prefix_ids)
+        try:
+            find_units(self.opened(), self.layout, self._fingerprint, prefix_ids.numpy())
+            return
+        except NotStoredError:
+            # Several systems store the same prefix, one after the other.
+            cache, importance = _observed(weakref.ref(self._model), key_of(prefix_ids))
         layers = (
             self.arranged(self.layout, layer.keys[0], layer.values[0], mass)
             for layer, mass in zip(cache.layers, importance, strict=True)
@@ -142,9 +161,3 @@ class TokenSystem(Stored):
             return self.request(units, self.layout, self._ahead, prefix, config, plan, store, stats)
 
         return TokenCache(self._model, prefix_ids, store, self._config, make)
-
-    def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
-        cache.close()
-        found: RequestStats = cache.stats
-        return found

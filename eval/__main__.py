@@ -1,0 +1,101 @@
+"""`python -m eval run`, `report` and `list`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="How much faster is the first token, and what does it cost in quality, against every system that does this.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+PAPER_TASKS = ("sst2", "subj", "trec", "rte")
+_CHOICE = "may be repeated; `python -m eval list` names them all"
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Argument(help="folder of the run; a run that was broken off is continued")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help=f"task; {_CHOICE}. Without any, and without streams: all four of the paper, and needles"),
+    ] = None,
+    system: Annotated[list[str] | None, typer.Option(help=f"system; {_CHOICE}. Default: all")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="share of the prefix; may be repeated")] = None,
+    stream: Annotated[list[str] | None, typer.Option(help=f"request stream; {_CHOICE}")] = None,
+    requests: Annotated[int, typer.Option(help="of each task")] = 50,
+    timed_requests: Annotated[int, typer.Option(help="of each task, in systems that are measured for time alone")] = 5,
+    stream_requests: Annotated[int, typer.Option(help="of each stream")] = 100,
+    documents: Annotated[int, typer.Option(help="of a stream, or conversations")] = 10,
+    memory_share: Annotated[float, typer.Option(help="what of a stream's KV a system may keep in memory")] = 0.25,
+    model: Annotated[str | None, typer.Option(help="name or folder; default: SmolLM2-135M-Instruct")] = None,
+    dtype: Annotated[str, typer.Option(help="of model and KV")] = "bfloat16",
+    data_dir: Annotated[str | None, typer.Option(help="local data; default: $CONTIGUOUSKV_DATA, else the Hub")] = None,
+    seed: int = 0,
+) -> None:
+    """Make requests in every system. Under `accelerate launch -m eval run ...` processes share them."""
+    from .running import RunConfig, RunFolderError
+    from .running import run as run_all
+    from .systems import SYSTEMS
+    from .tasks import DataMissingError
+
+    chosen = tuple(task or (() if stream else (*PAPER_TASKS, "needle")))
+    arguments: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "tasks": chosen,
+        "streams": tuple(stream or ()),
+        "systems": tuple(system or SYSTEMS),
+        "budgets": tuple(budget or (0.05, 0.25)),
+        "requests": requests,
+        "timed_requests": timed_requests,
+        "stream_requests": stream_requests,
+        "documents": documents,
+        "memory_share": memory_share,
+        "seed": seed,
+        "data_dir": data_dir,
+    }
+    try:
+        config = RunConfig(**arguments)
+        run_all(config, out, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]))
+    except (ValueError, RunFolderError, DataMissingError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
+    out: Annotated[Path, typer.Option(help="where report.md, report.html and pictures go")] = Path("report"),
+) -> None:
+    """Turn one or several runs into Markdown, HTML and pictures."""
+    from .report import RunError, write_report
+
+    try:
+        written = write_report(runs, out)
+    except RunError as error:
+        raise typer.BadParameter(str(error)) from error
+    Console().print("\n".join(str(path) for path in written))
+
+
+@app.command(name="list")
+def list_all() -> None:
+    """Name all tasks, streams, systems and metrics."""
+    from .metrics import metric_names
+    from .running.run import STREAMS
+    from .systems import SYSTEMS
+    from .tasks import TASKS
+
+    console = Console()
+    for kind, names in (("tasks", TASKS), ("streams", STREAMS), ("systems", SYSTEMS), ("metrics", metric_names())):
+        console.print(f"[bold]{kind}[/bold]: {', '.join(names)}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

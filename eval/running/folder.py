@@ -1,0 +1,108 @@
+"""The folder of a run: its configuration, the machine, and one row for each request in each system."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..timing import machine
+
+ROWS, CONFIG, MACHINE = "rows.jsonl", "config.json", "machine.json"
+# Of a configuration, what may change when a run is continued; of a machine, what does not tell it from others.
+_MAY_CHANGE = ("systems", "budgets", "tasks", "streams", "processes", "command")
+_MAY_DIFFER = ("torch_threads",)
+
+Row = dict[str, Any]
+# Names a row: task, number, stream, system, budget.
+Key = tuple[Any, ...]
+
+
+class RunFolderError(Exception):
+    """A folder holds another run, or none."""
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """What a row is about."""
+    return tuple(row[name] for name in ("task", "number", "stream", "system", "budget"))
+
+
+class RunFolder:
+    """Where a run leaves what it finds. Each process appends to a file of its own; `gather` makes one of them.
+
+    Args:
+        path: of the folder; it is made if need be.
+        process: number of this process.
+    """
+
+    def __init__(self, path: Path, process: int = 0) -> None:
+        self.path = path
+        self._part = path / f"rows-{process}.jsonl"
+        path.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Say what the run is, and gather what an earlier process left. Called by one process.
+
+        Raises:
+            RunFolderError: the folder has rows of a run that differs in more than its systems, budgets and tasks, or
+                was made on another machine.
+        """
+        here = machine()
+        self._require_same(CONFIG, config, _MAY_CHANGE)
+        self._require_same(MACHINE, here, _MAY_DIFFER)
+        self.gather()
+        for name, document in ((CONFIG, config), (MACHINE, here)):
+            _replace(self.path / name, json.dumps(document, indent=2) + "\n")
+
+    def _require_same(self, name: str, now: Mapping[str, Any], except_for: tuple[str, ...]) -> None:
+        path = self.path / name
+        if not path.exists():
+            return
+        before = json.loads(path.read_text())
+        as_json = json.loads(json.dumps(now))
+        differing = [
+            f"{field} is {as_json.get(field)!r}, was {before.get(field)!r}"
+            for field in sorted({*before, *as_json})
+            if field not in except_for and before.get(field) != as_json.get(field)
+        ]
+        if differing:
+            raise RunFolderError(f"{self.path} has rows of another run ({'; '.join(differing)}): choose another folder")
+
+    def done(self) -> set[Key]:
+        """What has a row."""
+        return {key_of(row) for path in self._files() for row in _rows(path)}
+
+    def add(self, row: Row) -> None:
+        """Append a row; when this returns, it survives a crash of this process."""
+        with self._part.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def gather(self) -> None:
+        """Put the rows of all processes into one file, each once. Called by one process, while no other adds any."""
+        parts = [path for path in self._files() if path.name != ROWS]
+        rows = {key_of(row): row for path in self._files() for row in _rows(path)}
+        _replace(self.path / ROWS, "".join(json.dumps(row) + "\n" for row in rows.values()))
+        for part in parts:
+            part.unlink()
+
+    def _files(self) -> list[Path]:
+        gathered = self.path / ROWS
+        return ([gathered] if gathered.exists() else []) + sorted(self.path.glob("rows-*.jsonl"))
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Rows that were written to their end: a crash may have cut the last one of each process."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RunFolderError(f"{path} has a line that is no row: {line[:80]!r}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,81 @@
+"""Where the time of one request goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from hf_contiguouskv.timeline import Span
+
+PHASES = ("lookup", "identify", "wait", "gather", "attention", "rest")
+
+
+class Stopwatch:
+    """Seconds that were spent inside `running`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what happens inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+@contextmanager
+def attention_timed(watch: Stopwatch, device: torch.device) -> Iterator[None]:
+    """Inside, `watch` runs while torch computes attention.
+
+    Only on a CPU: elsewhere a call returns before it is done, so nothing is timed there.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def timed(*arguments: Any, **options: Any) -> torch.Tensor:
+        with watch.running():
+            return attend(*arguments, **options)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", timed):
+        yield
+
+
+def phases_of(
+    seconds: float, lookup_s: float, attention_s: float, wait_s: float, spans: Sequence[Span] | None
+) -> dict[str, float]:
+    """What the seconds of one request went into; they add up to `seconds`.
+
+    Args:
+        seconds: to the first token.
+        lookup_s: until there was a cache: opening the store, finding the prefix, asking for the first reads.
+        attention_s: in attention itself.
+        wait_s: compute stood still for reads.
+        spans: of the request; `None`: nothing was identified or gathered.
+
+    Returns:
+        `lookup`, `identify` (scoring and choosing), `wait` (compute stands still for reads), `gather` (copies into
+        attention's buffer), `attention` and `rest` (the model's other compute), seconds each.
+    """
+
+    def spent(kind: str) -> float:
+        return sum(span.end - span.start for span in spans or () if span.kind == kind)
+
+    found = {
+        # A system without a timeline reads while its cache is made: that is not looking anything up.
+        "lookup": max(0.0, lookup_s - (wait_s if spans is None else 0.0)),
+        "identify": spent("identify"),
+        "wait": wait_s,
+        "gather": spent("copy"),
+        "attention": attention_s,
+    }
+    return found | {"rest": max(0.0, seconds - sum(found.values()))}

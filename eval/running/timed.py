@@ -1,0 +1,93 @@
+"""One request in one system: cold, timed, and what it read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_contiguouskv import RequestStats
+
+from ..systems import System
+from ..tasks import Request
+from ..timing import drop_page_cache, resident_pages, time_to_first_token
+from .phases import Stopwatch, attention_timed, phases_of
+
+
+@dataclass
+class Timed:
+    """A request that has its first token.
+
+    Attributes:
+        cache: holds the whole prompt. Gone when the request is over.
+        seconds: to the first token.
+        first_token: its id.
+        cold: whether none of the system's files was in the page cache; `None`: it has no files.
+        resident_pages: how many pages of them were.
+        stats: what it did; known when the request is over.
+        phases: where the time went, see `phases_of`; known when the request is over.
+    """
+
+    cache: Any
+    seconds: float
+    first_token: int
+    cold: bool | None
+    resident_pages: int
+    stats: RequestStats = field(default_factory=RequestStats)
+    phases: dict[str, float] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {
+            "ttft_s": self.seconds,
+            "cold": self.cold,
+            "resident_pages": self.resident_pages,
+            "first_token": self.first_token,
+            "stats": self.stats.as_dict(),
+            "phases": self.phases,
+        }
+
+
+def prompt_of(request: Request) -> torch.Tensor:
+    """Prefix and suffix, int64 `(1, n + q)`."""
+    return torch.cat([request.prefix_ids, request.suffix_ids])[None]
+
+
+@contextmanager
+def timed_request(model: Any, system: System, request: Request, *, forget: bool = True) -> Iterator[Timed]:
+    """Drop the system's files from the page cache, and time one request to its first token.
+
+    Inside, its cache may be used on; afterwards the request is over.
+
+    Args:
+        model: the causal language model.
+        system: has stored the request's prefix.
+        request: which.
+        forget: whether the system forgets first what earlier requests left in this process.
+    """
+    if forget:
+        system.forget()
+    files = system.files()
+    drop_page_cache(files)
+    resident = sum(resident_pages(file) for file in files)
+    looking, attending = Stopwatch(), Stopwatch()
+
+    def make_cache() -> Any:
+        with looking.running():
+            return system.cache(request.prefix_ids)
+
+    with attention_timed(attending, model.device):
+        seconds, token, cache = time_to_first_token(model, prompt_of(request), make_cache)
+    timed = Timed(cache, seconds, token, resident == 0 if files else None, resident)
+    timeline = system.timeline(cache)
+    # Only what came before the first token is of interest.
+    spans = None if timeline is None else list(timeline.spans)
+    try:
+        yield timed
+    finally:
+        timed.cache = None
+        timed.stats = system.finish(cache)
+        timed.phases = phases_of(seconds, looking.seconds, attending.seconds, timed.stats.io_wait_s, spans)
