@@ -94,7 +94,7 @@ class Judge:
         if added > 1:
             cache.crop(1 - added)
         ids = torch.cat([suffix[1:], self._answer[:-1]])
-        if not len(ids):
+        if len(suffix) < 2:
             raise ValueError(f"{self._request.key}: a suffix needs two tokens at least")
         return Reading(self._forward(cache, ids), max(1, len(suffix) - 1))
 

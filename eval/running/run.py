@@ -26,6 +26,7 @@ from .quality import Judge
 from .timed import timed_request
 
 STREAMS = ("shared_documents", "conversations")
+DTYPES = ("bfloat16", "float16", "float32")
 IN_MEMORY = "in_memory"
 
 
@@ -82,6 +83,8 @@ class RunConfig:
             system_named(name)
         if unknown := set(self.streams) - set(STREAMS):
             raise ValueError(f"stream must be one of {STREAMS}, got {sorted(unknown)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         if not (self.tasks or self.streams) or not self.systems:
             raise ValueError("a run needs a task or a stream, and a system")
         if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
@@ -183,7 +186,7 @@ class _Run:
         todo = [(request, metric, self._missing(request, self._settings(request), None)) for request, metric in mine]
         # A stream is a sequence, so one process makes all of it.
         listed = self._streams() if self._state.is_main_process else []
-        streamed = sum(len(self._missing(one, self._config.settings(), name)) for name, all_ in listed for one in all_)
+        streamed = sum(len(self._missing(one, self._of_stream(name), name)) for name, all_ in listed for one in all_)
         total = sum(len(missing) for _, _, missing in todo) + streamed
         with tqdm(total=total, unit="request", disable=not progress) as bar:
             for _, group in groupby(todo, key=lambda one: (one[0].task, one[0].prefix)):
@@ -253,9 +256,13 @@ class _Run:
             found.append((name, requests))
         return found
 
+    def _of_stream(self, name: str) -> list[Setting]:
+        """Systems that take part in a stream."""
+        return [one for one in self._config.settings() if name != "conversations" or system_named(one.system).grows]
+
     def _stream(self, name: str, requests: Sequence[Request], bar: Any) -> None:
         """All requests in order, in all systems; what a system keeps in memory it keeps for the next request."""
-        settings = self._config.settings()
+        settings = self._of_stream(name)
         if not any(self._missing(one, settings, name) for one in requests):
             return
         # The last prefix of a conversation holds those before it.
@@ -300,7 +307,7 @@ def run(
 
     from ..models import DEFAULT_MODEL, load_model
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(out, state.process_index)
     dtype = getattr(torch, config.dtype)
     # One process at a time: the first may have to download or convert the model.

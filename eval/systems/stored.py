@@ -42,8 +42,9 @@ class Stored:
         return self._store
 
     def store(self, prefix_ids: torch.Tensor) -> None:
-        """See `System`."""
-        ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config).close()
+        """See `System`. Through another store: a cache reads ahead, and what it reads must not stay in our memory."""
+        with PrefixStore(self._folder, host_bytes=0) as store:
+            ContiguousKVCache(self._model, prefix_ids, store=store, config=self._config).close()
 
     def files(self) -> list[Path]:
         """See `System`."""

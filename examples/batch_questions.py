@@ -1,0 +1,237 @@
+"""Many questions about one document: in one batch, and one after the other.
+
+All rows of a batch share the document's stored KV; each row reads and uses the chunks that its own question attends to.
+Questions differ in length, so rows are padded on the left, as `generate` wants it. Both ways open the store anew and
+find its files cold. Answers, times and bytes are printed side by side:
+
+    python examples/batch_questions.py notes.txt --question 'Who wrote this?' --question 'When?'
+    python examples/batch_questions.py notes.txt --file questions.txt --budget 0.25 --json answers.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from demo import CONSOLE, DEFAULT_STORE, Prompts, Question, build_prompts, make_cold, read_document
+from rich.table import Table
+from transformers.generation.streamers import BaseStreamer
+
+from eval.models import ModelNotAvailableError, load_model
+from eval.timing import interleave, median_spread
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
+from hf_contiguouskv.errors import ContiguousKVError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DOCUMENT_TOKENS = 7936
+BATCH, ALONE = "one batch", "one after the other"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All questions answered once.
+
+    Attributes:
+        first_token_s: until the first question has its first token. In a batch all have theirs then.
+        last_first_token_s: until the last question has its first token.
+        seconds: until all answers are complete.
+        bytes_read: from storage, page rounding included.
+        answers: in the order of the questions.
+    """
+
+    first_token_s: float
+    last_first_token_s: float
+    seconds: float
+    bytes_read: int
+    answers: list[str]
+
+
+class FirstToken(BaseStreamer):
+    """Notes when the first new tokens of a `generate` call arrive: `at`, seconds on `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate`: with the prompt, then with each row of new tokens."""
+        if self._prompt_seen and self.at is None:
+            self.at = time.perf_counter()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Questioner:
+    """Asks questions about a stored document.
+
+    Attributes:
+        model, tokenizer: who answers.
+        prompts: the document's ids, and one prompt per question.
+        config: which chunks an answer uses.
+        folder: of the store.
+        max_new_tokens: of an answer.
+    """
+
+    model: Any
+    tokenizer: Any
+    prompts: Prompts
+    config: ContiguousKVConfig
+    folder: Path
+    max_new_tokens: int
+
+    def run(self, groups: list[list[int]]) -> Run:
+        """Open the store with its files cold, and answer groups of questions in order, each group as one batch."""
+        make_cold(self.folder)
+        found: dict[int, str] = {}
+        firsts, read = [], 0
+        start = time.perf_counter()
+        with PrefixStore(self.folder) as store:
+            for group in groups:
+                at, bytes_read, answers = self._answer(store, group)
+                firsts.append(at - start)
+                read += bytes_read
+                found |= dict(zip(group, answers, strict=True))
+        seconds = time.perf_counter() - start
+        return Run(firsts[0], firsts[-1], seconds, read, [found[number] for number in sorted(found)])
+
+    def _answer(self, store: PrefixStore, group: list[int]) -> tuple[float, int, list[str]]:
+        """One `generate` call: when the first tokens came, bytes read, and the answers."""
+        inputs = self._padded([self.prompts.questions[number][0].tolist() for number in group])
+        clock = FirstToken()
+        with ContiguousKVCache(self.model, self.prompts.prefix, store=store, config=self.config) as cache:
+            output = self.model.generate(
+                **{name: value.to(self.model.device) for name, value in inputs.items()},
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=clock,
+            )
+            read = cache.stats.bytes_read
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return clock.at or time.perf_counter(), read, [text.strip() for text in texts]
+
+    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask`, int64 `(rows, longest)`, padded on the left."""
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+
+
+def read_questions(question: list[str] | None, file: Path | None) -> list[str]:
+    """Those of the command line, then those of the file (its lines that are not empty).
+
+    Raises:
+        typer.BadParameter: there are none.
+    """
+    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    found = [text.strip() for text in [*(question or []), *lines] if text.strip()]
+    if not found:
+        raise typer.BadParameter("no questions: give --question (once or more), or --file with one on each line")
+    return found
+
+
+def print_tables(questions: list[str], runs: dict[str, list[Run]]) -> None:
+    """Answers side by side, then times (medians)."""
+    answers = Table(title="Answers", show_lines=True)
+    answers.add_column("question", ratio=2)
+    answers.add_column(BATCH, ratio=3)
+    answers.add_column(ALONE, ratio=3)
+    for number, question in enumerate(questions):
+        together, alone = (" ".join(runs[name][0].answers[number].split()) for name in (BATCH, ALONE))
+        answers.add_row(*(_plain(cell) for cell in (question, together, "the same" if alone == together else alone)))
+    rounds = len(runs[BATCH])
+    times = Table(title=f"Time, cold ({'one round' if rounds == 1 else f'median of {rounds} rounds'})")
+    times.add_column("", no_wrap=True)
+    for title in ("first token, s", "last first token, s", "all answers, s", "read, MiB"):
+        times.add_column(title, justify="right")
+    for name, own in runs.items():
+        times.add_row(
+            name,
+            *(f"{_median(own, field):,.2f}" for field in ("first_token_s", "last_first_token_s", "seconds")),
+            f"{_median(own, 'bytes_read') / 2**20:,.1f}",
+        )
+    CONSOLE.print(answers)
+    CONSOLE.print(times)
+
+
+def _plain(text: str) -> str:
+    """Text in which rich finds no markup."""
+    return text.replace("[", r"\[")
+
+
+def _median(runs: list[Run], field: str) -> float:
+    return median_spread(getattr(run, field) for run in runs).median
+
+
+def main(
+    document: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Any text file.")],
+    question: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file with a question on each line.")
+    ] = None,
+    store: Annotated[Path, typer.Option(help="The store's folder.")] = DEFAULT_STORE.with_name("batch-store"),
+    model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
+    budget: Annotated[float, typer.Option(help="Share of the document that an answer uses; 1.0 is exact.")] = 0.1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is asked, both ways in turn.")] = 3,
+    dtype: Annotated[Dtype, typer.Option(help="Of model and KV.")] = "bfloat16",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write answers and numbers to this file.")] = None,
+) -> None:
+    """Answer questions about a document in one batch, and one after the other."""
+    try:
+        config = ContiguousKVConfig(budget=budget)
+        asked = read_questions(question, file)
+        text = read_document(document)
+        if not text:
+            raise typer.BadParameter(f"{document} is empty")
+        loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+    except (ContiguousKVError, ModelNotAvailableError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    context = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", DOCUMENT_TOKENS))
+    longest = max(len(tokenizer(one)["input_ids"]) for one in asked)
+    room = min(DOCUMENT_TOKENS, context - max_new_tokens - longest - 64)
+    prompts = build_prompts(tokenizer, text, tuple(Question(one) for one in asked), room)
+    with PrefixStore(store) as opened:  # computed once, unless an earlier run did
+        ContiguousKVCache(loaded, prompts.prefix, store=opened).close()
+    questioner = Questioner(loaded, tokenizer, prompts, config, store, max_new_tokens)
+    everything = list(range(len(asked)))
+    ways = {BATCH: [everything], ALONE: [[number] for number in everything]}
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
+    for way in ([everything], [[0]]):
+        questioner.run(way)  # the first call of a kernel is slow
+    for _, name in interleave(list(ways), rounds):
+        runs[name].append(questioner.run(ways[name]))
+    CONSOLE.print(
+        f"{len(asked)} questions about {document}: {prompts.document_tokens:,} tokens"
+        f"{', cut to fit' if prompts.cut else ''}, budget {budget:.0%}",
+        markup=False,
+        soft_wrap=True,
+    )
+    print_tables(asked, runs)
+    if json_path is not None:
+        numbers = {
+            "document": str(document),
+            "prefix_tokens": prompts.document_tokens,
+            "budget": budget,
+            "model": loaded.source,
+            "questions": asked,
+            "runs": {name: [asdict(run) for run in own] for name, own in runs.items()},
+        }
+        json_path.write_text(json.dumps(numbers, indent=2) + "\n")
+        CONSOLE.print(f"Written to {json_path}.", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))

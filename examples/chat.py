@@ -1,0 +1,195 @@
+"""Chat about one document. Its KV cache is stored once, and so is every turn when it is over.
+
+Each answer reads only the chunks of document and conversation that its question attends to. While you read it, the turn
+is computed exactly and stored, so that the next question finds it, today or in another process. Questions come from
+standard input, one a line, until it ends:
+
+    python examples/chat.py notes.txt
+    printf 'Who wrote this?\\nWhen?\\n' | python examples/chat.py notes.txt --store kv-store --budget 0.1
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from demo import CONSOLE, DEFAULT_STORE, build_prompts, read_document
+from transformers import TextStreamer
+
+from eval.models import ModelNotAvailableError, load_model
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
+from hf_contiguouskv.errors import ContiguousKVError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+# Tokens of the context that the document leaves to the conversation, and the most that is taken of a long document.
+CONVERSATION_TOKENS = 1024
+DOCUMENT_TOKENS = 8192
+
+
+class TimedStreamer(TextStreamer):
+    """Prints an answer as it comes.
+
+    Attributes:
+        first_token: when the first new token arrived, seconds on `time.perf_counter`; `None` before.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate`: with the prompt, then with each new token."""
+        if not self.next_tokens_are_prompt and self.first_token is None:
+            self.first_token = time.perf_counter()
+        super().put(value)
+
+
+class Chat:
+    """A conversation about a document, as one growing row of token ids.
+
+    Args:
+        model, tokenizer: who answers.
+        store: where the KV of document and turns is.
+        config: which chunks an answer reads.
+        document: its text.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        store: PrefixStore,
+        config: ContiguousKVConfig,
+        document: str,
+        max_new_tokens: int,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._store = store
+        self._config = config
+        self._max_new_tokens = max_new_tokens
+        self._context = int(getattr(model.config.get_text_config(), "max_position_embeddings", DOCUMENT_TOKENS))
+        room = min(DOCUMENT_TOKENS, self._context) - CONVERSATION_TOKENS
+        prompts = build_prompts(tokenizer, document, (), room)
+        self.ids: list[int] = prompts.prefix[0].tolist()
+        self.cut = prompts.cut
+        self._after_question, self._after_answer = _between_messages(tokenizer)
+        self._before_question = "\n\nQuestion: "
+
+    def keep(self) -> tuple[int, float]:
+        """Store what was said so far, exactly. Returns how many tokens had to be computed, and seconds."""
+        start = time.perf_counter()
+        ids = torch.tensor(self.ids)
+        computed = len(ids) - self._store.match(self._model, ids)
+        if computed:
+            ContiguousKVCache(self._model, ids, store=self._store, config=self._config).close()
+        return computed, time.perf_counter() - start
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids of the conversation with this question at its end. Parts are joined as ids, so they stay stored."""
+        text = f"{self._before_question}{question}{self._after_question}"
+        added: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.ids + added
+
+    def has_room(self, prompt: list[int]) -> bool:
+        """Whether an answer to `prompt` fits into the model's context."""
+        return len(prompt) + self._max_new_tokens <= self._context
+
+    def answer(self, prompt: list[int]) -> str:
+        """Print the answer to a prompt as it comes. Returns a line about time, chunks and bytes."""
+        streamer = TimedStreamer(self._tokenizer)
+        ids = torch.tensor([prompt])
+        start = time.perf_counter()
+        with ContiguousKVCache(self._model, torch.tensor(self.ids), store=self._store, config=self._config) as cache:
+            output = self._model.generate(
+                ids.to(self._model.device),
+                attention_mask=torch.ones_like(ids).to(self._model.device),
+                past_key_values=cache,
+                max_new_tokens=self._max_new_tokens,
+                do_sample=False,
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                streamer=streamer,
+            )
+            stats = cache.stats
+        said: list[int] = output[0].tolist()
+        if said[-1] == self._tokenizer.eos_token_id:
+            said.pop()  # what comes between messages has it
+        self.ids, self._before_question = said, self._after_answer
+        first = (streamer.first_token or time.perf_counter()) - start
+        return (
+            f"first token after {first * 1e3:,.0f} ms; read {stats.bytes_read / 2**20:.1f} MiB, "
+            f"used {max(stats.chunks_used, default=0)} of {stats.chunks_total} chunks"
+        )
+
+
+def _between_messages(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts after a question, up to the answer, and after an answer, up to the next question."""
+    if not tokenizer.chat_template:
+        return "\nAnswer: ", "\n\nQuestion: "
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": f"<<message {number}>>"} for number, role in enumerate(roles)]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    _, _, rest = text.partition("<<message 1>>")
+    after_answer, _, after_question = rest.partition("<<message 2>>")
+    return after_question, after_answer
+
+
+def main(
+    document: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Any text file.")],
+    store: Annotated[Path, typer.Option(help="The store's folder.")] = DEFAULT_STORE.with_name("chat-store"),
+    model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
+    budget: Annotated[float, typer.Option(help="Share of the stored tokens that an answer uses; 1.0 is exact.")] = 0.1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 100,
+    dtype: Annotated[Dtype, typer.Option(help="Of model and KV.")] = "bfloat16",
+) -> None:
+    """Chat about a document; questions are lines of standard input."""
+    try:
+        config = ContiguousKVConfig(budget=budget)
+        text = read_document(document)
+        if not text:
+            raise typer.BadParameter(f"{document} is empty")
+        loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+    except (ContiguousKVError, ModelNotAvailableError) as error:
+        raise typer.BadParameter(str(error)) from error
+    with PrefixStore(store) as opened:
+        chat = Chat(loaded, tokenizer, opened, config, text, max_new_tokens)
+        computed, seconds = chat.keep()
+        CONSOLE.print(
+            f"{document}: {len(chat.ids):,} tokens{', cut to fit' if chat.cut else ''}; "
+            + (f"{computed:,} of them computed and stored in {seconds:.1f} s" if computed else "all stored by earlier runs")
+            + f" ({store})",
+            markup=False,
+            soft_wrap=True,
+        )
+        while (question := _next_question()) is not None:
+            prompt = chat.prompt(question)
+            if not chat.has_room(prompt):
+                CONSOLE.print("The conversation fills the model's context: start a new one.")
+                break
+            line = chat.answer(prompt)
+            computed, seconds = chat.keep()
+            stored = f"turn of {computed} tokens stored in {seconds * 1e3:,.0f} ms" if computed else "turn was stored"
+            CONSOLE.print(f"[{line}; {stored}]", markup=False, soft_wrap=True)
+
+
+def _next_question() -> str | None:
+    """The next line that is not empty; `None` at the end of standard input."""
+    while True:
+        if sys.stdin.isatty():
+            print("\n> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if question := line.strip():
+            if not sys.stdin.isatty():
+                print(f"\n> {question}", flush=True)
+            return question
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,450 @@
+"""A run makes every request in every system once, says what it was, and survives what befalls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from eval.__main__ import app
+from eval.report import write_report
+from eval.running import RunConfig, RunFolder, RunFolderError, run
+from eval.running.folder import key_of
+from eval.running.phases import PHASES
+from eval.running.quality import Judge, perplexity
+from eval.systems import SYSTEMS, InMemory
+from eval.tasks import TASKS, Request
+from eval.tasks.base import encode
+
+Row = dict[str, Any]
+EXACT = [name for name, kind in SYSTEMS.items() if kind.exact]
+# Made for their time alone.
+TIMED = [*(name for name in EXACT if name != "in_memory"), "attentionstore_h2o_overlapped", "impress_overlapped"]
+LOSSY = ["attentionstore_h2o", "impress", "impress_groups", "contiguouskv_paper", "contiguouskv"]
+
+
+class Animals:
+    """Two prefixes; who lives where (generated), or what somebody is (labels of one token and of several)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.metric = "needle_recall" if name == "animals" else "accuracy"
+
+    def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
+        chance = random.Random(f"{self.name} {seed}")
+        texts = ["".join(chance.choices("abcdefghij klmno", k=300)) for _ in range(2)]
+        found = []
+        for number in range(count):
+            answer = chance.choice(("cat", "dog"))
+            found.append(
+                Request(
+                    self.name,
+                    number,
+                    encode(tokenizer, texts[number % 2]),
+                    number % 2,
+                    encode(tokenizer, f" who lives at {number}? a"),
+                    (answer,),
+                    choices=() if self.name == "animals" else ("cat", "dog", "a"),
+                    max_new_tokens=4,
+                    about=(("house", number),),
+                )
+            )
+        return sorted(found, key=lambda one: one.prefix)
+
+
+@pytest.fixture(autouse=True)
+def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("animals", "kinds"):
+        monkeypatch.setitem(TASKS, name, lambda data_dir, name=name: Animals(name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    save_tiny_model(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def config_of(**changes: Any) -> RunConfig:
+    fields: dict[str, Any] = {
+        "dtype": "float32",
+        "tasks": ("animals", "kinds"),
+        "systems": tuple(SYSTEMS),
+        "budgets": (0.1, 0.5),
+        "requests": 3,
+        "timed_requests": 1,
+    }
+    return RunConfig(**fields | changes)
+
+
+def rows_of(out: Path) -> list[Row]:
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def expected_keys(requests: int, timed: int, budgets: tuple[float, ...]) -> set[Any]:
+    found = set()
+    for task in ("animals", "kinds"):
+        for number in range(requests):
+            settings = [("in_memory", 1.0), *((name, budget) for name in LOSSY for budget in budgets)]
+            if number < timed:
+                settings += [(name, budget) for name in TIMED for budget in ((1.0,) if name in EXACT else budgets)]
+            found |= {(task, number, None, *setting) for setting in settings}
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, loaded: tuple[Any, Any]) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("animals", "kinds"):
+            patch.setitem(TASKS, name, lambda data_dir, name=name: Animals(name))
+        return run(config_of(), out / "run", command="python -m eval run somewhere", progress=False, loaded=loaded)
+
+
+def test_every_request_has_a_row_in_every_system(finished: Path) -> None:
+    rows = rows_of(finished)
+    keys = [key_of(row) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == expected_keys(3, 1, (0.1, 0.5))
+    assert sorted(path.name for path in finished.iterdir()) == ["config.json", "machine.json", "rows.jsonl"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["command"] == "python -m eval run somewhere"
+    assert config["systems"] == list(SYSTEMS)
+    assert (config["processes"], config["requests"], config["seed"]) == (1, 3, 0)
+    assert json.loads((finished / "machine.json").read_text())["cores"] >= 1
+
+
+def test_rows_say_what_happened(finished: Path) -> None:
+    for row in rows_of(finished):
+        about = (row["system"], row["budget"], row["number"])
+        assert row["about"] == {"house": row["number"]}
+        assert list(row["phases"]) == list(PHASES)
+        assert sum(row["phases"].values()) == pytest.approx(row["ttft_s"], rel=1e-6), about
+        assert all(seconds >= 0 for seconds in row["phases"].values())
+        assert row["phases"]["attention"] > 0
+        read = row["stats"]["bytes_read"]
+        if row["system"] in ("recompute", "in_memory"):
+            assert (row["cold"], read) == (None, 0)
+        else:
+            assert row["cold"] is True, about
+            assert row["resident_pages"] == 0
+            assert read > 0
+        if row["system"] in ("reload", "attentionstore", "attentionstore_overlapped"):
+            assert read >= row["prefix_bytes"]
+        if row["system"] in LOSSY:
+            assert 0 < row["stats"]["bytes_used"] < row["prefix_bytes"]
+            assert row["phases"]["identify"] > 0, about
+        if row["system"] in TIMED:
+            assert row["score"] is row["kl"] is row["prediction"] is None
+        else:
+            assert row["kl"] > -1e-6
+            assert 0.0 <= row["agreement"] <= 1.0
+            assert row["perplexity"] > 1.0
+        if row["system"] == "in_memory":
+            assert row["kl"] == pytest.approx(0.0, abs=1e-6)
+            assert row["agreement"] == 1.0
+
+
+def test_systems_that_use_the_whole_prefix_begin_with_the_same_token(finished: Path) -> None:
+    rows = [row for row in rows_of(finished) if row["system"] in EXACT and row["number"] == 0]
+    for task in ("animals", "kinds"):
+        tokens = {row["system"]: row["first_token"] for row in rows if row["task"] == task}
+        assert len(tokens) == len(EXACT)
+        assert len(set(tokens.values())) == 1, tokens
+
+
+def test_larger_budgets_are_closer_to_the_whole_cache(finished: Path) -> None:
+    rows = rows_of(finished)
+    for name in LOSSY:
+        kl = {
+            budget: sum(row["kl"] for row in rows if (row["system"], row["budget"]) == (name, budget))
+            for budget in (0.1, 0.5)
+        }
+        assert 0 < kl[0.5] < kl[0.1], name
+
+
+def test_a_report_can_be_made_of_it(finished: Path, tmp_path: Path) -> None:
+    written = write_report([finished], tmp_path)
+    assert {path.name for path in written} >= {"report.md", "report.html", "ttft.png", "frontier.png", "phases.png"}
+    text = (tmp_path / "report.md").read_text()
+    for label in ("AttentionStore + H2O", "IMPRESS (groups)", "ContiguousKV (published)", "5.83"):
+        assert label in text
+
+
+def test_a_run_goes_on_where_it_was_broken_off(
+    finished: Path, tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tasks=("animals",), systems=("in_memory", "contiguouskv", "reload"))
+    written: list[Any] = []
+    add = RunFolder.add
+
+    def failing(self: RunFolder, row: Row) -> None:
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(key_of(row))
+        add(self, row)
+
+    monkeypatch.setattr(RunFolder, "add", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, progress=False, loaded=loaded)
+    part = tmp_path / "rows-0.jsonl"
+    before = part.read_text()
+    part.write_text(before + '{"task": "animals", "numb')  # The crash cut a row.
+    assert len(before.splitlines()) == 5
+
+    def counting(self: RunFolder, row: Row) -> None:
+        written.append(key_of(row))
+        add(self, row)
+
+    monkeypatch.setattr(RunFolder, "add", counting)
+    run(config, tmp_path, progress=False, loaded=loaded)
+    wanted = {
+        key
+        for key in expected_keys(3, 1, (0.1, 0.5))
+        if key[0] == "animals" and key[3] in ("in_memory", "contiguouskv", "reload")
+    }
+    assert len(written) == len(wanted)
+    assert set(written) == wanted
+    rows = rows_of(tmp_path)
+    assert len(rows) == len(wanted)
+    assert [json.dumps(row) for row in rows[:5]] == before.splitlines()
+    # Nothing is left to do; more systems may be added.
+    run(config, tmp_path, progress=False, loaded=loaded)
+    assert len(written) == len(wanted)
+    run(config_of(tasks=("animals",), systems=("impress",)), tmp_path, progress=False, loaded=loaded)
+    assert {key[3] for key in written[len(wanted) :]} == {"impress"}
+    assert len(rows_of(tmp_path)) == len(wanted) + 6
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"requests": 4}, {"dtype": "bfloat16"}])
+def test_rows_of_different_runs_are_not_mixed(
+    finished: Path, tmp_path: Path, loaded: tuple[Any, Any], change: dict[str, Any]
+) -> None:
+    before = (finished / "rows.jsonl").read_bytes()
+    with pytest.raises(RunFolderError, match=f"another run .*{next(iter(change))} is"):
+        run(config_of(**change), finished, progress=False, loaded=loaded)
+    assert (finished / "rows.jsonl").read_bytes() == before
+
+
+def test_rows_of_different_machines_are_not_mixed(
+    finished: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval.running import folder as module
+
+    elsewhere = module.machine() | {"cpu": "another"}
+    monkeypatch.setattr(module, "machine", lambda: elsewhere)
+    with pytest.raises(RunFolderError, match="cpu is 'another'"):
+        run(config_of(), finished, progress=False, loaded=loaded)
+
+
+def test_a_broken_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"task": \n')
+    with pytest.raises(RunFolderError, match="no row"):
+        RunFolder(tmp_path).done()
+
+
+def test_requests_that_were_not_cold_are_marked(
+    tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval.running import timed
+
+    def warm(paths: list[Path]) -> None:
+        for path in paths:
+            path.read_bytes()
+
+    monkeypatch.setattr(timed, "drop_page_cache", warm)
+    config = config_of(tasks=("kinds",), systems=("reload", "contiguouskv", "in_memory"), requests=1)
+    rows = rows_of(run(config, tmp_path / "run", progress=False, loaded=loaded))
+    for row in rows:
+        assert row["cold"] is (None if row["system"] == "in_memory" else False)
+        assert (row["resident_pages"] > 0) is (row["system"] != "in_memory")
+    (tmp_path / "out").mkdir()
+    write_report([tmp_path / "run"], tmp_path / "out")
+    assert "not cold" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_streams_keep_memory_from_request_to_request(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    systems = ("attentionstore", "attentionstore_h2o", "attentionstore_h2o_lfu", "impress", "contiguouskv")
+    config = config_of(
+        tasks=(),
+        streams=("shared_documents", "conversations"),
+        systems=systems,
+        budgets=(0.25,),
+        stream_requests=6,
+        documents=2,
+        memory_share=0.5,
+    )
+    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
+    assert {row["stream"] for row in rows} == {"shared_documents", "conversations"}
+    for stream in ("shared_documents", "conversations"):
+        # The others would have to store each turn anew.
+        taking_part = systems if stream == "shared_documents" else ("attentionstore", "contiguouskv")
+        assert {row["system"] for row in rows if row["stream"] == stream} == set(taking_part)
+        for system in taking_part:
+            own = [row for row in rows if (row["system"], row["stream"]) == (system, stream)]
+            assert [row["number"] for row in own] == list(range(6))
+            assert own[0]["stats"]["hits"]["host"] == 0
+            assert own[0]["stats"]["hits"]["disk"] > 0
+            if system != "attentionstore" or stream != "shared_documents":
+                assert sum(row["stats"]["hits"]["host"] for row in own) > 0, (system, stream)
+            assert all(row["score"] is None for row in own)
+
+
+DATA = {
+    "sst2": [{"text": f"this is film number {number}", "label": number % 2} for number in range(120)],
+}
+
+
+def test_two_processes_share_the_requests(tmp_path: Path, folder: Path) -> None:
+    for split in ("train", "test"):
+        path = tmp_path / "data" / "sst2" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in DATA["sst2"]))
+    arguments = ["-m", "eval", "run", str(tmp_path / "two"), "--task", "sst2", "--requests", "5"]
+    arguments += ["--timed-requests", "1", "--system", "in_memory", "--system", "contiguouskv", "--system", "reload"]
+    arguments += ["--budget", "0.1", "--model", str(folder), "--dtype", "float32", "--data-dir", str(tmp_path / "data")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run([sys.executable, *launch, *arguments], check=True, env=environment, timeout=300, cwd=Path.cwd())
+    two = rows_of(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["config.json", "machine.json", "rows.jsonl"]
+
+    one_process = [str(tmp_path / "one") if part == str(tmp_path / "two") else part for part in arguments]
+    subprocess.run([sys.executable, *one_process], check=True, env=environment, timeout=300, cwd=Path.cwd())
+    one = {key_of(row): row for row in rows_of(tmp_path / "one")}
+    assert {key_of(row) for row in two} == set(one)
+    assert len(two) == len(one) == 5 * 2 + 1
+    for row in two:
+        mine = one[key_of(row)]
+        assert (row["prediction"], row["score"]) == (mine["prediction"], mine["score"])
+        if row["kl"] is not None:
+            assert row["kl"] == pytest.approx(mine["kl"], abs=1e-5)
+
+
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from eval import models
+
+    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
+    for arguments, message in (
+        (["--task", "sst3"], "task must be"),
+        (["--system", "impres"], "system must be"),
+        (["--stream", "rivers"], "stream must be"),
+        (["--budget", "0"], "budgets are shares"),
+        (["--requests", "0"], "requests must be 1"),
+        (["--dtype", "int8"], "dtype must be"),
+    ):
+        result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
+        assert result.exit_code == 2
+        assert message in result.output
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert result.exit_code == 2
+    assert "nothing" in result.output
+    listed = CliRunner().invoke(app, ["list"]).output
+    assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(loaded: tuple[Any, Any]) -> Callable[..., Request]:
+    def make(**changes: Any) -> Request:
+        fields: dict[str, Any] = {
+            "task": "animals",
+            "number": 0,
+            "prefix_ids": encode(loaded[1], "a long story about a cat and a dog"),
+            "prefix": 0,
+            "suffix_ids": encode(loaded[1], " who is it? a"),
+            "answers": ("bird",),
+            "max_new_tokens": 6,
+        }
+        return Request(**fields | changes)
+
+    return make
+
+
+def judged(loaded: tuple[Any, Any], request: Request, metric: str) -> dict[str, Any]:
+    """By a cache that holds the whole prompt."""
+    model, tokenizer = loaded
+    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
+    cache = DynamicCache(config=model.config)
+    output = model.generate(prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    judge = Judge(model, tokenizer, request, metric)
+    with InMemory(model) as in_memory:
+        in_memory.store(request.prefix_ids)
+        judge.refer_to(in_memory)
+        return judge.judge(cache, int(output[0, -1]))
+
+
+def test_labels_are_judged_by_the_likelihood_of_all_their_tokens(
+    loaded: tuple[Any, Any], asked: Callable[..., Request]
+) -> None:
+    model, tokenizer = loaded
+    choices = ("cat", "a dog", "z", "elephants")
+    request = asked(choices=choices, answers=("cat",))
+    found = judged(loaded, request, "accuracy")
+    likelihoods = []
+    for choice in choices:
+        ids = encode(tokenizer, f" {choice}")
+        whole = torch.cat([request.prefix_ids, request.suffix_ids, ids])
+        with torch.no_grad():
+            logits = model(input_ids=whole[None]).logits[0].log_softmax(-1)
+        start = len(whole) - len(ids)
+        likelihoods.append(sum(float(logits[start + n - 1, token]) for n, token in enumerate(ids.tolist())))
+    best = choices[likelihoods.index(max(likelihoods))]
+    assert len({len(encode(tokenizer, f" {choice}")) for choice in choices}) > 1
+    assert found["prediction"] == best
+    assert found["score"] == float(best == "cat")
+
+
+def test_answers_are_generated_from_the_cache(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
+    model, tokenizer = loaded
+    request = asked()
+    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
+    output = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    expected = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    assert judged(loaded, request, "needle_recall")["prediction"] == expected
+
+
+def test_fidelity_is_that_of_suffix_and_answer(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
+    model, tokenizer = loaded
+    request = asked()
+    found = judged(loaded, request, "needle_recall")
+    assert found["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert found["agreement"] == 1.0
+    answer = encode(tokenizer, " bird")
+    whole = torch.cat([request.prefix_ids, request.suffix_ids, answer])
+    with torch.no_grad():
+        loss = model(input_ids=whole[None]).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+    expected = torch.exp(-loss[torch.arange(len(answer)), answer].mean())
+    assert found["perplexity"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_perplexity_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    assert perplexity(logits, torch.tensor([0, 1])) == pytest.approx((0.5 * 0.1) ** -0.5)
+
+
+def test_a_suffix_of_one_token_is_refused(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
+    with pytest.raises(ValueError, match="two tokens"):
+        judged(loaded, asked(suffix_ids=torch.tensor([5]), answers=("x",)), "needle_recall")
