@@ -2,7 +2,8 @@
 
 All rows of a batch share the document's stored KV; each row reads and uses the chunks that its own question attends to.
 Questions differ in length, so rows are padded on the left, as `generate` wants it. Both ways open the store anew and
-find its files cold. Answers, times and bytes are printed side by side:
+find its files cold. Answers, times and bytes are printed side by side. In float32 both ways answer alike; bfloat16 rounds
+batches differently, so that a small model may choose other words (with any cache):
 
     python examples/batch_questions.py notes.txt --question 'Who wrote this?' --question 'When?'
     python examples/batch_questions.py notes.txt --file questions.txt --budget 0.25 --json answers.json
@@ -11,7 +12,6 @@ find its files cold. Answers, times and bytes are printed side by side:
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.errors import ContiguousKVError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+BATCH_STORE = DEFAULT_STORE.with_name("batch-store")
 DOCUMENT_TOKENS = 7936
 BATCH, ALONE = "one batch", "one after the other"
 
@@ -179,7 +180,7 @@ def main(
     file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Text file with a question on each line.")
     ] = None,
-    store: Annotated[Path, typer.Option(help="The store's folder.")] = DEFAULT_STORE.with_name("batch-store"),
+    store: Annotated[Path, typer.Option(help="The store's folder.")] = BATCH_STORE,
     model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the document that an answer uses; 1.0 is exact.")] = 0.1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 40,
@@ -234,4 +235,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

@@ -25,6 +25,7 @@ from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.errors import ContiguousKVError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+CHAT_STORE = DEFAULT_STORE.with_name("chat-store")
 # Tokens of the context that the document leaves to the conversation, and the most that is taken of a long document.
 CONVERSATION_TOKENS = 1024
 DOCUMENT_TOKENS = 8192
@@ -141,7 +142,7 @@ def _between_messages(tokenizer: Any) -> tuple[str, str]:
 
 def main(
     document: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Any text file.")],
-    store: Annotated[Path, typer.Option(help="The store's folder.")] = DEFAULT_STORE.with_name("chat-store"),
+    store: Annotated[Path, typer.Option(help="The store's folder.")] = CHAT_STORE,
     model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the stored tokens that an answer uses; 1.0 is exact.")] = 0.1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 100,
@@ -159,13 +160,11 @@ def main(
     with PrefixStore(store) as opened:
         chat = Chat(loaded, tokenizer, opened, config, text, max_new_tokens)
         computed, seconds = chat.keep()
-        CONSOLE.print(
-            f"{document}: {len(chat.ids):,} tokens{', cut to fit' if chat.cut else ''}; "
-            + (f"{computed:,} of them computed and stored in {seconds:.1f} s" if computed else "all stored by earlier runs")
-            + f" ({store})",
-            markup=False,
-            soft_wrap=True,
+        size = f"{len(chat.ids):,} tokens{', cut to fit' if chat.cut else ''}"
+        done = (
+            f"{computed:,} of them computed and stored in {seconds:.1f} s" if computed else "stored by an earlier run"
         )
+        CONSOLE.print(f"{document}: {size}; {done} ({store})", markup=False, soft_wrap=True)
         while (question := _next_question()) is not None:
             prompt = chat.prompt(question)
             if not chat.has_room(prompt):

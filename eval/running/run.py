@@ -186,7 +186,7 @@ class _Run:
         todo = [(request, metric, self._missing(request, self._settings(request), None)) for request, metric in mine]
         # A stream is a sequence, so one process makes all of it.
         listed = self._streams() if self._state.is_main_process else []
-        streamed = sum(len(self._missing(one, self._of_stream(name), name)) for name, all_ in listed for one in all_)
+        streamed = sum(len(self._missing(one, self._config.settings(), name)) for name, all_ in listed for one in all_)
         total = sum(len(missing) for _, _, missing in todo) + streamed
         with tqdm(total=total, unit="request", disable=not progress) as bar:
             for _, group in groupby(todo, key=lambda one: (one[0].task, one[0].prefix)):
@@ -256,13 +256,9 @@ class _Run:
             found.append((name, requests))
         return found
 
-    def _of_stream(self, name: str) -> list[Setting]:
-        """Systems that take part in a stream."""
-        return [one for one in self._config.settings() if name != "conversations" or system_named(one.system).grows]
-
     def _stream(self, name: str, requests: Sequence[Request], bar: Any) -> None:
         """All requests in order, in all systems; what a system keeps in memory it keeps for the next request."""
-        settings = self._of_stream(name)
+        settings = self._config.settings()
         if not any(self._missing(one, settings, name) for one in requests):
             return
         # The last prefix of a conversation holds those before it.

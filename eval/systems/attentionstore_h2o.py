@@ -7,37 +7,31 @@ tokens) read 7% less, and took as long or longer, because there are twice as man
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from .token_request import TokenRequest
-from .token_scores import Tokens, best_tokens, column_sums
+from .token_scores import best_tokens, column_sums
 from .token_system import TokenSystem
-from .units import UnitLayout
 
 
 class H2ORequest(TokenRequest):
-    """See the module. Units of keys and of values: all of the first head, then all of the second, and so on."""
-
-    @property
-    def first_keys(self) -> Tokens:
-        """See `TokenRequest`: all of them."""
-        return np.arange(self.prefix.geometry.kv_heads * self.layout.blocks(self.prefix.tokens))
+    """See the module."""
 
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
         """See `TokenRequest`."""
+        nodes, u = self.nodes, self.layout.unit_tokens
         stored_keys, stored_values = self.layout.keys_of(layer), self.layout.values_of(layer)
-        heads, tokens, u = self.prefix.geometry.kv_heads, self.prefix.tokens, self.layout.unit_tokens
-        keys = self.take(stored_keys, self.first_keys, identifies=True).view(heads, -1, destination.shape[-1])
+        heads, tokens = self.prefix.geometry.kv_heads, self.prefix.tokens
+        all_keys = nodes.keys_apart()
+        keys = nodes.joined(self.take(stored_keys, all_keys, identifies=True))
         with self.timed("identify", layer):
-            mass = column_sums(queries, keys[:, :tokens], suffix_keys, scaling)
-            chosen = best_tokens(mass.view(heads, -1, tokens).sum(1), self.kept)
-        # Which unit each token is in, counted through all heads; and the units, each once.
-        unit_of = chosen // u + np.arange(heads)[:, None] * self.layout.blocks(tokens)
+            mass = column_sums(queries, self.of_tokens(keys), suffix_keys, scaling)
+            chosen = self.places_of(best_tokens(mass.view(heads, -1, tokens).sum(1), self.kept))
+        # Which unit of the values each token is in; and the units, each once.
+        unit_of = chosen // u * heads + np.arange(heads)[:, None]
         units = np.unique(unit_of)
         self.ask(stored_values, units)
         with self.timed("copy", layer):
@@ -47,7 +41,7 @@ class H2ORequest(TokenRequest):
         with self.timed("copy", layer):
             for head, own in enumerate(torch.from_numpy(np.searchsorted(units, unit_of) * u + chosen % u)):
                 torch.index_select(values, 0, own, out=destination[1, head])
-        self.used(stored_keys, self.first_keys)
+        self.used(stored_keys, all_keys)
         self.used(stored_values, units)
 
 
@@ -58,8 +52,6 @@ class AttentionStoreH2O(TokenSystem):
     published_eviction = "lru"
     request = H2ORequest
 
-    def arranged(
-        self, layout: UnitLayout, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """See `TokenSystem`: head by head, in the order of the text."""
-        return [layout.cut(states).flatten(0, 1) for states in (keys, values)]
+    def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:
+        """See `TokenSystem`: all of them."""
+        return tuple(range(kv_heads))

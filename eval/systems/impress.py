@@ -16,20 +16,17 @@ KV head, whose keys together are all keys (`"groups"`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hf_contiguouskv.memory.history import Floats, Uses
-from hf_contiguouskv.store.format import KVGeometry
 
 from .token_request import TokenRequest
 from .token_scores import Tokens, best_tokens, column_sums, similar_enough, similarity, voted
-from .token_system import UNIT_TOKENS, TokenSystem
-from .units import UnitLayout
+from .token_system import TokenSystem
 
 PROBES = ("first", "groups")
 PROBE_HEADS = 3
@@ -57,44 +54,6 @@ class UsedAndImportant:
         return uses.importance
 
 
-@dataclass(frozen=True)
-class ImpressLayout(UnitLayout):
-    """Units of keys: those of the probing KV heads, head by head, then the others, block by block. Units of values:
-    block by block. (A block has one unit for each KV head.)
-
-    Attributes:
-        heads: query heads of the model.
-        probes: one of `PROBES`.
-    """
-
-    heads: int
-    probes: str
-
-    @property
-    def probe_heads(self) -> Tokens:
-        """Query heads that probe."""
-        return probe_heads(self.heads, self.geometry.kv_heads, self.probes)
-
-    @property
-    def probing(self) -> Tokens:
-        """KV heads that they share, int64 ascending."""
-        return np.unique(self.probe_heads // (self.heads // self.geometry.kv_heads))
-
-    @property
-    def others(self) -> Tokens:
-        """The other KV heads."""
-        return np.setdiff1d(np.arange(self.geometry.kv_heads), self.probing)
-
-    def arranged(self, keys: torch.Tensor, values: torch.Tensor, order: torch.Tensor) -> list[torch.Tensor]:
-        """Units `(units, u, head_dim)` of keys and values `(kv_heads, n, head_dim)`, with their tokens in `order`."""
-        cut_keys, cut_values = self.cut(keys[:, order]), self.cut(values[:, order])
-        others = cut_keys[self.others].transpose(0, 1)
-        return [
-            torch.cat([cut_keys[self.probing].flatten(0, 1), others.flatten(0, 1)]),
-            cut_values.transpose(0, 1).flatten(0, 1),
-        ]
-
-
 class ImpressRequest(TokenRequest):
     """See the module.
 
@@ -102,81 +61,96 @@ class ImpressRequest(TokenRequest):
         agreed: layers in which the probe heads agreed, so far.
     """
 
-    layout: ImpressLayout
+    probes = "first"
 
     def _open_reads(self) -> None:
         super()._open_reads()
         self.agreed = 0
 
-    @property
-    def first_keys(self) -> Tokens:
-        """See `TokenRequest`: those of the probing KV heads."""
-        return np.arange(len(self.layout.probing) * self.layout.blocks(self.prefix.tokens))
-
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
         """See `TokenRequest`."""
-        layout, tokens = self.layout, self.prefix.tokens
-        u, blocks, kv_heads, others = layout.unit_tokens, layout.blocks(tokens), destination.shape[1], layout.others
+        nodes, layout, u, kv_heads = self.nodes, self.layout, self.layout.unit_tokens, destination.shape[1]
         stored_keys, stored_values = layout.keys_of(layer), layout.values_of(layer)
-        keys = torch.empty(kv_heads, blocks * u, destination.shape[-1], dtype=destination.dtype)
-        keys[layout.probing] = self.take(stored_keys, self.first_keys, identifies=True).view(-1, *keys.shape[1:])
+        first_keys = nodes.keys_apart()
+        keys = torch.empty(kv_heads, nodes.blocks * u, destination.shape[-1], dtype=destination.dtype)
+        keys[list(layout.apart)] = nodes.joined(self.take(stored_keys, first_keys, identifies=True))
         with self.timed("identify", layer):
-            mass = self._of_probes(queries, keys[:, :tokens], suffix_keys, scaling)
+            mass = self._of_probes(queries, keys, suffix_keys, scaling)
             by_probe = best_tokens(mass, self.kept)
-            agree = similarity(by_probe) >= similar_enough(tokens, self.kept)
+            agree = similarity(by_probe) >= similar_enough(self.prefix.tokens, self.kept)
             chosen = voted(by_probe, mass, self.kept)
-        other_units = len(self.first_keys) + np.arange(blocks * len(others))
         if agree:
             self.agreed += 1
-            # Only of blocks that hold a chosen token.
-            other_units = other_units.reshape(blocks, -1)[np.unique(chosen // u)].ravel()
-            self.ask(stored_keys, other_units)
         else:
-            if len(others):
-                self.ask(stored_keys, other_units)
-                found = self.take(stored_keys, other_units, identifies=True)
-                keys[others] = found.view(blocks, len(others), u, -1).transpose(0, 1).reshape(-1, *keys.shape[1:])
+            self._bring_keys(layer, np.arange(nodes.blocks), keys, identifies=True)
             with self.timed("identify", layer):
-                mass = column_sums(queries, keys[:, :tokens], suffix_keys, scaling)
+                mass = column_sums(queries, self.of_tokens(keys), suffix_keys, scaling)
                 chosen = best_tokens(mass.sum(0, keepdim=True), self.kept)[0]
-        used = np.unique(chosen // u)
-        share = np.bincount(chosen // u, minlength=blocks) / u
-        value_units = (used[:, None] * kv_heads + np.arange(kv_heads)).ravel()
-        self._payload.tables.mass[stored_values] = share.repeat(kv_heads).astype(np.float32)
+        chosen = self.places_of(chosen)
+        blocks = np.unique(chosen // u)
+        share = np.bincount(chosen // u, minlength=nodes.blocks) / u
+        value_units, value_share = nodes.values(blocks), share.repeat(kv_heads)
+        self._payload.tables.mass[stored_values] = value_share.astype(np.float32)
+        if agree:  # Only blocks that hold a chosen token.
+            self.ask(stored_keys, nodes.other_keys(blocks))
         self.ask(stored_values, value_units)
-        if agree and len(others):
-            found = self.take(stored_keys, other_units).view(len(used), len(others), u, -1)
-            with self.timed("copy", layer):
-                keys.view(kv_heads, blocks, u, -1)[others[:, None], used] = found.transpose(0, 1)
+        if agree:
+            self._bring_keys(layer, blocks, keys)
         with self.timed("copy", layer):
             torch.index_select(keys, 1, torch.from_numpy(chosen), out=destination[0])
-        values = self.take(stored_values, value_units).view(len(used), kv_heads, u, -1)
+        values = self.take(stored_values, value_units).view(len(blocks), kv_heads, u, -1)
         with self.timed("copy", layer):
-            block = torch.from_numpy(np.searchsorted(used, chosen // u))
+            block = torch.from_numpy(np.searchsorted(blocks, chosen // u))
             destination[1] = values[block, :, torch.from_numpy(chosen % u)].transpose(0, 1)
-        key_shares = np.concatenate([np.tile(share, len(layout.probing)), share.repeat(len(others))])
-        self.used(stored_keys, np.concatenate([self.first_keys, other_units]), key_shares)
-        self.used(stored_values, value_units, share.repeat(kv_heads))
+        self._note(layer, share, blocks if agree else np.arange(nodes.blocks))
+        self.used(stored_values, value_units, value_share)
+
+    def _bring_keys(self, layer: int, blocks: Tokens, keys: torch.Tensor, identifies: bool = False) -> None:
+        """Put the keys of the other heads in `blocks` into their places in `keys` `(kv_heads, places, head_dim)`."""
+        others = np.array(self.layout.others, dtype=np.int64)
+        if not len(others):
+            return
+        units, u = self.nodes.other_keys(blocks), self.layout.unit_tokens
+        self.ask(self.layout.keys_of(layer), units)
+        found = self.take(self.layout.keys_of(layer), units, identifies).view(len(blocks), len(others), u, -1)
+        with self.timed("copy", layer):
+            keys.view(len(keys), -1, u, keys.shape[-1])[others[:, None], blocks] = found.transpose(0, 1)
+
+    def _note(self, layer: int, share: npt.NDArray[np.float64], blocks: Tokens) -> None:
+        """Tell memory what share of each unit of keys was important, and which were used."""
+        nodes, heads = self.nodes, len(self.layout.apart)
+        first, rest = nodes.keys_apart(), nodes.other_keys(np.arange(nodes.blocks))
+        shares = np.empty(len(first) + len(rest))
+        parts = np.split(share, nodes.first_blocks[1:])
+        shares[first] = np.concatenate([np.tile(part, heads) for part in parts])
+        shares[rest] = share.repeat(len(self.layout.others))
+        self.used(self.layout.keys_of(layer), np.sort(np.concatenate([first, nodes.other_keys(blocks)])), shares)
 
     def _of_probes(
         self, queries: torch.Tensor, keys: torch.Tensor, suffix_keys: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Column sums of the probe heads, float32 `(probe heads, n)`."""
-        layout = self.layout
-        head_of = layout.probe_heads // (layout.heads // layout.geometry.kv_heads)
+        probing = probe_heads(len(queries), len(keys), self.probes)
+        head_of = probing // (len(queries) // len(keys))
         return torch.cat(
             [
                 column_sums(
-                    queries[layout.probe_heads[head_of == head]],
-                    keys[head : head + 1],
+                    queries[probing[head_of == head]],
+                    self.of_tokens(keys[head : head + 1]),
                     suffix_keys[head : head + 1],
                     scaling,
                 )
-                for head in layout.probing.tolist()
+                for head in self.layout.apart
             ]
         )
+
+
+class ImpressGroupsRequest(ImpressRequest):
+    """One probe head for each KV head."""
+
+    probes = "groups"
 
 
 class Impress(TokenSystem):
@@ -189,11 +163,11 @@ class Impress(TokenSystem):
     """
 
     published_eviction = UsedAndImportant()
-    request = ImpressRequest
+    request: type[ImpressRequest]
 
     def __init__(self, *arguments: Any, probes: str = "first", reorder: bool = True, **options: Any) -> None:
         self.published = "impress" if probes == "first" else f"impress_{probes}"
-        self._probes = probes
+        self.request = ImpressRequest if probes == "first" else ImpressGroupsRequest
         self._reorder = reorder
         super().__init__(*arguments, **options)
 
@@ -202,14 +176,10 @@ class Impress(TokenSystem):
         """See `TokenSystem`."""
         return f"{self.published} {self._reorder}"
 
-    def layout_for(self, geometry: KVGeometry, heads: int) -> ImpressLayout:
-        """See `TokenSystem`."""
-        return ImpressLayout(geometry, UNIT_TOKENS, heads, self._probes)
+    def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:
+        """See `TokenSystem`: those of the probe heads."""
+        return tuple(np.unique(probe_heads(heads, kv_heads, self.request.probes) // (heads // kv_heads)).tolist())
 
-    def arranged(
-        self, layout: UnitLayout, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """See `TokenSystem`."""
-        assert isinstance(layout, ImpressLayout)
-        order = importance.argsort(descending=True, stable=True) if self._reorder else torch.arange(len(importance))
-        return layout.arranged(keys, values, order)
+    def order(self, importance: torch.Tensor) -> torch.Tensor:
+        """See `TokenSystem`: the most important first."""
+        return importance.argsort(descending=True, stable=True) if self._reorder else super().order(importance)

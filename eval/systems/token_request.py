@@ -22,7 +22,7 @@ from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.request import PrefixRequest
 
 from .token_scores import Tokens, tokens_kept
-from .units import UnitLayout
+from .units import Nodes
 
 _CPU = torch.device("cpu")
 # Layers whose keys are read ahead of compute, as in the library.
@@ -34,7 +34,7 @@ class TokenRequest(PrefixRequest):
 
     Args:
         units: the prefix in units.
-        layout: of the units.
+        nodes: of the prefix.
         ahead: layers whose first keys are read before attention gets there; 0: none.
         prefix, config, plan, store, stats: see `PrefixRequest`; of the prefix only its length and geometry count.
 
@@ -45,7 +45,7 @@ class TokenRequest(PrefixRequest):
     def __init__(
         self,
         units: AttachedPrefix,
-        layout: UnitLayout,
+        nodes: Nodes,
         ahead: int,
         prefix: AttachedPrefix,
         config: ContiguousKVConfig,
@@ -56,7 +56,8 @@ class TokenRequest(PrefixRequest):
         if len(plan.full_layers) < len(plan.windows):
             raise ValueError("only models with full attention in every layer are supported")
         self.units = units
-        self.layout = layout
+        self.nodes = nodes
+        self.layout = nodes.layout
         self.kept = tokens_kept(prefix.tokens, config.budget)
         self._layers_ahead = ahead
         self._asked: set[int] = set()
@@ -89,12 +90,17 @@ class TokenRequest(PrefixRequest):
         for layer in layers:
             if layer < len(self._full) and layer not in self._asked:
                 self._asked.add(layer)
-                self._payload.ask([self.layout.keys_of(layer)], self.first_keys, _CPU)
+                self.ask(self.layout.keys_of(layer), self.nodes.keys_apart())
 
-    @property
-    @abstractmethod
-    def first_keys(self) -> Tokens:
-        """Units of keys that every layer needs, whatever the queries are; int64, ascending."""
+    def of_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """`(heads, places, head_dim)` without padding: `(heads, n, head_dim)`."""
+        places = self.nodes.places
+        return states[:, : self.prefix.tokens] if places is None else states[:, torch.from_numpy(places)]
+
+    def places_of(self, tokens: Tokens) -> Tokens:
+        """Where tokens are, padding counted."""
+        places = self.nodes.places
+        return tokens if places is None else places[tokens]
 
     @abstractmethod
     def choose(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,14 @@ from hf_contiguouskv.plan import LayerPlan
 from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.store.format import KVGeometry
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
 
-from .base import NotStoredError, key_of
+from .base import key_of
 from .in_memory import prefill
 from .stored import Stored
 from .token_request import AHEAD, TokenCache, TokenRequest
 from .token_scores import column_sums
-from .units import UnitLayout, find_units, write_units
+from .units import Nodes, UnitLayout, find_nodes, write_nodes
 
 # Tokens of a unit, as of IMPRESS's blocks.
 UNIT_TOKENS = 64
@@ -111,53 +109,59 @@ class TokenSystem(Stored):
         self._ahead = AHEAD if overlap else 0
         lm = innermost_causal_lm(model)
         geometry = geometry_of(require_support(lm), self._config.chunk_size)
-        self.layout = self.layout_for(geometry, decoder_config(lm).num_attention_heads)
+        apart = self.apart(decoder_config(lm).num_attention_heads, geometry.kv_heads)
+        self.layout = UnitLayout(geometry, UNIT_TOKENS, apart)
         self._fingerprint = self.layout.fingerprint_of(model_fingerprint(lm), self.method)
+        # Which prefixes were stored, and in which nodes: the prefix tree of such a system.
+        self._nodes: dict[bytes, Nodes] = {}
 
     @property
     def method(self) -> str:
         """Tells prefixes apart that are arranged in different ways."""
         return self.published
 
-    def layout_for(self, geometry: KVGeometry, heads: int) -> UnitLayout:
-        """How KV of this shape, of a model with so many query heads, is cut into units."""
-        return UnitLayout(geometry, UNIT_TOKENS)
-
     @abstractmethod
-    def arranged(
-        self, layout: UnitLayout, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """The units of one layer in their order on disk, keys and values: `(units, u, head_dim)` each.
+    def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:
+        """KV heads whose keys every request needs, ascending, of a model with so many query and KV heads."""
+
+    def order(self, importance: torch.Tensor) -> torch.Tensor:
+        """In which order the tokens of a node are stored, int64 `(n,)`.
 
         Args:
-            layout: of units.
-            keys, values: `(kv_heads, n, head_dim)`.
             importance: float32 `(n,)`, see `observed_importance`.
         """
+        return torch.arange(len(importance))
 
     def store(self, prefix_ids: torch.Tensor) -> None:
-        """See `System`."""
-        try:
-            find_units(self.opened(), self.layout, self._fingerprint, prefix_ids.numpy())
+        """See `System`. What is stored of it already stays as it is; the rest is a node of its own."""
+        key = key_of(prefix_ids)
+        if key in self._nodes:
             return
-        except NotStoredError:
-            # Several systems store the same prefix, one after the other.
-            cache, importance = _observed(weakref.ref(self._model), key_of(prefix_ids))
-        layers = (
-            self.arranged(self.layout, layer.keys[0], layer.values[0], mass)
-            for layer, mass in zip(cache.layers, importance, strict=True)
-        )
-        pairs = ((keys, values) for keys, values in layers)
-        write_units(self.opened(), self.layout, self._fingerprint, prefix_ids.numpy(), pairs)
+        known = max((one for one in self._nodes if key.startswith(one)), key=len, default=b"")
+        before = self._nodes[known].tokens if known else ()
+        nodes = Nodes(self.layout, (*before, len(prefix_ids) - sum(before)))
+        # Several systems store the same prefix, one after the other.
+        cache, importance = _observed(weakref.ref(self._model), key)
+
+        def arranged(layer: int, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            order = self.order(importance[layer][tokens])
+            keys, values = (
+                states[0, :, tokens][:, order] for states in (cache.layers[layer].keys, cache.layers[layer].values)
+            )
+            return self.layout.arranged(keys, values)
+
+        write_nodes(self.opened(), nodes, self._fingerprint, prefix_ids.numpy(), arranged)
+        self._nodes[key] = nodes
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
+        nodes = self._nodes.get(key_of(prefix_ids), Nodes(self.layout, (len(prefix_ids),)))
         store = self.opened()
-        units = find_units(store, self.layout, self._fingerprint, prefix_ids.numpy())
+        units = find_nodes(store, nodes, self._fingerprint, prefix_ids.numpy())
 
         def make(
             prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, store: PrefixStore, stats: RequestStats
         ) -> TokenRequest:
-            return self.request(units, self.layout, self._ahead, prefix, config, plan, store, stats)
+            return self.request(units, nodes, self._ahead, prefix, config, plan, store, stats)
 
         return TokenCache(self._model, prefix_ids, store, self._config, make)

@@ -13,10 +13,10 @@ from token_references import attending, h2o, impress, weights_of
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from eval.systems import AttentionStoreH2O, Impress, NotStoredError
-from eval.systems.impress import ImpressLayout, UsedAndImportant, probe_heads
+from eval.systems.impress import UsedAndImportant, probe_heads
 from eval.systems.token_scores import column_sums, similar_enough, similarity, tokens_kept, voted
 from eval.systems.token_system import observed_importance
-from eval.systems.units import UnitLayout
+from eval.systems.units import Nodes, UnitLayout
 from hf_contiguouskv.memory.history import Uses
 from hf_contiguouskv.store.format import KVGeometry
 
@@ -245,17 +245,55 @@ def test_probe_heads() -> None:
         probe_heads(9, 3, "best")
 
 
-def test_tokens_are_stored_in_the_order_of_their_importance() -> None:
-    geometry = KVGeometry(1, KV_HEADS, HEAD_DIM, torch.float32)
-    layout = ImpressLayout(geometry, 4, HEADS, "first")
-    keys = torch.arange(10.0)[None, :, None].expand(KV_HEADS, 10, HEAD_DIM) + torch.tensor([0.0, 100.0])[:, None, None]
-    order = torch.tensor([7, 3, 0, 1, 2, 4, 5, 6, 8, 9])
-    stored_keys, stored_values = layout.arranged(keys, keys + 1000, order)
-    # Keys of the probing head first, all of it; then the other's. Values: both heads of a block together.
-    assert stored_keys[:, :, 0].tolist() == [
-        [7, 3, 0, 1], [2, 4, 5, 6], [8, 9, 0, 0], [107, 103, 100, 101], [102, 104, 105, 106], [108, 109, 0, 0],
+def test_nodes_say_where_units_are() -> None:
+    """Two nodes of ten and five tokens, in units of four: three blocks and two."""
+    layout = UnitLayout(KVGeometry(1, KV_HEADS, HEAD_DIM, torch.float32), 4, apart=(0,))
+    nodes = Nodes(layout, (10, 5))
+    keys = torch.arange(15.0)[None, :, None].expand(KV_HEADS, 15, HEAD_DIM) + torch.tensor([0.0, 100.0])[:, None, None]
+    stored = [layout.arranged(keys[:, part], keys[:, part] + 1000) for part in (slice(0, 10), slice(10, 15))]
+    all_keys, all_values = (torch.cat([one[kind] for one in stored])[:, :, 0] for kind in (0, 1))
+    # Of each node the keys of head 0 first, then those of the other head.
+    assert all_keys.tolist() == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0], [100, 101, 102, 103], [104, 105, 106, 107], [108, 109, 0, 0],
+        [10, 11, 12, 13], [14, 0, 0, 0], [110, 111, 112, 113], [114, 0, 0, 0],
     ]  # fmt: skip
-    assert stored_values[:2, :, 0].tolist() == [[1007, 1003, 1000, 1001], [1107, 1103, 1100, 1101]]
+    assert nodes.keys_apart().tolist() == [0, 1, 2, 6, 7]
+    joined = nodes.joined(torch.cat([one[0] for one in stored])[nodes.keys_apart()])
+    assert joined.shape == (1, 5 * 4, HEAD_DIM)
+    assert nodes.places is not None
+    assert joined[0, nodes.places, 0].tolist() == list(range(15))
+    assert all_keys[nodes.other_keys(np.array([0, 2, 4]))][:, 0].tolist() == [100, 108, 114]
+    assert all_values[nodes.values(np.array([1, 3]))][:, 0].tolist() == [1004, 1104, 1010, 1110]
+    assert Nodes(layout, (15,)).places is None
+
+
+@pytest.mark.parametrize("name", list(SYSTEMS))
+def test_a_prefix_that_grows_uses_what_is_there(model: Any, tmp_path: Path, name: str) -> None:
+    """As in a chat: each turn adds a node to what is stored, and finds in memory what the turn before has used."""
+    choose = {
+        "attentionstore_h2o": lambda: h2o(0.25),
+        "impress": lambda: impress(0.25, [0, 1, 2], []),
+        "impress_groups": lambda: impress(0.25, [0, 3], []),
+    }[name]
+    with SYSTEMS[name](model, tmp_path, 0.25) as system:
+        for tokens in (100, 130, PREFIX):
+            system.store(PREFIX_IDS[:tokens])
+            before = len(system.files())
+            system.store(PREFIX_IDS[:tokens])
+            assert len(system.files()) == before
+            cache = system.cache(PREFIX_IDS[:tokens])
+            logits = logits_of(model, cache)
+            stats = system.finish(cache)
+            assert (stats.hits["host"] > 0) is (tokens > 100)
+        assert before == 3
+        # In the order of the text, so the choice is that of the prefix in one piece.
+        torch.testing.assert_close(logits, reference(model, choose()), atol=2e-4, rtol=2e-4)
+
+
+def test_the_most_important_tokens_are_stored_first(model: Any, tmp_path: Path) -> None:
+    importance = torch.tensor([0.1, 0.5, 0.2, 0.5])
+    assert Impress(model, tmp_path / "a", 0.1).order(importance).tolist() == [1, 3, 2, 0]
+    assert Impress(model, tmp_path / "b", 0.1, reorder=False).order(importance).tolist() == [0, 1, 2, 3]
 
 
 def test_importance_is_what_the_last_tokens_look_at(model: Any) -> None:
@@ -271,14 +309,25 @@ def test_importance_is_what_the_last_tokens_look_at(model: Any) -> None:
     assert all(torch.isinf(mass).all() for mass in importance)
 
 
-def test_prefixes_have_names_of_their_own() -> None:
-    layout = UnitLayout(KVGeometry(1, KV_HEADS, HEAD_DIM, torch.float32), 64)
+def test_nodes_have_names_of_their_own() -> None:
+    layout = UnitLayout(KVGeometry(1, KV_HEADS, HEAD_DIM, torch.float32), 64, apart=(0,))
     ids = PREFIX_IDS.numpy()
-    names = {layout.ids_of(one).tobytes() for one in (ids, ids[:-1], np.append(ids[:-1], 5), ids)}
-    assert len(names) == 3
-    assert len(layout.ids_of(ids)) == KV_HEADS * 4 * 32
+    names = {
+        Nodes(layout, tokens).ids(one).tobytes()
+        for one, tokens in (
+            (ids, (200,)),
+            (ids[:-1], (199,)),
+            (np.append(ids[:-1], 5), (200,)),
+            (ids, (128, 72)),
+            (ids, (200,)),
+        )
+    }
+    assert len(names) == 4
+    whole, grown = Nodes(layout, (128,)).ids(ids[:128]), Nodes(layout, (128, 72)).ids(ids)
+    assert len(grown) == KV_HEADS * 4 * 32
+    assert np.array_equal(whole, grown[: len(whole)])
     with pytest.raises(ValueError, match="even"):
-        UnitLayout(layout.geometry, 5)
+        UnitLayout(layout.geometry, 5, apart=(0,))
 
 
 def test_blocks_are_worth_their_uses_times_their_share() -> None:
