@@ -5,6 +5,9 @@
 # make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
 # make store-bench     look-up, opening, checksums, publishing, accounting (STORE_BENCH_ARGS=...)
+# make eval            every system: time to first token and quality, as a report in docs/results/eval (under 20 minutes;
+#                      local data by CONTIGUOUSKV_DATA=FOLDER, else from the Hub; EVAL_ARGS=... for other tasks or sizes)
+# make eval-streams    every system on request streams: tail latency and hit rates, as a report in docs/results/streams
 # make policies        which chunks to keep in memory: every eviction policy on a recorded trace (POLICIES_ARGS=...)
 # make timeline        what one request does when, as pictures in docs/pictures
 # make warm-bench      requests whose chunks are in memory, beside a DynamicCache of the kept tokens (WARM_ARGS=...)
@@ -24,6 +27,11 @@ BENCH_ARGS ?=
 STORE_BENCH_ARGS ?=
 WARM_ARGS ?=
 POLICIES_ARGS ?=
+EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle --task needle_multikey --requests 20 \
+  --timed-requests 3 --budget 0.05 --budget 0.25
+EVAL_OUT ?= docs/results/eval
+STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1
+STREAMS_OUT ?= docs/results/streams
 FAULTS_SCALE ?= 10
 FAULTS_SEED ?= $(shell date +%s)
 TORCH_ARGS ?=
@@ -32,7 +40,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test faults lint bench store-bench warm-bench policies timeline clean
+.PHONY: demo test faults lint eval eval-streams bench store-bench warm-bench policies timeline clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
@@ -53,6 +61,17 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.eval
 	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
+
+# A run that was broken off goes on where it stopped; one that is complete is made anew.
+eval: $(VENV)/.eval
+	$(BIN)/python -m eval run .cache/eval $(EVAL_ARGS)
+	$(BIN)/python -m eval report .cache/eval --out $(EVAL_OUT)
+	rm -rf .cache/eval-last && mv .cache/eval .cache/eval-last
+
+eval-streams: $(VENV)/.eval
+	$(BIN)/python -m eval run .cache/streams $(STREAMS_ARGS)
+	$(BIN)/python -m eval report .cache/streams --out $(STREAMS_OUT)
+	rm -rf .cache/streams-last && mv .cache/streams .cache/streams-last
 
 policies: $(VENV)/.eval
 	$(BIN)/python -m eval.policies record
