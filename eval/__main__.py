@@ -38,10 +38,11 @@ def run(
     model: Annotated[str | None, typer.Option(help="name or folder; default: SmolLM2-135M-Instruct")] = None,
     dtype: Annotated[str, typer.Option(help="of model and KV")] = "bfloat16",
     data_dir: Annotated[str | None, typer.Option(help="local data; default: $CONTIGUOUSKV_DATA, else the Hub")] = None,
+    device: Annotated[str | None, typer.Option(help="of the model; default: a GPU if there is one")] = None,
     seed: int = 0,
 ) -> None:
     """Make requests in every system. Under `accelerate launch -m eval run ...` processes share them."""
-    from .running import RunConfig, RunFolderError
+    from .running import NotServedError, RunConfig, RunFolderError
     from .running import run as run_all
     from .systems import SYSTEMS
     from .tasks import DataMissingError
@@ -61,11 +62,15 @@ def run(
         "memory_share": memory_share,
         "seed": seed,
         "data_dir": data_dir,
+        "device": device,
     }
     try:
         config = RunConfig(**arguments)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
         run_all(config, out, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]))
-    except (ValueError, RunFolderError, DataMissingError) as error:
+    except (RunFolderError, DataMissingError, NotServedError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -88,7 +93,7 @@ def report(
 def list_all() -> None:
     """Name all tasks, streams, systems and metrics."""
     from .metrics import metric_names
-    from .running.run import STREAMS
+    from .running.config import STREAMS
     from .systems import SYSTEMS
     from .tasks import TASKS
 

@@ -108,6 +108,12 @@ def resident_pages(path: Path | str) -> int:
         os.close(descriptor)
 
 
+def storage_bytes_read() -> int:
+    """Bytes that this process has caused to be read from storage, by the kernel's own count (`/proc/self/io`)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes:")).split()[1])
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were taken on: processor, cores, memory (GiB), accelerator and versions of what matters."""
     return {

@@ -2,8 +2,8 @@
 
 All rows of a batch share the document's stored KV; each row reads and uses the chunks that its own question attends to.
 Questions differ in length, so rows are padded on the left, as `generate` wants it. Both ways open the store anew and
-find its files cold. Answers, times and bytes are printed side by side. In float32 both ways answer alike; bfloat16 rounds
-batches differently, so that a small model may choose other words (with any cache):
+find its files cold. Answers, times and bytes are printed side by side. In float32 both ways answer alike; bfloat16
+rounds batches differently, so that a small model may choose other words (with any cache):
 
     python examples/batch_questions.py notes.txt --question 'Who wrote this?' --question 'When?'
     python examples/batch_questions.py notes.txt --file questions.txt --budget 0.25 --json answers.json

@@ -13,7 +13,7 @@ from .rows import Results, Run
 def warnings(results: Results) -> list[str]:
     """What a reader must know before any figure."""
     found = []
-    processes = max(_number(run.config.get("processes")) for run in results.runs)
+    processes = int(results.table["processes"].max())
     if processes > 1:
         found.append(
             f"Times were taken with up to {processes} processes side by side on one machine. They disturb each other: "
@@ -41,14 +41,16 @@ def what_was_run(results: Results) -> str:
     """The first section."""
     parts = [f"> {warning}" for warning in warnings(results)]
     parts += [_of_run(run, len(results.table[results.table["run"] == place])) for place, run in enumerate(results.runs)]
-    left_out = int((results.table["cold"] == "warm").sum())
+    alone = results.alone
+    left_out = int((alone["cold"] == "warm").sum())
     cold = (
-        f"{left_out} of {len(results.table)} rows were not cold: pages of their files were in the page cache when the "
+        f"{left_out} of {len(alone)} rows were not cold: pages of their files were in the page cache when the "
         "request began. Their times and bytes are left out of all figures below; their scores count."
         if left_out
         else "Every request that reads files was cold: no page of them was in the page cache when it began."
     )
-    parts += [cold, tables.cold_rows(results)]
+    if len(alone):
+        parts += [cold, tables.cold_rows(results)]
     return "\n\n".join(parts)
 
 
@@ -64,15 +66,20 @@ def _of_run(run: Run, rows: int) -> str:
 
 def _facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     model = ", ".join(str(config[name]) for name in ("model", "source", "dtype") if config.get(name))
-    requests = str(config.get("requests", ""))
-    if requests and config.get("exact_requests") not in (None, config["requests"]):
-        requests += f" of each task ({config['exact_requests']} of them with systems that serve the whole prefix)"
-    elif requests:
-        requests += " of each task"
+    requests = f"{config['requests']} of each task" if config.get("tasks") and config.get("requests") else ""
+    if requests and config.get("timed_requests", config["requests"]) < config["requests"]:
+        requests += f"; {config['timed_requests']} of them also in systems that are made for their time alone"
+    streams = listed([str(stream) for stream in config.get("streams") or []])
+    if streams:
+        streams += (
+            f": {config.get('stream_requests')} requests, {config.get('documents')} documents (or chats); a system may "
+            f"keep {share(config.get('memory_share', 0.0))} of their KV in memory"
+        )
     return [
         ("model", model),
         ("tasks", listed([str(task) for task in config.get("tasks") or []])),
         ("requests", requests),
+        ("streams", streams),
         ("budgets", listed([share(budget) for budget in config.get("budgets") or []])),
         ("seed", str(config.get("seed", ""))),
         ("processes", str(config.get("processes", ""))),
@@ -86,10 +93,6 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def _name(folder: Path) -> str:
     return folder.resolve().name
-
-
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) else 1
 
 
 def _unique(values: Any) -> list[Any]:

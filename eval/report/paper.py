@@ -14,6 +14,8 @@ from .rows import Results, Table
 BUDGET = 0.05
 # Time to the first token of these systems over the paper's own, at that budget.
 SPEED_UPS = {ATTENTIONSTORE: 6.16, "attentionstore_h2o": 5.83, "impress": 3.85}
+# Its tasks.
+TASKS = ("sst2", "subj", "trec", "rte")
 # Points of accuracy that the paper loses at most.
 ACCURACY_LOSS = 2.94
 BASELINES = (
@@ -60,7 +62,9 @@ def compared(measured: Interval, paper: float, above: str = "above", below: str 
 
 
 def speed_ups(rows: Table) -> list[SpeedUp]:
-    """All comparisons that the timed rows allow."""
+    """All comparisons that the timed rows allow, over the paper's own tasks if there are any."""
+    own = rows[rows["task"].isin(TASKS)]
+    rows = own if len(own) else rows
     found = []
     for system, budget in measures.settings(rows):
         for baseline in BASELINES if system in (PAPER, OURS) else ():
@@ -138,7 +142,7 @@ def _times_table(found: list[SpeedUp]) -> str:
         for one in found
     ]
     head = ["system", "budget", "faster than", "n", "measured, x", "paper, x", "above / below the paper"]
-    return table(head, lines, 3)
+    return f"Speed-ups are over requests of the paper's tasks, where a run has any.\n\n{table(head, lines, 3)}"
 
 
 def _loss_table(found: list[tuple[Setting, str, Interval]]) -> str:

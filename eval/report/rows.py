@@ -13,13 +13,16 @@ import pandas
 # Untyped: pandas has no types of its own.
 Table = Any
 
-# The same request of the same run: what is compared in pairs.
-PAIR = ["run", "task", "number", "stream", "occurrence"]
+# The same request of the same run, made in one go: what is compared in pairs.
+PAIR = ["run", "session", "task", "number", "stream", "occurrence"]
 # The same question, whichever run asked it: what intervals draw.
 REQUEST = ["identity", "task", "number"]
 
 _NEEDED = ("task", "number", "system", "budget")
-_PLAIN = ("prefix_tokens", "suffix_tokens", "prefix_bytes", "ttft_s", "score", "kl", "agreement", "perplexity")
+_PLAIN = (
+    *("prefix_tokens", "suffix_tokens", "prefix_bytes", "ttft_s"),
+    *("score", "kl", "agreement", "kl_answer", "perplexity"),
+)
 _STATS = ("bytes_read", "bytes_used", "bytes_identified", "prefetch_wasted_bytes")
 
 
@@ -104,8 +107,8 @@ def load(folders: Sequence[Path]) -> Results:
         config, machine = _document(folder / "config.json"), _document(folder / "machine.json")
         rows, torn = read_rows(folder / "rows.jsonl")
         runs.append(Run(folder, config, machine, torn))
-        # Runs of the same model, source and seed ask the same questions.
-        identity = json.dumps([config.get(name) for name in ("model", "source", "seed")])
+        # Runs of the same model, source and seed ask the same questions, if these were made from the same data.
+        identity = json.dumps([config.get(name) for name in ("model", "source", "seed", "questions")], sort_keys=True)
         flat += [_flat(row) | {"run": number, "identity": identity} for row in rows]
     if not flat:
         raise RunError(f"no row in {', '.join(map(str, folders)) or 'no run'}: let a run finish one request at least")
@@ -170,6 +173,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         | {name: stats.get(name) for name in _STATS}
         | {
             "stream": row.get("stream") or "",
+            "session": row.get("session") or "",
+            "processes": row.get("processes") or 1,
             "cold": "none" if cold is None else "cold" if cold else "warm",
             "metric": row.get("metric") or "",
             "memory_hits": sum(hits.get(tier, 0) for tier in ("device", "host")) if hits else None,

@@ -101,6 +101,7 @@ def quality(results: Results) -> str:
                 shown(measures.mean_of(rows, setting, "score"), 100, 1),
                 shown(against, 100, 1, sign=True),
                 shown(measures.mean_of(rows, setting, "kl"), digits=4),
+                shown(measures.mean_of(rows, setting, "kl_answer"), digits=4),
                 shown(measures.mean_of(rows, setting, "agreement"), 100, 1),
                 number(measures.perplexity(rows, setting), 3),
             ]
@@ -113,6 +114,7 @@ def quality(results: Results) -> str:
         "score",
         "points from in memory",
         "KL, nats",
+        "KL at the answer",
         "agreement, %",
         "perplexity",
     ]
@@ -218,8 +220,8 @@ def stream(results: Results, name: str) -> str:
 
 
 def cold_rows(results: Results) -> str:
-    """How many rows of each system were timed cold, and how many are left out."""
-    rows = results.table
+    """How many rows of each system were timed cold, and how many are left out. (Requests of streams are not.)"""
+    rows = results.alone
     lines = []
     for system in dict.fromkeys(system for system, _ in measures.settings(rows)):
         mine = rows[rows["system"] == system]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .config import RunConfig
 from .folder import RunFolder, RunFolderError
-from .run import RunConfig, run
+from .requests import NotServedError
+from .run import run
 
-__all__ = ["RunConfig", "RunFolder", "RunFolderError", "run"]
+__all__ = ["NotServedError", "RunConfig", "RunFolder", "RunFolderError", "run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from ..timing import machine
 
 ROWS, CONFIG, MACHINE = "rows.jsonl", "config.json", "machine.json"
 # Of a configuration, what may change when a run is continued; of a machine, what does not tell it from others.
-_MAY_CHANGE = ("systems", "budgets", "tasks", "streams", "processes", "command")
+_MAY_CHANGE = ("systems", "budgets", "tasks", "streams", "processes", "command", "questions")
 _MAY_DIFFER = ("torch_threads",)
+# Lists that grow when a run is continued.
+_UNITED = ("systems", "budgets", "tasks", "streams")
 
 Row = dict[str, Any]
 # Names a row: task, number, stream, system, budget.
@@ -50,25 +53,33 @@ class RunFolder:
                 was made on another machine.
         """
         here = machine()
-        self._require_same(CONFIG, config, _MAY_CHANGE)
+        before = self._require_same(CONFIG, config, _MAY_CHANGE)
         self._require_same(MACHINE, here, _MAY_DIFFER)
         self.gather()
-        for name, document in ((CONFIG, config), (MACHINE, here)):
+        for left in self.path.glob("work-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for name, document in ((CONFIG, _united(before, config)), (MACHINE, here)):
             _replace(self.path / name, json.dumps(document, indent=2) + "\n")
 
-    def _require_same(self, name: str, now: Mapping[str, Any], except_for: tuple[str, ...]) -> None:
+    def _require_same(self, name: str, now: Mapping[str, Any], except_for: tuple[str, ...]) -> dict[str, Any]:
+        """What the file says; raise if that is another run."""
         path = self.path / name
         if not path.exists():
-            return
-        before = json.loads(path.read_text())
+            return {}
+        before: dict[str, Any] = json.loads(path.read_text())
         as_json = json.loads(json.dumps(now))
         differing = [
             f"{field} is {as_json.get(field)!r}, was {before.get(field)!r}"
             for field in sorted({*before, *as_json})
             if field not in except_for and before.get(field) != as_json.get(field)
         ]
+        known = before.get("questions", {})
+        for task, digest in as_json.get("questions", {}).items():
+            if known.get(task, digest) != digest:
+                differing.append(f"{task} asks other questions (other data?)")
         if differing:
             raise RunFolderError(f"{self.path} has rows of another run ({'; '.join(differing)}): choose another folder")
+        return before
 
     def done(self) -> set[Key]:
         """What has a row."""
@@ -100,6 +111,16 @@ def _rows(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise RunFolderError(f"{path} has a line that is no row: {line[:80]!r}") from error
+
+
+def _united(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run that is continued: what was run before was run."""
+    united = {name: list(dict.fromkeys([*before.get(name, ()), *now.get(name, ())])) for name in _UNITED}
+    command = now.get("command", "")
+    if before.get("command") not in (None, "", command):
+        command = f"{before['command']}\n{command}"
+    questions = {**before.get("questions", {}), **now.get("questions", {})}
+    return {**now, **united, "command": command, "questions": questions}
 
 
 def _replace(path: Path, text: str) -> None:

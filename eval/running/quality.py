@@ -58,7 +58,10 @@ class Judge:
             in_memory.finish(cache)
 
     def judge(self, cache: Any, first_token: int) -> dict[str, Any]:
-        """The fields of a row that are about quality: `prediction`, `score`, `kl`, `agreement`, `perplexity`.
+        """The fields of a row that are about quality.
+
+        These are `prediction`, `score`, `perplexity`, and beside the whole cache: `kl` and `agreement`, means over the
+        suffix, and `kl_answer`, over the tokens of the right answer.
 
         Args:
             cache: holds the prompt; what is added is not taken away.
@@ -79,6 +82,7 @@ class Judge:
             found |= {
                 "kl": float(divergence(theirs, mine).mean()),
                 "agreement": float(agreement(theirs, mine).mean()),
+                "kl_answer": self._kl_answer(reading, self._reference),
             }
         return found
 
@@ -126,6 +130,12 @@ class Judge:
                 cache.crop(-extra)
             rows += self._forward(cache, ids[:-1])
         return float(sum(row.log_softmax(-1)[token] for row, token in zip(rows, ids, strict=True)))
+
+    def _kl_answer(self, reading: Reading, reference: Reading) -> float | None:
+        if not len(self._answer):
+            return None
+        mine, theirs = (one.logits[one.suffix - 1 :] for one in (reading, reference))
+        return float(divergence(theirs, mine).mean())
 
     def _perplexity(self, reading: Reading) -> float | None:
         """Of the right answer."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,89 +18,17 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import __version__
+from hf_contiguouskv.store.fingerprint import model_fingerprint
 
 from .. import streams
-from ..systems import InMemory, System, system_named
-from ..tasks import Request, task_named
+from ..systems import system_named
+from ..tasks import Request
+from .bench import bench_in
+from .config import IN_MEMORY, RunConfig, Setting
 from .folder import Key, RunFolder
 from .quality import Judge
+from .requests import Asked, asked_of, chat_of, questions_of, require_served, token_bytes
 from .timed import timed_request
-
-STREAMS = ("shared_documents", "conversations")
-DTYPES = ("bfloat16", "float16", "float32")
-IN_MEMORY = "in_memory"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A system at a budget."""
-
-    system: str
-    budget: float
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What is run.
-
-    Attributes:
-        model: name or folder of the model; `None`: the default model.
-        dtype: of model and KV.
-        tasks: names of `eval.tasks.TASKS`.
-        streams: names of `STREAMS`.
-        systems: names of `eval.systems.SYSTEMS`.
-        budgets: shares of the prefix, for systems that take one.
-        requests: of each task.
-        timed_requests: so many requests of each task are also made in systems whose answers are known beforehand (exact
-            ones, and those that are only quicker than another): for their time alone.
-        stream_requests: of each stream.
-        documents: of a stream, or conversations.
-        memory_share: what of all KV of a stream fits in the memory of a system.
-        seed: of requests and of their order.
-        data_dir: local data; `None`: see `eval.tasks`.
-
-    Raises:
-        ValueError: a field makes no sense.
-    """
-
-    model: str | None = None
-    dtype: str = "bfloat16"
-    tasks: tuple[str, ...] = ()
-    streams: tuple[str, ...] = ()
-    systems: tuple[str, ...] = ()
-    budgets: tuple[float, ...] = (0.05, 0.25)
-    requests: int = 50
-    timed_requests: int = 5
-    stream_requests: int = 100
-    documents: int = 10
-    memory_share: float = 0.25
-    seed: int = 0
-    data_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.tasks:
-            task_named(name, self.data_dir)
-        for name in self.systems:
-            system_named(name)
-        if unknown := set(self.streams) - set(STREAMS):
-            raise ValueError(f"stream must be one of {STREAMS}, got {sorted(unknown)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        if not (self.tasks or self.streams) or not self.systems:
-            raise ValueError("a run needs a task or a stream, and a system")
-        if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
-            raise ValueError(f"budgets are shares of the prefix, from 0 (not included) to 1, got {self.budgets}")
-        for field in ("requests", "stream_requests", "documents"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")
-
-    def settings(self) -> list[Setting]:
-        """Every system at every budget that it takes."""
-        return [
-            Setting(name, budget)
-            for name in self.systems
-            for budget in ((1.0,) if system_named(name).exact else self.budgets)
-        ]
 
 
 def _is_timed_only(setting: Setting) -> bool:
@@ -107,74 +36,27 @@ def _is_timed_only(setting: Setting) -> bool:
     return kind.answers_as is not None or (kind.exact and setting.system != IN_MEMORY)
 
 
-class _Bench:
-    """All systems of a run in one folder, with some prefixes stored."""
-
-    def __init__(self, model: Any, folder: Path, settings: Sequence[Setting], **store_options: Any) -> None:
-        self.folder = folder
-        self.stack = ExitStack()
-        self.in_memory = self.stack.enter_context(InMemory(model))
-        self.systems: dict[Setting, System] = {}
-        for setting in settings:
-            if setting.system == IN_MEMORY:
-                self.systems[setting] = self.in_memory
-            else:
-                make = system_named(setting.system).make
-                self.systems[setting] = self.stack.enter_context(make(model, folder, setting.budget, **store_options))
-
-    def store(self, request: Request) -> None:
-        """Let all systems see the prefix of a request."""
-        for system in self.systems.values():
-            system.store(request.prefix_ids)
-
-    def close(self) -> None:
-        self.stack.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@contextmanager
-def _bench(model: Any, folder: Path, settings: Sequence[Setting], **store_options: Any) -> Iterator[_Bench]:
-    shutil.rmtree(folder, ignore_errors=True)  # Of a run that crashed.
-    bench = _Bench(model, folder, settings, **store_options)
-    try:
-        yield bench
-    finally:
-        bench.close()
-
-
-def _row(model: Any, request: Request, setting: Setting, stream: str | None, metric: str) -> dict[str, Any]:
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    return {
-        "task": request.task,
-        "number": request.number,
-        "prefix": request.prefix,
-        "prefix_tokens": len(request.prefix_ids),
-        "suffix_tokens": len(request.suffix_ids),
-        "prefix_bytes": len(request.prefix_ids) * token_bytes,
-        "about": dict(request.about),
-        "stream": stream,
-        "system": setting.system,
-        "budget": setting.budget,
-        "metric": metric,
-        "prediction": None,
-        "score": None,
-        "kl": None,
-        "agreement": None,
-        "perplexity": None,
-    }
-
-
 class _Run:
     """One process of a run."""
 
-    def __init__(self, config: RunConfig, model: Any, tokenizer: Any, folder: RunFolder, state: PartialState) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        asked: Asked,
+        model: Any,
+        tokenizer: Any,
+        folder: RunFolder,
+        state: PartialState,
+        session: str,
+    ) -> None:
         self._config = config
+        self._asked = asked
         self._model = model
         self._tokenizer = tokenizer
         self._folder = folder
         self._state = state
+        self._session = session
+        self._token_bytes = token_bytes(model)
         self._done = folder.done()
         self._chance = random.Random(config.seed + state.process_index)
         self._work = folder.path / f"work-{state.process_index}"
@@ -182,24 +64,18 @@ class _Run:
 
     def all(self, progress: bool) -> None:
         """Make the requests of this process that have no row yet."""
-        mine = list(self._requests())[self._state.process_index :: self._state.num_processes]
+        mine = self._asked.alone[self._state.process_index :: self._state.num_processes]
         todo = [(request, metric, self._missing(request, self._settings(request), None)) for request, metric in mine]
         # A stream is a sequence, so one process makes all of it.
-        listed = self._streams() if self._state.is_main_process else []
-        streamed = sum(len(self._missing(one, self._config.settings(), name)) for name, all_ in listed for one in all_)
+        listed = self._asked.streams if self._state.is_main_process else {}
+        settings = self._config.settings()
+        streamed = sum(len(self._missing(one, settings, name)) for name, all_ in listed.items() for one in all_)
         total = sum(len(missing) for _, _, missing in todo) + streamed
         with tqdm(total=total, unit="request", disable=not progress) as bar:
             for _, group in groupby(todo, key=lambda one: (one[0].task, one[0].prefix)):
                 self._on_one_prefix([one for one in group if one[2]], bar)
-            for name, requests in listed:
-                self._stream(name, requests, bar)
-        shutil.rmtree(self._work, ignore_errors=True)
-
-    def _requests(self) -> Iterator[tuple[Request, str]]:
-        for name in self._config.tasks:
-            task = task_named(name, self._config.data_dir)
-            for request in task.requests(self._tokenizer, self._config.requests, self._config.seed):
-                yield request, task.metric
+            for name, requests in listed.items():
+                self._stream(name, requests, settings, bar)
 
     def _settings(self, request: Request) -> list[Setting]:
         """In which systems a request of a task is made."""
@@ -216,14 +92,37 @@ class _Run:
 
         return [setting for setting in settings if key(setting) not in self._done]
 
+    def _row(self, request: Request, setting: Setting, stream: str | None, metric: str) -> dict[str, Any]:
+        return {
+            "task": request.task,
+            "number": request.number,
+            "prefix": request.prefix,
+            "prefix_tokens": len(request.prefix_ids),
+            "suffix_tokens": len(request.suffix_ids),
+            "prefix_bytes": len(request.prefix_ids) * self._token_bytes,
+            "about": dict(request.about),
+            "stream": stream,
+            "system": setting.system,
+            "budget": setting.budget,
+            "session": self._session,
+            "processes": self._state.num_processes,
+            "metric": metric,
+            "prediction": None,
+            "score": None,
+            "kl": None,
+            "agreement": None,
+            "kl_answer": None,
+            "perplexity": None,
+        }
+
     def _on_one_prefix(self, requests: Sequence[tuple[Request, str, list[Setting]]], bar: Any) -> None:
         if not requests:
             return
         needed = list(dict.fromkeys(setting for _, _, missing in requests for setting in missing))
-        with _bench(self._model, self._work, needed) as bench:
-            bench.in_memory.store(requests[0][0].prefix_ids)
-            bench.store(requests[0][0])
+        with bench_in(self._work, self._model, needed) as bench:
             first = requests[0][0]
+            bench.in_memory.store(first.prefix_ids)
+            bench.store(first)
             if first.task not in self._warm:  # First calls of kernels are slow.
                 self._warm.add(first.task)
                 for setting in needed:
@@ -234,51 +133,43 @@ class _Run:
                 judge.refer_to(bench.in_memory)
                 for setting in self._chance.sample(missing, len(missing)):
                     bar.set_description(f"{request.key} {setting.system} {setting.budget:.0%}")
-                    row = _row(self._model, request, setting, None, metric)
+                    row = self._row(request, setting, None, metric)
                     with timed_request(self._model, bench.systems[setting], request) as timed:
                         if not _is_timed_only(setting):
                             row |= judge.judge(timed.cache, timed.first_token)
                     self._folder.add(row | timed.fields())
                     bar.update()
 
-    def _streams(self) -> list[tuple[str, list[Request]]]:
-        config = self._config
-        common: dict[str, Any] = {"seed": config.seed, "data_dir": config.data_dir}
-        found = []
-        for name in config.streams:
-            if name == "shared_documents":
-                requests = streams.shared_documents(
-                    self._tokenizer, documents=config.documents, requests=config.stream_requests, **common
-                )
-            else:
-                turns = max(1, config.stream_requests // config.documents)
-                requests = streams.conversations(self._tokenizer, conversations=config.documents, turns=turns, **common)
-            found.append((name, requests))
-        return found
-
-    def _stream(self, name: str, requests: Sequence[Request], bar: Any) -> None:
+    def _stream(self, name: str, requests: Sequence[Request], settings: Sequence[Setting], bar: Any) -> None:
         """All requests in order, in all systems; what a system keeps in memory it keeps for the next request."""
-        settings = self._config.settings()
         if not any(self._missing(one, settings, name) for one in requests):
             return
-        # The last prefix of a conversation holds those before it.
-        longest = {one.prefix: len(one.prefix_ids) for one in requests}
-        token_bytes = _row(self._model, requests[0], settings[0], name, "")["prefix_bytes"] // len(
-            requests[0].prefix_ids
-        )
-        host_bytes = int(sum(longest.values()) * token_bytes * self._config.memory_share)
-        with _bench(self._model, self._work, settings, host_bytes=host_bytes) as bench:
+        with bench_in(self._work, self._model, settings) as bench:  # First calls of kernels are slow.
+            bench.store(requests[0])
+            for setting in settings:
+                with timed_request(self._model, bench.systems[setting], requests[0]):
+                    pass
+        room = int(self._config.memory_share * self._token_bytes * distinct_tokens(requests))
+        with bench_in(self._work, self._model, settings, host_bytes=room, device_bytes=room) as bench:
             for request in requests:
                 bench.store(request)
                 for setting in self._chance.sample(settings, len(settings)):
                     bar.set_description(f"{name} {request.number} {setting.system} {setting.budget:.0%}")
-                    row = _row(self._model, request, setting, name, streams.METRIC)
+                    row = self._row(request, setting, name, streams.METRIC)
                     with timed_request(self._model, bench.systems[setting], request, forget=False) as timed:
                         pass
                     # A stream that was broken off is made again from its beginning: memory starts empty.
                     if self._missing(request, [setting], name):
                         self._folder.add(row | timed.fields())
                         bar.update()
+
+
+def distinct_tokens(requests: Sequence[Request]) -> int:
+    """Prefix tokens of a stream, each once: the last turn of a chat has those of the turns before it."""
+    longest: dict[Any, int] = {}
+    for request in requests:
+        longest[chat_of(request)] = max(longest.get(chat_of(request), 0), len(request.prefix_ids))
+    return sum(longest.values())
 
 
 def run(
@@ -298,30 +189,45 @@ def run(
 
     Raises:
         RunFolderError: `out` holds another run.
+        NotServedError: see `require_served`.
+        DataMissingError: a task's data cannot be had.
     """
     import torch
 
     from ..models import DEFAULT_MODEL, load_model
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    folder = RunFolder(out, state.process_index)
-    dtype = getattr(torch, config.dtype)
+    # Processes wait for the slowest, and for the one that makes the streams.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     # One process at a time: the first may have to download or convert the model.
     with state.main_process_first():
-        model, tokenizer = loaded or load_model(config.model, dtype=dtype, device=state.device)
+        device = config.device or state.device
+        model, tokenizer = loaded or load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+        asked = asked_of(config, tokenizer)
+    require_served(model, config, asked)
+    folder = RunFolder(out, state.process_index)
     if state.is_main_process:
+        name = config.model or (DEFAULT_MODEL if loaded is None else model.config._name_or_path)
         about = asdict(config) | {
-            "model": config.model or DEFAULT_MODEL,
+            "model": name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "fingerprint": model_fingerprint(model),
             "source": getattr(model, "source", None),
+            "device": model.device.type,
+            "questions": questions_of(asked),
             "processes": state.num_processes,
             "command": command,
             "version": __version__,
         }
         folder.begin(about)
     state.wait_for_everyone()
-    # Rivals at their best: transformers, too, can do without repeating K and V for each query head, if it is told to.
-    with mock.patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"}):
-        _Run(config, model, tokenizer, folder, state).all(progress and state.is_main_process)
+    # Rivals at their best: on a CPU transformers, too, can do without repeating K and V for each query head, if it is
+    # told to. (On a GPU that is slower where there is a mask.)
+    on_cpu = model.device.type == "cpu"
+    forced = mock.patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"}) if on_cpu else nullcontext()
+    with forced:
+        _Run(config, asked, model, tokenizer, folder, state, uuid.uuid4().hex[:8]).all(
+            progress and state.is_main_process
+        )
     state.wait_for_everyone()
     if state.is_main_process:
         folder.gather()

@@ -83,14 +83,16 @@ class _LoadedLayer(DynamicLayer):
         if self._ask:
             self._reads.ask([self._layer], np.arange(count), key_states.device)
         # One copy, from the chunks' order on disk to the order that attention wants.
-        both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + ROOM, g.head_dim)
+        both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + key_states.shape[2] + ROOM, g.head_dim)
         chunks = both[:, 0, :, : count * g.chunk_size].unflatten(2, (count, g.chunk_size))
         for batch in self._reads.take(self._layer):
             began = time.perf_counter()
             copy_in_order(self._prefix, batch, 0, chunks)
             self._loading.timeline.add("copy", self._layer, began, time.perf_counter())
-            self._loading.stats.hits["host"] += batch.from_host
-            self._loading.stats.hits["disk"] += batch.from_disk
+            hits = self._loading.stats.hits
+            hits["host"] += batch.from_host
+            hits["disk"] += batch.from_disk
+            hits["device"] += len(batch.chunks) - batch.from_host - batch.from_disk
         self._loading.usage.used(self._reads.tables, self._layer, np.arange(count))
         self._buffers = [both[0], both[1]]
         self._reads = None

@@ -74,8 +74,11 @@ class ImpressRequest(TokenRequest):
         nodes, layout, u, kv_heads = self.nodes, self.layout, self.layout.unit_tokens, destination.shape[1]
         stored_keys, stored_values = layout.keys_of(layer), layout.values_of(layer)
         first_keys = nodes.keys_apart()
-        keys = torch.empty(kv_heads, nodes.blocks * u, destination.shape[-1], dtype=destination.dtype)
-        keys[list(layout.apart)] = nodes.joined(self.take(stored_keys, first_keys, identifies=True))
+        keys = nodes.joined(self.take(stored_keys, first_keys, identifies=True))
+        if layout.others:
+            all_heads = torch.empty(kv_heads, *keys.shape[1:], dtype=keys.dtype)
+            all_heads[list(layout.apart)] = keys
+            keys = all_heads
         with self.timed("identify", layer):
             mass = self._of_probes(queries, keys, suffix_keys, scaling)
             by_probe = best_tokens(mass, self.kept)

@@ -13,11 +13,11 @@ from hf_contiguouskv import RequestStats
 from .base import NotStoredError, key_of
 
 
-def prefill(model: Any, prefix_ids: torch.Tensor, block: int = 512) -> DynamicCache:
-    """A `DynamicCache` of the prefix, computed block by block."""
-    cache = DynamicCache(config=model.config)
+def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = None, block: int = 512) -> DynamicCache:
+    """A `DynamicCache` of the prefix, computed block by block; `cache` holds its beginning, if there is one."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
     with torch.no_grad():
-        for part in prefix_ids.to(model.device).split(block):
+        for part in prefix_ids[cache.get_seq_length() :].to(model.device).split(block):
             model(input_ids=part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -34,10 +34,12 @@ class InMemory:
         self._lengths: dict[int, int] = {}
 
     def store(self, prefix_ids: torch.Tensor) -> None:
-        """See `System`."""
-        if key_of(prefix_ids) in self._caches:
+        """See `System`. A prefix that grows (a chat) goes on in its cache; the shorter one is not kept besides."""
+        key = key_of(prefix_ids)
+        if key in self._caches:
             return
-        cache = self._caches[key_of(prefix_ids)] = prefill(self._model, prefix_ids)
+        before = max((one for one in self._caches if key.startswith(one)), key=len, default=b"")
+        cache = self._caches[key] = prefill(self._model, prefix_ids, self._caches.pop(before, None))
         self._lengths[id(cache)] = len(prefix_ids)
 
     def files(self) -> list[Path]:

@@ -32,12 +32,14 @@ class SystemKind:
         exact: whether it attends to the whole prefix, so that there is only a budget of 1.0.
         answers_as: the system that gives the same answers, and is quicker or slower: quality is measured once.
         in_streams: it differs from that one in what it keeps in memory, so only streams of requests tell them apart.
+        cpu_only: whether it needs the model on the CPU.
     """
 
     make: Make
     exact: bool = False
     answers_as: str | None = None
     in_streams: bool = False
+    cpu_only: bool = False
 
 
 def _chunks(name: str, config: Callable[..., ContiguousKVConfig]) -> Make:
@@ -73,12 +75,14 @@ SYSTEMS: dict[str, SystemKind] = {
     "reload": SystemKind(lambda model, folder, budget, **options: Reload(model, folder / "whole"), exact=True),
     "attentionstore": SystemKind(_whole(overlap=False), exact=True),
     "attentionstore_overlapped": SystemKind(_whole(overlap=True), exact=True),
-    "attentionstore_h2o": SystemKind(_h2o()),
-    "attentionstore_h2o_lfu": SystemKind(_h2o(eviction="lfu"), answers_as="attentionstore_h2o", in_streams=True),
-    "attentionstore_h2o_overlapped": SystemKind(_h2o(overlap=True), answers_as="attentionstore_h2o"),
-    "impress": SystemKind(_impress()),
-    "impress_groups": SystemKind(_tokens(Impress, "impress_groups", probes="groups")),
-    "impress_overlapped": SystemKind(_impress(overlap=True), answers_as="impress"),
+    "attentionstore_h2o": SystemKind(_h2o(), cpu_only=True),
+    "attentionstore_h2o_lfu": SystemKind(
+        _h2o(eviction="lfu"), answers_as="attentionstore_h2o", in_streams=True, cpu_only=True
+    ),
+    "attentionstore_h2o_overlapped": SystemKind(_h2o(overlap=True), answers_as="attentionstore_h2o", cpu_only=True),
+    "impress": SystemKind(_impress(), cpu_only=True),
+    "impress_groups": SystemKind(_tokens(Impress, "impress_groups", probes="groups"), cpu_only=True),
+    "impress_overlapped": SystemKind(_impress(overlap=True), answers_as="impress", cpu_only=True),
     "contiguouskv_paper": SystemKind(_chunks("contiguouskv_paper", ContiguousKVConfig.paper)),
     "contiguouskv": SystemKind(_chunks("contiguouskv", ContiguousKVConfig)),
 }

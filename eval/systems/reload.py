@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import RequestStats
 
+from ..timing import storage_bytes_read
 from .base import NotStoredError, key_of
 from .in_memory import prefill
 
@@ -32,6 +33,7 @@ class Reload:
         self._model = model
         self._folder = folder
         self._stats = RequestStats()
+        self._stored: dict[bytes, Path] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, prefix_ids: torch.Tensor) -> Path:
@@ -39,13 +41,17 @@ class Reload:
 
     def store(self, prefix_ids: torch.Tensor) -> None:
         """See `System`."""
-        if self._file(prefix_ids).exists():
+        path, key = self._file(prefix_ids), key_of(prefix_ids)
+        if path.exists():
             return
+        for before in [one for one in self._stored if key.startswith(one)]:
+            self._stored.pop(before).unlink()  # A chat goes on: nobody asks for its beginning any more.
+        self._stored[key] = path
         tensors = {}
         for number, layer in enumerate(prefill(self._model, prefix_ids).layers):
             tensors[f"keys.{number}"] = layer.keys.cpu().contiguous()
             tensors[f"values.{number}"] = layer.values.cpu().contiguous()
-        save_file(tensors, self._file(prefix_ids))
+        save_file(tensors, path)
 
     def files(self) -> list[Path]:
         """See `System`."""
@@ -63,14 +69,16 @@ class Reload:
         path = self._file(prefix_ids)
         if not path.exists():
             raise NotStoredError(f"there is no {path}")
-        started = time.perf_counter()
+        started, before = time.perf_counter(), storage_bytes_read()
         cache = DynamicCache(config=self._model.config)
         with safe_open(path, framework="pt", device=str(self._model.device)) as file:
             for layer in range(len(file.keys()) // 2):
                 cache.update(file.get_tensor(f"keys.{layer}"), file.get_tensor(f"values.{layer}"), layer)
-        nbytes = path.stat().st_size
         # All of it is read before the model starts, and all of it is used.
-        self._stats = RequestStats(bytes_read=nbytes, bytes_used=nbytes, io_wait_s=time.perf_counter() - started)
+        waited = time.perf_counter() - started
+        self._stats = RequestStats(
+            bytes_read=storage_bytes_read() - before, bytes_used=path.stat().st_size, io_wait_s=waited
+        )
         return cache
 
     def timeline(self, cache: Any) -> None:

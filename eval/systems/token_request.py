@@ -159,7 +159,8 @@ class TokenRequest(PrefixRequest):
                         rows[positions[0] : positions[0] + len(positions)] = batch.extents(None)
                     else:
                         rows.index_copy_(0, torch.from_numpy(positions), batch.extents(None))
-                    self._count_hits(batch)
+                    if not identifies:  # As in the library: hits are of what attention uses.
+                        self._count_hits(batch)
         if identifies:
             self.stats.bytes_identified += self.stats.bytes_read - before
         return found

@@ -25,7 +25,7 @@ CONFIG = {
     "dtype": "float32",
     "tasks": ["sst2"],
     "requests": 4,
-    "exact_requests": 4,
+    "timed_requests": 4,
     "systems": ["in_memory", "contiguouskv"],
     "budgets": [0.05],
     "seed": 0,
@@ -322,7 +322,7 @@ def test_streams_have_their_own_section_and_no_part_in_others(tmp_path: Path) ->
 
 def test_times_of_processes_side_by_side_are_not_to_be_compared(tmp_path: Path) -> None:
     alone = run_folder(tmp_path / "alone", [row(0, OURS)])
-    beside = run_folder(tmp_path / "beside", [row(0, OURS)], processes=4)
+    beside = run_folder(tmp_path / "beside", [row(0, OURS, processes=4), row(1, OURS)])
     assert "not comparable" not in write_report([alone], tmp_path / "out")[0].read_text()
     assert "4 processes side by side" in write_report([alone, beside], tmp_path / "out")[0].read_text()
 

@@ -8,20 +8,25 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_model import save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, MistralConfig, MistralForCausalLM
 
+from eval import streams
 from eval.__main__ import app
 from eval.report import write_report
-from eval.running import RunConfig, RunFolder, RunFolderError, run
+from eval.running import NotServedError, RunConfig, RunFolder, RunFolderError, run
 from eval.running.folder import key_of
 from eval.running.phases import PHASES
 from eval.running.quality import Judge, perplexity
+from eval.running.requests import asked_of
+from eval.running.run import distinct_tokens
 from eval.systems import SYSTEMS, InMemory
 from eval.tasks import TASKS, Request
 from eval.tasks.base import encode
@@ -59,7 +64,7 @@ class Animals:
                     about=(("house", number),),
                 )
             )
-        return sorted(found, key=lambda one: one.prefix)
+        return found
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +100,16 @@ def config_of(**changes: Any) -> RunConfig:
 
 def rows_of(out: Path) -> list[Row]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def sentences(data: Path, about: str = "film") -> Path:
+    """A data folder with SST-2 in it."""
+    for split in ("train", "test"):
+        path = data / "sst2" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = ({"text": f"this is {about} number {number}", "label": number % 2} for number in range(120))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data
 
 
 def expected_keys(requests: int, timed: int, budgets: tuple[float, ...]) -> set[Any]:
@@ -155,6 +170,7 @@ def test_rows_say_what_happened(finished: Path) -> None:
         else:
             assert row["kl"] > -1e-6
             assert 0.0 <= row["agreement"] <= 1.0
+            assert row["kl_answer"] > -1e-6
             assert row["perplexity"] > 1.0
         if row["system"] == "in_memory":
             assert row["kl"] == pytest.approx(0.0, abs=1e-6)
@@ -224,15 +240,20 @@ def test_a_run_goes_on_where_it_was_broken_off(
     rows = rows_of(tmp_path)
     assert len(rows) == len(wanted)
     assert [json.dumps(row) for row in rows[:5]] == before.splitlines()
+    assert {row["session"] for row in rows[:5]} != {row["session"] for row in rows[5:]}
+    assert not list(tmp_path.glob("work-*"))
     # Nothing is left to do; more systems may be added.
     run(config, tmp_path, progress=False, loaded=loaded)
     assert len(written) == len(wanted)
     run(config_of(tasks=("animals",), systems=("impress",)), tmp_path, progress=False, loaded=loaded)
     assert {key[3] for key in written[len(wanted) :]} == {"impress"}
     assert len(rows_of(tmp_path)) == len(wanted) + 6
+    assert json.loads((tmp_path / "config.json").read_text())["systems"] == [
+        *("in_memory", "contiguouskv", "reload", "impress")
+    ]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"requests": 4}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"requests": 4}, {"timed_requests": 2}])
 def test_rows_of_different_runs_are_not_mixed(
     finished: Path, tmp_path: Path, loaded: tuple[Any, Any], change: dict[str, Any]
 ) -> None:
@@ -298,21 +319,87 @@ def test_streams_keep_memory_from_request_to_request(tmp_path: Path, loaded: tup
             assert [row["number"] for row in own] == list(range(6))
             assert own[0]["stats"]["hits"]["host"] == 0
             assert own[0]["stats"]["hits"]["disk"] > 0
-            if system != "attentionstore" or stream != "shared_documents":
+            # LRU forgets the first chunks of a text while it reads the last, if there is no room for both.
+            if system != "attentionstore":
                 assert sum(row["stats"]["hits"]["host"] for row in own) > 0, (system, stream)
             assert all(row["score"] is None for row in own)
 
 
-DATA = {
-    "sst2": [{"text": f"this is film number {number}", "label": number % 2} for number in range(120)],
-}
+def test_a_chat_is_counted_once(loaded: tuple[Any, Any]) -> None:
+    chats = streams.conversations(loaded[1], conversations=2, turns=3, tokens=700, turn_tokens=200)
+    longest = [max(len(one.prefix_ids) for one in chats if dict(one.about)["conversation"] == chat) for chat in (0, 1)]
+    assert distinct_tokens(chats) == sum(longest) < sum(len(one.prefix_ids) for one in chats)
+    documents = streams.shared_documents(loaded[1], documents=2, requests=5, tokens=1500)
+    assert distinct_tokens(documents) == sum({one.prefix: len(one.prefix_ids) for one in documents}.values())
+
+
+def test_a_system_keeps_no_more_of_a_stream_than_its_share(
+    tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds: list[int] = []
+    make = SYSTEMS["contiguouskv"].make
+
+    def watched(model: Any, place: Path, budget: float, **options: Any) -> Any:
+        bounds.append(options.get("host_bytes", 0))
+        return make(model, place, budget, **options)
+
+    monkeypatch.setitem(SYSTEMS, "contiguouskv", replace(SYSTEMS["contiguouskv"], make=watched))
+    changes = {"tasks": (), "streams": ("conversations",), "systems": ("contiguouskv",), "memory_share": 0.25}
+    config = config_of(**changes, stream_requests=4, documents=2, budgets=(0.25,))
+    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
+    # Once to warm up, with the usual memory; once for the stream. A chat's last turn holds the others.
+    longest: dict[int, int] = {}
+    for row in rows:
+        chat = row["about"]["conversation"]
+        longest[chat] = max(longest.get(chat, 0), row["prefix_bytes"])
+    assert bounds == [0, sum(longest.values()) // 4]
+
+
+def test_what_the_model_cannot_take_is_refused_before_anything_is_stored(
+    tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "max_position_embeddings", 320)
+        with pytest.raises(NotServedError, match=r"animals has a request of 3\d\d tokens .* takes 320"):
+            run(config_of(), tmp_path / "run", progress=False, loaded=loaded)
+    windows = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=64,
+        )
+    )
+    with pytest.raises(NotServedError, match="sliding-window"):
+        run(config_of(), tmp_path / "run", progress=False, loaded=(windows, tokenizer))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_are_other_questions(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    config = config_of(tasks=("sst2",), systems=("in_memory",), data_dir=str(sentences(tmp_path / "data")))
+    run(config, tmp_path / "run", progress=False, loaded=loaded)
+    sentences(tmp_path / "data", "play")
+    with pytest.raises(RunFolderError, match="sst2 asks other questions"):
+        run(config, tmp_path / "run", progress=False, loaded=loaded)
+
+
+def test_prompts_begin_as_the_tokenizer_begins_texts(tmp_path: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = config_of(tasks=("sst2",), requests=1, data_dir=str(sentences(tmp_path / "data")))
+    plain = asked_of(config, tokenizer).alone[0][0].prefix_ids
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    assert asked_of(config, tokenizer).alone[0][0].prefix_ids.tolist() == [tokenizer.bos_token_id, *plain.tolist()]
 
 
 def test_two_processes_share_the_requests(tmp_path: Path, folder: Path) -> None:
-    for split in ("train", "test"):
-        path = tmp_path / "data" / "sst2" / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in DATA["sst2"]))
+    sentences(tmp_path / "data")
     arguments = ["-m", "eval", "run", str(tmp_path / "two"), "--task", "sst2", "--requests", "5"]
     arguments += ["--timed-requests", "1", "--system", "in_memory", "--system", "contiguouskv", "--system", "reload"]
     arguments += ["--budget", "0.1", "--model", str(folder), "--dtype", "float32", "--data-dir", str(tmp_path / "data")]

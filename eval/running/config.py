@@ -1,0 +1,86 @@
+"""What a run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..systems import system_named
+from ..tasks import task_named
+
+STREAMS = ("shared_documents", "conversations")
+DTYPES = ("bfloat16", "float16", "float32")
+IN_MEMORY = "in_memory"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A system at a budget."""
+
+    system: str
+    budget: float
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is run.
+
+    Attributes:
+        model: name or folder of the model; `None`: the default model.
+        dtype: of model and KV.
+        tasks: names of `eval.tasks.TASKS`.
+        streams: names of `STREAMS`.
+        systems: names of `eval.systems.SYSTEMS`.
+        budgets: shares of the prefix, for systems that take one.
+        requests: of each task.
+        timed_requests: so many requests of each task are also made in systems whose answers are known beforehand (exact
+            ones, and those that are only quicker than another): for their time alone.
+        stream_requests: of each stream.
+        documents: of a stream, or conversations.
+        memory_share: what of all KV of a stream fits in the memory of a system.
+        seed: of requests and of their order.
+        data_dir: local data; `None`: see `eval.tasks`.
+        device: of the model; `None`: a GPU for each process if there are any, else the CPU.
+
+    Raises:
+        ValueError: a field makes no sense.
+    """
+
+    model: str | None = None
+    dtype: str = "bfloat16"
+    tasks: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = (0.05, 0.25)
+    requests: int = 50
+    timed_requests: int = 5
+    stream_requests: int = 100
+    documents: int = 10
+    memory_share: float = 0.25
+    seed: int = 0
+    data_dir: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            task_named(name, self.data_dir)
+        for name in self.systems:
+            system_named(name)
+        if unknown := set(self.streams) - set(STREAMS):
+            raise ValueError(f"stream must be one of {STREAMS}, got {sorted(unknown)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if not (self.tasks or self.streams) or not self.systems:
+            raise ValueError("a run needs a task or a stream, and a system")
+        if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
+            raise ValueError(f"budgets are shares of the prefix, from 0 (not included) to 1, got {self.budgets}")
+        for field in ("requests", "stream_requests", "documents"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")
+
+    def settings(self) -> list[Setting]:
+        """Every system at every budget that it takes."""
+        return [
+            Setting(name, budget)
+            for name in self.systems
+            for budget in ((1.0,) if system_named(name).exact else self.budgets)
+        ]

@@ -1,0 +1,126 @@
+"""The requests of a run: made, made fit for the model, and checked before anything is stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_contiguouskv.prefill import geometry_of
+from hf_contiguouskv.support import decoder_config, innermost_causal_lm, layer_windows, require_support
+
+from .. import streams
+from ..systems import system_named
+from ..tasks import Request, task_named
+from .config import RunConfig
+
+
+class NotServedError(Exception):
+    """The model cannot be asked this, or not in these systems."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests of a run.
+
+    Attributes:
+        alone: requests of tasks, those with the same prefix side by side, and the metric of each.
+        streams: of each stream, in order.
+    """
+
+    alone: list[tuple[Request, str]]
+    streams: dict[str, list[Request]]
+
+    def by_name(self) -> dict[str, list[Request]]:
+        """Requests of each task and stream."""
+        found: dict[str, list[Request]] = {}
+        for request, _ in self.alone:
+            found.setdefault(request.task, []).append(request)
+        return found | self.streams
+
+
+def asked_of(config: RunConfig, tokenizer: Any) -> Asked:
+    """All requests of a run; they begin with the token that the tokenizer begins every text with, if there is one."""
+    alone: list[tuple[Request, str]] = []
+    for name in config.tasks:
+        task = task_named(name, config.data_dir)
+        requests = _begun(task.requests(tokenizer, config.requests, config.seed), tokenizer)
+        alone += [(request, task.metric) for request in sorted(requests, key=lambda one: one.prefix)]
+    listed = {name: _begun(_stream(name, config, tokenizer), tokenizer) for name in config.streams}
+    return Asked(alone, listed)
+
+
+def _stream(name: str, config: RunConfig, tokenizer: Any) -> list[Request]:
+    common: dict[str, Any] = {"seed": config.seed, "data_dir": config.data_dir}
+    if name == "shared_documents":
+        return streams.shared_documents(
+            tokenizer, documents=config.documents, requests=config.stream_requests, **common
+        )
+    turns = max(1, config.stream_requests // config.documents)
+    return streams.conversations(tokenizer, conversations=config.documents, turns=turns, **common)
+
+
+def _begun(requests: Sequence[Request], tokenizer: Any) -> list[Request]:
+    """Requests as the model knows texts: behind a BOS token, if its tokenizer puts one there."""
+    begin = tokenizer("")["input_ids"]
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is None or begin[:1] != [first]:
+        return list(requests)
+    bos = torch.tensor([first], dtype=torch.int64)
+    return [replace(one, prefix_ids=torch.cat([bos, one.prefix_ids])) for one in requests]
+
+
+def questions_of(asked: Asked) -> dict[str, str]:
+    """A digest of the token ids of each task's and stream's requests: whether two runs have asked the same."""
+    found = {}
+    for name, requests in asked.by_name().items():
+        digest = hashlib.blake2b(digest_size=8)
+        for request in requests:
+            digest.update(request.prefix_ids.numpy().tobytes() + b"|" + request.suffix_ids.numpy().tobytes())
+            digest.update(repr((request.answers, request.choices)).encode())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def chat_of(request: Request) -> Any:
+    """What the prefix of a stream's request is a part of: all turns of a chat have one."""
+    return dict(request.about).get("conversation", request.prefix)
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of K and V of one token in all layers."""
+    geometry = geometry_of(require_support(innermost_causal_lm(model)), 16)
+    return 2 * geometry.num_layers * geometry.kv_heads * geometry.head_dim * geometry.itemsize
+
+
+def require_served(model: Any, config: RunConfig, asked: Asked) -> None:
+    """Raise if something that was asked for cannot be done, before anything is stored.
+
+    Raises:
+        NotServedError: a prompt with its answer is longer than the model's context; the model has sliding windows
+            (caches cannot go back behind them, which judging needs); a system needs the model on the CPU.
+    """
+    lm = innermost_causal_lm(model)
+    if any(window is not None for window in layer_windows(lm)):
+        raise NotServedError("models with sliding-window layers cannot be evaluated yet")
+    if model.device.type != "cpu":
+        only = [name for name in config.systems if system_named(name).cpu_only]
+        if only:
+            raise NotServedError(
+                f"{', '.join(only)} run on the CPU only, and the model is on {model.device}: name the other systems "
+                "(--system), or put the model on the CPU (--device cpu)"
+            )
+    context = getattr(decoder_config(lm), "max_position_embeddings", None)
+    for name, requests in asked.by_name().items():
+        longest = max(map(_length, requests), default=0)
+        if context is not None and longest > context:
+            raise NotServedError(
+                f"{name} has a request of {longest} tokens with its answer, and the model takes {context}"
+            )
+
+
+def _length(request: Request) -> int:
+    return len(request.prefix_ids) + len(request.suffix_ids) + request.max_new_tokens
