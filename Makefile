@@ -27,10 +27,12 @@ BENCH_ARGS ?=
 STORE_BENCH_ARGS ?=
 WARM_ARGS ?=
 POLICIES_ARGS ?=
-EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle --task needle_multikey --requests 20 \
+EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 20 \
   --timed-requests 3 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
-STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1
+STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
+  --system reload --system attentionstore --system attentionstore_overlapped --system attentionstore_h2o \
+  --system attentionstore_h2o_lfu --system impress --system contiguouskv_paper --system contiguouskv
 STREAMS_OUT ?= docs/results/streams
 FAULTS_SCALE ?= 10
 FAULTS_SEED ?= $(shell date +%s)

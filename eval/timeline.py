@@ -20,8 +20,8 @@ from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 
 from .timing import drop_page_cache, machine, median_spread, resident_pages, time_to_first_token
 
-# What is drawn, from back to front, and the height of its bar within the row of a layer: reader threads above, the
-# thread of the model below.
+# What is drawn, from back to front, and the height of its bar within the row of a layer: reader threads below, the
+# thread of the model above (layers count downwards).
 BARS = {
     "read keys": ("#f2b134", 0.55, 0.4),
     "read": ("#ed553b", 0.55, 0.4),
