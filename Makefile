@@ -27,7 +27,7 @@ BENCH_ARGS ?=
 STORE_BENCH_ARGS ?=
 WARM_ARGS ?=
 POLICIES_ARGS ?=
-EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 20 \
+EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 16 \
   --timed-requests 3 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
 STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
