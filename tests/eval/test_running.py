@@ -423,6 +423,11 @@ def test_two_processes_share_the_requests(tmp_path: Path, folder: Path) -> None:
             assert row["kl"] == pytest.approx(mine["kl"], abs=1e-5)
 
 
+def without_frame(output: str) -> str:
+    """What an error message says, without the frame around it, wherever its lines were broken."""
+    return "".join(output.replace("│", "").split())
+
+
 def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
@@ -439,10 +444,10 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch
     ):
         result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
         assert result.exit_code == 2
-        assert message in result.output
+        assert message.replace(" ", "") in without_frame(result.output)
     result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
     assert result.exit_code == 2
-    assert "nothing" in result.output
+    assert f"{tmp_path.name}/nothing" in without_frame(result.output)
     listed = CliRunner().invoke(app, ["list"]).output
     assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))
 
