@@ -47,6 +47,15 @@ def named(setting: Setting) -> list[str]:
     return [f"**{label(system)}**" if system == OURS else label(system), share(budget)]
 
 
+def quoted(text: object, characters: int = 24) -> str:
+    """The beginning of what a model said, as code in one line; nothing if it said nothing that is known."""
+    if not isinstance(text, str):
+        return ""
+    # Neither can stand in code in a table.
+    line = " ".join(text.replace("`", "'").replace("|", "¦").split())
+    return f"`{line[:characters].rstrip()}…`" if len(line) > characters else f"`{line or ' '}`"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
     """Markdown; all columns but the first `words` are numbers and stand to the right."""
     lines = [head, ["---" if place < words else "---:" for place in range(len(head))], *rows]

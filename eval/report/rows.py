@@ -177,6 +177,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
             "processes": row.get("processes") or 1,
             "cold": "none" if cold is None else "cold" if cold else "warm",
             "metric": row.get("metric") or "",
+            "prediction": row.get("prediction"),
             "memory_hits": sum(hits.get(tier, 0) for tier in ("device", "host")) if hits else None,
             "all_hits": sum(hits.values()) if hits else None,
         }

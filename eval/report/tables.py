@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import measures
-from .cells import columns_used, milliseconds, named, number, share, shown, table
+from .cells import columns_used, milliseconds, named, number, quoted, share, shown, table
 from .names import ATTENTIONSTORE, IN_MEMORY, Setting, label
 from .rows import Results, Table
 
@@ -32,6 +32,10 @@ def times(results: Results) -> str:
     ]
     head = ["system", "budget", "n", "TTFT, ms", f"over {label(IN_MEMORY)}", f"over {label(ATTENTIONSTORE)}"]
     return table(*columns_used(head, lines)) if lines else ""
+
+
+# Requests whose answers are shown, of each task.
+ANSWERS = 5
 
 
 def _by_task(rows: Table, cell: Callable[[Setting, str], str], first: list[str] | None = None, note: str = "") -> str:
@@ -155,6 +159,22 @@ def distances_by_task(results: Results) -> str:
         return " / ".join(one for one in (number(divergence, 4), number(agreement, 1, 100, "%")) if one)
 
     return _by_task(rows, cell)
+
+
+def answers(results: Results) -> list[tuple[str, str]]:
+    """Of every task whose answers are generated: what each system said to the first few requests."""
+    found = []
+    rows = results.judged[results.judged["prediction"].notna()]
+    for task in (task for task in measures.tasks(rows) if results.metrics.get(task) != "accuracy"):
+        mine = rows[rows["task"] == task]
+        numbers = sorted(mine["number"].unique())[:ANSWERS]
+        lines = []
+        for setting in measures.settings(mine):
+            own = measures.of(mine, setting).drop_duplicates("number").set_index("number")["prediction"]
+            lines.append([*named(setting), *(quoted(own.get(number)) for number in numbers)])
+        head = ["system", "budget", *(f"request {number}" for number in numbers)]
+        found.append((f"Answers to the first requests of {task}:", table(head, lines, len(head))))
+    return found
 
 
 def amplification(results: Results) -> str:

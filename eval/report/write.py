@@ -110,6 +110,8 @@ def _parts(results: Results, picture: Callable[[str, str, Callable[[Path], bool]
             ("KL (nats) / agreement by task:", tables.distances_by_task(results)),
         ):
             parts += [title, table] if table else []
+        for title, table in tables.answers(results):
+            parts += [title, table]
     else:
         parts.append(_NONE)
 

@@ -94,13 +94,12 @@ class Judge:
 
     def _read(self, cache: Any) -> Reading:
         suffix = self._request.suffix_ids
+        if len(suffix) < 2:
+            raise ValueError(f"{self._request.key}: a suffix needs two tokens at least")
         added = cache.get_seq_length() - len(self._request.prefix_ids)
         if added > 1:
             cache.crop(1 - added)
-        ids = torch.cat([suffix[1:], self._answer[:-1]])
-        if len(suffix) < 2:
-            raise ValueError(f"{self._request.key}: a suffix needs two tokens at least")
-        return Reading(self._forward(cache, ids), max(1, len(suffix) - 1))
+        return Reading(self._forward(cache, torch.cat([suffix[1:], self._answer[:-1]])), len(suffix) - 1)
 
     def _generated(self, cache: Any, first_token: int) -> str:
         tokens = [first_token]

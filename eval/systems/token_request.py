@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from time import perf_counter
 from typing import Any
@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.errors import SegmentCorruptError, SegmentReadError
 from hf_contiguouskv.memory.blocks import neighbours
 from hf_contiguouskv.plan import LayerPlan
 from hf_contiguouskv.prefetch import PayloadReads
 from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.request import PrefixRequest
+from hf_contiguouskv.residency import Batch
 
 from .token_scores import Tokens, tokens_kept
 from .units import Nodes
@@ -80,11 +82,15 @@ class TokenRequest(PrefixRequest):
         self._payload = PayloadReads(
             self.units, store.reader, store.memory, self.stats, self.config.verify, self.timeline
         )
+        self._reading = False
 
-    def start(self) -> None:
-        """See `PrefixRequest`."""
-        if self._layers_ahead:
+    def _ensure_reading(self) -> None:
+        if not self._reading:
+            self._reading = True
             self._ask_keys(range(self._layers_ahead))
+
+    def _replace_prefix(self, error: SegmentCorruptError | SegmentReadError, attempt: int) -> None:
+        raise error  # These systems are measured, not relied upon: damage ends the request.
 
     def _ask_keys(self, layers: range) -> None:
         for layer in layers:
@@ -116,27 +122,23 @@ class TokenRequest(PrefixRequest):
             destination: where attention looks.
         """
 
-    def load_full(
+    def _fill(
         self,
         layer: int,
         query: torch.Tensor,
         suffix_keys: torch.Tensor,
         options: Mapping[str, Any],
         destination: torch.Tensor,
-    ) -> None:
-        """See `PrefixRequest`."""
+    ) -> list[Batch]:
         if query.shape[0] != 1 or options.get("softcap") is not None:
-            raise NotImplementedError("these systems serve one row, of models without a soft cap on attention")
-        self._begun(*query.shape[:3:2])
-        if self.timeline is not None:
-            self.timeline.layer_reached(layer)
+            raise ValueError("these systems serve one row, of models without a soft cap on attention")
         self._ask_keys(range(layer, layer + 1 + self._layers_ahead))
         self.choose(layer, query[0], suffix_keys[0], options["scaling"], destination[:, 0])
-        g = self.prefix.geometry
-        self.stats.bytes_used += destination[:, 0].numel() * g.itemsize
-        self._loaded.add(layer)
-        if self.timeline is not None:
-            self.timeline.layer_ready(layer)
+        return []
+
+    def _count(self, layer: int, batches: Sequence[Batch]) -> None:
+        # Batches were counted when they were taken; of each, attention uses but some tokens.
+        self.stats.bytes_used += self.kept * self.prefix.token_bytes()
 
     def ask(self, stored_layer: int, units: Tokens) -> None:
         """Start reading units of one stored layer (int64, ascending)."""

@@ -96,6 +96,21 @@ def cells(text: str, *begins: str) -> list[str]:
     return found
 
 
+def test_answers_are_shown_of_tasks_that_generate_them(tmp_path: Path) -> None:
+    said = {MEMORY: "71177.", OURS: "777, I think\nor | `8`, or perhaps another"}
+    rows = [
+        row(number, setting, task="needle", metric="needle_recall", prediction=text)
+        for setting, text in said.items()
+        for number in range(7)
+    ]
+    run = run_folder(tmp_path / "run", [*rows, row(0, OURS)])
+    quality = section(write_report([run], tmp_path / "out")[0].read_text(), "Quality")
+    assert "first requests of sst2" not in quality
+    text = quality.split("Answers to the first requests of needle:")[1]
+    assert cells(text, "in memory", "100%") == ["in memory", "100%", *["`71177.`"] * 5]
+    assert cells(text, "**ContiguousKV (ours)**", "5%")[2:] == ["`777, I think or ¦ '8', o…`"] * 5
+
+
 def test_times_are_compared_request_by_request(tmp_path: Path) -> None:
     rows = [row(0, OURS, 0.1), row(1, OURS, 0.2), row(0, STORE, 0.4), row(1, STORE, 0.2), row(2, STORE, 9.0)]
     found = results(tmp_path, rows).timed
