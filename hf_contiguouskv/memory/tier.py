@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from bisect import insort
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +13,7 @@ from .arena import Arena, Empty
 from .blocks import Blocks, Slots, distinct
 from .entries import Buffer, KeptKeys, buffer_capacity
 from .history import Clock, Floats, SegmentTable
+from .key_room import KeyRoom
 from .policies import EvictionPolicy
 from .victims import choose_victims
 
@@ -67,14 +67,10 @@ class Tier:
         self._clock = clock
         self._closed = False
         self._arenas: dict[int, Arena] = {}
-        self._keys: dict[str, KeptKeys] = {}
-        self._keys_in_order: list[KeptKeys] | None = None
+        self._keys = KeyRoom()
         self._idle: dict[int, list[Buffer]] = {}
         self._idle_bytes = 0
         self._buffer_bytes = 0
-        self._key_bytes = 0
-        # Of keys that somebody uses.
-        self._busy_key_bytes = 0
         # Bytes of tables and the like, set by the owner of the tables.
         self.table_bytes = 0
         self.evicted = 0
@@ -86,7 +82,7 @@ class Tier:
     def held_bytes(self) -> int:
         """Everything that counts towards the limit: slots (free ones that were not given back too), keys, buffers."""
         arenas = sum(arena.held_bytes for arena in tuple(self._arenas.values()))
-        return arenas + self._key_bytes + self._buffer_bytes + self._idle_bytes + self.table_bytes
+        return arenas + self._keys.held_bytes + self._buffer_bytes + self._idle_bytes + self.table_bytes
 
     @property
     def bytes_by_use(self) -> dict[str, int]:
@@ -95,7 +91,7 @@ class Tier:
             chunks = sum(len(arena.resident()) * arena.slot_bytes for arena in self._arenas.values())
             slots = sum(arena.held_bytes for arena in self._arenas.values())
             buffers = self._buffer_bytes + self._idle_bytes + slots - chunks
-            return {"chunks": chunks, "keys": self._key_bytes, "buffers": buffers, "tables": self.table_bytes}
+            return {"chunks": chunks, "keys": self._keys.held_bytes, "buffers": buffers, "tables": self.table_bytes}
 
     def count_tables(self, nbytes: int) -> None:
         """The books take up `nbytes` now."""
@@ -212,12 +208,7 @@ class Tier:
                 places = np.flatnonzero(known >= 0)
                 if len(places):
                     self._arena_of(table).set_worth(known[places], self.policy.worth(table.uses_of(places)))
-            keys = [keys for keys in self._keys.values() if keys.table is table]
-            if keys:
-                judged = self.policy.worth(table.uses_of_keys([one.which for one in keys]))
-                for one, worth in zip(keys, judged.tolist(), strict=True):
-                    one.worth = worth
-                self._keys_in_order = None
+            self._keys.judge(table, self.policy.worth)
 
     def _arena_of(self, table: SegmentTable) -> Arena:
         return self._arenas[table.slot_bytes]
@@ -276,7 +267,7 @@ class Tier:
         """Whether `nbytes` more would fit if everything went that nobody uses."""
         with self._lock:
             evictable = self._idle_bytes + sum(arena.evictable_bytes for arena in self._arenas.values())
-            evictable += self._key_bytes - self._busy_key_bytes
+            evictable += self._keys.idle_bytes
             return self._missing(nbytes) <= evictable
 
     def _fits(self, nbytes: int) -> bool:
@@ -288,11 +279,9 @@ class Tier:
     def _reclaim(self, nbytes: int, into: Arena | None) -> None:
         """Let go of entries, least worth first, until they were `nbytes`. In `into`, slots become free for its own
         use; memory of everything else is returned."""
-        if self._keys_in_order is None:
-            self._keys_in_order = sorted(self._keys.values(), key=_worth)
-        keys, slots_of = choose_victims(nbytes, self._arenas.values(), self._keys_in_order, into)
+        keys, slots_of = choose_victims(nbytes, self._arenas.values(), self._keys.in_order, into)
         for one in keys:
-            self._forget_keys(one)
+            self._keys.forget(one)
         self.evicted += len(keys)
         for arena, slots in slots_of.items():
             self._evict(arena, slots)
@@ -331,8 +320,8 @@ class Tier:
     def forget(self, table: SegmentTable) -> None:
         """Let go of everything of a table that nobody uses now; what is in use goes when it is released."""
         with self._lock:
-            for keys in [keys for keys in self._keys.values() if keys.table is table]:
-                self._forget_keys(keys)
+            for keys in self._keys.of(table):
+                self._keys.forget(keys)
             known = table.slots.get(self.name)
             if known is None:
                 return
@@ -353,11 +342,7 @@ class Tier:
     def hold_keys(self, name: str) -> KeptKeys | None:
         """Keys that are kept here under `name`, not to be taken away before `let_go`; `None`: there are none."""
         with self._lock:
-            keys = self._keys.get(name)
-            if keys is not None:
-                self._busy_key_bytes += 0 if keys.users else keys.buffer.counted
-                keys.users += 1
-            return keys
+            return self._keys.hold(name)
 
     def has_keys(self, name: str) -> bool:
         """Whether keys are kept here under `name`."""
@@ -366,11 +351,10 @@ class Tier:
     def let_go(self, keys: KeptKeys) -> None:
         """One user less."""
         with self._lock:
-            keys.users -= 1
-            if not keys.users and not self._closed:
-                self._busy_key_bytes -= keys.buffer.counted
-                if keys.gone:
-                    self._key_bytes -= keys.buffer.counted
+            if self._closed:
+                keys.users -= 1  # Nothing is counted any more.
+            else:
+                self._keys.let_go(keys)
 
     def keep_keys(self, name: str, which: int, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
         """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's.
@@ -384,21 +368,8 @@ class Tier:
                 return None
             table.key_loads[which] += 1
             worth = float(self.policy.worth(table.uses_of_keys([which], self._clock))[0])
-            keys = self._keys[name] = KeptKeys(name, which, buffer, table, worth, users=1)
             self._buffer_bytes -= buffer.counted
-            self._key_bytes += buffer.counted
-            self._busy_key_bytes += buffer.counted
-            if self._keys_in_order is not None:
-                insort(self._keys_in_order, keys, key=_worth)
-            table.resident += 1
-            return keys
-
-    def _forget_keys(self, keys: KeptKeys) -> None:
-        if self._keys.pop(keys.name, None) is not None:
-            keys.gone = True
-            keys.table.resident -= 1
-            if not keys.users:  # Memory that is in use counts until it is not.
-                self._key_bytes -= keys.buffer.counted
+            return self._keys.add(name, which, buffer, table, worth)
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
@@ -457,10 +428,5 @@ class Tier:
             self.max_bytes = 0
             self._arenas.clear()
             self._keys.clear()
-            self._keys_in_order = None
             self.drop_idle()
-            self._buffer_bytes = self._key_bytes = self._busy_key_bytes = self.table_bytes = 0
-
-
-def _worth(keys: KeptKeys) -> float:
-    return keys.worth
+            self._buffer_bytes = self.table_bytes = 0

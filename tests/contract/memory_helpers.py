@@ -71,7 +71,7 @@ def assert_nothing_in_use(store: PrefixStore) -> None:
         assert len(set(arena._free)) == free, "a slot is free twice"
     assert host._buffer_bytes == 0, "buffers are lent"
     assert all(keys.users == 0 for keys in host._keys.values()), "keys are held"
-    assert host._key_bytes == sum(keys.buffer.counted for keys in host._keys.values())
+    assert host._keys.held_bytes == sum(keys.buffer.counted for keys in host._keys.values())
     assert_tables_agree(store)
 
 

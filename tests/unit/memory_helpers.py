@@ -168,13 +168,13 @@ def check_tier(tier: Tier, leased: int | None = None, forgotten: int = 0) -> Non
     kept = sum(keys.buffer.counted for keys in tier._keys.values())
     if leased is not None:
         assert tier._buffer_bytes == leased
-        assert tier._key_bytes == kept + forgotten
-    assert tier._key_bytes >= kept
+        assert tier._keys.held_bytes == kept + forgotten
+    assert tier._keys.held_bytes >= kept
     idle = sum(keys.buffer.counted for keys in tier._keys.values() if not keys.users)
-    assert tier._key_bytes - tier._busy_key_bytes == idle
-    if tier._keys_in_order is not None:
-        assert {id(keys) for keys in tier._keys.values()} <= {id(keys) for keys in tier._keys_in_order}
-        assert [keys.worth for keys in tier._keys_in_order] == sorted(keys.worth for keys in tier._keys_in_order)
+    assert tier._keys.held_bytes - tier._keys.busy_bytes == idle
+    if tier._keys._in_order is not None:
+        assert {id(keys) for keys in tier._keys.values()} <= {id(keys) for keys in tier._keys._in_order}
+        assert [keys.worth for keys in tier._keys._in_order] == sorted(keys.worth for keys in tier._keys._in_order)
     assert tier._idle_bytes == sum(buffer.counted for kept in tier._idle.values() for buffer in kept)
     assert sum(tier.bytes_by_use.values()) == tier.held_bytes
     resident = dict.fromkeys(tier._tables, 0)

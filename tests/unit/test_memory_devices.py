@@ -100,7 +100,7 @@ class Machine:
         """Nobody uses anything, so no buffer is leased and no slot in use."""
         for tier in self.memory.tiers:
             assert 0 <= tier.held_bytes <= tier.peak_bytes <= tier.max_bytes
-            assert (tier._buffer_bytes, tier._key_bytes) == (0, 0)
+            assert (tier._buffer_bytes, tier._keys.held_bytes) == (0, 0)
             for arena in tier._arenas.values():
                 check_arena(arena)
                 assert not arena.users.any()
