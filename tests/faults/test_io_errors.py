@@ -128,10 +128,14 @@ def _short(name: str, call: Callable[..., Any], values: tuple[Any, ...]) -> Any:
     if name == "pwrite":
         fd, octets, offset = values
         return call(fd, octets[: max(1, len(octets) // 2)], offset)
-    fd, (into,), offset = values
-    got = call(fd, (into,), offset)
+    fd, buffers, offset = values
+    got = call(fd, buffers, offset)
     half = max(1, got // 2)
-    into[half:got] = b"\xee" * (got - half)  # Nobody may look at what was not read.
+    begin = 0
+    for into in buffers:  # Nobody may look at what was not read.
+        first, last = (min(max(edge - begin, 0), len(into)) for edge in (half, got))
+        into[first:last] = b"\xee" * (last - first)
+        begin += len(into)
     return half
 
 
