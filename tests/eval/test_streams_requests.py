@@ -85,7 +85,8 @@ def test_requests_to_a_document_share_it_and_ask_everything_before_anything_twic
     for document, mine in by(stream, "document").items():
         assert {request.prefix for request in mine} == {document}
         assert all(torch.equal(request.prefix_ids, mine[0].prefix_ids) for request in mine)
-        assert 600 < len(mine[0].prefix_ids) <= 1024
+        # The built-in text is another in each version of Python, and its paragraphs may be long.
+        assert 300 < len(mine[0].prefix_ids) <= 1024
         asked = [tuple(request.suffix_ids.tolist()) for request in mine]
         questions = 12 * 4
         for start in range(0, len(asked), questions):
