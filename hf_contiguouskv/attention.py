@@ -25,6 +25,9 @@ from .errors import UnsupportedModelError
 PREFIX = "contiguouskv_"
 BASES = ("sdpa", "eager")
 _TAG = "_contiguouskv_source"
+_PREPARED = "_contiguouskv_prepared"
+# Numbers of a mask that is repeated for each query head of a group, at most.
+_FOLDED_MASK = 2**22
 
 
 class KVSource(Protocol):
@@ -104,16 +107,43 @@ def _grouped_sdpa(
     attention_mask: torch.Tensor | None,
     options: Mapping[str, Any],
 ) -> tuple[torch.Tensor, None]:
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    mask, folds = _prepared(attention_mask, query, heads // kv_heads)
+    if folds:
+        # The heads of a group as more queries of one head: its K and V go through the kernel once.
+        query = query.reshape(batch, kv_heads, -1, head_dim)
     output = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=attention_mask,
+        attn_mask=mask,
         dropout_p=options.get("dropout", 0.0),
         scale=options["scaling"],
-        enable_gqa=True,
+        enable_gqa=not folds,
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.reshape(batch, heads, length, head_dim).transpose(1, 2).contiguous(), None
+
+
+def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tuple[torch.Tensor | None, bool]:
+    """The mask as the kernel wants it, and whether the query heads of a group can be folded into one.
+
+    All layers pass the same mask, so it is made once: as numbers to add (which the kernel would make of a bool mask
+    for each layer), and repeated for each head of a group where that is little.
+    """
+    if mask is None:
+        return None, query.shape[2] == 1
+    known: tuple[int, torch.Tensor, bool] | None = getattr(mask, _PREPARED, None)
+    if known is not None and known[0] == groups and known[1].dtype == query.dtype:
+        return known[1], known[2]
+    added = mask
+    if mask.dtype == torch.bool:
+        added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    folds = mask.shape[1] == 1 and mask.numel() * groups <= _FOLDED_MASK
+    if folds:
+        added = added.repeat(1, 1, groups, 1)
+    setattr(mask, _PREPARED, (groups, added, folds))
+    return added, folds
 
 
 for _base in BASES:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-PAYLOADS = ("exact",)
+PAYLOADS = ("packed", "exact")
 SELECTIONS = ("attention_mass", "indexed_keys")
 
 
@@ -22,7 +22,9 @@ class ContiguousKVConfig:
         budget: share of the prefix chunks that attention uses in every full-attention layer, in (0, 1].
             1.0 uses every chunk and gives the exact answer.
         chunk_size: tokens per ContiguousChunk, a power of two from 1 to 256.
-        payload: how chunks are kept. `"exact"` is the model's dtype.
+        payload: what attention gets of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`:
+            values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits. Where a prefix was
+            stored without packed values, at `budget=1.0`, and for layers with a sliding window: always exact.
         selection: how chunks are scored. `"attention_mass"` is the published rule: softmax over the exact keys of
             the leader layer, in float32, summed over queries and tokens, averaged over heads.
             `"indexed_keys"` scores with a resident int8 copy of the keys and rewards concentrated attention.
@@ -46,7 +48,7 @@ class ContiguousKVConfig:
 
     budget: float = 0.1
     chunk_size: int = 16
-    payload: str = "exact"
+    payload: str = "packed"
     selection: str = "indexed_keys"
     period: int = 1
     subperiod: int = 1
@@ -63,6 +65,7 @@ class ContiguousKVConfig:
     def paper(cls, budget: float = 0.05, **overrides: Any) -> ContiguousKVConfig:
         """The published algorithm and nothing else (arXiv 2601.13631: c = 16, p = 8, sp = 4)."""
         published: dict[str, Any] = {
+            "payload": "exact",
             "selection": "attention_mass",
             "period": 8,
             "subperiod": 4,
@@ -85,6 +88,8 @@ class ContiguousKVConfig:
             raise ConfigError(f"payload must be one of {PAYLOADS}, got {self.payload!r}")
         if self.selection not in SELECTIONS:
             raise ConfigError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
+        if self.payload == "packed" and self.selection != "indexed_keys":
+            raise ConfigError("payload='packed' takes its keys from the key index: it needs selection='indexed_keys'")
         self._integer("period", 1, 4096)
         self._integer("subperiod", 1, self.period)
         if self.suffix_queries is not None:

@@ -17,6 +17,7 @@ from .memory.entries import KeptKeys
 from .prefetch import PayloadReads, wait
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, ChunkScorer, IndexedKeys, Scratch
+from .selection.indexed_keys import Part
 from .slots import copy_in_order
 from .stats import RequestStats
 from .store import PrefixStore
@@ -75,8 +76,9 @@ class KeySource:
             id(span): f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/" for span in prefix.spans
         }
         self._scratch = Scratch()
-        self._indexed = _in_all(prefix, "indexed_layers") if config.selection == "indexed_keys" else frozenset()
-        self._leading = _in_all(prefix, "leader_layers")
+        self._parts: dict[int, list[Part]] = {}
+        self._indexed = prefix.layers_with("indexed_layers") if config.selection == "indexed_keys" else frozenset()
+        self._leading = prefix.layers_with("leader_layers")
         self._taken = _Taken()
         give_up = partial(_give_up, self._taken, self._memory.host, stats)
         self._finalizer = weakref.finalize(self, self._memory.defer, give_up)
@@ -163,19 +165,27 @@ class KeySource:
         g, concentration = self._prefix.geometry, self._config.concentration
         if self.reads_payload(layer):
             return AttentionMass(self._keys_of_payload(layer, device), g.chunk_size, concentration)
-        self._collect(layer, device)
         if self.uses_index(layer):
-            return IndexedKeys(self._index_parts(layer), self._prefix.whole_chunks, concentration, self._scratch)
+            return IndexedKeys(self.index(layer, device), self._prefix.whole_chunks, concentration, self._scratch)
+        self._collect(layer, device)
         return AttentionMass(self._leader_keys(layer, device), g.chunk_size, concentration)
 
+    def index(self, layer: int, device: torch.device) -> list[Part]:
+        """Wait for the key index of a layer, one part per segment. `used` gives it back."""
+        if layer not in self._parts:
+            self._collect(layer, device)
+            self._parts[layer] = self._index_parts(layer)
+        return self._parts[layer]
+
     def used(self, layer: int, device: torch.device) -> None:
-        """The scorer of this layer has been called, and is not needed any more."""
+        """Neither the scorer nor the index of this layer is needed any more."""
         there = self._memory.on(device)
         if there is not None:
             done = there.device.mark()
             for tier, buffer in self._taken.buffers.get(layer, []):
                 if tier is there:
                     buffer.busy = done
+        self._parts.pop(layer, None)
         _let_go(self._taken, layer)
 
     def close(self) -> None:
@@ -220,7 +230,7 @@ class KeySource:
         if tier.on_device or name not in data:
             data[name] = buffer.data
         # What was not compared with its checksum must not reach a request that wants that.
-        table = self._memory.table(span.segment)
+        table = self._memory.table(span.segment, self._prefix.form)
         kept = tier.keep_keys(name, which, buffer, table) if self._config.verify else None
         if kept is not None:
             self._taken.held.setdefault(layer, []).append((tier, kept))
@@ -249,7 +259,7 @@ class KeySource:
             source_buffer.busy = copied
         return self._keep(layer, name, which, span, buffer, there)
 
-    def _index_parts(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _index_parts(self, layer: int) -> list[Part]:
         g = self._prefix.geometry
         data = self._taken.data[layer]
         parts = []
@@ -280,11 +290,6 @@ class KeySource:
         for batch in self._payload.peek(layer):
             copy_in_order(self._prefix, batch, 0, kv)
         return kv[0].flatten(1, 2)[:, : self._prefix.tokens]
-
-
-def _in_all(prefix: AttachedPrefix, kind: str) -> frozenset[int]:
-    """Layers that every segment of the prefix has this kind of keys for."""
-    return frozenset.intersection(*(frozenset(getattr(span.segment.geometry, kind)) for span in prefix.spans))
 
 
 def _give_up(taken: _Taken, host: Tier, stats: RequestStats) -> None:

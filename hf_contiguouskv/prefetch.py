@@ -189,7 +189,7 @@ class PayloadReads:
 
     def close(self) -> None:
         """Wait for what is under way, and give all memory back; what was read for nothing is counted."""
-        size = self._prefix.geometry.extent_bytes
+        size = self._prefix.extent_bytes
         for task in set(self._tasks.values()):
             with suppress(Exception):
                 task.wait()  # What it asks for must be seen here.

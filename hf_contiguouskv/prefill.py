@@ -40,8 +40,10 @@ T = TypeVar("T")
 
 
 def geometry_of(support: ModelSupport, chunk_size: int) -> KVGeometry:
-    """How this model's KV is stored: an int8 index of every full layer, exact keys of every eighth (the paper's)."""
+    """How this model's KV is stored: K and V exactly, an int8 index and 4-bit values of every full layer, exact keys of
+    every eighth (the paper's)."""
     full = support.plan.full_layers
+    packable = support.head_dim % 2 == 0
     return KVGeometry(
         num_layers=len(support.plan.windows),
         kv_heads=support.kv_heads,
@@ -50,6 +52,7 @@ def geometry_of(support: ModelSupport, chunk_size: int) -> KVGeometry:
         chunk_size=chunk_size,
         leader_layers=tuple(full[::LEADER_PERIOD]),
         indexed_layers=tuple(full),
+        packed_layers=tuple(full) if packable else (),
     )
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .store.entries import SegmentSpan, StoredPrefix
+from .store.extents import Form
 from .store.format import KVGeometry
 from .store.reader import Read
 from .store.segment import Segment
@@ -27,22 +28,23 @@ class ExtentChecks(Sequence[tuple[int, int, int]]):
     kilobytes.
     """
 
-    __slots__ = ("_count", "_first", "_layer", "_segment", "_size")
+    __slots__ = ("_count", "_first", "_form", "_layer", "_segment", "_size")
 
-    def __init__(self, segment: Segment, layer: int, first: int, count: int, size: int) -> None:
+    def __init__(self, segment: Segment, form: Form, layer: int, first: int, count: int) -> None:
         self._segment = segment
+        self._form = form
         self._layer = layer
         self._first = first
         self._count = count
-        self._size = size
+        self._size = segment.extents(form).nbytes
 
     def _resolved(self) -> list[tuple[int, int, int]]:
         size = self._size
         if self._count == self._segment.num_chunks and self._count > 1:
-            whole = self._segment.layer_checksum(self._layer)
+            whole = self._segment.layer_checksum(self._layer, self._form)
             if whole is not None:
                 return [(0, self._count * size, whole)]
-        sums = self._segment.run_checksums(self._layer, self._first, self._count)
+        sums = self._segment.run_checksums(self._layer, self._first, self._count, self._form)
         return [(position * size, size, checksum) for position, checksum in enumerate(sums)]
 
     def __len__(self) -> int:
@@ -50,7 +52,8 @@ class ExtentChecks(Sequence[tuple[int, int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         if self._count == 1:
-            return iter(((0, self._size, self._segment.run_checksums(self._layer, self._first, 1)[0]),))
+            (only,) = self._segment.run_checksums(self._layer, self._first, 1, self._form)
+            return iter(((0, self._size, only),))
         return iter(self._resolved())
 
     def __getitem__(self, item: Any) -> Any:
@@ -65,11 +68,13 @@ class AttachedPrefix:
         tokens: prefix length in tokens; may end inside a stored chunk.
         spans: where the chunks are, in order; chunk `j` covers tokens `[j * c, (j + 1) * c)`.
         geometry: shapes and dtype of the stored KV.
+        form: in which chunks are read for attention.
     """
 
     tokens: int
     spans: tuple[SegmentSpan, ...]
     geometry: KVGeometry
+    form: Form = "exact"
 
     @classmethod
     def of(cls, stored: StoredPrefix, tokens: int) -> AttachedPrefix:
@@ -84,7 +89,25 @@ class AttachedPrefix:
             for span in self.spans
             if span.first_chunk < chunks
         )
-        return AttachedPrefix(tokens, spans, self.geometry)
+        return AttachedPrefix(tokens, spans, self.geometry, self.form)
+
+    def packed(self) -> AttachedPrefix:
+        """The same prefix, of which 4-bit values are read instead of exact K and V (`packable` layers only)."""
+        return replace(self, form="packed")
+
+    @property
+    def packable(self) -> frozenset[int]:
+        """Layers that every segment has packed values (and so a key index) for."""
+        return self.layers_with("packed_layers")
+
+    def layers_with(self, kind: str) -> frozenset[int]:
+        """Layers in this list of every segment's geometry (`leader_layers`, say)."""
+        return frozenset.intersection(*(frozenset(getattr(span.segment.geometry, kind)) for span in self.spans))
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes of one chunk of one layer, as it is read."""
+        return self.geometry.extent_bytes if self.form == "exact" else self.geometry.packed_bytes
 
     @property
     def whole_chunks(self) -> int:
@@ -119,19 +142,19 @@ class AttachedPrefix:
             verify: compare checksums.
             in_a_row: neighbouring slots are neighbours in memory within so many; `None`: all are.
         """
-        size = self.geometry.extent_bytes
+        size = self.extent_bytes
         found: list[Read] = []
         ends = [span.first_chunk + span.chunks for span in self.spans]
         begin = 0
         for span, end in zip(self.spans, np.searchsorted(chunks, ends).tolist(), strict=True):
             if end == begin:
                 continue
-            segment = span.segment
+            segment, extents = span.segment, span.segment.extents(self.form)
             positions, own = chunks[begin:end] + (span.offset - span.first_chunk), slots[begin:end]
             cuts = (np.diff(positions) != 1) | (np.diff(own) != 1)
             if in_a_row is not None:
                 cuts |= own[1:] % in_a_row == 0
-            if segment.geometry.layers_per_group != 1:
+            if not extents.contiguous:
                 cuts[:] = True  # Layers that share a group lie between each other's chunks.
             starts = [0, *(np.flatnonzero(cuts) + 1).tolist()]
             stops = [*starts[1:], end - begin]
@@ -140,9 +163,9 @@ class AttachedPrefix:
                 positions[starts].tolist(), own[starts].tolist(), starts, stops, strict=True
             ):
                 count = stop - start
-                offset, _ = segment.payload_extent(layer, first)
-                checks = ExtentChecks(segment, layer, first, count, size) if verify else ()
-                found.append(Read(segment, offset, count * size, memory(slot, count), checks))
+                checks = ExtentChecks(segment, self.form, layer, first, count) if verify else ()
+                into = memory(slot, count)
+                found.append(Read(segment, extents.offset(layer, first), count * size, into, checks))
         return found
 
     def kv_view(self, extents: torch.Tensor) -> torch.Tensor:
@@ -151,5 +174,5 @@ class AttachedPrefix:
         return extents.view(g.dtype).view(-1, 2, g.kv_heads, g.chunk_size, g.head_dim)
 
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token in one layer."""
-        return self.geometry.extent_bytes // self.geometry.chunk_size
+        """Bytes of one token in one layer, as it is read."""
+        return self.extent_bytes // self.geometry.chunk_size

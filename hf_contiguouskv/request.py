@@ -18,12 +18,13 @@ from .config import ContiguousKVConfig
 from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
 from .memory import Usage
+from .packed import place_keys
 from .plan import LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
 from .selection import ChunkScores, SelectionInput, choose_chunks
-from .slots import chosen, copy_in_order, place
+from .slots import assemble, copy_in_order
 from .stats import RequestStats
 from .store import PrefixStore
 from .timeline import Timeline
@@ -31,6 +32,8 @@ from .timeline import Timeline
 # Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
 # once this one's are used: there is time.)
 KEYS_AHEAD = 3
+# Storage delivers this much in the time that one more request costs (1.7 GB/s, 10 us of processor time: measured).
+WORTH_READING_BYTES = 16 * 1024
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
 MAX_RECOVERIES = 20
 
@@ -77,8 +80,8 @@ class PrefixRequest:
         for device in set(plan.devices):
             store.memory.on(device)
         # What the memory tiers are told of this request once its first token is out.
-        self._usage = Usage()
-        self._settled = weakref.finalize(self, store.memory.finished, self._usage)
+        self._usage, self._tail_usage = Usage(), Usage()
+        self._settled = weakref.finalize(self, store.memory.finished, self._usage, self._tail_usage)
         self._settled.atexit = False
         self._open_reads()
 
@@ -86,10 +89,19 @@ class PrefixRequest:
         store, stats, verify = self._store, self.stats, self.config.verify
         if store.memory.behind:
             store.reader.run(store.memory.catch_up)  # Requests before this one were dropped without `close`.
-        self._payload = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
-        self._keys = KeySource(self.prefix, self.config, store, self._payload, stats)
+        # The prefix in the form in which full-attention layers get it; windows see exact K and V.
+        self.served = self._served()
+        self._payload = PayloadReads(self.served, store.reader, store.memory, stats, verify, self.timeline)
+        self._tails = self._payload
+        if self.served.form != self.prefix.form:
+            self._tails = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
+        self._keys = KeySource(self.served, self.config, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
         self._reading = False
+
+    def _served(self) -> AttachedPrefix:
+        packs = self.config.payload == "packed" and not self.keeps_all
+        return self.prefix.packed() if packs and self.prefix.packable.issuperset(self._full) else self.prefix
 
     @property
     def keeps_all(self) -> bool:
@@ -106,8 +118,22 @@ class PrefixRequest:
         not stand in the way of the chunks that a selection has just named."""
         if self.keeps_all or not self._full:
             return self.config.lookahead_bytes
+        if self._reads_whole_layers:
+            return self.config.lookahead_bytes
         layers_ahead = KEYS_AHEAD if self.config.period == 1 else 1
         return min(self.config.lookahead_bytes, layers_ahead * self._keys.nbytes(self._full[0]))
+
+    @property
+    def _packed(self) -> bool:
+        return self.served.form == "packed"
+
+    @property
+    def _reads_whole_layers(self) -> bool:
+        """Whether selected chunks are so near to each other that reading what lies between them costs no time.
+
+        Then nothing has to wait for a selection: layers are read ahead, in one piece each.
+        """
+        return self._packed and self.keep * WORTH_READING_BYTES >= self.prefix.whole_chunks * self.served.extent_bytes
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 
@@ -133,8 +159,7 @@ class PrefixRequest:
         raise AssertionError  # `count` does not end.
 
     def _replace_prefix(self, error: SegmentCorruptError | SegmentReadError, attempt: int) -> None:
-        self._keys.close()
-        self._payload.close()
+        self._close_reads()
         self.damaged = True
         if self._recover is None or attempt > MAX_RECOVERIES:
             raise error
@@ -146,22 +171,31 @@ class PrefixRequest:
         if self._reading:
             return
         self._reading = True
-        size = self.prefix.geometry.extent_bytes
+        exact, whole = self.prefix.extent_bytes, self._reads_whole_layers
         for layer, window in enumerate(self.plan.windows):
             device = self.plan.devices[layer]
             if layer in self._loaded:
                 continue
             if window is not None:
                 chunks = np.arange(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks)
-                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask_ahead, layer, chunks, device))
-            elif self.keeps_all:
+                self._ahead.add(layer, len(chunks) * exact, partial(self._tails.ask_ahead, layer, chunks, device))
+                continue
+            if self.keeps_all:
                 chunks = np.arange(self.prefix.chunks)
-                self._ahead.add(layer, len(chunks) * size, partial(self._payload.ask_ahead, layer, chunks, device))
-            elif layer in self._wanted:
-                self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
-            elif self._is_leader(layer):
+                self._ahead.add(layer, len(chunks) * exact, partial(self._payload.ask_ahead, layer, chunks, device))
+                continue
+            if self._packed or (self._is_leader(layer) and layer not in self._wanted):
                 self._ahead.add(layer, self._keys.nbytes(layer), partial(self._keys.ask, layer, device))
+            if layer in self._wanted:
+                self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
+            elif whole:
+                size = self.prefix.chunks * self.served.extent_bytes
+                self._ahead.add(layer, size, partial(self._read_whole, layer, device))
         self._ahead.pump()
+
+    def _read_whole(self, layer: int, device: torch.device, must: bool) -> bool:
+        self._payload.ask([layer], np.arange(self.prefix.chunks), device, speculative=True)
+        return True
 
     def _is_leader(self, layer: int) -> bool:
         return self._ordinal[layer] % self.config.period == 0
@@ -177,7 +211,8 @@ class PrefixRequest:
         scorer = self._keys.scorer(layer, self.plan.devices[layer])
         began = perf_counter()
         scores = scorer(inputs)
-        self._keys.used(layer, self.plan.devices[layer])
+        if not self._packed:
+            self._keys.used(layer, self.plan.devices[layer])
         if scores.mass.device.type != "cpu":  # The choice is made where reads are issued: one copy, one wait.
             scores = ChunkScores(*torch.stack(scores).cpu())
         selected = choose_chunks(scores.importance, self.keep, self.config.keep_first, self.config.keep_last)
@@ -191,7 +226,8 @@ class PrefixRequest:
         for member in members:
             self.selected[member], self._wanted[member] = selected, wanted
         self._ask(members, wanted)
-        self._ahead.used(layer)
+        if not self._packed:
+            self._ahead.used(layer)
 
     def _ask(self, layers: Sequence[int], chunks: Chunks, speculative: bool = False) -> None:
         for device, group in groupby(layers, key=lambda layer: self.plan.devices[layer]):
@@ -267,6 +303,9 @@ class PrefixRequest:
         """Select, if this layer leads a period; then put each batch in its place as soon as it is there."""
         self._bring(layer, query, suffix_keys, options)
         wanted = self._wanted[layer]
+        selected = self._selected_of(layer)
+        if self._packed:
+            self._place_keys(layer, selected, destination)
         # Mostly exactly the wanted chunks were asked for, and there is nothing to sort out.
         asked = self._payload.asked(layer)
         exactly = asked == len(wanted)
@@ -274,13 +313,31 @@ class PrefixRequest:
         with closing(self._payload.take(layer)) as arriving:
             for batch in arriving:
                 began = perf_counter()
-                self._assemble(layer, batch, destination, exactly)
+                alike = exactly and destination.shape[1] == 1
+                assemble(self.served, batch, selected, self.keep, destination, selected_only=alike)
                 if self.timeline is not None:
                     self.timeline.add("copy", layer, began, perf_counter())
                 batches.append(batch)
         if not exactly and not np.isin(wanted, _chunks_of(batches)).all():
             raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
         return batches
+
+    def _selected_of(self, layer: int) -> list[Chunks] | None:
+        selected = self.selected.get(layer)
+        return None if selected is None else [row.numpy() for row in selected]
+
+    def _place_keys(self, layer: int, selected: Sequence[Chunks] | None, destination: torch.Tensor) -> None:
+        """Of a packed prefix, keys come from the index. Values may be under way meanwhile."""
+        assert selected is not None
+        device = self.plan.devices[layer]
+        self._ahead.need(layer)
+        parts = self._keys.index(layer, device)
+        began = perf_counter()
+        place_keys(self.served, parts, selected, destination[0])
+        self._keys.used(layer, device)
+        self._ahead.used(layer)
+        if self.timeline is not None:
+            self.timeline.add("copy", layer, began, perf_counter())
 
     def _bring(self, layer: int, query: torch.Tensor, suffix_keys: torch.Tensor, options: Mapping[str, Any]) -> None:
         """See to it that the chunks of this layer are on their way."""
@@ -315,7 +372,7 @@ class PrefixRequest:
         def bring() -> list[Batch]:
             self._ahead.need(layer)
             batches = []
-            with closing(self._payload.take(layer)) as arriving:
+            with closing(self._tails.take(layer)) as arriving:
                 for one in arriving:
                     copy_in_order(self.prefix, one, first, kv)
                     batches.append(one)
@@ -325,8 +382,8 @@ class PrefixRequest:
         # Without the tokens before the window and after the prefix.
         tokens = kv.flatten(2, 3)[:, None, :, skip : self.prefix.tokens - first * g.chunk_size]
         for one in batches:
-            self._count_hits(one)
-        self._usage.used(self._payload.tables, layer, np.arange(first, self.prefix.chunks))
+            self._count_hits(self._tail_usage, one, self.prefix.extent_bytes)
+        self._tail_usage.used(self._tails.tables, layer, np.arange(first, self.prefix.chunks))
         self.stats.bytes_used += tokens.shape[3] * self.prefix.token_bytes()
         self._loaded.add(layer)
         self._ahead.used(layer)
@@ -335,36 +392,13 @@ class PrefixRequest:
     def _tail_start(self, window: int) -> int:
         return max(0, self.prefix.tokens - window + 1)
 
-    # -- from extents to K and V --------------------------------------------------------------------------------------
-
-    def _assemble(self, layer: int, batch: Batch, destination: torch.Tensor, exactly: bool) -> None:
-        """Put the chunks of a batch where the rows that selected them want them.
-
-        `exactly`: a single row wants all of them.
-        """
-        c, tail = self.prefix.geometry.chunk_size, self.prefix.tail_tokens
-        whole = self.keep * c
-        chunks = destination.narrow(3, 0, whole).view(*destination.shape[:3], self.keep, c, destination.shape[4])
-        if tail:
-            last = np.flatnonzero(batch.chunks == self.prefix.whole_chunks)
-            if len(last):
-                kv = self.prefix.kv_view(batch.extents(last))
-                destination[:, :, :, whole:] = kv[0, :, None, :, :tail]
-        selected = self.selected.get(layer)
-        rows = destination.shape[1]
-        for row in range(rows):
-            own = None if selected is None else selected[row].numpy()
-            take, places = chosen(batch.chunks, own, self.keep, selected_only=exactly and rows == 1)
-            if len(places):
-                # In the order of the text, wherever they come from: the same chunks give the same answer, bit for bit.
-                place(self.prefix.kv_view(batch.extents(take)), places, chunks[:, row])
-
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]
-        size = self.prefix.geometry.extent_bytes
+        size = self.served.extent_bytes
         exactly = sum(len(batch.chunks) for batch in batches) == len(wanted)
         for batch in batches:
-            from_disk = self._count_hits(batch, None if exactly else np.isin(batch.chunks, wanted))
+            used = None if exactly else np.isin(batch.chunks, wanted)
+            from_disk = self._count_hits(self._usage, batch, size, used)
             unused = (batch.from_disk - from_disk) * size
             if batch.speculative:
                 self.stats.prefetch_hits += from_disk
@@ -374,10 +408,12 @@ class PrefixRequest:
         tail = self.prefix.tail_tokens
         whole = len(wanted) - (1 if tail else 0)
         self._usage.used(self._payload.tables, layer, wanted)
-        self.stats.bytes_used += whole * size + tail * self.prefix.token_bytes()
+        self.stats.bytes_used += whole * size + tail * self.served.token_bytes()
         self.stats.chunks_used.append(self.keep + (1 if tail else 0))
 
-    def _count_hits(self, batch: Batch, used: npt.NDArray[np.bool_] | None = None) -> int:
+    def _count_hits(
+        self, usage: Usage, batch: Batch, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
+    ) -> int:
         """Count the chunks of a batch that were used (all: `None`) by the tier they came from; how many from disk."""
         count, host, disk = len(batch.chunks), batch.from_host, batch.from_disk
         device = count - host - disk
@@ -387,7 +423,7 @@ class PrefixRequest:
         hits["device"] += device
         hits["host"] += host
         hits["disk"] += disk
-        self._usage.loaded_bytes += batch.from_disk * self.prefix.geometry.extent_bytes
+        usage.loaded_bytes += batch.from_disk * extent_bytes
         return disk
 
     def settle(self) -> None:
@@ -405,10 +441,15 @@ class PrefixRequest:
         other._loaded, other._voters = set(self._loaded), self._voters
         return other
 
-    def close(self) -> None:
-        """Wait for reads under way and give their buffers back."""
+    def _close_reads(self) -> None:
         self._keys.close()
         self._payload.close()
+        if self._tails is not self._payload:
+            self._tails.close()
+
+    def close(self) -> None:
+        """Wait for reads under way and give their buffers back."""
+        self._close_reads()
         self._settled()
         self._store.memory.catch_up()
 

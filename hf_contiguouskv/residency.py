@@ -61,7 +61,7 @@ class PrefixTables:
     def __init__(self, prefix: AttachedPrefix, memory: MemoryTiers) -> None:
         # What the running request has found of each chunk, by layer; float32 `(whole_chunks,)`.
         self.mass: dict[int, npt.NDArray[np.float32]] = {}
-        self._parts = [(span, memory.table(span.segment)) for span in prefix.spans]
+        self._parts = [(span, memory.table(span.segment, prefix.form)) for span in prefix.spans]
         self._ends = np.array([span.first_chunk + span.chunks for span in prefix.spans], dtype=np.int64)
 
     @property
@@ -245,7 +245,7 @@ class HostResidency:
 
     def _load(self, layer: int, missing: Chunks, speculative: bool, alone: bool) -> tuple[list[Batch], Chunks]:
         """Start reading into as many slots as there are."""
-        size = self._prefix.geometry.extent_bytes
+        size = self._prefix.extent_bytes
         taken = self._tier.take(size, len(missing))
         if not len(taken):
             return [], missing
@@ -263,12 +263,12 @@ class HostResidency:
         return [self._batch(layer, now, taken, ticket, speculative)], missing[len(taken) :]
 
     def _batch(self, layer: int, chunks: Chunks, slots: Chunks, ticket: Ticket | None, speculative: bool) -> SlotBatch:
-        size = self._prefix.geometry.extent_bytes
+        size = self._prefix.extent_bytes
         return SlotBatch(layer, chunks, slots, self._tier, self._tables, size, ticket, speculative, self._verify)
 
     def bring_piece(self, layer: int, chunks: Chunks) -> tuple[Batch, Chunks]:
         """See `Residency`."""
-        size = self._prefix.geometry.extent_bytes
+        size = self._prefix.extent_bytes
         count = max(1, PIECE_BYTES // size)
         piece = PieceBatch(chunks[:count], self._tier, size)
         slots = np.arange(len(piece.chunks))

@@ -187,7 +187,7 @@ class DeviceResidency:
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
     ) -> tuple[list[Batch], Chunks]:
         """See `residency.Residency`."""
-        size = self._prefix.geometry.extent_bytes
+        size = self._prefix.extent_bytes
         slots = self._tables.find(self._tier, layer, chunks)
         there = slots >= 0
         batches: list[Batch] = []
@@ -208,14 +208,14 @@ class DeviceResidency:
 
     def bring_piece(self, layer: int, chunks: Chunks) -> tuple[Batch, Chunks]:
         """See `residency.Residency`."""
-        count = max(1, PIECE_BYTES // self._prefix.geometry.extent_bytes)
+        count = max(1, PIECE_BYTES // self._prefix.extent_bytes)
         piece = self._stage(layer, chunks[:count], False, True, must=True)
         assert piece is not None
         return piece, chunks[count:]
 
     def _stage(self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool) -> StagedBatch | None:
         """Start gathering chunks in a host buffer; `None`: there is no room for it in the tiers."""
-        size, host = self._prefix.geometry.extent_bytes, self._memory.host
+        size, host = self._prefix.extent_bytes, self._memory.host
         source = host.lease(len(chunks) * size, must=must)
         if source is None:
             return None

@@ -87,7 +87,7 @@ class ImpressRequest(TokenRequest):
         if agree:
             self.agreed += 1
         else:
-            self._bring_keys(layer, np.arange(nodes.blocks), keys, identifies=True)
+            self._bring_blocks_of_keys(layer, np.arange(nodes.blocks), keys, identifies=True)
             with self.timed("identify", layer):
                 mass = column_sums(queries, self.of_tokens(keys), suffix_keys, scaling)
                 chosen = best_tokens(mass.sum(0, keepdim=True), self.kept)[0]
@@ -100,7 +100,7 @@ class ImpressRequest(TokenRequest):
             self.ask(stored_keys, nodes.other_keys(blocks))
         self.ask(stored_values, value_units)
         if agree:
-            self._bring_keys(layer, blocks, keys)
+            self._bring_blocks_of_keys(layer, blocks, keys)
         with self.timed("copy", layer):
             torch.index_select(keys, 1, torch.from_numpy(chosen), out=destination[0])
         values = self.take(stored_values, value_units).view(len(blocks), kv_heads, u, -1)
@@ -110,7 +110,7 @@ class ImpressRequest(TokenRequest):
         self._note(layer, share, blocks if agree else np.arange(nodes.blocks))
         self.used(stored_values, value_units, value_share)
 
-    def _bring_keys(self, layer: int, blocks: Tokens, keys: torch.Tensor, identifies: bool = False) -> None:
+    def _bring_blocks_of_keys(self, layer: int, blocks: Tokens, keys: torch.Tensor, identifies: bool = False) -> None:
         """Put the keys of the other heads in `blocks` into their places in `keys` `(kv_heads, places, head_dim)`."""
         others = np.array(self.layout.others, dtype=np.int64)
         if not len(others):

@@ -162,7 +162,7 @@ class TokenRequest(PrefixRequest):
                     else:
                         rows.index_copy_(0, torch.from_numpy(positions), batch.extents(None))
                     if not identifies:  # As in the library: hits are of what attention uses.
-                        self._count_hits(batch)
+                        self._count_hits(self._usage, batch, self.units.extent_bytes)
         if identifies:
             self.stats.bytes_identified += self.stats.bytes_read - before
         return found

@@ -322,6 +322,11 @@ class Tier:
         with self._lock:
             for keys in self._keys.of(table):
                 self._keys.forget(keys)
+            self.forget_chunks(table)
+
+    def forget_chunks(self, table: SegmentTable) -> None:
+        """As `forget`, but keys stay."""
+        with self._lock:
             known = table.slots.get(self.name)
             if known is None:
                 return

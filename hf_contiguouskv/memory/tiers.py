@@ -16,6 +16,7 @@ import torch
 
 from ..device import Device, device_of, pinned_buffer
 from ..errors import ConfigError
+from ..store.extents import Form
 from ..store.pread import aligned_buffer
 from ..store.segment import Segment
 from .blocks import Blocks, PageableBlocks, Slots, TensorBlocks
@@ -147,29 +148,27 @@ class MemoryTiers:
 
     # -- segments -----------------------------------------------------------------------------------------------------
 
-    def table(self, segment: Segment) -> SegmentTable | None:
-        """The table of a segment; `None` where there is no memory to keep its chunks in."""
-        identity = (segment.key, segment.first_chunk, segment.identity)
-        geometry = segment.geometry
+    def table(self, segment: Segment, form: Form = "exact") -> SegmentTable | None:
+        """The table of a segment's chunks in one form; `None` where there is no memory to keep them in."""
+        identity = (segment.key, segment.first_chunk, segment.identity, form)
+        extent_bytes = segment.extents(form).nbytes
         if getattr(segment.blob, "in_memory", False) or segment.retired:
             return None  # It is in memory already, or nobody will ask for it again.
-        if max(self.host.max_bytes, self.device_bytes if self.devices else 0) < geometry.extent_bytes:
+        if max(self.host.max_bytes, self.device_bytes if self.devices else 0) < extent_bytes:
             return None
         with self.lock:
             table = self._by_identity.get(identity)
             if table is None:
-                table = self._new_table(identity, segment)
+                table = self._new_table(identity, segment, extent_bytes)
             if table is not None:
                 self._by_identity.move_to_end(identity)
             return table
 
-    def _new_table(self, identity: Hashable, segment: Segment) -> SegmentTable | None:
+    def _new_table(self, identity: Hashable, segment: Segment, extent_bytes: int) -> SegmentTable | None:
         """A table, if there is room for it; older ones go, first those of which nothing is in memory."""
-        geometry = segment.geometry
+        layers = segment.geometry.num_layers
         self._last_number += 1
-        table = SegmentTable(
-            self._last_number, identity, geometry.num_layers, segment.num_chunks, geometry.extent_bytes
-        )
+        table = SegmentTable(self._last_number, identity, layers, segment.num_chunks, extent_bytes)
         for tier in self.tiers:
             if tier.max_bytes:
                 table.slots_in(tier.name)
@@ -210,12 +209,21 @@ class MemoryTiers:
                 if isinstance(identity, tuple) and identity[0] in gone:
                     self._drop(identity, table)
 
+    def drop_chunks(self) -> None:
+        """Let go of all chunks that nobody uses; keys stay. For measurements of cold chunks with resident keys."""
+        self.catch_up()
+        with self.lock:
+            for table in self._tables.values():
+                for tier in self.tiers:
+                    tier.forget_chunks(table)
+
     # -- after a request ----------------------------------------------------------------------------------------------
 
-    def finished(self, usage: Usage) -> None:
-        """A request is over: `usage` is counted at the next `catch_up`. May be called by a finalizer."""
-        if usage.tables is not None:
-            self.defer(partial(self._count, usage))
+    def finished(self, *usages: Usage) -> None:
+        """A request is over: what it used is counted at the next `catch_up`. May be called by a finalizer."""
+        for usage in usages:
+            if usage.tables is not None:
+                self.defer(partial(self._count, usage))
 
     def defer(self, function: Callable[[], None]) -> None:
         """Have `catch_up` call `function`. Takes no lock: a finalizer may run in the middle of anything."""

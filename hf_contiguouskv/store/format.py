@@ -6,11 +6,13 @@
              leader_keys.{l}  [chunks, kv_heads, c, head_dim]                      model dtype, one per leader layer
              key_index.{l}    [kv_heads, c, chunks, head_dim]                      int8, one per indexed layer
              key_scale.{l}    [kv_heads, head_dim]                                 float32, one per indexed layer
+             values4.{l}      [chunks, bytes]                                      uint8, one per packed layer
              token_ids        [num_tokens]                                         int64, of this segment only
              checksums.payload [num_layers, chunks]                                uint64, xxh3_64 of each extent
+             checksums.values4 [packed layers, chunks]                             uint64, the same, if there are any
              checksums.tensors [k]                                                 uint64, xxh3_64 of whole tensors:
-                              all of the above but checksums.payload, in their order
-             padding.{i}      [n]   uint8 zeros, so that payload, leader_keys and key_index start on a page
+                              all of the above but the other checksums, in their order
+             padding.{i}      [n]   uint8 zeros, so that payload, leader_keys, key_index, values4 start on a page
 
 Everything follows from the geometry and the number of tokens, so a header is written before any data is known, and a
 header that is read is compared with the one that its own geometry demands. `docs/FORMAT.md` tells the whole.
@@ -43,7 +45,8 @@ __all__ = [
     "read_header",
 ]
 
-FORMAT_VERSION = 1
+# Version 2 has packed values; a segment without them is one of version 1.
+FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 8 * 2**20
 _FIRST_READ = 64 * 1024
 
@@ -77,9 +80,14 @@ def _tensors(geometry: KVGeometry, chunks: int, tokens: int) -> Iterator[tuple[s
         yield f"key_index.{layer}", "I8", (g.kv_heads, g.chunk_size, chunks, g.head_dim), PAGE
     for layer in g.indexed_layers:
         yield f"key_scale.{layer}", "F32", (g.kv_heads, g.head_dim), 8
+    for layer in g.packed_layers:
+        yield f"values4.{layer}", "U8", (chunks, g.packed_bytes), PAGE
     yield "token_ids", "I64", (tokens,), 8
     yield "checksums.payload", "U64", (g.num_layers, chunks), 8
-    yield "checksums.tensors", "U64", (g.num_groups + len(g.leader_layers) + 2 * len(g.indexed_layers) + 1,), 8
+    if g.packed_layers:
+        yield "checksums.values4", "U64", (len(g.packed_layers), chunks), 8
+    checked = g.num_groups + len(g.leader_layers) + 2 * len(g.indexed_layers) + len(g.packed_layers) + 1
+    yield "checksums.tensors", "U64", (checked,), 8
 
 
 def place_tensors(geometry: KVGeometry, chunks: int, tokens: int) -> dict[str, TensorPlace]:
@@ -130,6 +138,11 @@ class SegmentHeader:
     compute_ms: int = 0
 
     @property
+    def version(self) -> int:
+        """Of the format that it needs."""
+        return FORMAT_VERSION if self.geometry.packed_layers else 1
+
+    @property
     def num_chunks(self) -> int:
         """Chunks in this segment, a partial last one included."""
         return -(-self.num_tokens // self.geometry.chunk_size)
@@ -159,7 +172,7 @@ class SegmentHeader:
 
         Payload is among them: a layer that is read as a whole is checked as a whole.
         """
-        kinds = ("payload", "leader_keys", "key_index", "key_scale", "token_ids")
+        kinds = ("payload", "leader_keys", "key_index", "key_scale", "values4", "token_ids")
         return tuple(name for name in self.places if name.split(".")[0] in kinds)
 
     @property
@@ -176,7 +189,7 @@ class SegmentHeader:
     def _metadata(self) -> dict[str, str]:
         own = {
             "format": "hf_contiguouskv",
-            "version": str(FORMAT_VERSION),
+            "version": str(self.version),
             "fingerprint": self.fingerprint,
             "root": self.root,
             "parent": self.parent,
@@ -261,8 +274,6 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     if metadata.get("checksum") != checksum:
         raise SegmentCorruptError(f"{name}: checksum {checksum} of its header, expected {metadata.get('checksum')!r}")
     try:
-        if whole_number(metadata, "version") != FORMAT_VERSION:
-            raise InputError(f"version must be {FORMAT_VERSION}")
         header = _header_from(metadata)
     except InputError as error:
         raise SegmentCorruptError(f"{name}: {error}") from None
@@ -332,8 +343,8 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         compute_ms=whole_number(metadata, "compute_ms"),
     )
     for field, text in header._metadata().items():
-        if metadata[field] != text and field not in ("checksum", "version"):
-            raise InputError(f"{field} must be written as {text!r}, got {metadata[field]!r}")
+        if metadata.get(field) != text and field != "checksum":
+            raise InputError(f"{field} must be written as {text!r}, got {metadata.get(field)!r}")
     if header.num_tokens == 0 or (header.first_chunk == 0) != (header.parent == ""):
         raise InputError(f"{header.num_tokens} tokens from chunk {header.first_chunk} after parent {header.parent!r}")
     return header

@@ -13,6 +13,14 @@ from ..errors import InputError
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYER_LISTS = ("leader_layers", "indexed_layers", "packed_layers")
+# Channels that share a scale in packed values, at most.
+_MAX_SHARING = 64
+
+
+def channels_per_scale(head_dim: int) -> int:
+    """How many neighbouring channels of a packed value share a scale: the largest divisor of `head_dim` up to 64."""
+    return next(count for count in range(min(head_dim, _MAX_SHARING), 0, -1) if head_dim % count == 0)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class KVGeometry:
         layers_per_group: consecutive layers stored next to each other for one chunk.
         leader_layers: layers whose exact keys are stored once more, without the values between them.
         indexed_layers: layers that have an int8 key index.
+        packed_layers: indexed layers whose values are stored once more, in 4 bits.
 
     Raises:
         InputError: a field is out of its range.
@@ -41,6 +50,7 @@ class KVGeometry:
     layers_per_group: int = 1
     leader_layers: tuple[int, ...] = ()
     indexed_layers: tuple[int, ...] = ()
+    packed_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         limits = {"num_layers": 4096, "kv_heads": 4096, "head_dim": 65536, "chunk_size": 4096, "layers_per_group": 4096}
@@ -50,13 +60,19 @@ class KVGeometry:
                 raise InputError(f"geometry: {field} must be a whole number from 1 to {high}, got {value!r}")
         if self.dtype not in SAFETENSORS_DTYPES:
             raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {self.dtype}")
-        for field in ("leader_layers", "indexed_layers"):
+        for field in LAYER_LISTS:
             layers = getattr(self, field)
             if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
                 raise InputError(
                     f"geometry: {field} must be different layers from 0 to {self.num_layers - 1} in ascending order, "
                     f"got {layers}"
                 )
+        if self.packed_layers and self.head_dim % 2:
+            raise InputError(f"geometry: packed values need an even head_dim, got {self.head_dim}")
+        if not set(self.packed_layers) <= set(self.indexed_layers):
+            raise InputError(
+                f"geometry: packed_layers {self.packed_layers} must be among indexed_layers {self.indexed_layers}"
+            )
 
     def same_kv(self, other: KVGeometry) -> bool:
         """Whether a chunk has the same shape and dtype; how chunks are laid out may differ."""
@@ -84,6 +100,12 @@ class KVGeometry:
         return 2 * self.keys_bytes
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed values of one chunk of one layer (`packing`)."""
+        scales = self.head_dim // channels_per_scale(self.head_dim)
+        return self.kv_heads * self.chunk_size * (self.head_dim // 2 + 4 * scales)
+
+    @property
     def num_groups(self) -> int:
         """Layer groups; the last one may hold fewer layers."""
         return -(-self.num_layers // self.layers_per_group)
@@ -103,7 +125,7 @@ class KVGeometry:
             "layers_per_group": str(self.layers_per_group),
             "leader_layers": ",".join(map(str, self.leader_layers)),
             "indexed_layers": ",".join(map(str, self.indexed_layers)),
-        }
+        } | ({"packed_layers": ",".join(map(str, self.packed_layers))} if self.packed_layers else {})
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> KVGeometry:
@@ -124,6 +146,8 @@ class KVGeometry:
             layers_per_group=whole_number(metadata, "layers_per_group"),
             leader_layers=_layer_numbers(metadata, "leader_layers"),
             indexed_layers=_layer_numbers(metadata, "indexed_layers"),
+            # Only segments of version 2 have it.
+            packed_layers=_layer_numbers(metadata, "packed_layers") if "packed_layers" in metadata else (),
         )
 
 

@@ -13,6 +13,7 @@ from ..errors import StoreError, StoreFullError
 from .backend import BlobWriter
 from .format import SegmentHeader
 from .hashing import TokenIds
+from .packing import pack_values
 from .pread import as_memoryview
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,6 +35,8 @@ class SegmentOutput:
         self.data_start = len(header.encoded)
         self.written = np.zeros((geometry.num_layers, header.num_chunks), dtype=bool)
         self.checksums = np.zeros((geometry.num_layers, header.num_chunks), dtype="<u8")
+        packed = (len(geometry.packed_layers), header.num_chunks)
+        self.packed_checksums = np.zeros(packed, dtype="<u8")
         self.indexed: set[int] = set()
         try:
             blob.write(0, memoryview(header.encoded))
@@ -63,8 +66,7 @@ class SegmentOutput:
         geometry = self.header.geometry
         extent, chunks = geometry.extent_bytes, kv.shape[0]
         octets = as_memoryview(kv)
-        for i in range(chunks):
-            self.checksums[layer, first + i] = xxhash.xxh3_64_intdigest(octets[i * extent : (i + 1) * extent])
+        self.checksums[layer, first : first + chunks] = _digests(octets, extent)
         group, inside = divmod(layer, geometry.layers_per_group)
         stride = geometry.group_layers(group) * extent
         start = self.start(f"payload.{group}") + first * stride + inside * extent
@@ -76,6 +78,11 @@ class SegmentOutput:
         if layer in geometry.leader_layers:
             keys = kv[:, 0].contiguous()
             self.blob.write(self.start(f"leader_keys.{layer}") + first * geometry.keys_bytes, as_memoryview(keys))
+        if layer in geometry.packed_layers:
+            packed, size = as_memoryview(pack_values(kv[:, 1])), geometry.packed_bytes
+            self.blob.write(self.start(f"values4.{layer}") + first * size, packed)
+            row = geometry.packed_layers.index(layer)
+            self.packed_checksums[row, first : first + chunks] = _digests(packed, size)
         self.written[layer, first : first + chunks] = True
 
     def write_index(self, layer: int, index: torch.Tensor, scale: torch.Tensor) -> None:
@@ -103,6 +110,8 @@ class SegmentOutput:
             raise StoreError(f"{self.blob.name}: segment is incomplete, no key index for layers {sorted(missing)}")
         whole = [self._digest(name) for name in self.header.checked_tensors]
         self.blob.write(self.start("checksums.payload"), memoryview(self.checksums.tobytes()))
+        if self.packed_checksums.size:
+            self.blob.write(self.start("checksums.values4"), memoryview(self.packed_checksums.tobytes()))
         self.blob.write(self.start("checksums.tensors"), memoryview(np.array(whole, dtype="<u8").tobytes()))
         self.header = replace(self.header, compute_ms=round(1000 * compute_s))
         self.blob.write(0, memoryview(self.header.encoded))
@@ -119,6 +128,11 @@ class SegmentOutput:
             digest.update(octets)
             start, left = start + len(octets), left - len(octets)
         return int(digest.intdigest())
+
+
+def _digests(octets: memoryview, size: int) -> list[int]:
+    """xxh3_64 of each `size` bytes."""
+    return [xxhash.xxh3_64_intdigest(octets[start : start + size]) for start in range(0, len(octets), size)]
 
 
 def as_store_error(error: OSError, key: str) -> StoreError:

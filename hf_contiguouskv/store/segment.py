@@ -11,6 +11,7 @@ import xxhash
 
 from ..errors import SegmentCorruptError, SegmentReadError
 from .backend import Blob
+from .extents import ExtentPlaces, Form, exact_extents, packed_extents
 from .format import KVGeometry, read_header
 from .hashing import TokenIds
 
@@ -58,16 +59,12 @@ class Segment:
             blob.close()
             raise
         self.read_into = blob.read_into
-        geometry = self.header.geometry
-        self._extent = geometry.extent_bytes
-        self._layer_start: list[int] = []
-        self._layer_stride: list[int] = []
-        for layer in range(geometry.num_layers):
-            group, inside = divmod(layer, geometry.layers_per_group)
-            start = self._data_start + self.header.places[f"payload.{group}"].start
-            self._layer_start.append(start + inside * self._extent)
-            self._layer_stride.append(geometry.group_layers(group) * self._extent)
-        self._checksums: npt.NDArray[np.uint64] | None = None
+        # By form: where extents lie, and their checksums, once these have been read.
+        self._extents: dict[Form, ExtentPlaces] = {"exact": exact_extents(self.header, self._data_start)}
+        packed = packed_extents(self.header, self._data_start)
+        if packed is not None:
+            self._extents["packed"] = packed
+        self._checksums: dict[str, npt.NDArray[np.uint64]] = {}
         self._tensor_checksums: dict[str, int] = {}
         self._token_ids: TokenIds | None = None
 
@@ -113,17 +110,13 @@ class Segment:
             self._token_ids = self.read_tensor("token_ids").numpy()
         return self._token_ids
 
-    def payload_extent(self, layer: int, chunk: int) -> tuple[int, int]:
-        """`(offset, nbytes)` in the blob of K and V of `layer` for chunk number `chunk` of this segment.
+    def extents(self, form: Form = "exact") -> ExtentPlaces:
+        """Where chunks lie in one form.
 
-        Consecutive chunks of a layer are `payload_stride(layer)` bytes apart; with one layer per group that is
-        `nbytes`, so that a run of chunks is one range.
+        Raises:
+            KeyError: the segment has no packed values.
         """
-        return self._layer_start[layer] + chunk * self._layer_stride[layer], self._extent
-
-    def payload_stride(self, layer: int) -> int:
-        """Bytes from one chunk of `layer` to the next."""
-        return self._layer_stride[layer]
+        return self._extents[form]
 
     def tensor_extent(self, name: str) -> tuple[int, int]:
         """`(offset, nbytes)` in the file of tensor `name`.
@@ -134,29 +127,23 @@ class Segment:
         place = self.header.places[name]
         return self._data_start + place.start, place.nbytes
 
-    def payload_checksum(self, layer: int, chunk: int) -> int:
-        """xxh3_64 of the extent of `layer` and chunk number `chunk` of this segment."""
-        if self._checksums is None:
-            self._load_checksums()
-        checksums = self._checksums
-        return checksums.item(layer, chunk)  # type: ignore[union-attr]
-
-    def layer_checksum(self, layer: int) -> int | None:
+    def layer_checksum(self, layer: int, form: Form = "exact") -> int | None:
         """xxh3_64 of all chunks of `layer` together, if they are one range of the file."""
-        groups = self.header.geometry.layers_per_group
-        return self.tensor_checksum(f"payload.{layer}") if groups == 1 else None
+        tensor = self._extents[form].tensors[layer]
+        return self.tensor_checksum(tensor) if tensor else None
 
-    def run_checksums(self, layer: int, first: int, chunks: int) -> list[int]:
-        """`payload_checksum` of consecutive chunks."""
-        if self._checksums is None:
+    def run_checksums(self, layer: int, first: int, chunks: int, form: Form = "exact") -> list[int]:
+        """xxh3_64 of each extent of consecutive chunks of `layer`, `first` counted in this segment."""
+        if not self._checksums:
             self._load_checksums()
+        extents = self._extents[form]
         # As an array: lists of all of them would take five times the memory, for every open segment.
-        found: list[int] = self._checksums[layer, first : first + chunks].tolist()  # type: ignore[index]
+        found: list[int] = self._checksums[extents.checksums][extents.rows[layer], first : first + chunks].tolist()
         return found
 
     def tensor_checksum(self, name: str) -> int:
         """xxh3_64 of the whole tensor `name`, one of `header.checked_tensors`."""
-        if self._checksums is None:
+        if not self._checksums:
             self._load_checksums()
         return self._tensor_checksums[name]
 
@@ -200,23 +187,32 @@ class Segment:
         start = offset - self._data_start
         for name, place in self.header.places.items():
             if place.start <= start < place.start + place.nbytes:
-                if not name.startswith("payload."):
+                kind, _, number = name.partition(".")
+                inside = start - place.start
+                if kind == "values4":
+                    return f"values of layer {number}, chunk {self.first_chunk + inside // self.geometry.packed_bytes}"
+                if kind != "payload":
                     return f"tensor {name}"
-                group = int(name.removeprefix("payload."))
-                chunk, rest = divmod(start - place.start, self.geometry.group_layers(group) * self._extent)
-                layer = group * self.geometry.layers_per_group + rest // self._extent
+                group, extent = int(number), self.geometry.extent_bytes
+                chunk, rest = divmod(inside, self.geometry.group_layers(group) * extent)
+                layer = group * self.geometry.layers_per_group + rest // extent
                 return f"layer {layer}, chunk {self.first_chunk + chunk}"
         return f"offset {offset}"
 
     def _load_checksums(self) -> None:
-        # The two tensors of checksums are neighbours at the end of the file: one read.
-        offset, nbytes = self.tensor_extent("checksums.payload")
+        # The tensors of checksums are neighbours at the end of the file: one read.
+        offset, _ = self.tensor_extent("checksums.payload")
         last, last_bytes = self.tensor_extent("checksums.tensors")
         octets = self.read_bytes(offset, last + last_bytes - offset)
         index = np.frombuffer(octets, dtype="<u8", offset=last - offset)
         self._tensor_checksums = dict(zip(self.header.checked_tensors, index.tolist(), strict=True))
-        shape = self.header.places["checksums.payload"].shape
-        self._checksums = np.frombuffer(octets, dtype="<u8", count=nbytes // 8).reshape(shape)
+        found = {}
+        for extents in self._extents.values():
+            start, nbytes = self.tensor_extent(extents.checksums)
+            shape = self.header.places[extents.checksums].shape
+            sums = np.frombuffer(octets, dtype="<u8", count=nbytes // 8, offset=start - offset)
+            found[extents.checksums] = sums.reshape(shape)
+        self._checksums = found
 
     def close(self) -> None:
         """Close the blob; reads that are under way must have ended."""

@@ -1,0 +1,78 @@
+"""`python -m eval.ablation run|report`: what each idea about selection and precision is worth."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm.auto import tqdm
+
+from .table import as_markdown
+from .variants import FULL, SETS
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+TASKS = ("needle", "sst2", "subj", "trec", "rte")
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Argument(help="File of rows, JSON Lines; added to.")],
+    sets: Annotated[list[str], typer.Option("--set", help=f"Of {', '.join(SETS)}; may be repeated.")],
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="May be repeated; default: five.")] = None,
+    requests: Annotated[int, typer.Option(help="Of each task.")] = 24,
+    share: Annotated[
+        float | None, typer.Option(help="Of the chunks, instead of what the set says (not in sets of shares).")
+    ] = None,
+    model_name: Annotated[str | None, typer.Option("--model", help="Name or folder; default: SmolLM2-135M.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Local data; default: $CONTIGUOUSKV_DATA, else the Hub.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+) -> None:
+    """Answer requests in every variant of some sets."""
+    for name in sets:
+        if name not in SETS:
+            raise typer.BadParameter(f"must be of {', '.join(SETS)}, got {name!r}", param_hint="--set")
+    from ..models import load_model
+    from ..tasks import task_named
+    from .judge import VariantJudge
+    from .simulated import Simulation
+    from .variants import at
+
+    model, tokenizer = load_model(model_name)
+    variants = {name: [at(one, share) if share else one for one in SETS[name]] for name in sets}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        for task in tasks or TASKS:
+            asked = task_named(task, data_dir).requests(tokenizer, requests, seed)
+            bar = tqdm(total=len(asked), desc=task)
+            for _, same in groupby(asked, key=lambda request: request.prefix):
+                group = list(same)
+                simulation = Simulation(model, group[0].prefix_ids)
+                with simulation:
+                    for request in group:
+                        judge = VariantJudge(simulation, tokenizer, request)
+                        about = {"task": task, "number": request.number, "tokens": len(request.prefix_ids)}
+                        rows = [(FULL, "full")] + [(one, name) for name, some in variants.items() for one in some]
+                        for variant, name in rows:
+                            row = about | {"set": name, "variant": variant.name} | judge.judge(variant)
+                            file.write(json.dumps(row) + "\n")
+                        bar.update()
+                file.flush()
+            bar.close()
+
+
+@app.command()
+def report(
+    rows: Annotated[list[Path], typer.Argument(help="Files of rows.")],
+) -> None:
+    """Print the tables of some rows, as Markdown."""
+    print(as_markdown(rows))
+
+
+if __name__ == "__main__":
+    app()

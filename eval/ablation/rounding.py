@@ -1,0 +1,39 @@
+"""What numbers become when they are stored in few bits."""
+
+from __future__ import annotations
+
+import torch
+
+
+def round_values(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Values `(..., head_dim)` in `bits` bits: per token, `group` channels share a minimum and a scale."""
+    if bits == 16:
+        return values
+    grouped = values.float().unflatten(-1, (-1, min(group, values.shape[-1])))
+    return _between_ends(grouped, bits, -1).flatten(-2).to(values.dtype)
+
+
+def round_keys(keys: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Keys `(..., tokens, head_dim)` in `bits` bits, per channel.
+
+    In 8 bits as the key index has them: all tokens share a scale. In fewer, `group` tokens share a minimum and a scale.
+    """
+    if bits == 16:
+        return keys
+    if bits == 8:
+        scale = (keys.float().abs().amax(-2, keepdim=True) / 127).clamp_min(1e-12)
+        return ((keys.float() / scale).round() * scale).to(keys.dtype)
+    tokens = keys.shape[-2]
+    missing = -tokens % group
+    padded = torch.cat([keys.float(), keys[..., -1:, :].float().expand(*keys.shape[:-2], missing, -1)], dim=-2)
+    grouped = padded.unflatten(-2, (-1, group))
+    return _between_ends(grouped, bits, -2).flatten(-3, -2)[..., :tokens, :].to(keys.dtype)
+
+
+def _between_ends(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    low, high = numbers.amin(dim, keepdim=True), numbers.amax(dim, keepdim=True)
+    steps = 2**bits - 1
+    scale = ((high - low) / steps).clamp_min(1e-7).half().float()
+    low = low.half().float()
+    found: torch.Tensor = ((numbers - low) / scale).round().clamp(0, steps) * scale + low
+    return found

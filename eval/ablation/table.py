@@ -1,0 +1,51 @@
+"""Rows of variants as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+NEEDLES = ("needle", "needle_multikey")
+
+
+def as_markdown(files: Sequence[Path]) -> str:
+    """One table per set: per task, points of score from the full cache, and the mean divergence from it.
+
+    Raises:
+        ValueError: a request was answered twice in one variant.
+    """
+    rows = pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
+    full = rows[rows.set == "full"].drop_duplicates(["task", "number"]).set_index(["task", "number"]).score
+    text = []
+    for name in [one for one in rows.set.unique() if one != "full"]:
+        own = rows[rows.set == name]
+        if own.duplicated(["variant", "task", "number"]).any():
+            raise ValueError(f"requests of set {name} were answered twice; take another file")
+        text.append(f"### {name}\n\n{_table(own, full)}")
+    return "\n\n".join(text)
+
+
+def _table(rows: pd.DataFrame, full: pd.Series) -> str:
+    tasks = list(rows.task.unique())
+    others = [task for task in tasks if task not in NEEDLES]
+    lines = [
+        "| variant | " + " | ".join(tasks) + " | mean of the others | KL needle | KL others |",
+        "|---" * (len(tasks) + 4) + "|",
+    ]
+    reference = full.groupby("task").mean()
+    counts = full.groupby("task").size()
+    lines.append("| full, percent (requests) | " + " | ".join(f"{100 * reference[t]:.1f} ({counts[t]})" for t in tasks))
+    lines[-1] += f" | {100 * reference[others].mean():.1f} | | |" if others else " | | | |"
+    for variant in rows.variant.unique():
+        own = rows[rows.variant == variant]
+        points = 100 * (own.groupby("task").score.mean() - reference)
+        kl = own.groupby("task").kl.mean()
+        cells = [f"{points[task]:+.1f}" for task in tasks]
+        cells.append(f"{points[others].mean():+.1f}" if others else "")
+        needles = [task for task in tasks if task in NEEDLES]
+        cells.append(f"{kl[needles].mean():.4f}" if needles else "")
+        cells.append(f"{kl[others].mean():.4f}" if others else "")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

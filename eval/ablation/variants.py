@@ -1,0 +1,72 @@
+"""What can be varied, and the variants that docs/research.md reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose chunks of 16 tokens, and to keep them.
+
+    Attributes:
+        name: in tables.
+        share: of the chunks that attention sees in each layer; 1.0 is all.
+        rule: `"strongest"`: a chunk's best logit, softmax over chunks; `"mass"`: attention mass of its tokens.
+        power: exponent on a chunk's share per head and query.
+        voters: how many of the last suffix queries vote; `None` is all.
+        period: layers that share the selection of their first.
+        index_bits: of the keys that are scored: 16 (exact), 8 or 4.
+        key_bits, value_bits: of the keys and values that attention sees: 16 (exact), 8, 4 or 2.
+        key_group: tokens that share a scale and a minimum, per channel (not for 8 bits: all tokens share a scale).
+        value_group: channels that share a scale and a minimum, per token.
+        ends: chunks at the beginning, and at the end, that are always kept.
+    """
+
+    name: str
+    share: float = 0.1
+    rule: str = "strongest"
+    power: float = 2.0
+    voters: int | None = 8
+    period: int = 1
+    index_bits: int = 8
+    key_bits: int = 16
+    value_bits: int = 16
+    key_group: int = 64
+    value_group: int = 64
+    ends: int = 1
+
+
+FULL = Variant("full", share=1.0)
+PUBLISHED = Variant("published", rule="mass", power=1.0, voters=None, period=8, index_bits=16, ends=0)
+EXACT = Variant("exact payload")
+PACKED = Variant("packed", key_bits=8, value_bits=4)
+
+
+def at(variant: Variant, share: float) -> Variant:
+    """The same variant at another share of the chunks."""
+    return replace(variant, name=f"{variant.name} {share:.0%}", share=share)
+
+
+def _of_packed(name: str, **changes: object) -> Variant:
+    return replace(PACKED, name=name, **changes)  # type: ignore[arg-type]
+
+
+# Each set answers one question of docs/research.md.
+SETS: dict[str, list[Variant]] = {
+    "published": [at(PUBLISHED, share) for share in (0.05, 0.10, 0.25)],
+    "share": [at(kind, share) for kind in (EXACT, PACKED) for share in (0.05, 0.10, 0.20, 0.30, 0.40, 0.60, 1.0)],
+    "precision": [
+        replace(at(EXACT, 0.25), name=f"keys {key}, values {value} bits", key_bits=key, value_bits=value)
+        for key, value in ((16, 16), (8, 16), (8, 8), (8, 4), (4, 4), (8, 2), (4, 2))
+    ],
+    "rule": [
+        at(_of_packed(f"{rule}, power {power:g}", rule=rule, power=power), 0.25)
+        for rule in ("strongest", "mass")
+        for power in (1.0, 2.0, 4.0)
+    ],
+    "voters": [at(_of_packed(f"voters {voters}", voters=voters), 0.25) for voters in (1, 2, 4, 8, 16, None)],
+    "period": [at(_of_packed(f"period {period}", period=period), 0.25) for period in (1, 2, 3, 4, 8)],
+    "index": [at(_of_packed(f"index {bits} bits", index_bits=bits), 0.25) for bits in (16, 8, 4)],
+    "ends": [at(_of_packed(f"ends {ends}", ends=ends), 0.25) for ends in (0, 1, 2)],
+}

@@ -1,0 +1,72 @@
+"""Where the extents of a segment lie in its file, in one of the forms in which a segment holds its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .format import SegmentHeader
+
+# `exact`: K and V in the model's dtype. `packed`: values in 4 bits; the keys are those of the key index.
+Form = Literal["exact", "packed"]
+
+
+@dataclass(frozen=True)
+class ExtentPlaces:
+    """Extents of one form: one per layer that has them, and chunk.
+
+    Attributes:
+        nbytes: of one extent.
+        starts: per layer, where its first extent begins in the file; -1: it has none.
+        strides: per layer, bytes from one chunk to the next.
+        checksums: name of the tensor of their checksums.
+        rows: per layer, its row there; -1: none.
+        tensors: per layer, the tensor that holds its extents and nothing else, or "".
+    """
+
+    nbytes: int
+    starts: Sequence[int]
+    strides: Sequence[int]
+    checksums: str
+    rows: Sequence[int]
+    tensors: Sequence[str]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether consecutive chunks of a layer follow each other."""
+        return all(stride == self.nbytes for stride in self.strides)
+
+    def offset(self, layer: int, chunk: int) -> int:
+        """Where in the file the extent of `layer` and chunk number `chunk` of the segment begins."""
+        return self.starts[layer] + chunk * self.strides[layer]
+
+
+def exact_extents(header: SegmentHeader, data_start: int) -> ExtentPlaces:
+    """K and V as the model computed them."""
+    g = header.geometry
+    starts, strides = [], []
+    for layer in range(g.num_layers):
+        group, inside = divmod(layer, g.layers_per_group)
+        starts.append(data_start + header.places[f"payload.{group}"].start + inside * g.extent_bytes)
+        strides.append(g.group_layers(group) * g.extent_bytes)
+    layers = range(g.num_layers)
+    tensors = [f"payload.{layer}" if g.layers_per_group == 1 else "" for layer in layers]
+    return ExtentPlaces(g.extent_bytes, starts, strides, "checksums.payload", layers, tensors)
+
+
+def packed_extents(header: SegmentHeader, data_start: int) -> ExtentPlaces | None:
+    """Packed values; `None`: the segment has none."""
+    g = header.geometry
+    if not g.packed_layers:
+        return None
+    rows = {layer: row for row, layer in enumerate(g.packed_layers)}
+    layers = range(g.num_layers)
+    return ExtentPlaces(
+        g.packed_bytes,
+        [data_start + header.places[f"values4.{layer}"].start if layer in rows else -1 for layer in layers],
+        [g.packed_bytes] * g.num_layers,
+        "checksums.values4",
+        [rows.get(layer, -1) for layer in layers],
+        [f"values4.{layer}" if layer in rows else "" for layer in layers],
+    )
