@@ -23,8 +23,9 @@ class ContiguousKVConfig:
             1.0 uses every chunk and gives the exact answer.
         chunk_size: tokens per ContiguousChunk, a power of two from 1 to 256.
         payload: what attention gets of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`:
-            values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits. Where a prefix was
-            stored without packed values, at `budget=1.0`, and for layers with a sliding window: always exact.
+            values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits. Always exact: where a
+            prefix was stored without packed values, at `budget=1.0`, layers with a sliding window, and without
+            `selection="indexed_keys"`.
         selection: how chunks are scored. `"attention_mass"` is the published rule: softmax over the exact keys of
             the leader layer, in float32, summed over queries and tokens, averaged over heads.
             `"indexed_keys"` scores with a resident int8 copy of the keys and rewards concentrated attention.
@@ -88,8 +89,6 @@ class ContiguousKVConfig:
             raise ConfigError(f"payload must be one of {PAYLOADS}, got {self.payload!r}")
         if self.selection not in SELECTIONS:
             raise ConfigError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
-        if self.payload == "packed" and self.selection != "indexed_keys":
-            raise ConfigError("payload='packed' takes its keys from the key index: it needs selection='indexed_keys'")
         self._integer("period", 1, 4096)
         self._integer("subperiod", 1, self.period)
         if self.suffix_queries is not None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from .memory import MemoryTiers
+from .memory.blocks import among
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch, PrefixTables, Residency, residency_for
 from .stats import RequestStats
@@ -119,7 +120,7 @@ class PayloadReads:
         for layer in layers:
             reads = self._layers.setdefault(layer, _LayerReads(device))
             before = reads.asked()
-            missing = chunks[~np.isin(chunks, np.concatenate(before))] if before else chunks
+            missing = chunks[~among(chunks, np.concatenate(before))] if before else chunks
             if not len(missing):
                 continue
             batches, left = self._residency(device).bring(layer, missing, speculative=speculative, alone=alone)

@@ -18,6 +18,7 @@ from .config import ContiguousKVConfig
 from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
 from .memory import Usage
+from .memory.blocks import among
 from .packed import place_keys
 from .plan import LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
@@ -100,7 +101,8 @@ class PrefixRequest:
         self._reading = False
 
     def _served(self) -> AttachedPrefix:
-        packs = self.config.payload == "packed" and not self.keeps_all
+        config = self.config
+        packs = config.payload == "packed" and config.selection == "indexed_keys" and not self.keeps_all
         return self.prefix.packed() if packs and self.prefix.packable.issuperset(self._full) else self.prefix
 
     @property
@@ -318,7 +320,7 @@ class PrefixRequest:
                 if self.timeline is not None:
                     self.timeline.add("copy", layer, began, perf_counter())
                 batches.append(batch)
-        if not exactly and not np.isin(wanted, _chunks_of(batches)).all():
+        if not exactly and not among(wanted, _chunks_of(batches)).all():
             raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
         return batches
 
@@ -397,7 +399,7 @@ class PrefixRequest:
         size = self.served.extent_bytes
         exactly = sum(len(batch.chunks) for batch in batches) == len(wanted)
         for batch in batches:
-            used = None if exactly else np.isin(batch.chunks, wanted)
+            used = None if exactly else among(batch.chunks, wanted)
             from_disk = self._count_hits(self._usage, batch, size, used)
             unused = (batch.from_disk - from_disk) * size
             if batch.speculative:

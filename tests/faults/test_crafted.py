@@ -438,7 +438,10 @@ FIELDS = [
     {"num_tokens": "39"},
     {"chunk_size": "32"},
     {"chunk_size": "1"},
-    {"version": "2"},
+    {"version": "1"},
+    {"version": "3"},
+    {"packed_layers": "0"},
+    {"packed_layers": ""},
     {"dtype": "float16"},
 ]
 

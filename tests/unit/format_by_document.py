@@ -59,6 +59,8 @@ def expected_tensors(meta: dict[str, str]) -> list[tuple[str, str, list[int], in
     )
     m, kind = -(-tokens // c), KINDS[meta["dtype"]][0]
     leaders, indexed = layer_list(meta["leader_layers"]), layer_list(meta["indexed_layers"])
+    packed = layer_list(meta.get("packed_layers", ""))
+    packed_bytes = heads * c * (d // 2 + 4 * (d // sharing(d)))
     groups = -(-layers // per_group)
     sizes = [min(layers, (g + 1) * per_group) - g * per_group for g in range(groups)]
     return [
@@ -66,10 +68,44 @@ def expected_tensors(meta: dict[str, str]) -> list[tuple[str, str, list[int], in
         *((f"leader_keys.{layer}", kind, [m, heads, c, d], PAGE) for layer in leaders),
         *((f"key_index.{layer}", "I8", [heads, c, m, d], PAGE) for layer in indexed),
         *((f"key_scale.{layer}", "F32", [heads, d], 8) for layer in indexed),
+        *((f"values4.{layer}", "U8", [m, packed_bytes], PAGE) for layer in packed),
         ("token_ids", "I64", [tokens], 8),
         ("checksums.payload", "U64", [layers, m], 8),
-        ("checksums.tensors", "U64", [groups + len(leaders) + 2 * len(indexed) + 1], 8),
+        *([("checksums.values4", "U64", [len(packed), m], 8)] if packed else []),
+        ("checksums.tensors", "U64", [groups + len(leaders) + 2 * len(indexed) + len(packed) + 1], 8),
     ]
+
+
+def sharing(d: int) -> int:
+    return max(s for s in range(1, min(d, 64) + 1) if d % s == 0)
+
+
+def bfloat16(number: np.float32) -> tuple[int, np.float32]:
+    """The nearest bfloat16, halves to even: its bits, and what it is worth."""
+    bits = int(np.array(number, "<f4").view("<u4"))
+    kept = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return kept, np.array(kept << 16, "<u4").view("<f4")[()]
+
+
+def packed_values(values: Array) -> Array:
+    """Packed extents `[m, packed bytes]` of values `[m, heads, c, d]`, float32."""
+    _, heads, c, d = values.shape
+    s = sharing(d)
+    rows = []
+    for chunk in values:
+        codes = np.zeros((heads, c, d), "|u1")
+        lowest, step = np.zeros((heads, c, d // s), "<u2"), np.zeros((heads, c, d // s), "<u2")
+        for place in np.ndindex(heads, c, d // s):
+            group = slice(place[2] * s, (place[2] + 1) * s)
+            some = chunk[place[0], place[1], group]
+            lowest[place], low = bfloat16(some.min())
+            step[place], width = bfloat16((some.max() - low) / np.float32(15))
+            if not width > 0:
+                step[place], width = bfloat16(np.float32(1))
+            codes[place[0], place[1], group] = np.clip(np.rint((some - low) / width), 0, 15)
+        both = codes[..., : d // 2] | (codes[..., d // 2 :] << 4)
+        rows.append(np.frombuffer(both.tobytes() + lowest.tobytes() + step.tobytes(), "|u1"))
+    return np.stack(rows)
 
 
 def places(meta: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -98,7 +134,8 @@ def read_segment(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
     assert header.rstrip(b" ").endswith(b"}")
     told = json.loads(header)
     meta = told.pop("__metadata__")
-    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "1")
+    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "2" if "packed_layers" in meta else "1")
+    assert set(layer_list(meta.get("packed_layers", ""))) <= set(layer_list(meta["indexed_layers"]))
     assert meta["checksum"] == header_checksum(header)
     assert all(re.fullmatch(r"[0-9a-f]{32}", meta[name]) for name in ("root", "key"))
     assert all(re.fullmatch(r"([0-9a-f]{32})?", meta[name]) for name in ("parent", "beginning"))
@@ -120,7 +157,7 @@ def read_segment(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
 def check_contents(meta: dict[str, str], tensors: dict[str, Array]) -> None:
     c, per_group = int(meta["chunk_size"]), int(meta["layers_per_group"])
     names = [name for name, *_ in expected_tensors(meta)]
-    whole = [xxhash.xxh3_64_intdigest(tensors[name].tobytes()) for name in names[:-2]]
+    whole = [xxhash.xxh3_64_intdigest(tensors[name].tobytes()) for name in names if not name.startswith("checksums")]
     assert tensors["checksums.tensors"].tolist() == whole
     for name, tensor in tensors.items():
         assert not name.startswith("padding") or not tensor.any()
@@ -134,6 +171,12 @@ def check_contents(meta: dict[str, str], tensors: dict[str, Array]) -> None:
         assert not extents[m - 1, :, :, len(ids) - (m - 1) * c :].any()
         if layer in layer_list(meta["leader_layers"]):
             assert np.array_equal(tensors[f"leader_keys.{layer}"], extents[:, 0])
+        if layer in layer_list(meta.get("packed_layers", "")):
+            rows = tensors[f"values4.{layer}"]
+            assert np.array_equal(rows, packed_values(as_float(extents[:, 1])))
+            sums = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows]
+            row_of_sums = layer_list(meta["packed_layers"]).index(layer)
+            assert tensors["checksums.values4"][row_of_sums].tolist() == sums
     parent = bytes.fromhex(meta["parent"] or meta["root"])
     assert chain(parent, ids, c)[-1].hex() == meta["key"]
 
@@ -153,6 +196,7 @@ def write_segment(
     per_group: int = 1,
     leaders: str = "",
     indexed: str = "",
+    packed: str = "",
     fingerprint: str,
     salt: bytes = b"",
     compute_ms: int = 0,
@@ -168,28 +212,32 @@ def write_segment(
     layers, _, heads, tokens, d = kv.shape
     root = root_of(fingerprint, c, salt)
     names = chain(root, ids, c)
-    meta = {
-        "format": "hf_contiguouskv",
-        "version": "1",
-        "fingerprint": fingerprint,
-        "root": root.hex(),
-        "parent": names[first_chunk - 1].hex() if first_chunk else "",
-        "key": names[-1].hex(),
-        "first_chunk": str(first_chunk),
-        "num_tokens": str(tokens),
-        "salted": "1" if salt else "0",
-        "beginning": "" if first_chunk else chain(root_of("", c, salt), ids[:c], c)[0].hex(),
-        "compute_ms": f"{compute_ms:012d}",
-        "checksum": "0" * 16,
-        "num_layers": str(layers),
-        "kv_heads": str(heads),
-        "head_dim": str(d),
-        "dtype": dtype,
-        "chunk_size": str(c),
-        "layers_per_group": str(per_group),
-        "leader_layers": leaders,
-        "indexed_layers": indexed,
-    } | more
+    meta = (
+        {
+            "format": "hf_contiguouskv",
+            "version": "2" if packed else "1",
+            "fingerprint": fingerprint,
+            "root": root.hex(),
+            "parent": names[first_chunk - 1].hex() if first_chunk else "",
+            "key": names[-1].hex(),
+            "first_chunk": str(first_chunk),
+            "num_tokens": str(tokens),
+            "salted": "1" if salt else "0",
+            "beginning": "" if first_chunk else chain(root_of("", c, salt), ids[:c], c)[0].hex(),
+            "compute_ms": f"{compute_ms:012d}",
+            "checksum": "0" * 16,
+            "num_layers": str(layers),
+            "kv_heads": str(heads),
+            "head_dim": str(d),
+            "dtype": dtype,
+            "chunk_size": str(c),
+            "layers_per_group": str(per_group),
+            "leader_layers": leaders,
+            "indexed_layers": indexed,
+        }
+        | ({"packed_layers": packed} if packed else {})
+        | more
+    )
     told = places(meta)
     header = json.dumps({"__metadata__": meta} | told, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % PAGE)
@@ -225,7 +273,13 @@ def contents(meta: dict[str, str], kv: Array, ids: Array) -> dict[str, Array]:
         tensors[f"key_index.{layer}"] = index.reshape(heads, m, c, d).swapaxes(1, 2)
         scales[f"key_scale.{layer}"] = scale
     tensors |= scales
+    packed = layer_list(meta.get("packed_layers", ""))
+    for layer in packed:
+        tensors[f"values4.{layer}"] = packed_values(as_float(extents[layer][:, 1]))
     tensors["token_ids"] = ids
     sums = [[xxhash.xxh3_64_intdigest(extents[layer, j].tobytes()) for j in range(m)] for layer in range(layers)]
     whole = [xxhash.xxh3_64_intdigest(tensor.tobytes()) for tensor in tensors.values()]
+    if packed:
+        own = [[xxhash.xxh3_64_intdigest(row.tobytes()) for row in tensors[f"values4.{layer}"]] for layer in packed]
+        tensors["checksums.values4"] = np.array(own, "<u8")
     return tensors | {"checksums.payload": np.array(sums, "<u8"), "checksums.tensors": np.array(whole, "<u8")}

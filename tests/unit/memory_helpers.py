@@ -220,6 +220,7 @@ def fake_segment(
         first_chunk=0,
         identity=(1, 2),
         geometry=geometry,
+        extents=lambda form="exact": SimpleNamespace(nbytes=extent_bytes),
         num_chunks=chunks,
         blob=blob,
         retired=False,

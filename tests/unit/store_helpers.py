@@ -89,9 +89,9 @@ def read_back(store: PrefixStore, stored: StoredPrefix, layers: Sequence[int]) -
         for span in stored.spans:
             assert span.first_chunk == position
             for i in range(span.offset, span.offset + span.chunks):
-                offset, nbytes = span.segment.payload_extent(layer, i)
+                offset, nbytes = span.segment.extents().offset(layer, i), g.extent_bytes
                 into = view[position * nbytes : (position + 1) * nbytes]
-                checks = [(0, nbytes, span.segment.payload_checksum(layer, i))]
+                checks = [(0, nbytes, span.segment.run_checksums(layer, i, 1)[0])]
                 reads.append(Read(span.segment, offset, nbytes, into, checks))
                 position += 1
         store.reader.submit(reads).wait()

@@ -264,7 +264,7 @@ def test_no_bundle_and_newer_bundles(bundle: tuple[Path, str, str], target: Pref
 def test_a_segment_of_a_newer_format_is_refused(bundle: tuple[Path, str, str], target: PrefixStore) -> None:
     folder, root, _ = bundle
     path = folder / "segments" / f"{root}.safetensors"
-    octets = path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"%d"' % (FORMAT_VERSION + 1))
+    octets = path.read_bytes().replace(b'"version":"1"', b'"version":"%d"' % (FORMAT_VERSION + 1))
     path.write_bytes(octets)
     report = import_bundle(target, folder)
     assert "Update it" in {refused.key: refused.reason for refused in report.refused}[root]

@@ -18,6 +18,7 @@ from store_helpers import FINGERPRINT, expected_kv, geometry, path_of, read_back
 from hf_contiguouskv.selection import build_key_index
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.bundle import export_bundle, import_bundle
+from hf_contiguouskv.store.packing import pack_values
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "FORMAT.md"
 # ---- against the library ----
@@ -36,6 +37,11 @@ GEOMETRIES = {
     "plain": geometry(leader_layers=(), indexed_layers=()),
     "all of it": geometry(),
     "groups": geometry(num_layers=5, layers_per_group=2, dtype=torch.float16, leader_layers=(1, 4)),
+    "packed": geometry(packed_layers=(1,)),
+    "packed, several scales": geometry(
+        dtype=torch.float16, kv_heads=1, head_dim=130, indexed_layers=(0, 1, 2), packed_layers=(0, 2)
+    ),
+    "packed bfloat16": geometry(dtype=torch.bfloat16, head_dim=64, indexed_layers=(0, 2), packed_layers=(0, 2)),
     "bfloat16": geometry(dtype=torch.bfloat16, chunk_size=16, kv_heads=1, head_dim=5, indexed_layers=(0, 1, 2)),
 }
 
@@ -112,6 +118,7 @@ def test_what_the_document_writes_is_served_by_the_store(
             per_group=g.layers_per_group,
             leaders=layers_as_text(g.leader_layers),
             indexed=layers_as_text(g.indexed_layers),
+            packed=layers_as_text(g.packed_layers),
             compute_ms=1500,
             fingerprint=FINGERPRINT,
             a_later_field="which readers ignore",
@@ -144,17 +151,19 @@ def test_what_the_document_writes_is_served_by_the_store(
                 index, scale = build_key_index(keys, c)
                 assert torch.equal(span.segment.read_tensor(f"key_index.{layer}"), index)
                 assert torch.equal(span.segment.read_tensor(f"key_scale.{layer}"), scale)
+            for layer in g.packed_layers:
+                assert torch.equal(span.segment.read_tensor(f"values4.{layer}"), pack_values(kv[layer][:, 1]))
         assert [entry.compute_s for entry in store.entries()] == [1.5, 1.5]
 
 
 def test_a_newer_segment_is_left_alone(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ids, g = some_tokens(8), geometry()
     PrefixStore(store_path).close()
-    key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="2")
+    key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="3")
     place(store_path, key, content)
     with PrefixStore(store_path) as store:
         assert store.lookup(FINGERPRINT, ids, 4) is None
-        assert "segment format 2" in caplog.text
+        assert "segment format 3" in caplog.text
         store.gc()
         assert store.stats.quarantined == 0
     assert (store_path / "segments" / key[:2] / f"{key}.safetensors").read_bytes() == content

@@ -99,15 +99,15 @@ def test_long_reads_compare_checksums_inside_and_across_their_parts(segment: Seg
 def test_a_wrong_byte_is_reported_with_file_layer_and_chunk(tmp_path: Path, reader: ExtentReader) -> None:
     with PrefixStore(tmp_path / "store") as store:
         segment = write_prefix(store, some_tokens(40)).spans[0].segment
-        offset, nbytes = segment.payload_extent(2, 7)
+        offset, nbytes = segment.extents().offset(2, 7), segment.extents().nbytes
         with path_of(segment).open("r+b") as raw:
             raw.seek(offset + 5)
             raw.write(b"\x7f")
         for chunk, broken in ((6, False), (7, True)):
-            offset, nbytes = segment.payload_extent(2, chunk)
+            offset, nbytes = segment.extents().offset(2, chunk), segment.extents().nbytes
             into = as_memoryview(aligned_buffer(nbytes))
             ticket = reader.submit(
-                [Read(segment, offset, nbytes, into, [(0, nbytes, segment.payload_checksum(2, chunk))])]
+                [Read(segment, offset, nbytes, into, [(0, nbytes, segment.run_checksums(2, chunk, 1)[0])])]
             )
             if broken:
                 with pytest.raises(SegmentCorruptError, match=rf"{path_of(segment).name}.*layer 2, chunk 7"):

@@ -148,8 +148,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: object) -> No
 def test_a_newer_format_is_named_as_such() -> None:
     good = header(geometry(), 10)
     content = json.loads(good.encoded[8:])
-    content["__metadata__"]["version"] = "2"
-    with pytest.raises(StoreFormatError, match="segment format 2"):
+    content["__metadata__"]["version"] = "3"
+    with pytest.raises(StoreFormatError, match="segment format 3"):
         parse_header(json.dumps(content).encode(), 10**6, "name")
 
 

@@ -342,7 +342,7 @@ def test_verify_names_every_damaged_part(store_path: Path) -> None:
         seen: list[tuple[int, int]] = []
         assert store.verify(progress=lambda done, total: seen.append((done, total))) == []
         assert seen[-1][0] == seen[-1][1] == store.stats.segment_bytes
-        for offset in (segment.payload_extent(1, 3)[0], segment.tensor_extent("key_index.1")[0] + 9):
+        for offset in (segment.extents().offset(1, 3), segment.tensor_extent("key_index.1")[0] + 9):
             with path_of(segment).open("r+b") as raw:
                 raw.seek(offset)
                 byte = raw.read(1)[0]
