@@ -132,7 +132,7 @@ def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tu
     for each layer), and repeated for each head of a group where that is little.
     """
     if mask is None:
-        return None, query.shape[2] == 1
+        return None, False
     known: tuple[int, torch.Tensor, bool] | None = getattr(mask, _PREPARED, None)
     if known is not None and known[0] == groups and known[1].dtype == query.dtype:
         return known[1], known[2]

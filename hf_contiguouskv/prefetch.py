@@ -45,6 +45,51 @@ class _LayerReads:
         return [batch.chunks for batch in self.batches] + ([self.left] if len(self.left) else [])
 
 
+class _Asked:
+    """What was asked for, by layer. Reader threads work on it, so it must not keep `PayloadReads` alive: that is how a
+    cache that is dropped gives its memory back."""
+
+    def __init__(
+        self,
+        prefix: AttachedPrefix,
+        reader: ExtentReader,
+        memory: MemoryTiers,
+        tables: PrefixTables,
+        verify: bool,
+    ) -> None:
+        self.layers: dict[int, _LayerReads] = {}
+        self._prefix = prefix
+        self._reader = reader
+        self._memory = memory
+        self._tables = tables
+        self._verify = verify
+        self._places: dict[torch.device, Residency] = {}
+
+    def residency(self, device: torch.device) -> Residency:
+        """How chunks get to `device`."""
+        found = self._places.get(device)
+        if found is None:
+            found = self._places[device] = residency_for(
+                device, self._prefix, self._memory, self._reader, self._tables, self._verify
+            )
+        return found
+
+    def issue(
+        self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool, alone: bool
+    ) -> None:
+        """Start bringing those of `chunks` that nobody asked for yet."""
+        for layer in layers:
+            reads = self.layers.setdefault(layer, _LayerReads(device))
+            before = reads.asked()
+            missing = chunks[~among(chunks, np.concatenate(before))] if before else chunks
+            if not len(missing):
+                continue
+            batches, left = self.residency(device).bring(layer, missing, speculative=speculative, alone=alone)
+            reads.batches += batches
+            if len(left) and not speculative:
+                reads.left = np.union1d(reads.left, left)
+
+
 class PayloadReads:
     """The payload of one request: asked for ahead, taken layer by layer. `close` gives everything back.
 
@@ -68,24 +113,14 @@ class PayloadReads:
         self.timeline = timeline
         self._prefix = prefix
         self._reader = reader
-        self._memory = memory
         self._stats = stats
-        self._verify = verify
         self.tables = PrefixTables(prefix, memory)
-        self._places: dict[torch.device, Residency] = {}
-        self._layers: dict[int, _LayerReads] = {}
+        self._asked = _Asked(prefix, reader, memory, self.tables, verify)
+        self._layers = self._asked.layers
         self._tasks: dict[int, Task] = {}
         # For caches that are dropped without `close`: what they have taken from memory is given back all the same.
         self._finalizer = weakref.finalize(self, memory.defer, partial(_give_up, self._tasks, self._layers, stats))
         self._finalizer.atexit = False
-
-    def _residency(self, device: torch.device) -> Residency:
-        found = self._places.get(device)
-        if found is None:
-            found = self._places[device] = residency_for(
-                device, self._prefix, self._memory, self._reader, self.tables, self._verify
-            )
-        return found
 
     def ask(self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool = False) -> None:
         """Start bringing, in each of `layers`, those of `chunks` (int64, ascending) that nobody asked for yet.
@@ -95,12 +130,12 @@ class PayloadReads:
         """
         for layer in layers:
             self._settle(layer)
-        self._residency(device)
+        self._asked.residency(device)
         now, later = (layers[:0], layers) if speculative else (layers[:1], layers[1:])
         if now:
-            self._issue(now, chunks, device, speculative, len(layers) == 1)
+            self._asked.issue(now, chunks, device, speculative, len(layers) == 1)
         if later:
-            task = self._reader.run(partial(self._issue, later, chunks, device, speculative, False))
+            task = self._reader.run(partial(self._asked.issue, later, chunks, device, speculative, False))
             self._tasks.update(dict.fromkeys(later, task))
 
     def ask_ahead(self, layer: int, chunks: Chunks, device: torch.device, must: bool) -> bool:
@@ -113,20 +148,6 @@ class PayloadReads:
         task = self._tasks.pop(layer, None)
         if task is not None:
             task.wait()
-
-    def _issue(
-        self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool, alone: bool
-    ) -> None:
-        for layer in layers:
-            reads = self._layers.setdefault(layer, _LayerReads(device))
-            before = reads.asked()
-            missing = chunks[~among(chunks, np.concatenate(before))] if before else chunks
-            if not len(missing):
-                continue
-            batches, left = self._residency(device).bring(layer, missing, speculative=speculative, alone=alone)
-            reads.batches += batches
-            if len(left) and not speculative:
-                reads.left = np.union1d(reads.left, left)
 
     def asked(self, layer: int) -> int:
         """How many chunks of this layer were asked for and not taken yet."""
@@ -159,7 +180,7 @@ class PayloadReads:
 
     def _bring_left(self, layer: int, reads: _LayerReads) -> None:
         # What was used since may have made room.
-        place = self._residency(reads.device)
+        place = self._asked.residency(reads.device)
         reads.batches, reads.left = place.bring(layer, reads.left)
         if not reads.batches:
             piece, reads.left = place.bring_piece(layer, reads.left)
@@ -177,7 +198,7 @@ class PayloadReads:
             yield batch
         left, reads.left = reads.left, _NONE
         while len(left):
-            piece, left = self._residency(reads.device).bring_piece(layer, left)
+            piece, left = self._asked.residency(reads.device).bring_piece(layer, left)
             try:
                 assert piece.ticket is not None
                 wait(piece.ticket, self._stats, self.timeline, layer)

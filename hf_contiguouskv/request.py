@@ -94,7 +94,7 @@ class PrefixRequest:
         self.served = self._served()
         self._payload = PayloadReads(self.served, store.reader, store.memory, stats, verify, self.timeline)
         self._tails = self._payload
-        if self.served.form != self.prefix.form:
+        if self.served.form != self.prefix.form and len(self._full) < len(self.plan.windows):
             self._tails = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
         self._keys = KeySource(self.served, self.config, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
@@ -102,8 +102,9 @@ class PrefixRequest:
 
     def _served(self) -> AttachedPrefix:
         config = self.config
-        packs = config.payload == "packed" and config.selection == "indexed_keys" and not self.keeps_all
-        return self.prefix.packed() if packs and self.prefix.packable.issuperset(self._full) else self.prefix
+        wanted = config.payload == "packed" and config.selection == "indexed_keys" and not self.keeps_all
+        packs = wanted and bool(self._full) and self.prefix.packable.issuperset(self._full)
+        return self.prefix.packed() if packs else self.prefix
 
     @property
     def keeps_all(self) -> bool:

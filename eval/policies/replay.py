@@ -203,7 +203,7 @@ class Replay:
     def __init__(self, trace: Trace, path: Path, policy: str | EvictionPolicy, host_bytes: int) -> None:
         self._trace = trace
         self._geometry = g = geometry_of(trace)
-        self._config = ContiguousKVConfig(budget=trace.about["budget"], chunk_size=g.chunk_size)
+        self._config = ContiguousKVConfig(budget=trace.about["budget"], chunk_size=g.chunk_size, payload="exact")
         self._plan = LayerPlan((None,) * g.num_layers, (CPU,) * g.num_layers)
         self._attached: dict[int, AttachedPrefix] = {}
         self._rows: list[tuple[float, ...]] = []

@@ -8,6 +8,7 @@ the chunks itself by the published rule, with loops, in float64.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -81,6 +82,7 @@ class PrunedReference:
         visible: layer -> bool `[rows, n]`, the prefix tokens that the layer may see.
             `None` lets the published rule choose at the first forward.
         budget, period, chunk_size: of the published rule.
+        packed: full-attention layers see the prefix as it is after rounding: keys in 8 bits, values in 4.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class PrunedReference:
         budget: float = 1.0,
         period: int = 8,
         chunk_size: int = 16,
+        packed: bool = False,
     ) -> None:
         AttentionInterface.register(_NAME, _reference_attention)
         AttentionMaskInterface.register(_NAME, eager_mask)
@@ -110,6 +113,13 @@ class PrunedReference:
             self.cache = prefilled(self.model, prefix_ids, rows)
         finally:
             _ACTIVE.pop()
+        if packed:
+            # From the model's own arithmetic, as what is stored: the last bit of a number may decide about its step.
+            stored = prefilled(model, prefix_ids, rows)
+            for layer in self.layers:
+                states = self.cache.layers[layer]
+                states.keys = keys_in_8_bits(stored.layers[layer].keys)
+                states.values = values_in_4_bits(stored.layers[layer].values)
         self.choose = visible is None
         self.visible = dict(visible or {})
 
@@ -224,6 +234,29 @@ def _reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _ACTIVE[-1]._attend(module, query, key, value, attention_mask, scaling)
+
+
+def keys_in_8_bits(keys: torch.Tensor) -> torch.Tensor:
+    """`[rows, heads, tokens, d]`: each channel of each head in 127 steps up and down, over all tokens."""
+    out = torch.empty_like(keys)
+    for row, head, channel in itertools.product(range(keys.shape[0]), range(keys.shape[1]), range(keys.shape[3])):
+        column = keys[row, head, :, channel]
+        step = max(abs(column.min()), abs(column.max())) / 127
+        out[row, head, :, channel] = torch.tensor([round(float(number / step)) for number in column]) * step
+    return out
+
+
+def values_in_4_bits(values: torch.Tensor) -> torch.Tensor:
+    """`[rows, heads, tokens, d]`, `d <= 64`: each token of each head in 16 steps, lowest and step in bfloat16."""
+    assert values.shape[3] <= 64
+    out = torch.empty_like(values)
+    for row, head, token in itertools.product(*map(range, values.shape[:3])):
+        numbers = values[row, head, token]
+        lowest = numbers.min().bfloat16().float()
+        step = ((numbers.max() - lowest) / 15).bfloat16().float()
+        codes = torch.tensor([min(15, max(0, round(float((number - lowest) / step)))) for number in numbers])
+        out[row, head, token] = lowest + codes * step
+    return out
 
 
 def visible_tokens(selected_chunks: torch.Tensor, prefix_tokens: int, chunk_size: int = 16) -> torch.Tensor:

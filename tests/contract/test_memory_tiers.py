@@ -131,8 +131,8 @@ def test_an_answer_that_is_partly_in_memory_is_the_cold_one_bit_for_bit(tiny_mod
     for warming in (None, token_ids(6, seed=905), token_ids(6, seed=906)):
         with PrefixStore(store_path) as store:
             if warming is not None:
-                ask(model, prefix, warming, store, ContiguousKVConfig(budget=0.2))
-            answers.append(ask(model, prefix, SUFFIX, store, ContiguousKVConfig(budget=budget)))
+                ask(model, prefix, warming, store, ContiguousKVConfig(budget=0.2, payload="exact"))
+            answers.append(ask(model, prefix, SUFFIX, store, ContiguousKVConfig(budget=budget, payload="exact")))
             assert answers[-1].stats.hits["disk"] > 0
     assert answers[1].stats.hits["host"] > 0
     assert all(answer.is_bit_for_bit(answers[0]) for answer in answers[1:])
@@ -174,7 +174,7 @@ def test_a_beginning_of_a_stored_prompt_uses_what_the_whole_one_read(tiny_model,
 def test_caches_over_one_prefix_share_one_copy_in_memory(tiny_model, store_path, budget):
     model, prefix = tiny_model("llama"), document(165)
     write_prefix(model, prefix, store_path)
-    settings = ContiguousKVConfig(budget=budget)
+    settings = ContiguousKVConfig(budget=budget, payload="exact")
     with PrefixStore(store_path) as store:
         caches = [ContiguousKVCache(model, prefix, store=store, config=settings) for _ in range(4)]
         held = []
@@ -373,7 +373,9 @@ def test_a_cache_that_outlives_its_segment_does_not_bring_it_back_to_memory(tiny
 
 def make_room_on_disk(store, model):
     for seed in range(3):
-        ContiguousKVCache(model, document(165, seed=940 + seed), store=store).close()
+        # (A packed prefix would be read ahead at once.)
+        config = ContiguousKVConfig(payload="exact")
+        ContiguousKVCache(model, document(165, seed=940 + seed), store=store, config=config).close()
 
 
 def take_out_of_service(store, model):

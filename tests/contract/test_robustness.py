@@ -314,6 +314,7 @@ DAMAGED = {
     "payload.2": ContiguousKVConfig(budget=1.0),
     "key_index.0": ContiguousKVConfig(budget=0.3),
     "key_scale.0": ContiguousKVConfig(budget=0.3),
+    "values4.2": ContiguousKVConfig(budget=0.3),
     "leader_keys.0": ContiguousKVConfig.paper(0.3),
 }
 

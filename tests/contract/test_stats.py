@@ -27,7 +27,7 @@ SUFFIX = token_ids(6, seed=601)
 CONFIGS = {
     "paper": lambda budget: ContiguousKVConfig.paper(budget),
     "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, period=2, subperiod=1),
-    "default": lambda budget: ContiguousKVConfig(budget=budget),
+    "default, exact payload": lambda budget: ContiguousKVConfig(budget=budget, payload="exact"),
 }
 
 
