@@ -27,7 +27,9 @@ def run(
         list[str] | None,
         typer.Option(help=f"task; {_CHOICE}. Without any, and without streams: all four of the paper, and needles"),
     ] = None,
-    system: Annotated[list[str] | None, typer.Option(help=f"system; {_CHOICE}. Default: all")] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help=f"system, or system@budget; {_CHOICE}. Default: all rivals")
+    ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="share of the prefix; may be repeated")] = None,
     stream: Annotated[list[str] | None, typer.Option(help=f"request stream; {_CHOICE}")] = None,
     requests: Annotated[int, typer.Option(help="of each task")] = 50,
@@ -44,7 +46,7 @@ def run(
     """Make requests in every system. Under `accelerate launch -m eval run ...` processes share them."""
     from .running import NotServedError, RunConfig, RunFolderError
     from .running import run as run_all
-    from .systems import SYSTEMS
+    from .systems import DEFAULT_SYSTEMS
     from .tasks import DataMissingError
 
     chosen = tuple(task or (() if stream else (*PAPER_TASKS, "needle")))
@@ -53,7 +55,7 @@ def run(
         "dtype": dtype,
         "tasks": chosen,
         "streams": tuple(stream or ()),
-        "systems": tuple(system or SYSTEMS),
+        "systems": tuple(system or DEFAULT_SYSTEMS),
         "budgets": tuple(budget or (0.05, 0.25)),
         "requests": requests,
         "timed_requests": timed_requests,

@@ -28,6 +28,8 @@ _LABELS = {
     "impress_groups": "IMPRESS (groups)",
     "contiguouskv_paper": "ContiguousKV (published)",
     "contiguouskv": "ContiguousKV (ours)",
+    "contiguouskv_resident": "ContiguousKV (ours, index in memory)",
+    "contiguouskv_exact": "ContiguousKV (ours, exact payload)",
 }
 _COLOURS = {
     "recompute": "#b3b3b3",
@@ -43,6 +45,8 @@ _COLOURS = {
     "impress_groups": "#b5532b",
     "contiguouskv_paper": "#8cc79b",
     "contiguouskv": "#1f7a45",
+    "contiguouskv_resident": "#0c4a27",
+    "contiguouskv_exact": "#5fa8a0",
 }
 _OTHER_COLOURS = ("#c2458a", "#2fa3a3", "#a3a32a", "#d96c6c", "#4b4ba8")
 _MARKERS = {
@@ -53,6 +57,7 @@ _MARKERS = {
     "impress": "X",
     "impress_groups": "^",
     "contiguouskv_paper": "h",
+    "contiguouskv_exact": "d",
 }
 # Systems that attend to the whole prefix, whatever budget others have.
 EXACT = tuple(name for name, kind in SYSTEMS.items() if kind.exact)

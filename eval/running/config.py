@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..systems import system_named
@@ -19,6 +20,25 @@ class Setting:
     system: str
     budget: float
 
+    @classmethod
+    def all_of(cls, asked: str, budgets: Sequence[float]) -> list[Setting]:
+        """The settings that `"system"` or `"system@budget"` means.
+
+        Raises:
+            ValueError: there is no such system, or it takes no budget.
+        """
+        name, at, share = asked.partition("@")
+        exact = system_named(name).exact
+        if not at:
+            return [cls(name, budget) for budget in ((1.0,) if exact else budgets)]
+        try:
+            budget = float(share)
+        except ValueError:
+            raise ValueError(f"{asked!r}: a budget such as 0.25 must follow the @") from None
+        if exact or not 0.0 < budget <= 1.0:
+            raise ValueError(f"{asked!r}: budgets are from 0 (not included) to 1, of systems that choose")
+        return [cls(name, budget)]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -29,8 +49,8 @@ class RunConfig:
         dtype: of model and KV.
         tasks: names of `eval.tasks.TASKS`.
         streams: names of `STREAMS`.
-        systems: names of `eval.systems.SYSTEMS`.
-        budgets: shares of the prefix, for systems that take one.
+        systems: names of `eval.systems.SYSTEMS`, each perhaps with a budget of its own, as `"impress@0.1"`.
+        budgets: shares of the prefix, for systems that take one and come without.
         requests: of each task.
         timed_requests: so many requests of each task are also made in systems whose answers are known beforehand (exact
             ones, and those that are only quicker than another): for their time alone.
@@ -64,7 +84,7 @@ class RunConfig:
         for name in self.tasks:
             task_named(name, self.data_dir)
         for name in self.systems:
-            system_named(name)
+            Setting.all_of(name, self.budgets)
         if unknown := set(self.streams) - set(STREAMS):
             raise ValueError(f"stream must be one of {STREAMS}, got {sorted(unknown)}")
         if self.dtype not in DTYPES:
@@ -78,9 +98,5 @@ class RunConfig:
                 raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")
 
     def settings(self) -> list[Setting]:
-        """Every system at every budget that it takes."""
-        return [
-            Setting(name, budget)
-            for name in self.systems
-            for budget in ((1.0,) if system_named(name).exact else self.budgets)
-        ]
+        """Every system at every budget that it takes, each once."""
+        return list(dict.fromkeys(one for name in self.systems for one in Setting.all_of(name, self.budgets)))

@@ -107,7 +107,7 @@ def require_served(model: Any, config: RunConfig, asked: Asked) -> None:
     if any(window is not None for window in layer_windows(lm)):
         raise NotServedError("models with sliding-window layers cannot be evaluated yet")
     if model.device.type != "cpu":
-        only = [name for name in config.systems if system_named(name).cpu_only]
+        only = list(dict.fromkeys(one.system for one in config.settings() if system_named(one.system).cpu_only))
         if only:
             raise NotServedError(
                 f"{', '.join(only)} run on the CPU only, and the model is on {model.device}: name the other systems "

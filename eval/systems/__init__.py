@@ -10,10 +10,11 @@ from .contiguouskv import ContiguousKV
 from .impress import Impress
 from .in_memory import InMemory
 from .recompute import Recompute
-from .registry import SYSTEMS, SystemKind, system_named
+from .registry import DEFAULT_SYSTEMS, SYSTEMS, SystemKind, system_named
 from .reload import Reload
 
 __all__ = [
+    "DEFAULT_SYSTEMS",
     "SYSTEMS",
     "AttentionStore",
     "AttentionStoreH2O",

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_contiguouskv import ContiguousKVCache
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
 
 from .stored import Stored
 
 
 class ContiguousKV(Stored):
-    """Requests are served as prefixes are stored: by the `config` of `Stored`."""
+    """Requests are served as prefixes are stored: by the `config` of `Stored`.
+
+    Args:
+        name, model, folder, config, store_options: see `Stored`.
+        keys_stay: whether `forget` leaves keys in memory: they are brought there before the first request, and the
+            store stays open, as in a process that serves requests. Chunks are cold all the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        folder: Path,
+        config: ContiguousKVConfig,
+        keys_stay: bool = False,
+        **store_options: Any,
+    ) -> None:
+        super().__init__(name, model, folder, config, **store_options)
+        self._keys_stay = keys_stay
+
+    def store(self, prefix_ids: torch.Tensor) -> None:
+        """See `System`."""
+        super().store(prefix_ids)
+        if self._keys_stay:
+            cache = self.cache(prefix_ids)
+            with torch.no_grad():
+                self._model(input_ids=prefix_ids[-1:][None].to(self._model.device), past_key_values=cache)
+            self.finish(cache)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
         return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config)
+
+    def forget(self) -> None:
+        """See `System`."""
+        if self._keys_stay and self._store is not None:
+            self._store.memory.drop_chunks()
+        else:
+            super().forget()
+
+    def __exit__(self, *exception: object) -> None:
+        super().forget()

@@ -33,6 +33,7 @@ class SystemKind:
         answers_as: the system that gives the same answers, and is quicker or slower: quality is measured once.
         in_streams: it differs from that one in what it keeps in memory, so only streams of requests tell them apart.
         cpu_only: whether it needs the model on the CPU.
+        only_if_named: it is a variant of another system, and left out where all are asked for.
     """
 
     make: Make
@@ -40,14 +41,16 @@ class SystemKind:
     answers_as: str | None = None
     in_streams: bool = False
     cpu_only: bool = False
+    only_if_named: bool = False
 
 
-def _chunks(name: str, config: Callable[..., ContiguousKVConfig]) -> Make:
+def _chunks(name: str, config: Callable[..., ContiguousKVConfig], keys_stay: bool = False) -> Make:
     """Ours and the published method; a segment has what both need, so they share a folder."""
 
     def make(model: Any, folder: Path, budget: float, **options: Any) -> System:
         eviction = {"eviction": "published"} if name.endswith("_paper") else {}
-        return ContiguousKV(name, model, folder / "chunks", config(budget=budget, timeline=True), **eviction | options)
+        settings = config(budget=budget, timeline=True)
+        return ContiguousKV(name, model, folder / "chunks", settings, keys_stay, **eviction | options)
 
     return make
 
@@ -85,7 +88,18 @@ SYSTEMS: dict[str, SystemKind] = {
     "impress_overlapped": SystemKind(_impress(overlap=True), answers_as="impress", cpu_only=True),
     "contiguouskv_paper": SystemKind(_chunks("contiguouskv_paper", ContiguousKVConfig.paper)),
     "contiguouskv": SystemKind(_chunks("contiguouskv", ContiguousKVConfig)),
+    "contiguouskv_resident": SystemKind(
+        _chunks("contiguouskv_resident", ContiguousKVConfig, keys_stay=True),
+        answers_as="contiguouskv",
+        only_if_named=True,
+    ),
+    "contiguouskv_exact": SystemKind(
+        _chunks("contiguouskv_exact", partial(ContiguousKVConfig, payload="exact")), only_if_named=True
+    ),
 }
+
+
+DEFAULT_SYSTEMS = tuple(name for name, kind in SYSTEMS.items() if not kind.only_if_named)
 
 
 def system_named(name: str) -> SystemKind:

@@ -132,3 +132,22 @@ def test_a_chat_that_goes_on_is_kept_once(model: Any, tmp_path: Path) -> None:
             in_memory.cache(chat[:40])
         in_memory.store(some_ids(40, 8))
         assert in_memory.cache(chat) is not in_memory.cache(some_ids(40, 8))
+
+
+def test_with_its_index_in_memory_only_chunks_are_read(model: Any, tmp_path: Path) -> None:
+    config = ContiguousKVConfig(budget=0.3)
+    answers, read = [], []
+    for name, keys_stay in (("contiguouskv", False), ("contiguouskv_resident", True)):
+        with ContiguousKV(name, model, tmp_path, config, keys_stay) as system:
+            for seed in (1, 2):
+                system.store(some_ids(200, seed))
+            for seed in (1, 2):
+                system.forget()
+                cache = system.cache(some_ids(200, seed))
+                answers.append(logits_of(model, torch.cat([some_ids(200, seed), some_ids(5, 3)]), cache, 2))
+                stats = system.finish(cache)
+                assert stats.hits["disk"] == sum(stats.hits.values()) > 0
+                read.append((stats.bytes_read > 0, stats.bytes_identified > 0))
+    assert read == [(True, True)] * 2 + [(True, False)] * 2
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[1], answers[3])

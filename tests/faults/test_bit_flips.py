@@ -18,7 +18,7 @@ from .scale import SEED, scaled
 
 SEGMENT_FLIPS, INDEX_FLIPS, LOG_FLIPS = scaled(240), scaled(160), scaled(160)
 REQUESTS = 3
-READ_BY = {"key_index": "default", "key_scale": "default", "leader_keys": "paper"}
+READ_BY = {"key_index": "indexed", "key_scale": "packed", "values4": "packed", "leader_keys": "paper"}
 """Tensors that only some requests read."""
 
 
@@ -141,7 +141,9 @@ def test_a_flipped_bit_of_a_segment(scene, tmp_path, figures):
     assert tally.quarantined > SEGMENT_FLIPS / 4
     # Each kind of byte that a segment of these models consists of.
     everything = {kind_of(region) for key in scene.keys.values() for region in regions(segment_path(scene.closed, key))}
-    assert everything == set(hit) >= {"length", "json", "payload", "token_ids", "checksums.payload", "padding"}
+    assert (
+        everything == set(hit) >= {"length", "json", "payload", "values4", "token_ids", "checksums.payload", "padding"}
+    )
 
 
 @pytest.mark.parametrize(("file", "flips"), [("index.sqlite", INDEX_FLIPS), ("index.sqlite-wal", LOG_FLIPS)])
