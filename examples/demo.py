@@ -208,7 +208,7 @@ def ask(job: Job, json_path: Path | None) -> None:
         "recompute": None,
         "exact re-prefill": ContiguousKVConfig(budget=1.0),
         "published method, 5%": ContiguousKVConfig.paper(0.05),
-        "our default, 10%": ContiguousKVConfig(budget=0.10),
+        "our default, 25%": ContiguousKVConfig(),
     }
     plan = [(name, 0, True) for name in systems]  # the first call of a kernel is slow: one request each is not counted
     plan += [(name, number, False) for number, name in interleave(list(systems), len(job.questions))]

@@ -47,7 +47,7 @@ class ContiguousKVConfig:
         ConfigError: a field is out of its range.
     """
 
-    budget: float = 0.1
+    budget: float = 0.25
     chunk_size: int = 16
     payload: str = "packed"
     selection: str = "indexed_keys"

@@ -286,12 +286,12 @@ class Lookahead:
 
     def need(self, key: int) -> None:
         """Make sure that `key` has been started, whatever the limit says (layers may run in any order)."""
-        for position, (waiting, nbytes, start) in enumerate(self._waiting):
-            if waiting == key:
-                del self._waiting[position]
-                self._open[key] = self._open.get(key, 0) + nbytes
-                start(True)
-                return
+        mine = [entry for entry in self._waiting if entry[0] == key]
+        for entry in mine:
+            self._waiting.remove(entry)
+            _, nbytes, start = entry
+            self._open[key] = self._open.get(key, 0) + nbytes
+            start(True)
 
     def used(self, key: int) -> None:
         """The bytes of `key` have been used: start what fits now."""

@@ -122,7 +122,7 @@ class PrefixRequest:
         if self.keeps_all or not self._full:
             return self.config.lookahead_bytes
         if self._reads_whole_layers:
-            return self.config.lookahead_bytes
+            return self.config.lookahead_bytes  # Nothing that a selection names is going to wait for them.
         layers_ahead = KEYS_AHEAD if self.config.period == 1 else 1
         return min(self.config.lookahead_bytes, layers_ahead * self._keys.nbytes(self._full[0]))
 

@@ -31,9 +31,9 @@ def round_keys(keys: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 
 def _between_ends(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    low, high = numbers.amin(dim, keepdim=True), numbers.amax(dim, keepdim=True)
+    # In bfloat16, as packed values have them.
     steps = 2**bits - 1
-    scale = ((high - low) / steps).clamp_min(1e-7).half().float()
-    low = low.half().float()
+    low = numbers.amin(dim, keepdim=True).bfloat16().float()
+    scale = ((numbers.amax(dim, keepdim=True) - low) / steps).bfloat16().float().clamp_min(1e-30)
     found: torch.Tensor = ((numbers - low) / scale).round().clamp(0, steps) * scale + low
     return found

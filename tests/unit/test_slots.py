@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_contiguouskv.memory.blocks import distinct
+from hf_contiguouskv.memory.blocks import among, distinct
 from hf_contiguouskv.slots import chosen
 
 numbers = st.integers(0, 30)
@@ -47,6 +47,13 @@ def test_what_is_known_to_be_selected_is_not_looked_up_again(
     assert (known[0] is None) == (unknown[0] is None) == (not tail)
     if known[0] is not None and unknown[0] is not None:
         assert known[0].tolist() == unknown[0].tolist()
+
+
+@given(some=st.lists(numbers), others=st.lists(numbers))
+def test_among_is_isin(some: list[int], others: list[int]) -> None:
+    found = among(np.array(some, dtype=np.int64), np.array(others, dtype=np.int64))
+    assert found.dtype == bool
+    assert found.tolist() == [number in others for number in some]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

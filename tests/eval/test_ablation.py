@@ -1,0 +1,154 @@
+"""Variants of selection and precision: the whole cache is the model itself, and rounding does what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import save_tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache
+from words import Words
+
+from eval.ablation.judge import VariantJudge
+from eval.ablation.rounding import round_keys, round_values
+from eval.ablation.simulated import CHUNK, Simulation
+from eval.ablation.table import as_markdown
+from eval.ablation.variants import FULL, PACKED, PUBLISHED, SETS, Variant, at
+from eval.tasks import Request
+from eval.tasks.base import encode
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
+from hf_contiguouskv.store.geometry import KVGeometry
+from hf_contiguouskv.store.packing import pack_values, unpack_values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def some_ids(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+PREFIX, SUFFIX = some_ids(200, 1), some_ids(9, 2)
+NOTHING = torch.zeros(1, 0, dtype=torch.int64)
+
+
+def test_the_full_variant_is_the_model_with_its_whole_cache(model: Any) -> None:
+    rows = torch.stack([some_ids(4, 3), some_ids(4, 4)])
+    with Simulation(model, PREFIX) as simulation:
+        found = simulation.logits(FULL, SUFFIX, rows)
+    for row, ids in zip(found, rows, strict=True):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=PREFIX[None], past_key_values=cache)
+            expected = model(input_ids=torch.cat([SUFFIX, ids])[None], past_key_values=cache).logits[0]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        (at(PACKED, 0.4), ContiguousKVConfig(budget=0.4)),
+        (Variant("exact", share=0.4), ContiguousKVConfig(budget=0.4, payload="exact")),
+        (at(PUBLISHED, 0.4), ContiguousKVConfig.paper(0.4)),
+    ],
+    ids=["packed", "exact payload", "published"],
+)
+def test_a_variant_answers_as_the_library_does(
+    model: Any, tmp_path: Path, variant: Variant, config: ContiguousKVConfig
+) -> None:
+    with Simulation(model, PREFIX) as simulation:
+        simulated = simulation.logits(variant, SUFFIX, NOTHING)[0]
+        everything = simulation.logits(FULL, SUFFIX, NOTHING)[0]
+    with (
+        PrefixStore(tmp_path) as store,
+        ContiguousKVCache(model, PREFIX, store=store, config=config) as cache,
+        torch.no_grad(),
+    ):
+        real = model(input_ids=SUFFIX[None], past_key_values=cache).logits[0]
+    scale = real.abs().max().item()
+    torch.testing.assert_close(simulated, real, rtol=0, atol=1e-3 * scale)
+    assert (everything - real).abs().max().item() > 10 * (simulated - real).abs().max().item()
+
+
+def test_the_model_is_as_it_was_afterwards(model: Any) -> None:
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="on purpose"), Simulation(model, PREFIX):
+        raise RuntimeError("on purpose")
+    assert model.config._attn_implementation == before == "sdpa"
+
+
+def test_four_bits_are_those_of_the_store() -> None:
+    g = KVGeometry(1, 2, 64, torch.float32, indexed_layers=(0,), packed_layers=(0,))
+    values = torch.randn(3, 2, CHUNK, 64, generator=torch.Generator().manual_seed(0))
+    stored = torch.empty_like(values)
+    unpack_values(pack_values(values), g, stored)
+    torch.testing.assert_close(round_values(values, 4, 64), stored, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounded_keys_are_within_half_a_step_of_their_group(bits: int) -> None:
+    keys = torch.randn(2, 150, 8, generator=torch.Generator().manual_seed(0))
+    rounded = round_keys(keys, bits, 64)
+    for first in range(0, 150, 150 if bits == 8 else 64):
+        part, near = keys[:, first : first + 150 if bits == 8 else first + 64], rounded[:, first : first + 64]
+        near = rounded if bits == 8 else near
+        spread = 2 * part.abs().amax(1) if bits == 8 else part.amax(1) - part.amin(1)
+        step = spread / (2**bits - (2 if bits == 8 else 1))
+        # The ends themselves are rounded to 8 bits.
+        assert ((part - near).abs().amax(1) <= 0.51 * step + 0.01 * part.abs().amax(1)).all()
+    assert round_keys(keys, 16, 64) is keys
+    assert round_values(keys, 16, 64) is keys
+
+
+def test_a_judge_finds_what_the_full_cache_says(model: Any) -> None:
+    tokenizer = Words()
+    suffix = encode(tokenizer, " who is it? it is")
+    with Simulation(model, PREFIX) as simulation:
+        likeliest = simulation.logits(FULL, suffix, NOTHING)[0, -1]
+        numbers = {text: int(encode(tokenizer, f" {text}")) for text in ("a", "b", "c")}
+        best = max(numbers, key=lambda text: float(likeliest[numbers[text]]))
+        for answer in numbers:
+            request = Request("t", 0, PREFIX, 0, suffix, (answer,), choices=tuple(numbers))
+            judge = VariantJudge(simulation, tokenizer, request)
+            assert judge.judge(FULL) == {"score": float(answer == best), "kl": 0.0}
+            assert judge.judge(at(PUBLISHED, 0.1))["kl"] > 0
+
+
+def test_all_variants_of_all_sets_can_be_run(model: Any) -> None:
+    with Simulation(model, PREFIX) as simulation:
+        for variants in SETS.values():
+            assert len({variant.name for variant in variants}) == len(variants)
+            for variant in variants:
+                assert simulation.logits(variant, SUFFIX, NOTHING).isfinite().all()
+
+
+def test_a_table_has_points_and_divergences_per_set(tmp_path: Path) -> None:
+    def row(name: str, variant: str, task: str, number: int, score: float, kl: float) -> str:
+        about = {"task": task, "number": number, "tokens": 9, "set": name, "variant": variant}
+        return json.dumps(about | {"score": score, "kl": kl})
+
+    lines = []
+    for number in range(2):
+        for task in ("needle", "sst2"):
+            lines.append(row("full", "full", task, number, 1.0, 0.0))
+            lines.append(row("share", "some", task, number, float(number), 0.25 if task == "needle" else 0.5))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    table = as_markdown([file])
+    assert "### share" in table
+    assert "| full, percent (requests) | 100.0 (2) | 100.0 (2) | 100.0 | | |" in table
+    assert "| some | -50.0 | -50.0 | -50.0 | 0.2500 | 0.5000 |" in table
+    with pytest.raises(ValueError, match="answered twice"):
+        as_markdown([file, file])

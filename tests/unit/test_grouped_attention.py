@@ -1,0 +1,82 @@
+"""Grouped-query attention without repeating K and V gives what it gives with K and V repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_contiguouskv import attention
+from hf_contiguouskv.attention import _grouped_sdpa
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+
+
+def states(batch: int, length: int, cached: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, length, HEADS, HEAD_DIM, generator=chance).transpose(1, 2)  # As a model has it.
+    key, value = (torch.randn(batch, KV_HEADS, cached + length, HEAD_DIM, generator=chance) for _ in range(2))
+    return query, key, value
+
+
+def by_loops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Head by head, query by query, in float64: `(b, q, heads, d)`; `seen` is bool `(b, heads or 1, q, k)`."""
+    batch, heads, length, head_dim = query.shape
+    out = torch.zeros(batch, length, heads, head_dim)
+    for row in range(batch):
+        for head in range(heads):
+            group = head // (heads // key.shape[1])
+            for place in range(length):
+                mine = seen[row, min(head, seen.shape[1] - 1), place]
+                keys, values = key[row, group, mine].double(), value[row, group, mine].double()
+                weights = (keys @ query[row, head, place].double() * 0.3).softmax(0)
+                out[row, place, head] = weights @ values
+    return out
+
+
+def causal(batch: int, length: int, cached: int, padding: int = 0) -> torch.Tensor:
+    seen = torch.ones(length, cached + length, dtype=torch.bool).tril(cached).expand(batch, 1, -1, -1).clone()
+    seen[batch - 1, :, :, :padding] = False
+    return seen
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("numbers", [False, True], ids=["bool mask", "mask of numbers"])
+def test_with_a_mask(monkeypatch: pytest.MonkeyPatch, folds: bool, batch: int, numbers: bool) -> None:
+    if not folds:
+        monkeypatch.setattr(attention, "_FOLDED_MASK", 0)
+    query, key, value = states(batch, 5, 20)
+    seen = causal(batch, 5, 20, padding=3)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if numbers else seen
+    for _ in range(2):  # The second layer gets the mask that was prepared for the first.
+        found, weights = _grouped_sdpa(query, key, value, mask, {"scaling": 0.3})
+        assert weights is None
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, by_loops(query, key, value, seen), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_its_own_for_each_head_is_not_folded() -> None:
+    query, key, value = states(2, 5, 20)
+    seen = causal(2, 5, 20).repeat(1, HEADS, 1, 1)
+    for head in range(HEADS):
+        seen[:, head, :, head] = False
+    found, _ = _grouped_sdpa(query, key, value, seen, {"scaling": 0.3})
+    torch.testing.assert_close(found, by_loops(query, key, value, seen), rtol=1e-5, atol=1e-5)
+
+
+def test_one_query_without_a_mask() -> None:
+    query, key, value = states(2, 1, 20)
+    found, _ = _grouped_sdpa(query, key, value, None, {"scaling": 0.3})
+    everything = torch.ones(2, 1, 1, 21, dtype=torch.bool)
+    torch.testing.assert_close(found, by_loops(query, key, value, everything), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prepared_mask_is_prepared_anew_for_another_dtype() -> None:
+    query, key, value = states(1, 5, 20)
+    mask: Any = causal(1, 5, 20)
+    full, _ = _grouped_sdpa(query, key, value, mask, {"scaling": 0.3})
+    half, _ = _grouped_sdpa(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, {"scaling": 0.3})
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
