@@ -140,7 +140,11 @@ def test_a_batch_beams_and_assisted_decoding_go_on_as_well(tiny_model, tmp_path)
 
 def test_pruned_requests_select_the_same_chunks_after_a_repair(tiny_model, tmp_path):
     model = tiny_model("llama", layers=10)
-    for config in (ContiguousKVConfig(budget=0.4), ContiguousKVConfig.paper(0.4)):
+    packed = 2 * 16 * (16 // 2 + 4)
+    for config, tensor, extent in (
+        (ContiguousKVConfig(budget=0.4), "values4", packed),
+        (ContiguousKVConfig.paper(0.4), "payload", 4096),
+    ):
         write_prefix(model, PREFIX, tmp_path / str(config.period))
         with PrefixStore(tmp_path / str(config.period)) as store:
             sound = ContiguousKVCache(model, PREFIX, store=store, config=config)
@@ -149,7 +153,7 @@ def test_pruned_requests_select_the_same_chunks_after_a_repair(tiny_model, tmp_p
         (file,) = (tmp_path / str(config.period)).rglob("*.safetensors")
         for layer in (1, 4, 9):
             for chunk in range(5):
-                damage(file, f"payload.{layer}", at=chunk * 4096 + 3)
+                damage(file, f"{tensor}.{layer}", at=chunk * extent + 3)
         with PrefixStore(tmp_path / str(config.period)) as store:
             cache = ContiguousKVCache(model, PREFIX, store=store, config=config)
             assert_close(forward(model, SUFFIX, cache), expected)
