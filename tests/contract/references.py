@@ -242,7 +242,7 @@ def keys_in_8_bits(keys: torch.Tensor) -> torch.Tensor:
     for row, head, channel in itertools.product(range(keys.shape[0]), range(keys.shape[1]), range(keys.shape[3])):
         column = keys[row, head, :, channel]
         step = max(abs(column.min()), abs(column.max())) / 127
-        out[row, head, :, channel] = torch.tensor([round(float(number / step)) for number in column]) * step
+        out[row, head, :, channel] = (column / step).round() * step
     return out
 
 
@@ -254,8 +254,7 @@ def values_in_4_bits(values: torch.Tensor) -> torch.Tensor:
         numbers = values[row, head, token]
         lowest = numbers.min().bfloat16().float()
         step = ((numbers.max() - lowest) / 15).bfloat16().float()
-        codes = torch.tensor([min(15, max(0, round(float((number - lowest) / step)))) for number in numbers])
-        out[row, head, token] = lowest + codes * step
+        out[row, head, token] = lowest + ((numbers - lowest) / step).round().clamp(0, 15) * step
     return out
 
 
