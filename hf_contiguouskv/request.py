@@ -11,10 +11,10 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from .config import ContiguousKVConfig
+from .counting import count_hits
 from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
 from .memory import Usage
@@ -197,7 +197,9 @@ class PrefixRequest:
         self._ahead.pump()
 
     def _read_whole(self, layer: int, device: torch.device, must: bool) -> bool:
-        self._payload.ask([layer], np.arange(self.prefix.chunks), device, speculative=True)
+        # Where memory has as much as a request uses, what it lacks is asked for by name: it may be nothing.
+        if self._payload.tables.resident(layer) < self.keep:
+            self._payload.ask([layer], np.arange(self.prefix.chunks), device, speculative=True)
         return True
 
     def _is_leader(self, layer: int) -> bool:
@@ -385,7 +387,7 @@ class PrefixRequest:
         # Without the tokens before the window and after the prefix.
         tokens = kv.flatten(2, 3)[:, None, :, skip : self.prefix.tokens - first * g.chunk_size]
         for one in batches:
-            self._count_hits(self._tail_usage, one, self.prefix.extent_bytes)
+            count_hits(self.stats, self._tail_usage, one, self.prefix.extent_bytes)
         self._tail_usage.used(self._tails.tables, layer, np.arange(first, self.prefix.chunks))
         self.stats.bytes_used += tokens.shape[3] * self.prefix.token_bytes()
         self._loaded.add(layer)
@@ -401,7 +403,7 @@ class PrefixRequest:
         exactly = sum(len(batch.chunks) for batch in batches) == len(wanted)
         for batch in batches:
             used = None if exactly else among(batch.chunks, wanted)
-            from_disk = self._count_hits(self._usage, batch, size, used)
+            from_disk = count_hits(self.stats, self._usage, batch, size, used)
             unused = (batch.from_disk - from_disk) * size
             if batch.speculative:
                 self.stats.prefetch_hits += from_disk
@@ -413,21 +415,6 @@ class PrefixRequest:
         self._usage.used(self._payload.tables, layer, wanted)
         self.stats.bytes_used += whole * size + tail * self.served.token_bytes()
         self.stats.chunks_used.append(self.keep + (1 if tail else 0))
-
-    def _count_hits(
-        self, usage: Usage, batch: Batch, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
-    ) -> int:
-        """Count the chunks of a batch that were used (all: `None`) by the tier they came from; how many from disk."""
-        count, host, disk = len(batch.chunks), batch.from_host, batch.from_disk
-        device = count - host - disk
-        if used is not None:
-            device, host, disk = (int(part.sum()) for part in np.split(used, [device, device + host]))
-        hits = self.stats.hits
-        hits["device"] += device
-        hits["host"] += host
-        hits["disk"] += disk
-        usage.loaded_bytes += batch.from_disk * extent_bytes
-        return disk
 
     def settle(self) -> None:
         """The first token is out: tell the memory tiers what was used (once per request)."""

@@ -91,6 +91,18 @@ class PrefixTables:
                 slots[part] = tier.find(table, places)
         return slots
 
+    def resident(self, layer: int) -> int:
+        """How many chunks of `layer` are in some tier."""
+        count = 0
+        for span, table in self._parts:
+            if table is not None:
+                begin = layer * table.chunks + span.offset
+                there = np.zeros(span.chunks, dtype=bool)
+                for slots in table.slots.values():
+                    there |= slots[begin : begin + span.chunks] >= 0
+                count += int(there.sum())
+        return count
+
     def importance(self, layer: int, chunks: Chunks) -> npt.NDArray[np.float64] | None:
         """What the running request has found of `chunks` in `layer`, float64 `(n,)`."""
         mass = self.mass.get(layer)

@@ -22,7 +22,7 @@ class RequestStats:
         chunks_total: chunks of the prefix (a partial last chunk counts as one).
         chunks_used: chunks that attention uses, per full-attention layer (the largest row of a batch).
         bytes_read: bytes of this prefix that came from storage, page rounding included.
-        bytes_used: bytes of K and V of the prefix that attention uses.
+        bytes_used: bytes of K and V of the prefix that attention uses; of a packed prefix, of its packed values.
         bytes_identified: bytes of keys (or of their index) read from storage to choose chunks; part of `bytes_read`.
         io_wait_s: seconds in which compute stood still, waiting for reads.
         hits: chunks served, by the tier they came from.

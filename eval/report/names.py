@@ -28,6 +28,7 @@ _LABELS = {
     "impress_groups": "IMPRESS (groups)",
     "contiguouskv_paper": "ContiguousKV (published)",
     "contiguouskv": "ContiguousKV (ours)",
+    "contiguouskv_paper_resident": "ContiguousKV (published, leader keys in memory)",
     "contiguouskv_resident": "ContiguousKV (ours, index in memory)",
     "contiguouskv_exact": "ContiguousKV (ours, exact payload)",
 }
@@ -45,6 +46,7 @@ _COLOURS = {
     "impress_groups": "#b5532b",
     "contiguouskv_paper": "#8cc79b",
     "contiguouskv": "#1f7a45",
+    "contiguouskv_paper_resident": "#c2e3c9",
     "contiguouskv_resident": "#0c4a27",
     "contiguouskv_exact": "#5fa8a0",
 }

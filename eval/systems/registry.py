@@ -48,7 +48,7 @@ def _chunks(name: str, config: Callable[..., ContiguousKVConfig], keys_stay: boo
     """Ours and the published method; a segment has what both need, so they share a folder."""
 
     def make(model: Any, folder: Path, budget: float, **options: Any) -> System:
-        eviction = {"eviction": "published"} if name.endswith("_paper") else {}
+        eviction = {"eviction": "published"} if "_paper" in name else {}
         settings = config(budget=budget, timeline=True)
         return ContiguousKV(name, model, folder / "chunks", settings, keys_stay, **eviction | options)
 
@@ -88,6 +88,11 @@ SYSTEMS: dict[str, SystemKind] = {
     "impress_overlapped": SystemKind(_impress(overlap=True), answers_as="impress", cpu_only=True),
     "contiguouskv_paper": SystemKind(_chunks("contiguouskv_paper", ContiguousKVConfig.paper)),
     "contiguouskv": SystemKind(_chunks("contiguouskv", ContiguousKVConfig)),
+    "contiguouskv_paper_resident": SystemKind(
+        _chunks("contiguouskv_paper_resident", ContiguousKVConfig.paper, keys_stay=True),
+        answers_as="contiguouskv_paper",
+        only_if_named=True,
+    ),
     "contiguouskv_resident": SystemKind(
         _chunks("contiguouskv_resident", ContiguousKVConfig, keys_stay=True),
         answers_as="contiguouskv",

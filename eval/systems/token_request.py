@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.counting import count_hits
 from hf_contiguouskv.errors import SegmentCorruptError, SegmentReadError
 from hf_contiguouskv.memory.blocks import neighbours
 from hf_contiguouskv.plan import LayerPlan
@@ -162,7 +163,7 @@ class TokenRequest(PrefixRequest):
                     else:
                         rows.index_copy_(0, torch.from_numpy(positions), batch.extents(None))
                     if not identifies:  # As in the library: hits are of what attention uses.
-                        self._count_hits(self._usage, batch, self.units.extent_bytes)
+                        count_hits(self.stats, self._usage, batch, self.units.extent_bytes)
         if identifies:
             self.stats.bytes_identified += self.stats.bytes_read - before
         return found

@@ -89,6 +89,21 @@ def test_what_is_in_memory_gives_the_same_answer_and_is_not_read_again(tiny_mode
             assert cache.stats.bytes_read > 0
 
 
+def test_what_nobody_selects_is_not_read_beside_what_is_in_memory(tiny_model, store_path, monkeypatch):
+    """Memory that holds the selected chunks only: other chunks of their layers are not read because they are near."""
+    model = tiny_model("llama")
+    write_prefix(model, PREFIX, store_path)
+    with PrefixStore(store_path) as store:
+        with monkeypatch.context() as alone:
+            alone.setattr(request, "WORTH_READING_BYTES", 0)
+            with ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
+                first = forward(model, SUFFIX, cache)
+                assert cache.stats.bytes_read > 0
+        with ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
+            assert torch.equal(forward(model, SUFFIX, cache), first)
+            assert cache.stats.bytes_read == 0
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_prefix_in_several_segments(tiny_model, store_path, rows):
     """Each segment has scales of its own, so it is compared with itself, through other ways, and with the exact one."""

@@ -37,4 +37,8 @@ def test_unknown_systems_and_budgets_of_exact_ones_are_refused() -> None:
 
 
 def test_variants_are_made_only_if_they_are_named() -> None:
-    assert set(SYSTEMS) - set(DEFAULT_SYSTEMS) == {"contiguouskv_resident", "contiguouskv_exact"}
+    assert set(SYSTEMS) - set(DEFAULT_SYSTEMS) == {
+        "contiguouskv_resident",
+        "contiguouskv_exact",
+        "contiguouskv_paper_resident",
+    }

@@ -1,0 +1,36 @@
+"""What of the chunks that came was used, and where they came from."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .memory import Usage
+from .residency import Batch
+from .stats import RequestStats
+
+
+def count_hits(
+    stats: RequestStats, usage: Usage, batch: Batch, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
+) -> int:
+    """Count the chunks of a batch that were used by the tier they came from.
+
+    Args:
+        stats: counts hits.
+        usage: counts what was loaded into memory, used or not.
+        batch: has arrived.
+        extent_bytes: of one of its chunks.
+        used: bool `(n,)`, which of them attention uses; `None`: all.
+
+    Returns:
+        how many of those used came from disk.
+    """
+    count, host, disk = len(batch.chunks), batch.from_host, batch.from_disk
+    device = count - host - disk
+    if used is not None:
+        device, host, disk = (int(part.sum()) for part in np.split(used, [device, device + host]))
+    stats.hits["device"] += device
+    stats.hits["host"] += host
+    stats.hits["disk"] += disk
+    usage.loaded_bytes += batch.from_disk * extent_bytes
+    return disk
