@@ -24,11 +24,12 @@ def place_keys(
             behind the others.
     """
     c, tail = prefix.geometry.chunk_size, prefix.tail_tokens
-    ends = [span.first_chunk + span.chunks for span in prefix.spans]
     for row, own in enumerate(selected):
-        chunks = destination[row].narrow(1, 0, len(own) * c).unflatten(1, (len(own), c))
-        begin = 0
-        for span, part, end in zip(prefix.spans, parts, np.searchsorted(own, ends).tolist(), strict=True):
+        chunks = destination[row, :, : len(own) * c].unflatten(1, (-1, c))
+        begin, ends = 0, [len(own)]
+        if len(parts) > 1:
+            ends = np.searchsorted(own, [span.first_chunk + span.chunks for span in prefix.spans]).tolist()
+        for span, part, end in zip(prefix.spans, parts, ends, strict=True):
             if end > begin:
                 _copy(part, own[begin:end] - span.first_chunk, chunks[:, begin:end])
             begin = end

@@ -35,6 +35,9 @@ from .timeline import Timeline
 KEYS_AHEAD = 3
 # Storage delivers this much in the time that one more request costs (1.7 GB/s, 10 us of processor time: measured).
 WORTH_READING_BYTES = 16 * 1024
+# Packed layers up to this size are read whole, ahead of the model: storage delivers them in less time than a layer takes
+# to compute, and asking for chunks by name costs processor time that reading does not (measured: docs/research.md).
+WHOLE_LAYER_BYTES = 2 * 2**20
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
 MAX_RECOVERIES = 20
 
@@ -136,7 +139,8 @@ class PrefixRequest:
 
         Then nothing has to wait for a selection: layers are read ahead, in one piece each.
         """
-        return self._packed and self.keep * WORTH_READING_BYTES >= self.prefix.whole_chunks * self.served.extent_bytes
+        layer_bytes = self.prefix.whole_chunks * self.served.extent_bytes
+        return self._packed and layer_bytes <= max(WHOLE_LAYER_BYTES, self.keep * WORTH_READING_BYTES)
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ def chosen(
     Returns:
         positions in `chunks` (`None`: all of them), and which of the row's chunks each is, int64 `(n,)` both.
     """
+    if selected is not None and len(chunks) > keep and _covers(chunks, selected):
+        return selected - chunks[0], np.arange(keep)  # A whole layer was read: no need to look up each of its chunks.
     places = chunks if selected is None else np.searchsorted(selected, chunks)
     used = places < keep
     if selected is not None and not selected_only:
@@ -35,6 +37,12 @@ def chosen(
         return None, places
     take = np.flatnonzero(used)
     return take, places[take]
+
+
+def _covers(chunks: Chunks, selected: Chunks) -> bool:
+    """Whether `chunks` are neighbours and everything `selected` (ascending) is among them."""
+    first, last = int(chunks[0]), int(chunks[-1])
+    return first <= int(selected[0]) and int(selected[-1]) <= last and neighbours(chunks)
 
 
 def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:

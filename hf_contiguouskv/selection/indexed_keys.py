@@ -89,27 +89,30 @@ class IndexedKeys:
         return scores_of_rows([score(inputs, row) for row in range(inputs.queries.shape[0])])
 
     def _row_on_cpu(self, inputs: SelectionInput, row: int) -> ChunkScores:
-        # A few thousand numbers per layer, a hundred layers: numpy's calls are a third as long as torch's. Chunks stay
-        # in rows, as the product leaves them; what is summed over queries and heads is summed by a product, too.
+        # A few thousand numbers per layer, a hundred layers: numpy's calls are a third as long as torch's. One row for
+        # each chunk, one column for each head and query: then maximum and sums run over whole rows, and sums with
+        # weights are products of a matrix and a vector.
         kv_heads = self.parts[0][0].shape[0]
         voting = _voting(inputs.queries[row], inputs.voters[row]).detach().float()
         queries = voting.numpy().reshape(kv_heads, -1, self._head_dim)
-        logits = [peaks_on_cpu(queries, part, inputs.scaling, self._scratch) for part in self.parts]
-        best = logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
-        best = best[:, : self.whole_chunks]
+        best = np.empty((sum(index.shape[2] for index, _ in self.parts), kv_heads, queries.shape[1]), dtype=np.float32)
+        begin = 0
+        for part in self.parts:
+            end = begin + part[0].shape[2]
+            peaks_on_cpu(queries, part, inputs.scaling, self._scratch, best[begin:end])
+            begin = end
+        best = best[: self.whole_chunks].reshape(self.whole_chunks, -1)
         if inputs.softcap is not None:
             best = squash(torch.from_numpy(best), inputs.softcap).numpy()
-        best -= best.max(axis=1, keepdims=True)
+        best -= best.max(axis=0)
         unnormalised = np.exp(best, out=best)
-        per_share = 1.0 / unnormalised.sum(axis=1, dtype=np.float32)
-        mass = _sum_of_products(unnormalised, per_share)
-        mass /= inputs.queries.shape[1]
+        per_share = 1.0 / unnormalised.sum(axis=0, dtype=np.float32)
+        mass = torch.from_numpy(unnormalised @ (per_share / np.float32(inputs.queries.shape[1])))
         if self.concentration == 1.0:
-            found = torch.from_numpy(mass)
-            return ChunkScores(found, found)
+            return ChunkScores(mass, mass)
         power = np.float32(self.concentration)
         raised = np.square(unnormalised, out=unnormalised) if power == 2.0 else unnormalised**power
-        return ChunkScores(torch.from_numpy(_sum_of_products(raised, per_share**power)), torch.from_numpy(mass))
+        return ChunkScores(torch.from_numpy(raised @ per_share**power), mass)
 
     def _row_on_device(self, inputs: SelectionInput, row: int) -> ChunkScores:
         kv_heads = self.parts[0][0].shape[0]
@@ -135,13 +138,7 @@ def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
     return queries[:, voters]
 
 
-def _sum_of_products(numbers: Floats, weights: Floats) -> Floats:
-    """`(kv_heads, chunks, n)` times `(kv_heads, n)`, summed over heads and `n`: float32 `(chunks,)`."""
-    found: Floats = np.matmul(numbers, weights[:, :, None]).sum(axis=0)[:, 0]
-    return found
-
-
-def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch) -> Floats:
+def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch, out: Floats) -> None:
     """The largest `q . k` in each chunk, by an integer product.
 
     Args:
@@ -149,9 +146,7 @@ def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch) 
         part: index and scale.
         scaling: factor on every product.
         scratch: for the products.
-
-    Returns:
-        float32 `(kv_heads, chunks, n)`.
+        out: float32 `(chunks, kv_heads, n)`, is filled.
     """
     index, scale = part
     kv_heads, c, chunks, head_dim = index.shape
@@ -167,12 +162,11 @@ def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch) 
     best = torch.empty(kv_heads, chunks, rows, dtype=torch.int32)
     keys = index.view(kv_heads, -1, head_dim).unbind(0)
     # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
-    for of_head, query, out in zip(keys, rounded.mT.unbind(0), best.unbind(0), strict=True):
+    for of_head, query, place in zip(keys, rounded.mT.unbind(0), best.unbind(0), strict=True):
         torch._int_mm(of_head, query, out=flat)
-        torch.amax(products, 0, out=out)
+        torch.amax(products, 0, out=place)
     peak *= np.float32(scaling / 127.0)
-    found: Floats = torch.mul(best, torch.from_numpy(peak).view(kv_heads, 1, rows)).numpy()
-    return found
+    np.multiply(best.numpy().transpose(1, 0, 2), peak[:, :, 0], out=out, dtype=np.float32, casting="unsafe")
 
 
 def peaks_on_device(queries: torch.Tensor, part: Part, scaling: float) -> torch.Tensor:

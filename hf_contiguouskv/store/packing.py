@@ -55,14 +55,12 @@ def unpack_values(extents: torch.Tensor, geometry: KVGeometry, out: torch.Tensor
     """
     g = geometry
     half, scales = g.head_dim // 2, g.head_dim // channels_per_scale(g.head_dim)
-    count, each = g.kv_heads * g.chunk_size * half, 2 * g.kv_heads * g.chunk_size * scales
-    shape = (-1, g.kv_heads, g.chunk_size, scales)
-    codes = extents[:, :count].unflatten(1, (g.kv_heads, g.chunk_size, half))
-    lowest, step = (
-        extents[:, start : start + each].contiguous().view(torch.bfloat16).view(shape).to(out.dtype)[..., None]
-        for start in (count, count + each)
-    )
-    out[..., :half].copy_(codes & _LARGEST_CODE)
-    out[..., half:].copy_(codes >> 4)
+    count = g.kv_heads * g.chunk_size * half
+    codes = extents[:, :count].view(-1, g.kv_heads, g.chunk_size, half)
+    pairs = extents[:, count:].contiguous().view(torch.bfloat16).view(-1, 2, g.kv_heads, g.chunk_size, scales)
+    lowest, step = pairs.to(out.dtype)[..., None].unbind(1)
+    lower, upper = out.split(half, -1)
+    lower.copy_(codes & _LARGEST_CODE)
+    upper.copy_(codes >> 4)
     # Two passes: where an operand has one number for a whole row, fused kernels on a CPU go number by number.
     out.unflatten(-1, (scales, -1)).mul_(step).add_(lowest)
