@@ -1,0 +1,192 @@
+"""`python -m eval.growth`: time to first token as the prefix grows and the number of chunks that are used does not.
+
+Time does not depend on what K and V say, so they are random numbers here, stored without computing them: prefixes of
+any length, longer than the model was made for too. Every request is cold, and all lengths and systems take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from hf_contiguouskv import ContiguousKVConfig, PrefixStore
+from hf_contiguouskv.prefill import geometry_of, persist_rows
+from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.support import require_support
+
+from .random_models import random_model
+from .running.timed import timed_request
+from .systems import System, system_named
+from .tasks import Request
+from .timing import interleave, machine, median_spread, time_to_first_token
+
+FLOOR = "floor"
+SYSTEMS = ("attentionstore_overlapped", "contiguouskv_paper", "contiguouskv_resident", "contiguouskv")
+
+
+@dataclass
+class Measured:
+    """Requests of one system on one prefix.
+
+    Attributes:
+        seconds: to the first token, of each.
+        over_floor: the same, over the floor of the same round.
+        stats: of the last one.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    over_floor: list[float] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Medians with quartiles, ready for JSON."""
+        return {
+            "seconds": median_spread(self.seconds).as_dict(),
+            "over_floor": median_spread(self.over_floor).as_dict(),
+            "stats": self.stats,
+        }
+
+
+def store_random_prefix(model: Any, ids: torch.Tensor, folder: Path) -> None:
+    """Put a prefix of random K and V, the same in every layer, where systems of `folder` look for it."""
+    support = require_support(model)
+    geometry = geometry_of(support, ContiguousKVConfig().chunk_size)
+    shape = (2, geometry.kv_heads, len(ids), geometry.head_dim)
+    keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(geometry.dtype)
+    rows = [(ids.numpy().astype(np.int64), [(keys, values, 0)] * geometry.num_layers)]
+    with PrefixStore(folder) as store:
+        persist_rows(rows, store, model_fingerprint(model), geometry)
+        if store.match(model, ids) < len(ids):
+            raise OSError(f"the prefix of {len(ids)} tokens could not be stored in {folder}")
+
+
+def run(
+    model: Any,
+    folder: Path,
+    lengths: Sequence[int],
+    kept_tokens: int,
+    suffix_tokens: int,
+    rounds: int,
+    names: Sequence[str] = SYSTEMS,
+) -> dict[str, Any]:
+    """Measure every system on prefixes of all lengths.
+
+    Args:
+        model: a causal language model.
+        folder: for the stores.
+        lengths: of the prefixes, in tokens.
+        kept_tokens: how many of them systems with a budget use, whatever the length.
+        suffix_tokens: of every request.
+        rounds: measured rounds; one more comes first and is not counted.
+        names: of the systems, see `eval.systems`.
+
+    Returns:
+        What was measured, by length and system, ready for JSON.
+    """
+    words = torch.randint(0, model.config.vocab_size, (max(lengths) + suffix_tokens,), generator=_generator())
+    suffix = words[-suffix_tokens:]
+    found: dict[tuple[int, str], Measured] = {(0, FLOOR): Measured()}
+    with ExitStack() as stack:
+        systems: dict[tuple[int, str], tuple[System, Request]] = {}
+        for length in lengths:
+            store_random_prefix(model, words[:length], folder / str(length) / "chunks")
+            for name in names:
+                make = system_named(name).make
+                system = stack.enter_context(make(model, folder / str(length), kept_tokens / length))
+                system.store(words[:length])
+                systems[length, name] = system, Request("growth", 0, words[:length], length, suffix, ())
+                found[length, name] = Measured()
+        order = interleave(list(systems), rounds + 1)
+        for number, key in tqdm(list(order), "requests", leave=False, disable=None):
+            seconds, _, _ = time_to_first_token(model, suffix[None], DynamicCache)
+            system, request = systems[key]
+            with timed_request(model, system, request) as timed:
+                pass
+            if number:
+                found[0, FLOOR].seconds.append(seconds)
+                found[0, FLOOR].over_floor.append(1.0)
+                found[key].seconds.append(timed.seconds)
+                found[key].over_floor.append(timed.seconds / seconds)
+                found[key].stats = timed.stats.as_dict()
+                if timed.cold is False:
+                    raise AssertionError(f"{key}: {timed.resident_pages} pages of its files were in the page cache")
+    return {
+        "machine": machine(),
+        "model": type(model).__name__,
+        "layers": model.config.num_hidden_layers,
+        "kept_tokens": kept_tokens,
+        "suffix_tokens": suffix_tokens,
+        "floor": found.pop((0, FLOOR)).as_dict(),
+        "rows": [{"tokens": length, "system": name} | row.as_dict() for (length, name), row in found.items()],
+    }
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    """Print the table: per system and length, time, multiples of the floor, and growth since its first length."""
+    title = f"{results['model']}: {results['kept_tokens']} tokens used, {results['suffix_tokens']}-token suffix, cold"
+    columns = ("system", "prefix", "TTFT ms", "x floor", "quartiles", "growth", "MB read", "I/O wait ms")
+    table = Table(*columns, title=title)
+    first: dict[str, float] = {}
+    for row in sorted(results["rows"], key=lambda row: (row["system"], row["tokens"])):
+        median, over = row["seconds"]["median"], row["over_floor"]
+        start = first.setdefault(row["system"], median)
+        table.add_row(
+            row["system"],
+            f"{row['tokens']:,}",
+            f"{median * 1e3:.0f}",
+            f"{over['median']:.2f}",
+            f"{over['low']:.2f} - {over['high']:.2f}",
+            f"{median / start:.2f}",
+            f"{row['stats']['bytes_read'] / 1e6:.1f}",
+            f"{row['stats']['io_wait_s'] * 1e3:.1f}",
+        )
+    console.print(table)
+    console.print(f"floor: {results['floor']['seconds']['median'] * 1e3:.0f} ms; on {results['machine']}")
+
+
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+    tokens: Annotated[str, typer.Option(help="Lengths of the prefix, with commas.")] = "8192,16384,32768,65536",
+    kept_tokens: Annotated[int, typer.Option(help="How many of them are used.")] = 416,
+    suffix_tokens: int = 32,
+    rounds: int = 7,
+    systems: Annotated[str, typer.Option(help="With commas; see python -m eval list.")] = ",".join(SYSTEMS),
+    model_name: Annotated[str | None, typer.Option("--model", help="Default: SmolLM2-135M-Instruct.")] = None,
+    random: Annotated[str | None, typer.Option(help="Instead of it a model of random weights: llama or qwen2.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="On the disk to be measured; default: the temporary one.")] = None,
+) -> None:
+    """Measure cold requests on ever longer prefixes."""
+    from .models import load_model
+
+    model = random_model(random) if random else load_model(model_name)[0]
+    lengths = [int(length) for length in tokens.split(",")]
+    place = Path(tempfile.mkdtemp(prefix="contiguouskv-growth-", dir=folder))
+    try:
+        found = run(model, place, lengths, kept_tokens, suffix_tokens, rounds, systems.split(","))
+    finally:
+        shutil.rmtree(place)
+    report(found, Console(width=110))
+    if json_path is not None:
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
