@@ -82,7 +82,10 @@ class AutomaticPrefix:
         # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
         config = replace(self._config, budget=1.0) if self._block else self._config
         tokens = min(stored.tokens, limit)
-        cache._attach(AttachedPrefix.of(stored, tokens), config)
+        prefix = AttachedPrefix.of(stored, tokens)
+        if cache._computes_again(prefix):
+            return
+        cache._attach(prefix, config)
         cache.prefix_ids = torch.from_numpy(shared[:tokens].copy())
         cut_cached(inputs, tokens)
 

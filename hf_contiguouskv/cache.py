@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from .arguments import TemporaryStore, checked_ids, configured, require_storable
 from .attention import Installation
+from .auto_budget import AutoBudget, BudgetChoice
 from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
 from .errors import InputError
@@ -51,6 +53,7 @@ class ContiguousKVCache(Cache):
         prefix_ids: int64 `(n,)`, the attached prefix, or `None`.
         config: the `ContiguousKVConfig` in force.
         store: the `PrefixStore` in use, or `None`.
+        budget_choice: what `budget="auto"` has chosen for the attached prefix and why, or `None`.
 
     Raises:
         UnsupportedModelError: the model cannot be served correctly; the message names the reason.
@@ -86,6 +89,8 @@ class ContiguousKVCache(Cache):
         self._automatic: AutomaticPrefix | None = None
         self._installation: Installation | None = None
         self._hook: ForwardHook | None = None
+        self._auto_budget: AutoBudget | None = None
+        self.budget_choice: BudgetChoice | None = None
         self._generate_begins = False
         # Tokens after the prefix, int64 (n,), for as long as there is one row and all of them were seen.
         self._suffix_ids: torch.Tensor | None = torch.zeros(0, dtype=torch.long)
@@ -97,6 +102,8 @@ class ContiguousKVCache(Cache):
             return
         self._support = require_support(lm)
         self._fingerprint = model_fingerprint(lm)
+        if self.config.budget == "auto":
+            self._auto_budget = AutoBudget(lm, self.store, self._support)
         try:
             self._install(lm)
             if ids is None:
@@ -146,6 +153,9 @@ class ContiguousKVCache(Cache):
             require_storable(lm, ids)
             prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
             stored = prefill.complete(ids, stored)
+        elif self._computes_again(AttachedPrefix.of(stored, found)) and not lm.training:
+            prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
+            stored, found = prefill.complete(ids, None, in_memory=True), 0
         self.prefix_ids = ids
         self._whole_prefix = AttachedPrefix.of(stored, len(numbers))
         self._attach(self._whole_prefix)
@@ -184,9 +194,22 @@ class ContiguousKVCache(Cache):
             if stats is not None:
                 self._stats.tokens_from_store = min(stats.tokens_from_store, prefix.tokens)
                 self._stats.tokens_prefilled = prefix.tokens - self._stats.tokens_from_store
-            self._attached = AttachedState(self._new_request(prefix, config or self.config), self._installation)
+            config = self._decided(prefix, config or self.config)
+            self._attached = AttachedState(self._new_request(prefix, config), self._installation)
         for layer in self.layers:
             layer.attach(self._attached)
+
+    def _decided(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> ContiguousKVConfig:
+        """`config` with a budget that is a number."""
+        if config.budget != "auto":
+            return config
+        assert self._auto_budget is not None
+        self.budget_choice = self._auto_budget.choose(prefix, config)
+        return replace(config, budget=self.budget_choice.budget)
+
+    def _computes_again(self, prefix: AttachedPrefix) -> bool:
+        """Whether `budget="auto"` finds that computing a stored prefix is faster than loading it."""
+        return self._auto_budget is not None and self._auto_budget.choose(prefix, self.config).recompute
 
     def _new_request(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> PrefixRequest:
         """What serves `prefix`. (The evaluation package puts other methods here.)"""

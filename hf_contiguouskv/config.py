@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConfigError
 
@@ -20,7 +20,8 @@ class ContiguousKVConfig:
 
     Args:
         budget: share of the prefix chunks that attention uses in every full-attention layer, in (0, 1].
-            1.0 uses every chunk and gives the exact answer.
+            1.0 uses every chunk and gives the exact answer. `"auto"`: the largest one whose reads hide behind compute,
+            by speeds measured here (`auto_budget`).
         chunk_size: tokens per ContiguousChunk, a power of two from 1 to 256.
         payload: what attention gets of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`:
             values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits. Always exact: where a
@@ -47,7 +48,7 @@ class ContiguousKVConfig:
         ConfigError: a field is out of its range.
     """
 
-    budget: float = 0.25
+    budget: float | Literal["auto"] = 0.25
     chunk_size: int = 16
     payload: str = "packed"
     selection: str = "indexed_keys"
@@ -63,7 +64,7 @@ class ContiguousKVConfig:
     timeline: bool = False
 
     @classmethod
-    def paper(cls, budget: float = 0.05, **overrides: Any) -> ContiguousKVConfig:
+    def paper(cls, budget: float | Literal["auto"] = 0.05, **overrides: Any) -> ContiguousKVConfig:
         """The published algorithm and nothing else (arXiv 2601.13631: c = 16, p = 8, sp = 4)."""
         published: dict[str, Any] = {
             "payload": "exact",
@@ -78,9 +79,9 @@ class ContiguousKVConfig:
         return cls(budget=budget, **(published | overrides))
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float):
-            raise ConfigError(f"budget must be a number in (0, 1], got {self.budget!r}")
-        if not (math.isfinite(self.budget) and 0.0 < self.budget <= 1.0):
+        if isinstance(self.budget, bool) or not (isinstance(self.budget, int | float) or self.budget == "auto"):
+            raise ConfigError(f"budget must be a number in (0, 1] or 'auto', got {self.budget!r}")
+        if self.budget != "auto" and not (math.isfinite(self.budget) and 0.0 < self.budget <= 1.0):
             raise ConfigError(f"budget is the share of chunks to use and must be in (0, 1], got {self.budget!r}")
         self._integer("chunk_size", 1, 256)
         if self.chunk_size & (self.chunk_size - 1):
@@ -106,7 +107,13 @@ class ContiguousKVConfig:
             raise ConfigError(f"{field} must be a whole number from {low} to {high}, got {value!r}")
 
     def chunks_kept(self, whole_chunks: int) -> int:
-        """How many of `whole_chunks` chunks the budget keeps: `ceil(whole_chunks * budget)`, at least one."""
+        """How many of `whole_chunks` chunks the budget keeps: `ceil(whole_chunks * budget)`, at least one.
+
+        Raises:
+            ConfigError: the budget is "auto"; a cache decides it for each prefix.
+        """
+        if self.budget == "auto":
+            raise ConfigError("budget is 'auto': it is decided when a prefix is attached")
         if whole_chunks == 0:
             return 0
         # Guard against 0.1 * 30 == 3.0000000000000004 becoming 4.

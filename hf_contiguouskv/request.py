@@ -19,6 +19,7 @@ from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
 from .memory import Usage
 from .memory.blocks import among
+from .needs import reads_whole_layers, served_prefix
 from .packed import place_keys
 from .plan import LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
@@ -33,11 +34,6 @@ from .timeline import Timeline
 # Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
 # once this one's are used: there is time.)
 KEYS_AHEAD = 3
-# Storage delivers this much in the time that one more request costs (1.7 GB/s, 10 us of processor time: measured).
-WORTH_READING_BYTES = 16 * 1024
-# Packed layers up to this size are read whole, ahead of the model: storage delivers them in less time than a layer takes
-# to compute, and asking for chunks by name costs processor time that reading does not (measured: docs/research.md).
-WHOLE_LAYER_BYTES = 2 * 2**20
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
 MAX_RECOVERIES = 20
 
@@ -94,7 +90,7 @@ class PrefixRequest:
         if store.memory.behind:
             store.reader.run(store.memory.catch_up)  # Requests before this one were dropped without `close`.
         # The prefix in the form in which full-attention layers get it; windows see exact K and V.
-        self.served = self._served()
+        self.served = served_prefix(self.prefix, self.config, self.plan)
         self._payload = PayloadReads(self.served, store.reader, store.memory, stats, verify, self.timeline)
         self._tails = self._payload
         if self.served.form != self.prefix.form and len(self._full) < len(self.plan.windows):
@@ -102,12 +98,6 @@ class PrefixRequest:
         self._keys = KeySource(self.served, self.config, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
         self._reading = False
-
-    def _served(self) -> AttachedPrefix:
-        config = self.config
-        wanted = config.payload == "packed" and config.selection == "indexed_keys" and not self.keeps_all
-        packs = wanted and bool(self._full) and self.prefix.packable.issuperset(self._full)
-        return self.prefix.packed() if packs else self.prefix
 
     @property
     def keeps_all(self) -> bool:
@@ -135,12 +125,7 @@ class PrefixRequest:
 
     @property
     def _reads_whole_layers(self) -> bool:
-        """Whether selected chunks are so near to each other that reading what lies between them costs no time.
-
-        Then nothing has to wait for a selection: layers are read ahead, in one piece each.
-        """
-        layer_bytes = self.prefix.whole_chunks * self.served.extent_bytes
-        return self._packed and layer_bytes <= max(WHOLE_LAYER_BYTES, self.keep * WORTH_READING_BYTES)
+        return reads_whole_layers(self.served, self.keep)
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class TokenRequest(PrefixRequest):
         self.units = units
         self.nodes = nodes
         self.layout = nodes.layout
+        assert config.budget != "auto"
         self.kept = tokens_kept(prefix.tokens, config.budget)
         self._layers_ahead = ahead
         self._asked: set[int] = set()

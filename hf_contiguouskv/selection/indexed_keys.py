@@ -95,13 +95,14 @@ class IndexedKeys:
         kv_heads = self.parts[0][0].shape[0]
         voting = _voting(inputs.queries[row], inputs.voters[row]).detach().float()
         queries = voting.numpy().reshape(kv_heads, -1, self._head_dim)
-        best = np.empty((sum(index.shape[2] for index, _ in self.parts), kv_heads, queries.shape[1]), dtype=np.float32)
+        chunks = sum(index.shape[2] for index, _ in self.parts)
+        peaks = np.empty((chunks, kv_heads, queries.shape[1]), dtype=np.float32)
         begin = 0
         for part in self.parts:
             end = begin + part[0].shape[2]
-            peaks_on_cpu(queries, part, inputs.scaling, self._scratch, best[begin:end])
+            peaks_on_cpu(queries, part, inputs.scaling, self._scratch, peaks[begin:end])
             begin = end
-        best = best[: self.whole_chunks].reshape(self.whole_chunks, -1)
+        best = peaks[: self.whole_chunks].reshape(self.whole_chunks, -1)
         if inputs.softcap is not None:
             best = squash(torch.from_numpy(best), inputs.softcap).numpy()
         best -= best.max(axis=0)

@@ -15,8 +15,8 @@ from ..errors import InputError
 PAGE = 4096
 MAX_PART = 2**20
 BOUNCE_BYTES = MAX_PART + 2 * PAGE
-# From this size on huge pages are asked for. A mapping need not be as large as one: Linux joins neighbouring mappings, so
-# the key indexes of a cold prefix take a fiftieth of the page faults (8 instead of 20 ms for 47 MB).
+# From this size on huge pages are asked for. A mapping need not be as large as one: Linux joins neighbours, so the
+# key indexes of a cold prefix take a fiftieth of the page faults (8 instead of 20 ms for 47 MB).
 _HUGE = 2**18
 
 _of_thread = threading.local()

@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig, prefill, request
+from hf_contiguouskv import ContiguousKVConfig, needs, prefill
 
 from .models import full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, forward, visible_tokens
@@ -29,6 +29,12 @@ def rounded_reference(model, cache, prefix: torch.Tensor = PREFIX) -> PrunedRefe
     layers = full_attention_layers(model)
     visible = {layer: visible_tokens(cache.selected_chunks(layer), prefix.shape[1]) for layer in layers}
     return PrunedReference(model, prefix, visible=visible, packed=True)
+
+
+def chunks_alone(patch: pytest.MonkeyPatch) -> None:
+    """No layer is read as a whole from now on."""
+    patch.setattr(needs, "WORTH_READING_BYTES", 0)
+    patch.setattr(needs, "WHOLE_LAYER_BYTES", 0)
 
 
 def assert_as_rounded(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -50,7 +56,7 @@ def test_chunks_read_alone_are_those_of_whole_layers(tiny_model, store_path, fam
         whole = forward(model, SUFFIX, cache)
         assert cache.stats.prefetch_hits > 0
         assert cache.stats.prefetch_wasted_bytes > 0
-    monkeypatch.setattr(request, "WORTH_READING_BYTES", 0)
+    chunks_alone(monkeypatch)
     with prefix_from_disk(model, PREFIX, store_path, config=PACKED) as cache:
         assert torch.equal(forward(model, SUFFIX, cache), whole)
         assert cache.stats.prefetch_hits == cache.stats.prefetch_wasted_bytes == 0
@@ -60,7 +66,7 @@ def test_chunks_read_alone_are_those_of_whole_layers(tiny_model, store_path, fam
 @pytest.mark.parametrize("period", [2, 3])
 def test_layers_that_share_a_selection_have_their_own_keys(tiny_model, store_path, period, whole, monkeypatch):
     if not whole:
-        monkeypatch.setattr(request, "WORTH_READING_BYTES", 0)
+        chunks_alone(monkeypatch)
     model = tiny_model("llama", layers=5)
     config = dataclasses.replace(PACKED, period=period, subperiod=period - 1)
     with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
@@ -95,7 +101,7 @@ def test_what_nobody_selects_is_not_read_beside_what_is_in_memory(tiny_model, st
     write_prefix(model, PREFIX, store_path)
     with PrefixStore(store_path) as store:
         with monkeypatch.context() as alone:
-            alone.setattr(request, "WORTH_READING_BYTES", 0)
+            chunks_alone(alone)
             with ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
                 first = forward(model, SUFFIX, cache)
                 assert cache.stats.bytes_read > 0

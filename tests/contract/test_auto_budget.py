@@ -1,0 +1,192 @@
+"""`budget="auto"`: what is decided from which speeds, and that a cache does what was decided."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_contiguouskv import ContiguousKVConfig, auto_budget, speeds
+from hf_contiguouskv.auto_budget import BUDGETS, choose_budget, recompute_seconds
+from hf_contiguouskv.errors import ConfigError, SegmentReadError
+from hf_contiguouskv.needs import bytes_to_read
+from hf_contiguouskv.speeds import ComputeSpeeds
+
+from .models import token_ids
+from .references import assert_close, forward
+from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
+
+pytestmark = pytest.mark.needs_library
+
+PREFIX = token_ids(165, seed=711)
+SUFFIX = token_ids(9, seed=712)
+AUTO = ContiguousKVConfig(budget="auto")
+SPEEDS = ComputeSpeeds(forward_s=0.01, used_s=1e-5, considered_s=1e-6)
+
+
+@pytest.fixture
+def prefix(tiny_model, store_path):
+    """An attached prefix and the plan of its model, to decide about."""
+    with prefix_from_disk(tiny_model("llama"), PREFIX, store_path) as cache:
+        yield cache._attached.request.prefix, cache._support.plan
+
+
+def set_speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
+    monkeypatch.setattr(auto_budget, "read_speed", lambda store, prefix: bytes_per_s)
+    monkeypatch.setattr(auto_budget, "compute_speeds", lambda model, support: SPEEDS)
+
+
+def test_the_largest_budget_whose_reads_hide_is_chosen(prefix):
+    found = {}
+    for bytes_per_s in (1e9, 3e6, 2e6, 1e6, 1e3):
+        choice = choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, bytes_per_s, None)
+        found[bytes_per_s] = choice.budget
+        hidden = choice.read_s <= choice.compute_s
+        assert hidden or choice.budget == BUDGETS[-1]
+        larger = [budget for budget in BUDGETS if budget > choice.budget]
+        for budget in larger:
+            config = replace(AUTO, budget=budget)
+            selects = config.chunks_kept(10) < 10
+            used = config.chunks_kept(10) * 16 + 5
+            compute = SPEEDS.forward_s + used * SPEEDS.used_s + (165 * SPEEDS.considered_s if selects else 0)
+            assert bytes_to_read(prefix[0], config, prefix[1]) / bytes_per_s > compute
+        assert f"budget {choice.budget:g}" in choice.reason
+        assert not choice.recompute
+    assert found[1e9] == 1.0
+    assert found[1e3] == BUDGETS[-1]
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_a_slower_disk_never_means_a_larger_budget(prefix):
+    chosen = [choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 10**power, None).budget for power in range(10, 2, -1)]
+    assert chosen == sorted(chosen, reverse=True)
+    assert len(set(chosen)) > 2
+
+
+@pytest.mark.parametrize(("recompute_s", "again"), [(0.5, True), (50.0, False), (None, False)])
+def test_computing_again_is_chosen_where_it_is_faster_than_the_smallest_reads(prefix, recompute_s, again):
+    """At 10 KB/s the smallest budget takes seconds to read."""
+    choice = choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 1e4, recompute_s)
+    assert choice.read_s > 1
+    assert choice.recompute is again
+    assert choice.budget == (1.0 if again else BUDGETS[-1])
+    assert ("computed again in 500 ms" in choice.reason) is again
+
+
+def test_what_hides_is_loaded_however_fast_it_could_be_computed(prefix):
+    assert not choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 1e9, 1e-9).recompute
+
+
+@pytest.mark.parametrize("budget", [0.3, 1.0])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "config",
+    [ContiguousKVConfig(), ContiguousKVConfig(payload="exact"), ContiguousKVConfig.paper(period=2, subperiod=2)],
+    ids=["default", "exact", "published"],
+)
+def test_bytes_are_foreseen(tiny_model, store_path, family, config, budget):
+    """About: chunks and indexes of a few hundred bytes are read in whole pages."""
+    config, ids = replace(config, budget=budget), token_ids(960, seed=713)
+    with prefix_from_disk(tiny_model(family), ids, store_path, config=config) as cache:
+        forward(cache._living_model(), SUFFIX, cache)
+        request = cache._attached.request
+        foreseen = bytes_to_read(request.prefix, config, request.plan)
+        assert foreseen == pytest.approx(cache.stats.bytes_read, rel=0.35)
+
+
+def test_a_cache_says_what_it_has_chosen_and_why(tiny_model, store_path, monkeypatch, capsys):
+    set_speeds(monkeypatch, 2e6)
+    model = tiny_model("llama")
+    with prefix_from_disk(model, PREFIX, store_path, budget="auto") as cache:
+        choice = cache.budget_choice
+        assert choice is not None
+        assert 0 < choice.budget < 1
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("contiguouskv: ")]
+        assert len(said) == 1
+        assert str(choice) in said[0]
+        answer = forward(model, SUFFIX, cache)
+        cache.reset()
+        assert torch.equal(forward(model, SUFFIX, cache), answer)
+        twin = copy.deepcopy(cache)
+        assert twin.budget_choice == choice
+        # The next request's cache has nothing new to say.
+        ContiguousKVCache(model, PREFIX, store=cache.store, budget="auto").close()
+        assert not capsys.readouterr().err
+    with prefix_from_disk(model, PREFIX, store_path, budget=choice.budget) as cache:
+        assert torch.equal(forward(model, SUFFIX, cache), answer)
+        assert cache.budget_choice is None
+
+
+def test_a_prefix_that_is_computed_again_is_exact_and_not_read(tiny_model, store_path, monkeypatch):
+    model = tiny_model("llama")
+    with prefix_from_disk(model, PREFIX, store_path, budget=1.0) as cache:
+        exact = forward(model, SUFFIX, cache)
+    set_speeds(monkeypatch, 1.0)
+    monkeypatch.setattr(auto_budget, "recompute_seconds", lambda prefix: 0.1)
+    with PrefixStore(store_path) as store:
+        with ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
+            assert cache.budget_choice.recompute
+            assert_close(forward(model, SUFFIX, cache), exact)
+            assert (cache.stats.tokens_prefilled, cache.stats.tokens_from_store) == (165, 0)
+            cache.reset()
+            assert_close(forward(model, SUFFIX, cache), exact)
+        assert store.stats.segments == 1
+        # In automatic mode the model computes the whole prompt, as if nothing were stored.
+        with ContiguousKVCache(model, store=store, budget="auto") as cache:
+            assert_close(forward(model, torch.cat([PREFIX, SUFFIX], dim=1), cache)[:, -1:], exact[:, -1:])
+            assert cache.stats.tokens_from_store == 0
+            assert cache.stats.bytes_read == 0
+
+
+def test_automatic_mode_attaches_with_the_budget_that_was_chosen(tiny_model, store_path, monkeypatch):
+    set_speeds(monkeypatch, 2e6)
+    model, prompt = tiny_model("llama"), torch.cat([PREFIX, SUFFIX], dim=1)
+    write_prefix(model, PREFIX, store_path)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, store=store, budget="auto") as cache:
+        assert cache.budget_choice is None
+        model.generate(prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        assert cache.budget_choice is not None
+        assert cache.stats.tokens_from_store >= 160
+        keep = ContiguousKVConfig(budget=cache.budget_choice.budget).chunks_kept(10)
+        assert keep < 10
+        assert cache.selected_chunks(0).shape == (1, keep)
+
+
+def test_speeds_are_measured_once_and_make_sense(tiny_model, store_path):
+    model = tiny_model("qwen2", layers=3)
+    with prefix_from_disk(model, PREFIX, store_path, budget="auto") as cache:
+        found = speeds.compute_speeds(model, cache._support)
+        assert found is speeds.compute_speeds(model, cache._support)
+        assert found.forward_s > 0
+        assert found.used_s > 0
+        assert found.considered_s > 0
+        prefix = cache._attached.request.prefix
+        assert speeds.read_speed(cache.store, prefix) == speeds.read_speed(cache.store, prefix) > 0
+        seconds = recompute_seconds(prefix)
+        assert seconds is None or seconds > 0
+        assert cache.budget_choice.budget in BUDGETS
+
+
+def test_a_store_that_cannot_be_read_does_not_stop_the_choice(tiny_model, store_path, monkeypatch):
+    model = tiny_model("llama")
+    write_prefix(model, PREFIX, store_path)
+    with PrefixStore(store_path) as store:
+
+        def fails(store, prefix):
+            raise SegmentReadError("the disk is gone", None, 5)
+
+        monkeypatch.setattr(auto_budget, "read_speed", fails)
+        with ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
+            assert cache.budget_choice.budget == ContiguousKVConfig().budget
+            assert "the disk is gone" in str(cache.budget_choice)
+            forward(model, SUFFIX, cache)
+
+
+def test_auto_is_the_only_word():
+    with pytest.raises(ConfigError, match="'fast'"):
+        ContiguousKVConfig(budget="fast")
+    with pytest.raises(ConfigError, match="decided when a prefix is attached"):
+        AUTO.chunks_kept(10)
+    assert ContiguousKVConfig.paper(budget="auto").budget == "auto"
