@@ -80,12 +80,16 @@ def run(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     out: Annotated[Path, typer.Option(help="where report.md, report.html and pictures go")] = Path("report"),
+    untimed: Annotated[
+        list[Path] | None,
+        typer.Option(help="one more run, made while the machine did other work: only its answers count"),
+    ] = None,
 ) -> None:
     """Turn one or several runs into Markdown, HTML and pictures."""
     from .report import RunError, write_report
 
     try:
-        written = write_report(runs, out)
+        written = write_report(runs, out, untimed or ())
     except RunError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print("\n".join(str(path) for path in written))

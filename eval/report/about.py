@@ -30,6 +30,11 @@ def warnings(results: Results) -> list[str]:
                 "within each run before they are averaged."
             )
     found += [
+        f"{_name(run.folder)} was made while the machine did other work: its times and bytes are left out."
+        for run in results.runs
+        if run.untimed
+    ]
+    found += [
         f"A crash cut off the last row of {_name(run.folder)}; that row is left out."
         for run in results.runs
         if run.torn

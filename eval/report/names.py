@@ -65,6 +65,13 @@ _MARKERS = {
 EXACT = tuple(name for name, kind in SYSTEMS.items() if kind.exact)
 
 
+def answering(setting: Setting) -> Setting:
+    """Whose answers are those of a system: mostly its own, see `SystemKind.answers_as`."""
+    system, budget = setting
+    known = SYSTEMS.get(system)
+    return (known.answers_as if known is not None and known.answers_as else system), budget
+
+
 def label(system: str) -> str:
     """A system's name for readers; its own where we know no better."""
     return _LABELS.get(system, system)

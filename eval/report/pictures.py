@@ -12,7 +12,7 @@ import numpy as np
 from ..statistics import Interval
 from . import measures, paper
 from .cells import share
-from .names import IN_MEMORY, OURS, Setting, colour, label, marker
+from .names import IN_MEMORY, OURS, Setting, answering, colour, label, marker
 from .rows import Results, Table
 
 matplotlib.use("Agg")
@@ -181,45 +181,59 @@ def phases(results: Results, path: Path) -> bool:
 
 
 def frontier(results: Results, path: Path) -> bool:
-    """Score and KL against the observed share of bytes read, one line per system through its budgets."""
+    """Score and KL against the observed share of bytes read, and against time; one line per system through its budgets.
+
+    A system that only differs in time from another one is judged by the answers of that one.
+    """
     timed, judged = results.timed, results.judged
     reference = measures.setting_of(judged, IN_MEMORY)
-    shares = {}
+    shares: dict[Setting, float] = {}
+    times: dict[Setting, float] = {}
+    in_memory = measures.setting_of(timed, IN_MEMORY)
     for setting in measures.settings(timed):
         volume = measures.volume(timed, setting)
         if volume is not None and np.isfinite(volume.share):
             shares[setting] = volume.share
+        ratio = measures.ratio(timed, setting, in_memory) if in_memory else None
+        if ratio is not None and setting in shares:
+            times[setting] = ratio[0]
 
     def lost(setting: Setting) -> Interval | None:
-        found = measures.difference(judged, setting, reference) if reference else None
+        found = measures.difference(judged, answering(setting), reference) if reference else None
         return None if found is None else (found[0] * 100, found[1] * 100, found[2] * 100)
 
     panels: list[tuple[Callable[[Setting], Interval | None], str]] = [
         (lost, "score, points from in memory"),
-        (lambda setting: measures.mean_of(judged, setting, "kl"), "KL from in memory, nats"),
+        (lambda setting: measures.mean_of(judged, answering(setting), "kl"), "KL from in memory, nats"),
     ]
     found = [{setting: one for setting in shares if (one := figure_of(setting))} for figure_of, _ in panels]
     shown = [(points, text) for points, (_, text) in zip(found, panels, strict=True) if points]
     if not shown:
         return False
+    across = [(shares, "bytes read, share of the prefix's", 100, "%")]
+    across += [(times, "time to the first token, over in memory", 1, "x")] if times else []
     figure, axes = pyplot.subplots(
-        1, len(shown), figsize=(5.6 * len(shown), 4.9), squeeze=False, constrained_layout=True
+        len(across), len(shown), figsize=(5.6 * len(shown), 4.7 * len(across)), squeeze=False, constrained_layout=True
     )
-    for axis, (points, text) in zip(axes[0], shown, strict=True):
-        _frontier_panel(axis, points, shares)
-        axis.set_ylabel(text)
-    axes[0][0].axhline(0, color=colour(IN_MEMORY, []), linestyle="--", linewidth=1, zorder=0)
+    for row, (places, below, scale, unit) in zip(axes, across, strict=True):
+        for axis, (points, text) in zip(row, shown, strict=True):
+            _frontier_panel(axis, {setting: one for setting, one in points.items() if setting in places}, places)
+            _plain(axis.xaxis, scale, unit)
+            axis.set_xlabel(below)
+            axis.set_ylabel(text)
+        row[0].axhline(0, color=colour(IN_MEMORY, []), linestyle="--", linewidth=1, zorder=0)
     handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     _save(figure, path)
     return True
 
 
-def _frontier_panel(axis: Any, points: dict[Setting, Interval], shares: dict[Setting, float]) -> None:
-    systems = [system for system, _ in shares]
+def _frontier_panel(axis: Any, points: dict[Setting, Interval], places: dict[Setting, float]) -> None:
+    """Figures with their intervals, at `places` along a logarithmic axis."""
+    systems = [system for system, _ in places]
     for system in dict.fromkeys(name for name, _ in points):
         line = [
-            (shares[setting], budget_of, points[setting]) for setting in points if (budget_of := setting)[0] == system
+            (places[setting], budget_of, points[setting]) for setting in points if (budget_of := setting)[0] == system
         ]
         line.sort(key=lambda point: point[0])
         x = [place for place, _, _ in line]
@@ -242,12 +256,12 @@ def _frontier_panel(axis: Any, points: dict[Setting, Interval], shares: dict[Set
         )
     positive = [value for value, _, _ in points.values() if value > 0]
     axis.set_xscale("log")
-    low, high = min(shares.values()), max(shares.values())
-    ticks = [tick for p in range(-4, 2) for t in (1, 2, 5) if low / 1.3 <= (tick := t * 10.0**p) <= high * 1.3]
+    low, high = min(places.values()), max(places.values())
+    steps = (1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    ticks = [tick for p in range(-4, 2) for t in steps if low / 1.3 <= (tick := t * 10.0**p) <= high * 1.3]
     axis.set_xlim(low / 1.3, high * 1.3)
     axis.set_xticks(ticks)
     axis.xaxis.set_minor_locator(NullLocator())
-    _plain(axis.xaxis, 100, "%")
     # Distances span orders of magnitude down to nothing at all; differences of scores have both signs.
     if all(value >= 0 for value, _, _ in points.values()) and positive and max(positive) > 30 * min(positive):
         smallest, largest = (
@@ -261,7 +275,6 @@ def _frontier_panel(axis: Any, points: dict[Setting, Interval], shares: dict[Set
         )
         axis.yaxis.set_minor_locator(NullLocator())
         _plain(axis.yaxis)
-    axis.set_xlabel("bytes read, share of the prefix's")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -39,12 +39,14 @@ class Run:
         config: how it was made.
         machine: on what.
         torn: whether its last row was cut off by a crash; that row is not in the table.
+        untimed: whether only its answers count.
     """
 
     folder: Path
     config: dict[str, Any]
     machine: dict[str, Any]
     torn: bool
+    untimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,30 @@ class Results:
         return rows[(rows["stream"] != "") & (rows["cold"] != "warm") & rows["ttft_s"].notna()]
 
 
-def load(folders: Sequence[Path]) -> Results:
+def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
     """Read runs.
 
     Args:
         folders: each with `config.json`, `machine.json` and `rows.jsonl`.
+        untimed: more of them, made while the machine did other work: only their answers count.
 
     Raises:
         RunError: a file is missing or broken, or no run has a row.
     """
     runs, flat = [], []
-    for number, folder in enumerate(folders):
+    for number, folder in enumerate([*folders, *untimed]):
         config, machine = _document(folder / "config.json"), _document(folder / "machine.json")
         rows, torn = read_rows(folder / "rows.jsonl")
-        runs.append(Run(folder, config, machine, torn))
+        runs.append(Run(folder, config, machine, torn, folder in untimed))
         # Runs of the same model, source and seed ask the same questions, if these were made from the same data.
         identity = json.dumps([config.get(name) for name in ("model", "source", "seed", "questions")], sort_keys=True)
+        if folder in untimed:
+            rows = [row | {"ttft_s": None, "stats": None, "phases": None} for row in rows]
         flat += [_flat(row) | {"run": number, "identity": identity} for row in rows]
     if not flat:
-        raise RunError(f"no row in {', '.join(map(str, folders)) or 'no run'}: let a run finish one request at least")
+        raise RunError(
+            f"no row in {', '.join(map(str, [*folders, *untimed])) or 'no run'}: let a run finish one request at least"
+        )
     table = pandas.DataFrame(flat)
     for name in (*_PLAIN, *_STATS, "memory_hits", "all_hits", "budget"):
         table[name] = pandas.to_numeric(table[name]).astype("float64")

@@ -47,13 +47,14 @@ _QUALITY = (
 _NONE = "No row says."
 
 
-def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
+def write_report(runs: Sequence[Path], out: Path, untimed: Sequence[Path] = ()) -> list[Path]:
     """Write `report.md`, `report.html` (one file, pictures inside) and the pictures, of one or several runs.
 
     Args:
         runs: run folders (`config.json`, `machine.json`, `rows.jsonl`). Their rows are put together; requests are
             compared within their run.
         out: folder of the report; made if it does not exist.
+        untimed: more runs, made while the machine did other work: only their answers count.
 
     Returns:
         Paths of all that was written; the Markdown file first.
@@ -61,7 +62,7 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         RunError: a run cannot be read.
     """
-    results = load(runs)
+    results = load(runs, untimed)
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
 
@@ -115,13 +116,14 @@ def _parts(results: Results, picture: Callable[[str, str, Callable[[Path], bool]
     else:
         parts.append(_NONE)
 
-    frontier = picture("frontier", "Quality against bytes read", lambda path: pictures.frontier(results, path))
+    frontier = picture("frontier", "Quality against bytes read and time", lambda path: pictures.frontier(results, path))
     note = (
         "Points of a line are a system's budgets. Bytes are those observed on cold requests, page rounding included; "
-        "the dashed line is in memory, which reads nothing. Bars are 95% intervals. Where the KL axis is logarithmic, "
-        "it is linear below its smallest figure."
+        "times are ratios to in memory, the dashed line, which reads nothing. A system that differs from another one "
+        "in time alone is shown with the answers of that one. Bars are 95% intervals. Where the KL axis is "
+        "logarithmic, it is linear below its smallest figure."
     )
-    parts += ["## Quality for bytes", *((note, frontier) if frontier else (_NONE,))]
+    parts += ["## Quality for bytes and time", *((note, frontier) if frontier else (_NONE,))]
 
     parts.append("## Where the time goes")
     bars = picture("phases", "Mean time of each phase", lambda path: pictures.phases(results, path))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eval.report import RunError, measures, paper, write_report
+from eval.report import RunError, measures, paper, pictures, write_report
 from eval.report.names import colour, ordered
 from eval.report.rows import Results, load
 
@@ -374,7 +374,7 @@ def test_a_report_is_complete_and_its_page_needs_no_other_file(tmp_path: Path) -
         "What was run",
         "Time to the first token",
         "Quality",
-        "Quality for bytes",
+        "Quality for bytes and time",
         "Where the time goes",
         "Bytes read",
         "Streams",
@@ -427,6 +427,42 @@ def test_partial_runs_have_reports(tmp_path: Path, rows: list[dict[str, Any]]) -
     assert "nan" not in text.lower()
     assert "None" not in text
     assert "## Beside the paper" in text
+
+
+def test_of_an_untimed_run_only_answers_count(tmp_path: Path) -> None:
+    """Two runs: one says how fast, the other, made on a busy machine, how good."""
+    quick = run_folder(tmp_path / "quick", [row(n, one, 0.2, score=1.0) for n in range(3) for one in (OURS, MEMORY)])
+    busy = [row(n, one, 9.0, score=0.0, kl=0.5) for n in range(3, 9) for one in (OURS, MEMORY)]
+    found = load([quick], [run_folder(tmp_path / "busy", busy)])
+    assert measures.spread(found.timed, OURS).median == pytest.approx(0.2)
+    assert len(found.timed) == 6
+    assert measures.mean_of(found.judged, OURS, "score")[0] == pytest.approx(3 / 9)
+    write_report([quick], tmp_path / "out", [tmp_path / "busy"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "> busy was made while the machine did other work" in text
+    assert "9,000" not in section(text, "Time to the first token")
+
+
+def test_the_frontier_has_what_differs_in_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that answers as another one has no score of its own, and stands at the height of that one."""
+    resident = ("contiguouskv_resident", 0.05)
+    read = {"bytes_read": 4, "bytes_used": 2}
+    rows = [row(n, one, seconds, stats=read) for n in range(3) for one, seconds in ((OURS, 0.3), (MEMORY, 0.1))]
+    rows += [row(n, resident, 0.2, stats=read, score=None, kl=None, agreement=None, perplexity=None) for n in range(3)]
+    shown = []
+    draw = pictures._frontier_panel
+    monkeypatch.setattr(
+        pictures,
+        "_frontier_panel",
+        lambda axis, points, places: shown.append((points, places)) or draw(axis, points, places),
+    )
+    assert pictures.frontier(results(tmp_path, rows), tmp_path / "frontier.png")
+    assert len(shown) == 4
+    for points, places in shown:
+        assert points[resident] == points[OURS]
+        assert places is shown[0][1] or places is shown[2][1]
+    assert shown[2][1][resident] == pytest.approx(2.0)
+    assert shown[2][1][OURS] == pytest.approx(3.0)
 
 
 def test_a_picture_of_an_earlier_report_does_not_stay(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Time by prefix length: random prefixes are really stored and read cold, and the table says what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from eval.growth import report, run, store_random_prefix
+from eval.random_models import CONFIGS, random_model
+from hf_contiguouskv import PrefixStore
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return random_model(request.param, torch.float32, **SHAPE, num_key_value_heads=2)
+
+
+def test_a_random_model_is_the_same_each_time(model: Any) -> None:
+    before = torch.get_rng_state()
+    again = random_model(model.config.model_type, torch.float32, **SHAPE, num_key_value_heads=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    for mine, its in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="'gpt9'"):
+        random_model("gpt9")
+
+
+def test_a_random_prefix_is_stored_once_for_its_model(model: Any, tmp_path: Path) -> None:
+    ids = torch.arange(100) % 64
+    for _ in range(2):
+        store_random_prefix(model, ids, tmp_path)
+    with PrefixStore(tmp_path) as store:
+        assert store.match(model, ids) == 100
+        assert store.stats.segments == 1
+        assert store.verify() == []
+
+
+def test_all_lengths_and_systems_are_measured_and_shown(model: Any, tmp_path: Path) -> None:
+    names = ("attentionstore_overlapped", "contiguouskv", "contiguouskv_resident")
+    found = run(model, tmp_path, [96, 192], 32, 5, rounds=2, names=names)
+    assert [(row["tokens"], row["system"]) for row in found["rows"]] == [
+        (length, name) for length in (96, 192) for name in names
+    ]
+    read = {(row["tokens"], row["system"]): row["stats"]["bytes_read"] for row in found["rows"]}
+    for length in (96, 192):
+        assert read[length, "contiguouskv_resident"] < read[length, "contiguouskv"]
+        assert read[length, "contiguouskv"] < read[length, "attentionstore_overlapped"]
+    assert (
+        read[192, "attentionstore_overlapped"] == 2 * read[96, "attentionstore_overlapped"] == 2 * 96 * 3 * 2 * 32 * 4
+    )
+    for row in found["rows"]:
+        assert row["seconds"]["count"] == row["over_floor"]["count"] == 2
+        if row["system"].startswith("contiguouskv"):
+            assert row["stats"]["chunks_used"] == [2] * 3
+    console = Console(record=True, width=140, file=(tmp_path / "out").open("w"))
+    report(found, console)
+    shown = console.export_text()
+    assert shown.count("contiguouskv_resident") == 2
+    assert "32 tokens used, 5-token suffix" in shown
