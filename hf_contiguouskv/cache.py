@@ -19,7 +19,7 @@ from .auto_budget import AutoBudget, BudgetChoice
 from .automatic import AutomaticPrefix
 from .config import ContiguousKVConfig
 from .errors import InputError
-from .fitting import check_rows, fit_to_prefix
+from .fitting import check_ids, check_rows, fit_to_prefix
 from .forward import decoding
 from .hook import ForwardHook, GenerateCall, running_generate
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
@@ -331,21 +331,8 @@ class ContiguousKVCache(Cache):
 
         With `partial`, ids shorter than the prefix need only agree as far as they go.
         """
-        if self.prefix_ids is None or self._attached is None:
-            return
-        rows = input_ids[None] if input_ids.ndim == 1 else input_ids
-        wanted = self.prefix_ids[: self._tokens()]
-        for position, row in enumerate(rows.cpu()):
-            length = min(len(row), len(wanted))
-            if length < len(wanted) and not partial:
-                raise InputError(f"row {position} has {len(row)} tokens, fewer than the prefix of {len(wanted)}")
-            differs = (row[:length] != wanted[:length]).nonzero()
-            if len(differs):
-                at = int(differs[0])
-                raise InputError(
-                    f"row {position} does not begin with the prefix of this cache: token {at} is {int(row[at])}, "
-                    f"expected {int(wanted[at])}"
-                )
+        if self.prefix_ids is not None and self._attached is not None:
+            check_ids(self.prefix_ids[: self._tokens()], input_ids, partial)
 
     def selected_chunks(self, layer_idx: int) -> torch.Tensor | None:
         """Whole chunks that a full-attention layer uses now, int64 `(batch, kept)`, ascending.

@@ -79,6 +79,25 @@ def check_rows(cache: ContiguousKVCache, ids: torch.Tensor, mask: torch.Tensor |
         cache.check(row[skip:], partial=True)
 
 
+def check_ids(prefix_ids: torch.Tensor, input_ids: torch.Tensor, partial: bool) -> None:
+    """Raise `InputError` if ids (`[n]`, or `[batch, n]`: each row) do not begin with the prefix, int64 `(tokens,)`.
+
+    With `partial`, ids shorter than the prefix need only agree as far as they go.
+    """
+    rows = input_ids[None] if input_ids.ndim == 1 else input_ids
+    for position, row in enumerate(rows.cpu()):
+        length = min(len(row), len(prefix_ids))
+        if length < len(prefix_ids) and not partial:
+            raise InputError(f"row {position} has {len(row)} tokens, fewer than the prefix of {len(prefix_ids)}")
+        differs = (row[:length] != prefix_ids[:length]).nonzero()
+        if len(differs):
+            at = int(differs[0])
+            raise InputError(
+                f"row {position} does not begin with the prefix of this cache: token {at} is {int(row[at])}, "
+                f"expected {int(prefix_ids[at])}"
+            )
+
+
 def _compute_everything(cache: ContiguousKVCache, inputs: dict[str, Any], tokens: int) -> None:
     """Left padding before the prefix on a model with sliding windows: they count columns, and the padding cannot
     be moved behind the prefix. This request computes the prefix with its rows, exactly; `reset` attaches it again.

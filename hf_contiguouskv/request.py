@@ -26,9 +26,10 @@ from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
 from .selection import ChunkScores, SelectionInput, choose_chunks
-from .slots import assemble, copy_in_order
+from .slots import assemble
 from .stats import RequestStats
 from .store import PrefixStore
+from .tails import WindowTails
 from .timeline import Timeline
 
 # Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
@@ -92,9 +93,10 @@ class PrefixRequest:
         # The prefix in the form in which full-attention layers get it; windows see exact K and V.
         self.served = served_prefix(self.prefix, self.config, self.plan)
         self._payload = PayloadReads(self.served, store.reader, store.memory, stats, verify, self.timeline)
-        self._tails = self._payload
+        exact = self._payload
         if self.served.form != self.prefix.form and len(self._full) < len(self.plan.windows):
-            self._tails = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
+            exact = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
+        self._tails = WindowTails(self.prefix, exact, stats, self._tail_usage)
         self._keys = KeySource(self.served, self.config, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
         self._reading = False
@@ -169,8 +171,8 @@ class PrefixRequest:
             if layer in self._loaded:
                 continue
             if window is not None:
-                chunks = np.arange(self._tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks)
-                self._ahead.add(layer, len(chunks) * exact, partial(self._tails.ask_ahead, layer, chunks, device))
+                chunks, tails = self._tails.chunks(window), self._tails.payload
+                self._ahead.add(layer, len(chunks) * exact, partial(tails.ask_ahead, layer, chunks, device))
                 continue
             if self.keeps_all:
                 chunks = np.arange(self.prefix.chunks)
@@ -354,37 +356,14 @@ class PrefixRequest:
         """K and V `(1, kv_heads, min(tokens, window - 1), head_dim)` of a sliding-window layer: all that it can see."""
         self._begun(batch, q_length)
 
-        g = self.prefix.geometry
-        first = self._tail_start(window) // g.chunk_size
-        skip = self._tail_start(window) - first * g.chunk_size
-        count = self.prefix.chunks - first
-        with torch.inference_mode(False):
-            kv = torch.empty(
-                2, g.kv_heads, count, g.chunk_size, g.head_dim, dtype=g.dtype, device=self.plan.devices[layer]
-            )
-
-        def bring() -> list[Batch]:
+        def load() -> tuple[torch.Tensor, torch.Tensor]:
             self._ahead.need(layer)
-            batches = []
-            with closing(self._tails.take(layer)) as arriving:
-                for one in arriving:
-                    copy_in_order(self.prefix, one, first, kv)
-                    batches.append(one)
-            return batches
+            return self._tails.load(layer, window, self.plan.devices[layer])
 
-        batches = self._recovering(bring)
-        # Without the tokens before the window and after the prefix.
-        tokens = kv.flatten(2, 3)[:, None, :, skip : self.prefix.tokens - first * g.chunk_size]
-        for one in batches:
-            count_hits(self.stats, self._tail_usage, one, self.prefix.extent_bytes)
-        self._tail_usage.used(self._tails.tables, layer, np.arange(first, self.prefix.chunks))
-        self.stats.bytes_used += tokens.shape[3] * self.prefix.token_bytes()
+        found = self._recovering(load)
         self._loaded.add(layer)
         self._ahead.used(layer)
-        return tokens[0], tokens[1]
-
-    def _tail_start(self, window: int) -> int:
-        return max(0, self.prefix.tokens - window + 1)
+        return found
 
     def _count(self, layer: int, batches: Sequence[Batch]) -> None:
         wanted = self._wanted[layer]
@@ -423,8 +402,8 @@ class PrefixRequest:
     def _close_reads(self) -> None:
         self._keys.close()
         self._payload.close()
-        if self._tails is not self._payload:
-            self._tails.close()
+        if self._tails.payload is not self._payload:
+            self._tails.payload.close()
 
     def close(self) -> None:
         """Wait for reads under way and give their buffers back."""

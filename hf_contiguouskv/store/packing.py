@@ -59,8 +59,7 @@ def unpack_values(extents: torch.Tensor, geometry: KVGeometry, out: torch.Tensor
     codes = extents[:, :count].view(-1, g.kv_heads, g.chunk_size, half)
     pairs = extents[:, count:].contiguous().view(torch.bfloat16).view(-1, 2, g.kv_heads, g.chunk_size, scales)
     lowest, step = pairs.to(out.dtype)[..., None].unbind(1)
-    lower, upper = out.split(half, -1)
-    lower.copy_(codes & _LARGEST_CODE)
-    upper.copy_(codes >> 4)
+    out[..., :half].copy_(codes & _LARGEST_CODE)
+    out[..., half:].copy_(codes >> 4)
     # Two passes: where an operand has one number for a whole row, fused kernels on a CPU go number by number.
     out.unflatten(-1, (scales, -1)).mul_(step).add_(lowest)
