@@ -54,11 +54,11 @@ class Workload:
 
 def our_systems(budget: float) -> dict[str, ContiguousKVConfig]:
     """The configurations of the library that the benchmark compares."""
-    percent = f"{budget:.0%}"
+    percent, default = f"{budget:.0%}", ContiguousKVConfig()
     return {
         f"published, {percent}": ContiguousKVConfig.paper(budget),
         f"default, {percent}": ContiguousKVConfig(budget=budget),
-        "default, 10%": ContiguousKVConfig(budget=0.10),
+        f"default, {default.budget:.0%}": default,
         "exact, 100%": ContiguousKVConfig(budget=1.0),
     }
 

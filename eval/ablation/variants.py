@@ -52,6 +52,28 @@ def _of_packed(name: str, **changes: object) -> Variant:
     return replace(PACKED, name=name, **changes)  # type: ignore[arg-type]
 
 
+# From the published method to our default, one idea after the other.
+_STEPS: list[tuple[str, dict[str, object]]] = [
+    ("published", {}),
+    ("+ a selection in each layer", {"period": 1}),
+    ("+ a chunk's strongest token", {"rule": "strongest"}),
+    ("+ squares", {"power": 2.0}),
+    ("+ the last 8 queries only", {"voters": 8}),
+    ("+ both ends kept", {"ends": 1}),
+    ("+ 8-bit index", {"index_bits": 8}),
+    ("+ packed (ours)", {"key_bits": 8, "value_bits": 4}),
+]
+
+
+def _steps(share: float) -> list[Variant]:
+    found: list[Variant] = []
+    changes: dict[str, object] = {}
+    for name, change in _STEPS:
+        changes |= change
+        found.append(at(replace(PUBLISHED, name=name, **changes), share))  # type: ignore[arg-type]
+    return found
+
+
 # Each set answers one question of docs/research.md.
 SETS: dict[str, list[Variant]] = {
     "published": [at(PUBLISHED, share) for share in (0.05, 0.10, 0.25)],
@@ -68,5 +90,19 @@ SETS: dict[str, list[Variant]] = {
     "voters": [at(_of_packed(f"voters {voters}", voters=voters), 0.25) for voters in (1, 2, 4, 8, 16, None)],
     "period": [at(_of_packed(f"period {period}", period=period), 0.25) for period in (1, 2, 3, 4, 8)],
     "index": [at(_of_packed(f"index {bits} bits", index_bits=bits), 0.25) for bits in (16, 8, 4)],
+    "steps": _steps(0.25),
+    "without": [
+        at(_of_packed(name, **changes), 0.25)
+        for name, changes in (
+            ("ours", {}),
+            ("without a selection in each layer", {"period": 8}),
+            ("without a chunk's strongest token", {"rule": "mass"}),
+            ("without squares", {"power": 1.0}),
+            ("with all queries", {"voters": None}),
+            ("without ends", {"ends": 0}),
+            ("with an exact index", {"index_bits": 16}),
+            ("with an exact payload", {"key_bits": 16, "value_bits": 16}),
+        )
+    ],
     "ends": [at(_of_packed(f"ends {ends}", ends=ends), 0.25) for ends in (0, 1, 2)],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,21 @@ def test_a_judge_finds_what_the_full_cache_says(model: Any) -> None:
             judge = VariantJudge(simulation, tokenizer, request)
             assert judge.judge(FULL) == {"score": float(answer == best), "kl": 0.0}
             assert judge.judge(at(PUBLISHED, 0.1))["kl"] > 0
+
+
+def test_steps_lead_from_the_published_method_to_ours() -> None:
+    steps = [replace(variant, name="") for variant in SETS["steps"]]
+    assert steps[0] == replace(PUBLISHED, name="", share=0.25)
+    assert steps[-1] == replace(PACKED, name="", share=0.25)
+    ours, *others = (replace(variant, name="") for variant in SETS["without"])
+    assert ours == steps[-1]
+    # Every idea is left out once.
+    for variant in others:
+        differing = {
+            field.name for field in fields(Variant) if getattr(variant, field.name) != getattr(ours, field.name)
+        }
+        assert len(differing) == 1 or differing == {"key_bits", "value_bits"}
+    assert len(set(others)) == len(others) == len(steps) - 1
 
 
 def test_all_variants_of_all_sets_can_be_run(model: Any) -> None:
