@@ -11,7 +11,7 @@ import torch
 
 from .config import ContiguousKVConfig
 from .errors import StoreError
-from .needs import bytes_to_read
+from .needs import WORTH_READING_BYTES, bytes_to_read
 from .plan import LayerPlan
 from .prefix import AttachedPrefix
 from .speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
@@ -34,8 +34,8 @@ class BudgetChoice:
     """What `budget="auto"` has come to for one prefix.
 
     Attributes:
-        budget: share of the chunks, in (0, 1].
-        recompute: the prefix is computed again instead of loaded.
+        budget: share of the chunks to load, in (0, 1].
+        recompute: computing the prefix again takes less time than loading that.
         read_s, compute_s: seconds that a cold request of `SUFFIX_TOKENS` tokens was estimated to read and to compute.
         reason: why, in a sentence.
     """
@@ -56,7 +56,6 @@ def choose_budget(
     plan: LayerPlan,
     speeds: ComputeSpeeds,
     bytes_per_s: float,
-    recompute_s: float | None,
 ) -> BudgetChoice:
     """The decision, from measured speeds alone.
 
@@ -65,7 +64,6 @@ def choose_budget(
         config: of the cache; its own budget does not matter.
         plan: of the model's layers.
         speeds, bytes_per_s: of the model, and of the disk.
-        recompute_s: what computing the prefix takes, in seconds; `None`: unknown.
     """
     choice = None
     for budget in BUDGETS:
@@ -76,9 +74,10 @@ def choose_budget(
     head = f"{prefix.tokens:,} prefix tokens: "
     shown = f"reading takes {_ms(choice.read_s)} (at {bytes_per_s / 1e9:.2g} GB/s), computing {_ms(choice.compute_s)}"
     if choice.read_s > choice.compute_s:
-        if recompute_s is not None and recompute_s + speeds.forward_s < choice.read_s:
-            reason = f"{head}computed again in {_ms(recompute_s)}; even with budget {choice.budget:g} {shown}"
-            return replace(choice, budget=1.0, recompute=True, reason=reason)
+        again = prefix.tokens * speeds.prefill_s
+        if again + speeds.forward_s < choice.read_s:
+            reason = f"{head}computing again takes {_ms(again)}; even with budget {choice.budget:g} {shown}"
+            return replace(choice, recompute=True, reason=reason)
         return replace(choice, reason=f"{head}budget {choice.budget:g}, the smallest: {shown}")
     reason = f"{head}budget {choice.budget:g}: {shown} at the same time"
     if more is not None:
@@ -101,24 +100,14 @@ def _estimated(
     config = replace(config, budget=budget)
     keep = config.chunks_kept(prefix.whole_chunks)
     used = keep * prefix.geometry.chunk_size + prefix.tail_tokens
-    considered = 0 if keep == prefix.whole_chunks else prefix.tokens / config.period
+    considered = 0 if keep == prefix.whole_chunks else prefix.tokens
     compute = speeds.forward_s + used * speeds.used_s + considered * speeds.considered_s
-    return BudgetChoice(budget, False, bytes_to_read(prefix, config, plan) / bytes_per_s, compute, "")
-
-
-def recompute_seconds(prefix: AttachedPrefix) -> float | None:
-    """What computing the prefix took when it was stored, in seconds; `None`: a segment of it does not say."""
-    total = 0.0
-    for span in prefix.spans:
-        header = span.segment.header
-        if not header.compute_ms:
-            return None
-        total += header.compute_ms / 1e3 * span.chunks / span.segment.num_chunks
-    return total
+    read = bytes_to_read(prefix, config, plan, WORTH_READING_BYTES) / bytes_per_s
+    return BudgetChoice(budget, False, read, compute, "")
 
 
 class AutoBudget:
-    """Chooses the budget for one cache's prefixes.
+    """Chooses budgets for one cache's prefixes.
 
     It says why on standard error when a store's prefixes get a budget for the first time, and logs every choice.
 
@@ -126,38 +115,45 @@ class AutoBudget:
         model: its speed is measured now, unless it is known.
         store: its disk's speed is measured with the first prefix.
         support: of the model.
+        config: of the cache.
     """
 
-    def __init__(self, model: torch.nn.Module, store: PrefixStore, support: ModelSupport) -> None:
+    def __init__(
+        self, model: torch.nn.Module, store: PrefixStore, support: ModelSupport, config: ContiguousKVConfig
+    ) -> None:
         self._store = store
         self._plan = support.plan
-        self._speeds = compute_speeds(model, support)
-        self._chosen: dict[int, BudgetChoice] = {}
+        self._config = config
+        self._speeds: ComputeSpeeds | None = None
+        self._problem = ""
+        try:
+            self._speeds = compute_speeds(model, support, config)
+        except Exception as error:  # A model that cannot run by itself can be served all the same.
+            self._problem = f"this model's speed cannot be measured ({error})"
 
     def __deepcopy__(self, memo: dict[int, object]) -> AutoBudget:
-        return self  # Speeds and choices are the same for a copy of the cache.
+        return self  # Speeds are the same for a copy of the cache.
 
-    def choose(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice:
+    def choose(self, prefix: AttachedPrefix) -> BudgetChoice:
         """For a prefix that has just been found."""
-        found = self._chosen.get(prefix.tokens)
-        if found is None:
-            try:
-                speed = read_speed(self._store, prefix)
-            except StoreError as error:
-                # The request finds out by itself what is wrong, and gets over it.
-                reason = f"budget {UNKNOWN:g}: the store cannot be read ({error})"
-                found = BudgetChoice(UNKNOWN, False, 0.0, 0.0, reason)
-            else:
-                seconds = recompute_seconds(prefix)
-                found = choose_budget(prefix, config, self._plan, self._speeds, speed, seconds)
-            self._chosen[prefix.tokens] = found
-            self._say(found)
-        return found
-
-    def _say(self, choice: BudgetChoice) -> None:
-        text = f"{choice}, for a suffix of {SUFFIX_TOKENS} tokens"
+        found = self._chosen(prefix)
+        text = f"{found}, for a suffix of {SUFFIX_TOKENS} tokens"
         logger.info("%s", text)
         said = _said.setdefault(self._store, set())
-        if (choice.budget, choice.recompute) not in said:
-            said.add((choice.budget, choice.recompute))
+        if (found.budget, found.recompute) not in said:
+            said.add((found.budget, found.recompute))
             print(f"contiguouskv: {text}", file=sys.stderr)
+        return found
+
+    def _chosen(self, prefix: AttachedPrefix) -> BudgetChoice:
+        if all(getattr(span.segment.blob, "in_memory", False) for span in prefix.spans):
+            return BudgetChoice(1.0, False, 0.0, 0.0, f"{prefix.tokens:,} prefix tokens: budget 1, they are in memory")
+        problem = self._problem
+        if self._speeds is not None:
+            try:
+                speed = read_speed(self._store, prefix)
+                return choose_budget(prefix, self._config, self._plan, self._speeds, speed)
+            except StoreError as error:
+                # The request finds out by itself what is wrong, and gets over it.
+                problem = f"the store cannot be read ({error})"
+        return BudgetChoice(UNKNOWN, False, 0.0, 0.0, f"budget {UNKNOWN:g}: {problem}")

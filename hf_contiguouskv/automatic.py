@@ -83,7 +83,7 @@ class AutomaticPrefix:
         config = replace(self._config, budget=1.0) if self._block else self._config
         tokens = min(stored.tokens, limit)
         prefix = AttachedPrefix.of(stored, tokens)
-        if cache._computes_again(prefix):
+        if cache._computes_again(prefix, config):
             return
         cache._attach(prefix, config)
         cache.prefix_ids = torch.from_numpy(shared[:tokens].copy())

@@ -102,8 +102,7 @@ class ContiguousKVCache(Cache):
             return
         self._support = require_support(lm)
         self._fingerprint = model_fingerprint(lm)
-        if self.config.budget == "auto":
-            self._auto_budget = AutoBudget(lm, self.store, self._support)
+        self._measure(lm)
         try:
             self._install(lm)
             if ids is None:
@@ -135,6 +134,11 @@ class ContiguousKVCache(Cache):
         lm = self._living_model()
         self._fingerprint = model_fingerprint(lm)
         self._support = require_support(lm)
+        self._measure(lm)
+
+    def _measure(self, lm: nn.Module) -> None:
+        if self.config.budget == "auto" and self.store is not None:
+            self._auto_budget = AutoBudget(lm, self.store, self._support, self.config)
 
     def _living_model(self) -> nn.Module:
         lm = self._model()
@@ -149,16 +153,20 @@ class ContiguousKVCache(Cache):
         numbers = ids.numpy().astype(np.int64)
         stored = self._look_up(numbers)
         found = 0 if stored is None else stored.tokens
+        again: BudgetChoice | None = None
         if stored is None or found < len(numbers):
             require_storable(lm, ids)
             prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
             stored = prefill.complete(ids, stored)
-        elif self._computes_again(AttachedPrefix.of(stored, found)) and not lm.training:
-            prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
-            stored, found = prefill.complete(ids, None, in_memory=True), 0
+        elif not lm.training:
+            again = self._computes_again(AttachedPrefix.of(stored, found), self.config)
+            if again is not None:
+                prefill = Prefill(lm, self.store, self._fingerprint, self._support, self.config)
+                stored, found = prefill.complete(ids, None, in_memory=True), 0
         self.prefix_ids = ids
         self._whole_prefix = AttachedPrefix.of(stored, len(numbers))
         self._attach(self._whole_prefix)
+        self.budget_choice = again or self.budget_choice
         self._stats.tokens_from_store = found
         self._stats.tokens_prefilled = len(numbers) - found
         if self._attached is not None:
@@ -184,6 +192,8 @@ class ContiguousKVCache(Cache):
         """Begin a new request on `prefix` (or none): every layer forgets its suffix."""
         self._close_request()
         self._before = None
+        if prefix is None or config is None:
+            self.budget_choice = None
         self._suffix_ids = torch.zeros(0, dtype=torch.long)
         self._stats = RequestStats()
         if prefix is not None:
@@ -201,15 +211,17 @@ class ContiguousKVCache(Cache):
 
     def _decided(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> ContiguousKVConfig:
         """`config` with a budget that is a number."""
-        if config.budget != "auto":
+        if config.budget != "auto" or self._auto_budget is None:
             return config
-        assert self._auto_budget is not None
-        self.budget_choice = self._auto_budget.choose(prefix, config)
+        self.budget_choice = self._auto_budget.choose(prefix)
         return replace(config, budget=self.budget_choice.budget)
 
-    def _computes_again(self, prefix: AttachedPrefix) -> bool:
-        """Whether `budget="auto"` finds that computing a stored prefix is faster than loading it."""
-        return self._auto_budget is not None and self._auto_budget.choose(prefix, self.config).recompute
+    def _computes_again(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice | None:
+        """Why a stored prefix is computed again, where `budget="auto"` finds that faster than loading it."""
+        if config.budget != "auto" or self._auto_budget is None:
+            return None
+        choice = self._auto_budget.choose(prefix)
+        return replace(choice, budget=1.0) if choice.recompute else None
 
     def _new_request(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> PrefixRequest:
         """What serves `prefix`. (The evaluation package puts other methods here.)"""
@@ -387,7 +399,7 @@ class ContiguousKVCache(Cache):
     def close(self) -> None:
         """Detach the prefix, let go of model and store: an empty, ordinary cache is left. `stats` stay readable."""
         stats = self._stats
-        self._automatic = None
+        self._automatic = self._auto_budget = None
         self._attach(None)
         self._stats = stats
         self._whole_prefix = self.prefix_ids = None

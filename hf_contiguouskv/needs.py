@@ -9,8 +9,9 @@ from .store.pread import PAGE
 
 # Storage delivers this much in the time that one more request costs (1.7 GB/s, 10 us of processor time: measured).
 WORTH_READING_BYTES = 16 * 1024
-# Packed layers up to this size are read whole, ahead of the model: storage delivers them in less time than a layer
-# takes to compute, and asking for chunks by name costs processor time that reading does not (docs/research.md).
+# Where a CPU computes, packed layers up to this size are read whole, ahead of the model: the same storage delivers them
+# in less time than a layer takes to compute, and asking for chunks by name costs processor time that reading does not
+# (docs/research.md). On storage that is many times slower this costs time instead.
 WHOLE_LAYER_BYTES = 2 * 2**20
 
 
@@ -22,17 +23,22 @@ def served_prefix(prefix: AttachedPrefix, config: ContiguousKVConfig, plan: Laye
     return prefix.packed() if wanted and selects and prefix.packable.issuperset(full) else prefix
 
 
-def reads_whole_layers(served: AttachedPrefix, keep: int) -> bool:
+def reads_whole_layers(served: AttachedPrefix, keep: int, plan: LayerPlan) -> bool:
     """Whether reading all chunks of a layer costs no more time than reading the `keep` selected ones.
 
     Then nothing has to wait for a selection: layers are read ahead, in one piece each.
     """
     layer_bytes = served.whole_chunks * served.extent_bytes
-    return served.form == "packed" and layer_bytes <= max(WHOLE_LAYER_BYTES, keep * WORTH_READING_BYTES)
+    small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in plan.devices) else 0
+    return served.form == "packed" and layer_bytes <= max(small, keep * WORTH_READING_BYTES)
 
 
-def bytes_to_read(prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan) -> int:
-    """About how many bytes a request reads of a prefix of which nothing is in memory."""
+def bytes_to_read(prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, per_read: int = PAGE) -> int:
+    """About how many bytes a request reads of a prefix of which nothing is in memory.
+
+    A chunk that is read by itself counts as `per_read` bytes at least: with `WORTH_READING_BYTES`, what storage would
+    have delivered in that time.
+    """
     keep, chunks, g = config.chunks_kept(prefix.whole_chunks), prefix.chunks, prefix.geometry
     tails = sum(min(prefix.tokens, window) for window in plan.windows if window is not None)
     found = tails * g.extent_bytes // g.chunk_size
@@ -48,7 +54,6 @@ def bytes_to_read(prefix: AttachedPrefix, config: ContiguousKVConfig, plan: Laye
             found += chunks * g.keys_bytes // g.itemsize
         elif leads:
             found += chunks * (g.keys_bytes if layer in leading else g.extent_bytes)
-    read = chunks if reads_whole_layers(served, keep) else keep
-    # Chunks that are read by themselves are read in whole pages.
-    size = served.extent_bytes if read == chunks else -(-served.extent_bytes // PAGE) * PAGE
-    return found + len(full) * read * size
+    if reads_whole_layers(served, keep, plan):
+        return found + len(full) * chunks * served.extent_bytes
+    return found + len(full) * keep * max(per_read, -(-served.extent_bytes // PAGE) * PAGE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -28,7 +27,7 @@ from .store.format import KVGeometry
 from .store.hashing import TokenIds
 from .store.segment import Segment
 from .store.writer import SegmentWriter
-from .support import ModelSupport, input_device
+from .support import ModelSupport, input_device, last_logit_only
 
 # Prefilling more tokens than this shows a progress bar.
 PROGRESS_TOKENS = 2048
@@ -264,14 +263,9 @@ class Prefill:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for start in starts:
                     part = ids[start : start + block][None].to(device)
-                    options = _last_logit_only(self._model)
+                    options = last_logit_only(self._model)
                     self._model(input_ids=part, past_key_values=cache, use_cache=True, **options)
             cache.layer_done = None
-
-
-def _last_logit_only(model: nn.Module) -> dict[str, Any]:
-    accepted = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
 
 def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSupport, cache: DynamicCache) -> None:

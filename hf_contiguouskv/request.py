@@ -127,7 +127,7 @@ class PrefixRequest:
 
     @property
     def _reads_whole_layers(self) -> bool:
-        return reads_whole_layers(self.served, self.keep)
+        return reads_whole_layers(self.served, self.keep, self.plan)
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -10,75 +11,110 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from torch.nn.functional import scaled_dot_product_attention
 
+from .config import ContiguousKVConfig
 from .prefix import AttachedPrefix
-from .selection import IndexedKeys, SelectionInput, build_key_index
+from .selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index
 from .store import PrefixStore
-from .store.pread import aligned_buffer, as_memoryview
+from .store.pread import as_memoryview
 from .store.reader import Read
-from .support import ModelSupport, decoder_config, input_device
+from .support import ModelSupport, decoder_config, input_device, last_logit_only
 
-# What is measured: a short suffix behind a prefix of some tokens, a choice among many, a read of at most so many bytes.
-SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, READ_BYTES = 32, 1024, 8192, 16 * 2**20
-# Each is repeated so often, or for so long if it is slow; but once in any case: first calls are slow.
-REPEATS, SECONDS = 3, 2.0
+# What is measured: a short suffix behind some tokens, a choice among many, a block of a prefill, a read.
+SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 1024, 8192, 256, 16 * 2**20
+# A read that is shorter than this says more of latency than of speed; it counts for the prefix at hand alone.
+TELLING_BYTES = 4 * 2**20
+# Each is repeated so often, or for so long if it is slow; but once in any case, behind one that is not counted.
+REPEATS, SECONDS = 3, 1.0
 
 
 @dataclass(frozen=True)
 class ComputeSpeeds:
-    """Seconds of compute on a request with a suffix of `SUFFIX_TOKENS`, over all layers.
+    """Seconds of compute, over all layers.
 
     Attributes:
-        forward_s: without any prefix: the floor.
-        used_s: more for each prefix token that attention uses: putting it in its place, and attending to it.
-        considered_s: more for each prefix token that is considered in a selection.
+        forward_s: of a suffix of `SUFFIX_TOKENS` without any prefix: the floor.
+        used_s: more for each prefix token that full attention uses: putting it in its place, and attending to it.
+        considered_s: more for each prefix token among which a leader layer chooses, in all leader layers.
+        prefill_s: of each token of a prefix that is computed (attention over a long prefix left out).
     """
 
     forward_s: float
     used_s: float
     considered_s: float
+    prefill_s: float
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, ComputeSpeeds] = weakref.WeakKeyDictionary()
+_Rules = tuple[ModelSupport, str, int | None, int, int]
+_known: weakref.WeakKeyDictionary[nn.Module, dict[_Rules, ComputeSpeeds]] = weakref.WeakKeyDictionary()
 _disks: weakref.WeakKeyDictionary[PrefixStore, float] = weakref.WeakKeyDictionary()
+# Two measurements at once would measure each other.
+_lock = threading.Lock()
 
 
-def compute_speeds(model: nn.Module, support: ModelSupport) -> ComputeSpeeds:
-    """Those of `model` on its devices: measured once in its life, with a handful of forwards."""
-    found = _known.get(model)
-    if found is None:
-        device = input_device(model)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            alone = _shortest(lambda: _forward(model, DynamicCache()))
-            behind = _shortest(lambda: _forward(model, _cache_of_noise(support)))
-            noise = _shortest(lambda: _wait(_cache_of_noise(support).layers[-1].keys))
-            copied = _shortest(lambda: _copy(support))
-            chosen = _shortest(_chooser(model, support))
-        used = max(0.0, behind - noise - alone) + copied
-        layers = len(support.plan.full_layers)
-        found = _known[model] = ComputeSpeeds(alone, used / USED_TOKENS, layers * chosen / CONSIDERED_TOKENS)
-    return found
+def compute_speeds(model: nn.Module, support: ModelSupport, config: ContiguousKVConfig) -> ComputeSpeeds:
+    """Those of `model` as it is now, for the selection of `config`: measured once, with a handful of short forwards.
+
+    Raises:
+        Exception: whatever a model raises that cannot be run by itself.
+    """
+    rules = (support, config.selection, config.suffix_queries, config.chunk_size, config.period)
+    with _lock:
+        found = _known.setdefault(model, {}).get(rules)
+        if found is None:
+            device = input_device(model)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                found = _known[model][rules] = _measured(model, support, config)
+        return found
+
+
+def _measured(model: nn.Module, support: ModelSupport, config: ContiguousKVConfig) -> ComputeSpeeds:
+    full = support.plan.full_layers
+    forward = _shortest(lambda: _forward(model, SUFFIX_TOKENS))
+    # Where a short forward takes long it is arithmetic that takes its time, in proportion to the tokens.
+    quick = forward < SECONDS / 2
+    prefill = _shortest(lambda: _forward(model, PREFILL_TOKENS)) / PREFILL_TOKENS if quick else forward / SUFFIX_TOKENS
+    used = considered = 0.0
+    if full:
+        layer = full[0]
+        long, short = (_shortest(_attend(model, support, layer, tokens)) for tokens in (USED_TOKENS, 0))
+        copied = _shortest(_copy(support, layer))
+        used = len(full) * (max(0.0, long - short) + copied) / USED_TOKENS
+        leaders = len(full[:: config.period])
+        considered = leaders * _shortest(_choose(model, support, layer, config)) / CONSIDERED_TOKENS
+    return ComputeSpeeds(forward, used, considered, prefill)
 
 
 def read_speed(store: PrefixStore, prefix: AttachedPrefix) -> float:
-    """Bytes per second that `store` delivers, by a read of the prefix's longest segment: measured once per store."""
-    found = _disks.get(store)
-    if found is None:
-        segment = max(prefix.spans, key=lambda span: span.segment.num_chunks).segment
-        nbytes = min(READ_BYTES, segment.num_chunks * prefix.geometry.extent_bytes)
-        buffer = aligned_buffer(nbytes)
-        buffer.zero_()  # Its pages are there before the clock runs, as those of a tier in use are.
-        offset, octets = segment.extents("exact").offset(0, 0), as_memoryview(buffer)
-        first = min(nbytes, prefix.geometry.extent_bytes)
-        store.reader.submit([Read(segment, offset, first, octets[:first])]).wait()  # Threads and files are there now.
-        began = time.perf_counter()
-        store.reader.submit([Read(segment, offset, nbytes, octets)]).wait()
-        found = _disks[store] = nbytes / max(time.perf_counter() - began, 1e-9)
-    return found
+    """Bytes per second that `store` delivers, by a read of the prefix's longest segment; remembered if it was long.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with _lock:
+        found = _disks.get(store)
+        if found is None:
+            segment = max(prefix.spans, key=lambda span: span.segment.num_chunks).segment
+            begin = segment.extents("exact").offset(0, 0)
+            nbytes = min(READ_BYTES, segment.nbytes - begin, max(store.memory.host.max_bytes // 4, 2**20))
+            buffer = store.memory.host.lease(nbytes)
+            assert buffer is not None
+            try:
+                octets = as_memoryview(buffer.data[:nbytes].zero_())  # As in a tier in use, its pages are there.
+                first = min(nbytes, prefix.geometry.extent_bytes)
+                store.reader.submit([Read(segment, begin, first, octets[:first])]).wait()  # Threads are up now.
+                began = time.perf_counter()
+                store.reader.submit([Read(segment, begin, nbytes, octets)]).wait()
+                found = nbytes / max(time.perf_counter() - began, 1e-9)
+            finally:
+                store.memory.host.give_back(buffer)
+            if nbytes >= TELLING_BYTES:
+                _disks[store] = found
+        return found
 
 
-def _shortest(action: Callable[[], None]) -> float:
+def _shortest(action: Callable[[], Any]) -> float:
     """Seconds of the shortest of several calls, after one that is not counted."""
     action()
     times: list[float] = []
@@ -93,42 +129,48 @@ def _wait(tensor: torch.Tensor) -> None:
     tensor.flatten()[-1].item()  # Where a device computes, its results are waited for.
 
 
-def _forward(model: Any, cache: DynamicCache) -> None:
-    ids = torch.arange(SUFFIX_TOKENS, device=input_device(model))[None] % decoder_config(model).vocab_size
-    _wait(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+def _forward(model: Any, tokens: int) -> None:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
+    _wait(model(input_ids=ids, use_cache=True, **last_logit_only(model))[0])
 
 
-def _cache_of_noise(support: ModelSupport) -> DynamicCache:
-    cache = DynamicCache()
-    for layer, device in enumerate(support.plan.devices):
-        shape = (1, support.kv_heads, USED_TOKENS, support.head_dim)
-        states = torch.full(shape, 0.01, dtype=support.dtype, device=device)
-        cache.update(states, states.clone(), layer)
-    return cache
+def _query_heads(model: nn.Module, support: ModelSupport) -> int:
+    heads = int(getattr(decoder_config(model), "num_attention_heads", support.kv_heads))
+    return max(1, heads // support.kv_heads) * support.kv_heads
 
 
-def _copy(support: ModelSupport) -> None:
-    """Chunks from anywhere in memory, put together, for all layers."""
+def _attend(model: nn.Module, support: ModelSupport, layer: int, tokens: int) -> Callable[[], None]:
+    """Attention of one layer, of a suffix behind so many tokens."""
+    heads, device = _query_heads(model, support), support.plan.devices[layer]
+    numbers = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
+    seen = numbers[:, : support.kv_heads, :1].repeat(1, 1, tokens + SUFFIX_TOKENS, 1)
+    mask = torch.zeros(1, 1, SUFFIX_TOKENS, tokens + SUFFIX_TOKENS, dtype=support.dtype, device=device)
+    return lambda: _wait(scaled_dot_product_attention(numbers, seen, seen, attn_mask=mask, enable_gqa=True))
+
+
+def _copy(support: ModelSupport, layer: int) -> Callable[[], None]:
+    """Chunks from anywhere in memory put together, for one layer."""
     chunk = 16
-    count = USED_TOKENS // chunk
-    for device in support.plan.devices:
-        shape = (2 * count, 2, support.kv_heads, chunk, support.head_dim)
-        source = torch.zeros(shape, dtype=support.dtype, device=device)
-        every_other = torch.arange(0, 2 * count, 2, device=device)
-        target = source.new_empty(2, support.kv_heads, count, chunk, support.head_dim)
-        target.copy_(source.index_select(0, every_other).permute(1, 2, 0, 3, 4))
-    _wait(target)
+    count, device = USED_TOKENS // chunk, support.plan.devices[layer]
+    shape = (2 * count, 2, support.kv_heads, chunk, support.head_dim)
+    source = torch.zeros(shape, dtype=support.dtype, device=device)
+    every_other = torch.arange(0, 2 * count, 2, device=device)
+    target = source.new_empty(2, support.kv_heads, count, chunk, support.head_dim)
+    return lambda: _wait(target.copy_(source.index_select(0, every_other).permute(1, 2, 0, 3, 4)))
 
 
-def _chooser(model: nn.Module, support: ModelSupport) -> Callable[[], None]:
-    """Makes one selection among the chunks of one layer."""
-    device = support.plan.devices[0]
-    heads = int(decoder_config(model).num_attention_heads)
+def _choose(model: nn.Module, support: ModelSupport, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
+    """One selection among the chunks of one layer, as `config` makes it."""
+    device, c = support.plan.devices[layer], config.chunk_size
+    heads, voting = _query_heads(model, support), min(config.suffix_queries or SUFFIX_TOKENS, SUFFIX_TOKENS)
     keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(support.kv_heads, support.head_dim, -1).transpose(1, 2)
-    index, scale = build_key_index(keys, 16)
-    queries = torch.ones(1, heads, SUFFIX_TOKENS, support.head_dim, dtype=support.dtype, device=device)
-    voters = torch.arange(SUFFIX_TOKENS - 8, SUFFIX_TOKENS, device=device)
+    queries = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
+    voters = torch.arange(SUFFIX_TOKENS - voting, SUFFIX_TOKENS, device=device)
     visible = torch.ones(1, SUFFIX_TOKENS, dtype=torch.bool, device=device)
     inputs = SelectionInput(queries, queries[:, : support.kv_heads], [voters], visible, support.head_dim**-0.5)
-    scorer = IndexedKeys([(index.to(device), scale.to(device))], CONSIDERED_TOKENS // 16, 2.0)
-    return lambda: _wait(scorer(inputs).importance)
+    if config.selection == "indexed_keys":
+        index, scale = (part.to(device) for part in build_key_index(keys, c))
+        indexed = IndexedKeys([(index, scale)], CONSIDERED_TOKENS // c, config.concentration)
+        return lambda: _wait(indexed(inputs).importance)
+    exact = AttentionMass(keys.to(device, support.dtype), c, config.concentration)
+    return lambda: _wait(exact(inputs).importance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,6 +178,12 @@ def input_device(model: nn.Module) -> torch.device:
             if used is not None:
                 return torch.device(used)
     return torch.device("cpu")
+
+
+def last_logit_only(model: nn.Module) -> dict[str, Any]:
+    """What a forward is given so that it computes the logits of the last token only, if it knows how."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
 
 def _probe(model: nn.Module) -> ModelSupport:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from hf_contiguouskv import ContiguousKVConfig, auto_budget, speeds
-from hf_contiguouskv.auto_budget import BUDGETS, choose_budget, recompute_seconds
+from hf_contiguouskv.auto_budget import BUDGETS, choose_budget
 from hf_contiguouskv.errors import ConfigError, SegmentReadError
-from hf_contiguouskv.needs import bytes_to_read
+from hf_contiguouskv.needs import WORTH_READING_BYTES, bytes_to_read
 from hf_contiguouskv.speeds import ComputeSpeeds
 
 from .models import token_ids
@@ -23,7 +25,8 @@ pytestmark = pytest.mark.needs_library
 PREFIX = token_ids(165, seed=711)
 SUFFIX = token_ids(9, seed=712)
 AUTO = ContiguousKVConfig(budget="auto")
-SPEEDS = ComputeSpeeds(forward_s=0.01, used_s=1e-5, considered_s=1e-6)
+SPEEDS = ComputeSpeeds(forward_s=0.01, used_s=1e-5, considered_s=1e-6, prefill_s=1.0)
+QUICK = replace(SPEEDS, prefill_s=1e-6)
 
 
 @pytest.fixture
@@ -33,15 +36,15 @@ def prefix(tiny_model, store_path):
         yield cache._attached.request.prefix, cache._support.plan
 
 
-def set_speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
+def set_speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float, computing: ComputeSpeeds = SPEEDS) -> None:
     monkeypatch.setattr(auto_budget, "read_speed", lambda store, prefix: bytes_per_s)
-    monkeypatch.setattr(auto_budget, "compute_speeds", lambda model, support: SPEEDS)
+    monkeypatch.setattr(auto_budget, "compute_speeds", lambda model, support, config: computing)
 
 
 def test_the_largest_budget_whose_reads_hide_is_chosen(prefix):
     found = {}
     for bytes_per_s in (1e9, 3e6, 2e6, 1e6, 1e3):
-        choice = choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, bytes_per_s, None)
+        choice = choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, bytes_per_s)
         found[bytes_per_s] = choice.budget
         hidden = choice.read_s <= choice.compute_s
         assert hidden or choice.budget == BUDGETS[-1]
@@ -51,7 +54,7 @@ def test_the_largest_budget_whose_reads_hide_is_chosen(prefix):
             selects = config.chunks_kept(10) < 10
             used = config.chunks_kept(10) * 16 + 5
             compute = SPEEDS.forward_s + used * SPEEDS.used_s + (165 * SPEEDS.considered_s if selects else 0)
-            assert bytes_to_read(prefix[0], config, prefix[1]) / bytes_per_s > compute
+            assert bytes_to_read(prefix[0], config, prefix[1], WORTH_READING_BYTES) / bytes_per_s > compute
         assert f"budget {choice.budget:g}" in choice.reason
         assert not choice.recompute
     assert found[1e9] == 1.0
@@ -60,23 +63,23 @@ def test_the_largest_budget_whose_reads_hide_is_chosen(prefix):
 
 
 def test_a_slower_disk_never_means_a_larger_budget(prefix):
-    chosen = [choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 10**power, None).budget for power in range(10, 2, -1)]
+    chosen = [choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 10**power).budget for power in range(10, 2, -1)]
     assert chosen == sorted(chosen, reverse=True)
     assert len(set(chosen)) > 2
 
 
-@pytest.mark.parametrize(("recompute_s", "again"), [(0.5, True), (50.0, False), (None, False)])
-def test_computing_again_is_chosen_where_it_is_faster_than_the_smallest_reads(prefix, recompute_s, again):
+@pytest.mark.parametrize(("prefill_s", "again"), [(0.001, True), (50.0, False)])
+def test_computing_again_is_chosen_where_it_is_faster_than_the_smallest_reads(prefix, prefill_s, again):
     """At 10 KB/s the smallest budget takes seconds to read."""
-    choice = choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 1e4, recompute_s)
+    choice = choose_budget(prefix[0], AUTO, prefix[1], replace(SPEEDS, prefill_s=prefill_s), 1e4)
     assert choice.read_s > 1
     assert choice.recompute is again
-    assert choice.budget == (1.0 if again else BUDGETS[-1])
-    assert ("computed again in 500 ms" in choice.reason) is again
+    assert choice.budget == BUDGETS[-1]
+    assert ("computing again takes 165 ms" in choice.reason) is again
 
 
 def test_what_hides_is_loaded_however_fast_it_could_be_computed(prefix):
-    assert not choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, 1e9, 1e-9).recompute
+    assert not choose_budget(prefix[0], AUTO, prefix[1], replace(SPEEDS, prefill_s=1e-12), 1e9).recompute
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
@@ -119,25 +122,55 @@ def test_a_cache_says_what_it_has_chosen_and_why(tiny_model, store_path, monkeyp
         assert cache.budget_choice is None
 
 
-def test_a_prefix_that_is_computed_again_is_exact_and_not_read(tiny_model, store_path, monkeypatch):
+def test_a_prefix_that_is_computed_again_is_exact_and_stays_in_memory(tiny_model, store_path, monkeypatch):
     model = tiny_model("llama")
     with prefix_from_disk(model, PREFIX, store_path, budget=1.0) as cache:
         exact = forward(model, SUFFIX, cache)
-    set_speeds(monkeypatch, 1.0)
-    monkeypatch.setattr(auto_budget, "recompute_seconds", lambda prefix: 0.1)
+    set_speeds(monkeypatch, 1.0, QUICK)
     with PrefixStore(store_path) as store:
         with ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
             assert cache.budget_choice.recompute
+            assert cache.budget_choice.budget == 1.0
+            assert "computing again" in str(cache.budget_choice)
+            assert all(span.segment.blob.in_memory for span in cache._attached.request.prefix.spans)
             assert_close(forward(model, SUFFIX, cache), exact)
             assert (cache.stats.tokens_prefilled, cache.stats.tokens_from_store) == (165, 0)
             cache.reset()
             assert_close(forward(model, SUFFIX, cache), exact)
+            assert "in memory" in str(cache.budget_choice)
         assert store.stats.segments == 1
         # In automatic mode the model computes the whole prompt, as if nothing were stored.
         with ContiguousKVCache(model, store=store, budget="auto") as cache:
             assert_close(forward(model, torch.cat([PREFIX, SUFFIX], dim=1), cache)[:, -1:], exact[:, -1:])
             assert cache.stats.tokens_from_store == 0
             assert cache.stats.bytes_read == 0
+
+
+@pytest.mark.parametrize("stored", [0, 96])
+def test_what_has_just_been_computed_is_not_computed_again(tiny_model, store_path, monkeypatch, stored):
+    """It is not loaded in full either, from a disk that is too slow for the smallest budget."""
+    set_speeds(monkeypatch, 1.0, QUICK)
+    model = tiny_model("llama")
+    if stored:
+        write_prefix(model, PREFIX[:, :stored], store_path, budget=1.0)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
+        assert (cache.stats.tokens_prefilled, cache.stats.tokens_from_store) == (165 - stored, stored)
+        assert cache._attached.request.config.budget == BUDGETS[-1]
+        forward(model, SUFFIX, cache)
+        assert cache.stats.chunks_used == [2] * 4
+
+
+def test_a_model_in_training_mode_is_not_asked_to_compute_again(tiny_model, store_path, monkeypatch):
+    model = tiny_model("llama")
+    write_prefix(model, PREFIX, store_path)
+    set_speeds(monkeypatch, 1.0, QUICK)
+    model.train()
+    try:
+        with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
+            assert cache.stats.tokens_from_store == 165
+            assert cache._attached.request.config.budget == BUDGETS[-1]
+    finally:
+        model.eval()
 
 
 def test_automatic_mode_attaches_with_the_budget_that_was_chosen(tiny_model, store_path, monkeypatch):
@@ -154,19 +187,51 @@ def test_automatic_mode_attaches_with_the_budget_that_was_chosen(tiny_model, sto
         assert cache.selected_chunks(0).shape == (1, keep)
 
 
-def test_speeds_are_measured_once_and_make_sense(tiny_model, store_path):
-    model = tiny_model("qwen2", layers=3)
-    with prefix_from_disk(model, PREFIX, store_path, budget="auto") as cache:
-        found = speeds.compute_speeds(model, cache._support)
-        assert found is speeds.compute_speeds(model, cache._support)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-window", "opt", "gpt-neox"])
+@pytest.mark.parametrize("config", [AUTO, ContiguousKVConfig.paper(budget="auto")], ids=["default", "published"])
+def test_speeds_of_any_model_are_measured_once(tiny_model, store_path, family, config):
+    model = tiny_model(family)
+    with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
+        found = speeds.compute_speeds(model, cache._support, config)
+        assert found is speeds.compute_speeds(model, cache._support, config)
         assert found.forward_s > 0
-        assert found.used_s > 0
-        assert found.considered_s > 0
-        prefix = cache._attached.request.prefix
-        assert speeds.read_speed(cache.store, prefix) == speeds.read_speed(cache.store, prefix) > 0
-        seconds = recompute_seconds(prefix)
-        assert seconds is None or seconds > 0
+        assert found.prefill_s > 0
+        windows_only = not cache._support.plan.full_layers
+        assert (found.used_s > 0) is (found.considered_s > 0) is (not windows_only)
         assert cache.budget_choice.budget in BUDGETS
+        assert "cannot be measured" not in str(cache.budget_choice)
+
+
+def test_a_short_read_does_not_speak_for_the_disk(tiny_model, store_path, monkeypatch):
+    model = tiny_model("llama")
+    with prefix_from_disk(model, PREFIX, store_path) as cache:
+        prefix = cache._attached.request.prefix
+        assert speeds.read_speed(cache.store, prefix) > 0
+        assert cache.store not in speeds._disks
+        monkeypatch.setattr(speeds, "TELLING_BYTES", 1)
+        assert speeds.read_speed(cache.store, prefix) == speeds.read_speed(cache.store, prefix) > 0
+        assert cache.store in speeds._disks
+        before = cache.store.memory.host.bytes_by_use["buffers"]
+        assert before <= cache.store.memory.host.max_bytes
+
+
+def test_a_model_that_cannot_run_by_itself_gets_the_default(tiny_model, store_path, monkeypatch):
+    def fails(model, support, config):
+        raise IndexError("no such position")
+
+    monkeypatch.setattr(auto_budget, "compute_speeds", fails)
+    with prefix_from_disk(tiny_model("llama"), PREFIX, store_path, budget="auto") as cache:
+        assert cache.budget_choice.budget == ContiguousKVConfig().budget
+        assert "no such position" in str(cache.budget_choice)
+
+
+def test_a_closed_cache_lets_go_of_the_store(tiny_model, store_path, monkeypatch):
+    set_speeds(monkeypatch, 2e6)
+    with prefix_from_disk(tiny_model("llama"), PREFIX, store_path, budget="auto") as cache:
+        store = weakref.ref(cache.store)
+    assert cache.budget_choice is None
+    gc.collect()
+    assert store() is None
 
 
 def test_a_store_that_cannot_be_read_does_not_stop_the_choice(tiny_model, store_path, monkeypatch):
