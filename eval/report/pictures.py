@@ -186,6 +186,9 @@ def frontier(results: Results, path: Path) -> bool:
     A system that only differs in time from another one is judged by the answers of that one.
     """
     timed, judged = results.timed, results.judged
+    # Where some systems were asked less often, times and bytes are those of requests that all of them answered.
+    common = measures.shared(timed, measures.settings(timed))
+    timed = common if len(common) else timed
     reference = measures.setting_of(judged, IN_MEMORY)
     shares: dict[Setting, float] = {}
     times: dict[Setting, float] = {}
