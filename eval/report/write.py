@@ -120,8 +120,8 @@ def _parts(results: Results, picture: Callable[[str, str, Callable[[Path], bool]
     note = (
         "Points of a line are a system's budgets. Bytes are those observed on cold requests, page rounding included; "
         "times are ratios to in memory, the dashed line, which reads nothing; both of requests that all systems "
-        "answered, if there are any. A system that differs from another one in time alone is shown with the answers of that one. Bars are 95% intervals. Where the KL axis is "
-        "logarithmic, it is linear below its smallest figure."
+        "answered, if there are any. A system that differs from another one in time alone is shown with the answers of "
+        "that one. Bars are 95% intervals. Where the KL axis is logarithmic, it is linear below its smallest figure."
     )
     parts += ["## Quality for bytes and time", *((note, frontier) if frontier else (_NONE,))]
 
