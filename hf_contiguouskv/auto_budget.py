@@ -126,6 +126,8 @@ class AutoBudget:
         self._config = config
         self._speeds: ComputeSpeeds | None = None
         self._problem = ""
+        # The last prefix and what was chosen: it is asked for twice, by whoever finds it and whoever attaches it.
+        self._last: tuple[AttachedPrefix, BudgetChoice] | None = None
         try:
             self._speeds = compute_speeds(model, support, config)
         except Exception as error:  # A model that cannot run by itself can be served all the same.
@@ -136,7 +138,10 @@ class AutoBudget:
 
     def choose(self, prefix: AttachedPrefix) -> BudgetChoice:
         """For a prefix that has just been found."""
+        if self._last is not None and self._last[0] == prefix:
+            return self._last[1]
         found = self._chosen(prefix)
+        self._last = prefix, found
         text = f"{found}, for a suffix of {SUFFIX_TOKENS} tokens"
         logger.info("%s", text)
         said = _said.setdefault(self._store, set())

@@ -17,13 +17,14 @@ from .config import ContiguousKVConfig
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index
 from .store import PrefixStore
-from .store.pread import as_memoryview
+from .store.pread import PAGE, as_memoryview
 from .store.reader import Read
+from .store.segment import Segment
 from .support import ModelSupport, decoder_config, input_device, last_logit_only
 
 # What is measured: a short suffix behind some tokens, a choice among many, a block of a prefill, a read.
 SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 1024, 8192, 256, 16 * 2**20
-# A read that is shorter than this says more of latency than of speed; it counts for the prefix at hand alone.
+# A read that is shorter than this says more of latency than of speed: it counts until a much longer one can be made.
 TELLING_BYTES = 4 * 2**20
 # Each is repeated so often, or for so long if it is slow; but once in any case, behind one that is not counted.
 REPEATS, SECONDS = 3, 1.0
@@ -48,7 +49,8 @@ class ComputeSpeeds:
 
 _Rules = tuple[ModelSupport, str, int | None, int, int]
 _known: weakref.WeakKeyDictionary[nn.Module, dict[_Rules, ComputeSpeeds]] = weakref.WeakKeyDictionary()
-_disks: weakref.WeakKeyDictionary[PrefixStore, float] = weakref.WeakKeyDictionary()
+# Bytes per second of each store's disk, and by a read of how many bytes that was found.
+_disks: weakref.WeakKeyDictionary[PrefixStore, tuple[float, int]] = weakref.WeakKeyDictionary()
 # Two measurements at once would measure each other.
 _lock = threading.Lock()
 
@@ -87,31 +89,39 @@ def _measured(model: nn.Module, support: ModelSupport, config: ContiguousKVConfi
 
 
 def read_speed(store: PrefixStore, prefix: AttachedPrefix) -> float:
-    """Bytes per second that `store` delivers, by a read of the prefix's longest segment; remembered if it was long.
+    """Bytes per second that `store` delivers, by a read of the prefix's longest segment.
+
+    Remembered; a short read until a prefix comes along that allows one of twice the length.
 
     Raises:
         StoreError: it cannot be read.
     """
     with _lock:
-        found = _disks.get(store)
-        if found is None:
-            segment = max(prefix.spans, key=lambda span: span.segment.num_chunks).segment
-            begin = segment.extents("exact").offset(0, 0)
-            nbytes = min(READ_BYTES, segment.nbytes - begin, max(store.memory.host.max_bytes // 4, 2**20))
-            buffer = store.memory.host.lease(nbytes)
-            assert buffer is not None
-            try:
-                octets = as_memoryview(buffer.data[:nbytes].zero_())  # As in a tier in use, its pages are there.
-                first = min(nbytes, prefix.geometry.extent_bytes)
-                store.reader.submit([Read(segment, begin, first, octets[:first])]).wait()  # Threads are up now.
-                began = time.perf_counter()
-                store.reader.submit([Read(segment, begin, nbytes, octets)]).wait()
-                found = nbytes / max(time.perf_counter() - began, 1e-9)
-            finally:
-                store.memory.host.give_back(buffer)
-            if nbytes >= TELLING_BYTES:
-                _disks[store] = found
-        return found
+        known, length = _disks.get(store, (0.0, 0))
+        if length >= TELLING_BYTES:
+            return known
+        segment = max(prefix.spans, key=lambda span: span.segment.num_chunks).segment
+        begin = segment.extents("exact").offset(0, 0)
+        nbytes = min(READ_BYTES, segment.nbytes - begin, max(store.memory.host.max_bytes // 4, 2**20))
+        if nbytes >= 2 * length:
+            _disks[store] = known, _ = _timed_read(store, segment, begin, nbytes), nbytes
+        return known
+
+
+def _timed_read(store: PrefixStore, segment: Segment, begin: int, nbytes: int) -> float:
+    """Bytes per second of one read, from byte `begin` of a segment."""
+    host = store.memory.host
+    buffer = host.lease(nbytes)
+    assert buffer is not None
+    try:
+        octets = as_memoryview(buffer.data[:nbytes].zero_())  # As in a tier in use, its pages are there.
+        first = min(nbytes, PAGE)
+        store.reader.submit([Read(segment, begin, first, octets[:first])]).wait()  # Threads are up now.
+        began = time.perf_counter()
+        store.reader.submit([Read(segment, begin, nbytes, octets)]).wait()
+        return nbytes / max(time.perf_counter() - began, 1e-9)
+    finally:
+        host.give_back(buffer)
 
 
 def _shortest(action: Callable[[], Any]) -> float:

@@ -202,17 +202,39 @@ def test_speeds_of_any_model_are_measured_once(tiny_model, store_path, family, c
         assert "cannot be measured" not in str(cache.budget_choice)
 
 
-def test_a_short_read_does_not_speak_for_the_disk(tiny_model, store_path, monkeypatch):
+def test_a_short_read_speaks_for_the_disk_until_there_is_a_longer_one(tiny_model, store_path, monkeypatch):
+    lengths = []
+    measure = speeds._timed_read
+    monkeypatch.setattr(speeds, "_timed_read", lambda *args: lengths.append(args[3]) or measure(*args))
     model = tiny_model("llama")
-    with prefix_from_disk(model, PREFIX, store_path) as cache:
-        prefix = cache._attached.request.prefix
-        assert speeds.read_speed(cache.store, prefix) > 0
-        assert cache.store not in speeds._disks
+    for tokens, seed in ((32, 714), (40, 715), (165, 716), (165, 717)):
+        write_prefix(model, token_ids(tokens, seed=seed), store_path)
+    with PrefixStore(store_path) as store:
+        for tokens, seed in ((32, 714), (32, 714), (40, 715), (165, 716), (165, 717)):
+            with ContiguousKVCache(model, token_ids(tokens, seed=seed), store=store) as cache:
+                assert speeds.read_speed(store, cache._attached.request.prefix) > 0
+        assert len(lengths) == 2
+        assert lengths[1] >= 2 * lengths[0]
+        assert store.memory.host.bytes_by_use["buffers"] <= store.memory.host.max_bytes
         monkeypatch.setattr(speeds, "TELLING_BYTES", 1)
-        assert speeds.read_speed(cache.store, prefix) == speeds.read_speed(cache.store, prefix) > 0
-        assert cache.store in speeds._disks
-        before = cache.store.memory.host.bytes_by_use["buffers"]
-        assert before <= cache.store.memory.host.max_bytes
+        with ContiguousKVCache(model, token_ids(960, seed=718), store=store) as cache:
+            speeds.read_speed(store, cache._attached.request.prefix)
+        assert len(lengths) == 2
+
+
+def test_a_prefix_is_decided_about_once(tiny_model, store_path, monkeypatch):
+    set_speeds(monkeypatch, 2e6)
+    asked = []
+    choose = auto_budget.choose_budget
+    monkeypatch.setattr(auto_budget, "choose_budget", lambda *args: asked.append(args[0]) or choose(*args))
+    model = tiny_model("llama")
+    write_prefix(model, PREFIX, store_path)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
+        assert len(asked) == 1
+        forward(model, SUFFIX, cache)
+        cache.crop(-(9 + 80))
+        cache.reset()
+        assert asked == [cache._attached.request.prefix]
 
 
 def test_a_model_that_cannot_run_by_itself_gets_the_default(tiny_model, store_path, monkeypatch):
