@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 
@@ -45,7 +46,8 @@ PACKED = Variant("packed", key_bits=8, value_bits=4)
 
 def at(variant: Variant, share: float) -> Variant:
     """The same variant at another share of the chunks."""
-    return replace(variant, name=f"{variant.name} {share:.0%}", share=share)
+    name = re.sub(r" \d+%$", "", variant.name)
+    return replace(variant, name=f"{name} {share:.0%}", share=share)
 
 
 def _of_packed(name: str, **changes: object) -> Variant:

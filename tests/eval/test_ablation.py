@@ -142,6 +142,11 @@ def test_steps_lead_from_the_published_method_to_ours() -> None:
     assert len(set(others)) == len(others) == len(steps) - 1
 
 
+def test_another_share_takes_the_place_of_the_first_in_the_name() -> None:
+    variant = at(at(PACKED, 0.25), 0.05)
+    assert (variant.name, variant.share) == ("packed 5%", 0.05)
+
+
 def test_all_variants_of_all_sets_can_be_run(model: Any) -> None:
     with Simulation(model, PREFIX) as simulation:
         for variants in SETS.values():
