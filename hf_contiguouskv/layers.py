@@ -256,14 +256,14 @@ class ContiguousLayer(DynamicLayer):
             raise InputError(f"the batch has {rows.of_batch.shape[0]} rows, but layer {self.layer_idx} got {batch}")
         in_order = rows is None or rows.in_order
         self._joined = batch == 1 or (in_order and not self.attached.request.keeps_all)
-        self._buffer = _empty(key_states, batch, self._offset + length + GROWTH)
+        self._buffer = self._room(key_states, batch, self._offset + length + GROWTH)
 
     def _with_room(self, length: int) -> torch.Tensor:
         """The buffer, with room for `length` tokens."""
         assert self._buffer is not None
         room = self._buffer.shape[3]
         if length > room:
-            larger = _empty(self._buffer, self._buffer.shape[1], length + max(GROWTH, length // 4))
+            larger = self._room(self._buffer, self._buffer.shape[1], length + max(GROWTH, length // 4))
             larger[:, :, :, :room] = self._buffer
             self._buffer = larger
         return self._buffer
@@ -278,9 +278,13 @@ class ContiguousLayer(DynamicLayer):
             destination = self._buffer[:, :, :, : request.kept_tokens]
         else:
             distinct = 1 if request.keeps_all or rows is None else len(rows.representatives)
-            destination = self._prefix = _empty(self._buffer, distinct, request.kept_tokens)
+            destination = self._prefix = self._room(self._buffer, distinct, request.kept_tokens)
         request.load_full(self.layer_idx, query, self.keys, options, destination)
         self._loaded = True
+
+    def _room(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+        assert self.attached is not None
+        return self.attached.request.room(like, batch, tokens)
 
     def _take_rows(self, indices: torch.Tensor) -> None:
         if self._buffer is None:
@@ -289,15 +293,6 @@ class ContiguousLayer(DynamicLayer):
         if self.row_of is not None:
             self.row_of = self.row_of.index_select(0, indices.to(self.row_of.device))
         self._show_suffix()
-
-
-def _empty(like: torch.Tensor, batch: int, room: int) -> torch.Tensor:
-    """Memory for K and V, `(2, batch, kv_heads, room, head_dim)`, `like` a tensor `(..., kv_heads, any, head_dim)`.
-
-    An ordinary tensor even in inference mode, so that a cache may be continued outside of it.
-    """
-    with torch.inference_mode(False):
-        return like.new_empty(2, batch, like.shape[-3], room, like.shape[-1])
 
 
 class ContiguousSlidingLayer(DynamicSlidingWindowLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -245,6 +246,20 @@ class PrefixRequest:
         self._ask(members, self._wanted[layer], speculative=True)
 
     # -- what layers ask for ------------------------------------------------------------------------------------------
+
+    def room(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+        """Memory for K and V, `(2, batch, kv_heads, tokens, head_dim)`.
+
+        `like` is a tensor `(..., kv_heads, any, head_dim)` of the same dtype, on the same device. What comes back is an
+        ordinary tensor even in inference mode, so that a cache may be continued outside of it.
+        """
+        shape = (2, batch, like.shape[-3], tokens, like.shape[-1])
+        with torch.inference_mode(False):
+            if like.device.type == "cpu":
+                octets = self._store.memory.workspace(math.prod(shape) * like.dtype.itemsize)
+                if octets is not None:
+                    return octets.view(like.dtype).view(shape)
+            return like.new_empty(shape)
 
     def _begun(self, batch: int, q_length: int) -> None:
         """The model was called past the cache's hook (its base model, say): nothing is known of the rows."""

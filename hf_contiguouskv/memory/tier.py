@@ -16,8 +16,9 @@ from .history import Clock, Floats, SegmentTable
 from .key_room import KeyRoom
 from .policies import EvictionPolicy
 from .victims import choose_victims
+from .workspace import Workspace, workspace_capacity
 
-# Buffers that are kept for the next read, as a share of the limit.
+# Buffers that are kept for the next read, and memory that attention reads from, as a share of the limit each.
 _IDLE_SHARE = 8
 
 
@@ -71,6 +72,7 @@ class Tier:
         self._idle: dict[int, list[Buffer]] = {}
         self._idle_bytes = 0
         self._buffer_bytes = 0
+        self._workspace = Workspace()
         # Bytes of tables and the like, set by the owner of the tables.
         self.table_bytes = 0
         self.evicted = 0
@@ -82,7 +84,8 @@ class Tier:
     def held_bytes(self) -> int:
         """Everything that counts towards the limit: slots (free ones that were not given back too), keys, buffers."""
         arenas = sum(arena.held_bytes for arena in tuple(self._arenas.values()))
-        return arenas + self._keys.held_bytes + self._buffer_bytes + self._idle_bytes + self.table_bytes
+        buffers = self._buffer_bytes + self._idle_bytes + self._workspace.held_bytes
+        return arenas + self._keys.held_bytes + buffers + self.table_bytes
 
     @property
     def bytes_by_use(self) -> dict[str, int]:
@@ -90,7 +93,7 @@ class Tier:
         with self._lock:
             chunks = sum(len(arena.resident()) * arena.slot_bytes for arena in self._arenas.values())
             slots = sum(arena.held_bytes for arena in self._arenas.values())
-            buffers = self._buffer_bytes + self._idle_bytes + slots - chunks
+            buffers = self._buffer_bytes + self._idle_bytes + self._workspace.held_bytes + slots - chunks
             return {"chunks": chunks, "keys": self._keys.held_bytes, "buffers": buffers, "tables": self.table_bytes}
 
     def count_tables(self, nbytes: int) -> None:
@@ -261,13 +264,15 @@ class Tier:
                     arena.return_blocks(-(-self._missing(nbytes) // arena.block_bytes))
             if not self._fits(nbytes):
                 self._reclaim(self._missing(nbytes), None)
+            if not self._fits(nbytes):
+                self._workspace.drop(self._missing(nbytes))
             return self._fits(nbytes)
 
     def could_fit(self, nbytes: int) -> bool:
         """Whether `nbytes` more would fit if everything went that nobody uses."""
         with self._lock:
-            evictable = self._idle_bytes + sum(arena.evictable_bytes for arena in self._arenas.values())
-            evictable += self._keys.idle_bytes
+            evictable = self._idle_bytes + self._workspace.free_bytes + self._keys.idle_bytes
+            evictable += sum(arena.evictable_bytes for arena in self._arenas.values())
             return self._missing(nbytes) <= evictable
 
     def _fits(self, nbytes: int) -> bool:
@@ -420,6 +425,31 @@ class Tier:
                 self._idle.setdefault(buffer.counted, []).append(buffer)
                 self._idle_bytes += buffer.counted
 
+    def workspace(self, nbytes: int) -> torch.Tensor | None:
+        """Memory that attention reads from, uint8 `(nbytes,)` with anything in it, for as long as a tensor uses it.
+
+        `None`: it would be more than the share of the limit that is kept for this, and is better had elsewhere.
+        """
+        capacity = workspace_capacity(nbytes)
+        share = self.max_bytes // _IDLE_SHARE
+        with self._lock:
+            if capacity > share or self._closed:
+                return None
+            lent = self._workspace.lend(capacity)
+            if lent is None:
+                # Pieces of sizes that nobody asks for any more make way.
+                self._workspace.drop(self._workspace.held_bytes + capacity - share)
+                if self._workspace.held_bytes + capacity > share or not self.make_room(capacity):
+                    return None
+                self._workspace.held_bytes += capacity
+                self._note_peak()
+                try:
+                    lent = self._workspace.add(self._make_buffer(capacity))
+                except BaseException:
+                    self._workspace.held_bytes -= capacity
+                    raise
+        return lent[:nbytes]
+
     def drop_idle(self) -> None:
         """Let go of buffers that are kept for the next read."""
         with self._lock:
@@ -434,4 +464,5 @@ class Tier:
             self._arenas.clear()
             self._keys.clear()
             self.drop_idle()
+            self._workspace.close()
             self._buffer_bytes = self.table_bytes = 0

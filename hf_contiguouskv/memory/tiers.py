@@ -115,6 +115,10 @@ class MemoryTiers:
     def _host_buffer(self, nbytes: int) -> torch.Tensor:
         return pinned_buffer(nbytes) if self._pinned else aligned_buffer(nbytes)
 
+    def workspace(self, nbytes: int) -> torch.Tensor | None:
+        """See `Tier.workspace`. Where there are accelerators host memory is pinned, which is nothing to waste."""
+        return None if self._pinned else self.host.workspace(nbytes)
+
     # -- tiers --------------------------------------------------------------------------------------------------------
 
     def on(self, device: torch.device) -> DeviceTier | None:

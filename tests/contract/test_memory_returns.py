@@ -209,3 +209,26 @@ def test_importance_stays_finite_where_rows_are_padded(tiny_model, store_path, f
             assert torch.isfinite(torch.from_numpy(table.importance)).all()
             assert (table.importance >= 0).all()
         assert_nothing_in_use(store)
+
+
+@pytest.mark.parametrize(
+    "config", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "default", "published"]
+)
+def test_requests_take_turns_in_the_same_memory_and_see_nothing_of_each_other(tiny_model, tmp_path, config):
+    model, prefixes = tiny_model("llama"), [document(300, seed=951), document(310, seed=952)]
+    alone = []
+    for number, prefix in enumerate(prefixes):
+        write_prefix(model, prefix, tmp_path / "kv-store")
+        with PrefixStore(tmp_path / "kv-store", host_bytes=0) as store:  # Fresh memory for everyone.
+            alone.append(ask(model, prefix, SUFFIX, store, config))
+            assert store.memory.host._workspace.held_bytes == 0, number
+    with PrefixStore(tmp_path / "kv-store") as store:
+        held = set()
+        for _ in range(3):
+            for prefix, expected in zip(prefixes, alone, strict=True):
+                assert ask(model, prefix, SUFFIX, store, config).is_bit_for_bit(expected)
+                gc.collect()
+                workspace = store.memory.host._workspace
+                assert workspace.held_bytes == workspace.free_bytes > 0
+                held.add(workspace.held_bytes)
+        assert len(held) <= 2, "memory of later requests came on top"

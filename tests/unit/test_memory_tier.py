@@ -58,6 +58,7 @@ class TierMachine(RuleBasedStateMachine):
         self.loans: list[Loan] = []
         self.buffers: list[tuple[Buffer, int]] = []
         self.held_keys: list[tuple[KeptKeys, int]] = []
+        self.rented: list[tuple[torch.Tensor, int]] = []
         self.marks = itertools.cycle(range(1, 255))
 
     def a_table(self, data: st.DataObject) -> SegmentTable:
@@ -127,6 +128,20 @@ class TierMachine(RuleBasedStateMachine):
                 return
         self.tier.give_back(buffer)
 
+    @rule(nbytes=st.integers(1, 5 * PAGE))
+    def rent(self, nbytes: int) -> None:
+        memory = self.tier.workspace(nbytes)
+        if memory is not None:
+            assert memory.shape == (nbytes,)
+            mark = next(self.marks)
+            memory.fill_(mark)
+            self.rented.append((memory[nbytes // 2 :], mark))  # Whoever has a part of it has it.
+
+    @precondition(lambda self: self.rented)
+    @rule(data=st.data())
+    def end_of_rent(self, data: st.DataObject) -> None:
+        del self.rented[data.draw(st.integers(0, len(self.rented) - 1))]
+
     @rule(name=st.sampled_from("abc"))
     def hold(self, name: str) -> None:
         found = self.tier.hold_keys(name)
@@ -183,6 +198,7 @@ class TierMachine(RuleBasedStateMachine):
         ]
         used += [keys.buffer.counted for keys in self.keys_in_use()]
         used += [buffer.counted for buffer, _ in self.buffers]
+        used += [len(memory.untyped_storage()) for memory, _ in self.rented]
         before = (self.tier.evicted, self.tier.held_bytes)
         if sum(used) + nbytes <= self.tier.max_bytes:
             assert self.tier.make_room(nbytes)
@@ -197,7 +213,7 @@ class TierMachine(RuleBasedStateMachine):
         assert 0 <= self.tier.would_keep(np.array(worth), self.a_table(data).slot_bytes) <= len(worth)
         assert (self.tier.held_bytes, self.tier.evicted) == before, "asking changes nothing"
 
-    @precondition(lambda self: not (self.loans or self.buffers or self.held_keys))
+    @precondition(lambda self: not (self.loans or self.buffers or self.held_keys or self.rented))
     @rule()
     def forget_everything(self) -> None:
         for table in self.tables:
@@ -215,6 +231,9 @@ class TierMachine(RuleBasedStateMachine):
             loan.check(self.tier)
         for buffer, mark in self.buffers:
             assert (buffer.data == mark).all()
+        rented = self.tier._workspace
+        assert rented.held_bytes - rented.free_bytes == sum(len(m.untyped_storage()) for m, _ in self.rented)
+        assert all((memory == mark).all() for memory, mark in self.rented)
         for keys, mark in self.held_keys:
             assert keys.gone is (self.tier._keys.get(keys.name) is not keys)
             assert (keys.buffer.data == mark).all()

@@ -1,0 +1,162 @@
+"""Memory that attention reads from: lent to one request after the other, never to two, within its share."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_helpers import check_tier, load, new_table, new_tier, places
+
+from hf_contiguouskv.memory import MemoryTiers, Tier
+from hf_contiguouskv.memory.workspace import workspace_capacity
+from hf_contiguouskv.store.pread import PAGE
+
+LIMIT = 64 * PAGE  # Of which attention's memory may be 8 pages.
+
+
+def tier_of(limit: int = LIMIT) -> Tier:
+    return new_tier(limit, [new_table(1)])
+
+
+def address(memory: torch.Tensor | None) -> int:
+    assert memory is not None
+    return memory.untyped_storage().data_ptr()
+
+
+@given(st.integers(1, 2**34))
+def test_pieces_are_whole_pages_and_hardly_larger_than_what_is_asked_for(nbytes: int) -> None:
+    capacity = workspace_capacity(nbytes)
+    assert capacity % PAGE == 0
+    assert nbytes <= capacity < nbytes + max(PAGE, nbytes // 4 + 1)
+    assert workspace_capacity(capacity) == capacity
+
+
+def test_the_next_request_gets_the_memory_of_the_last_one() -> None:
+    tier = tier_of()
+    first = tier.workspace(2 * PAGE)
+    where = address(first)
+    assert address(tier.workspace(2 * PAGE)) != where, "two requests at a time share nothing"
+    del first
+    assert address(tier.workspace(2 * PAGE - 100)) == where
+    check_tier(tier)
+
+
+def test_memory_is_in_use_for_as_long_as_any_view_of_it_is() -> None:
+    tier = tier_of()
+    view = tier.workspace(PAGE).view(torch.bfloat16).view(2, -1)[1]  # type: ignore[union-attr]
+    where = address(view)
+    assert address(tier.workspace(PAGE)) != where
+    copy = view.clone()
+    del view
+    assert address(copy) != where
+    assert address(tier.workspace(PAGE)) == where
+
+
+def test_it_counts_whether_it_is_lent_or_not_and_the_limit_holds() -> None:
+    tier = tier_of()
+    assert tier.workspace(9 * PAGE) is None, "more than its share"
+    lent = [tier.workspace(2 * PAGE) for _ in range(5)]
+    assert [memory is not None for memory in lent] == [True] * 4 + [False]
+    assert tier.held_bytes == tier.bytes_by_use["buffers"] == 8 * PAGE
+    lent.clear()
+    assert tier.held_bytes == 8 * PAGE
+    check_tier(tier)
+
+
+def test_sizes_that_nobody_asks_for_any_more_make_way() -> None:
+    tier = tier_of()
+    lent = [tier.workspace(PAGE) for _ in range(8)]
+    assert tier.workspace(4 * PAGE) is None, "all of it is in use"
+    del lent[:4]
+    assert tier.workspace(4 * PAGE) is not None
+    assert tier.held_bytes == 8 * PAGE
+    check_tier(tier)
+
+
+def test_chunks_that_are_worth_least_make_way_for_it_and_it_makes_way_when_there_is_nothing_else() -> None:
+    table = new_table(1, chunks=64)
+    tier = new_tier(LIMIT, [table])
+    assert load(tier, table, places(*range(64))) == 64
+    lent = tier.workspace(4 * PAGE)
+    assert tier.evicted == 4
+    check_tier(tier)
+    assert not tier.make_room(LIMIT), "it is in use"
+    assert tier.evicted == 4
+    del lent
+    assert tier.make_room(LIMIT)
+    assert tier.held_bytes == 0
+
+
+def test_a_closed_tier_keeps_nothing() -> None:
+    tier = tier_of()
+    lent = tier.workspace(PAGE)
+    tier.close()
+    assert tier.held_bytes == 0
+    assert tier.workspace(PAGE) is None
+    lent.fill_(7)  # type: ignore[union-attr]  # A request that is still running goes on.
+    del lent
+    assert tier.held_bytes == 0
+
+
+def test_it_outlives_its_tier() -> None:
+    lent = tier_of().workspace(PAGE)
+    assert lent is not None
+    lent.fill_(7)
+    assert bool((lent == 7).all())
+    del lent
+
+
+def test_it_may_come_back_in_any_thread_and_while_somebody_holds_the_lock() -> None:
+    tier = tier_of()
+    box = [tier.workspace(PAGE)]
+    where = address(box[0])
+    with tier._lock:
+        thread = threading.Thread(target=box.clear)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert address(tier.workspace(PAGE)) == where
+
+
+def test_many_threads_never_share_memory() -> None:
+    tier = tier_of()
+    errors: list[str] = []
+
+    def work(mark: int) -> None:
+        for turn in range(300):
+            memory = tier.workspace(PAGE * (1 + turn % 2))
+            if memory is not None:
+                memory.fill_(mark)
+                if not bool((memory == mark).all()):
+                    errors.append(f"{mark} was overwritten")
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    check_tier(tier)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_it_is_ordinary_memory_in_inference_mode_too(inference: bool) -> None:
+    tier = tier_of()
+    for _ in range(2):  # New, and lent again.
+        with torch.inference_mode(inference):
+            memory = tier.workspace(PAGE)
+        assert memory is not None
+        assert not memory.is_inference()
+        memory.add_(1)
+        del memory
+
+
+def test_where_there_are_accelerators_host_memory_is_not_kept_for_attention() -> None:
+    memory = MemoryTiers(LIMIT, 0, "expected-use")
+    assert memory.workspace(PAGE) is not None
+    memory._pinned = True
+    assert memory.workspace(PAGE) is None
+    memory.close()
