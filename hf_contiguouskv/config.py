@@ -33,7 +33,8 @@ class ContiguousKVConfig:
         period: consecutive full-attention layers that share one selection. The first of them is the leader layer.
         subperiod: layers of a period after which reads of the current selection start for the next period
             (inter-period prefetch). Equal to `period`: none.
-        suffix_queries: how many of the last real suffix tokens (per row) vote; `None` is all of them.
+        suffix_queries: how many of the real suffix tokens (per row) vote; `None` is all of them.
+        recent_queries: how many of these are the last ones; the others are spread evenly over the suffix before them.
         concentration: exponent on a chunk's attention mass per (head, query) before the sum. 1 favours breadth,
             4 favours needles. The published rule is 1.
         keep_first: chunks at the beginning of the prefix that are always kept (attention sinks).
@@ -55,6 +56,7 @@ class ContiguousKVConfig:
     period: int = 1
     subperiod: int = 1
     suffix_queries: int | None = 8
+    recent_queries: int = 2
     concentration: float = 2.0
     keep_first: int = 1
     keep_last: int = 1
@@ -94,6 +96,7 @@ class ContiguousKVConfig:
         self._integer("subperiod", 1, self.period)
         if self.suffix_queries is not None:
             self._integer("suffix_queries", 1, 2**20)
+        self._integer("recent_queries", 0, 2**20)
         if not (math.isfinite(self.concentration) and 0.0 < self.concentration <= 16.0):
             raise ConfigError(f"concentration must be in (0, 16], got {self.concentration!r}")
         self._integer("keep_first", 0, 2**20)

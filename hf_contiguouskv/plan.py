@@ -43,9 +43,9 @@ class Rows:
     voting: torch.Tensor
     visible: torch.Tensor
 
-    def voters(self, limit: int | None) -> list[torch.Tensor]:
-        """Per distinct row, the positions of the (last `limit`) queries that vote."""
-        return [voting_queries(voting, limit) for voting in self.voting]
+    def voters(self, limit: int | None, recent: int | None) -> list[torch.Tensor]:
+        """Per distinct row, the positions of the queries that vote (see `voting_queries`)."""
+        return [voting_queries(voting, limit, recent) for voting in self.voting]
 
     @property
     def in_order(self) -> bool:

@@ -136,7 +136,7 @@ class PrefixRequest:
         """The first suffix tokens are here."""
         self.rows = rows
         self._row_of.clear()
-        self._voters = rows.voters(self.config.suffix_queries)
+        self._voters = rows.voters(self.config.suffix_queries, self.config.recent_queries)
         self.start()
 
     def start(self) -> None:

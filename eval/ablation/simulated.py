@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, choose_chunks
+from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, choose_chunks, voting_queries
 from hf_contiguouskv.selection.indexed_keys import build_key_index
 
 from .rounding import round_keys, round_values
@@ -86,8 +86,8 @@ class Simulation:
         if keep == whole:
             return torch.arange(self._tokens)
         length = queries.shape[2]
-        voters = torch.arange(length)[-(self._variant.voters or length) :]
         visible = torch.ones(1, length, dtype=torch.bool)
+        voters = voting_queries(visible[0], self._variant.voters, self._variant.recent)
         scores = self._scorer(layer)(SelectionInput(queries, suffix_keys, [voters], visible, scaling))
         chosen = choose_chunks(scores.importance, keep, self._variant.ends, self._variant.ends)[0]
         return torch.cat([(chosen[:, None] * CHUNK + torch.arange(CHUNK)).flatten(), tail])

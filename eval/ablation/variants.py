@@ -15,7 +15,8 @@ class Variant:
         share: of the chunks that attention sees in each layer; 1.0 is all.
         rule: `"strongest"`: a chunk's best logit, softmax over chunks; `"mass"`: attention mass of its tokens.
         power: exponent on a chunk's share per head and query.
-        voters: how many of the last suffix queries vote; `None` is all.
+        voters: how many of the suffix queries vote; `None` is all.
+        recent: how many of the voters are the last queries; the others are spread evenly over what is before them.
         period: layers that share the selection of their first.
         index_bits: of the keys that are scored: 16 (exact), 8 or 4.
         key_bits, value_bits: of the keys and values that attention sees: 16 (exact), 8, 4 or 2.
@@ -29,6 +30,7 @@ class Variant:
     rule: str = "strongest"
     power: float = 2.0
     voters: int | None = 8
+    recent: int = 2
     period: int = 1
     index_bits: int = 8
     key_bits: int = 16
@@ -60,10 +62,11 @@ _STEPS: list[tuple[str, dict[str, object]]] = [
     ("+ a selection in each layer", {"period": 1}),
     ("+ a chunk's strongest token", {"rule": "strongest"}),
     ("+ squares", {"power": 2.0}),
-    ("+ the last 8 queries only", {"voters": 8}),
+    ("+ the last 8 queries only", {"voters": 8, "recent": 8}),
     ("+ both ends kept", {"ends": 1}),
     ("+ 8-bit index", {"index_bits": 8}),
-    ("+ packed (ours)", {"key_bits": 8, "value_bits": 4}),
+    ("+ packed", {"key_bits": 8, "value_bits": 4}),
+    ("+ 6 of the 8 spread (ours)", {"recent": 2}),
 ]
 
 
@@ -89,7 +92,22 @@ SETS: dict[str, list[Variant]] = {
         for rule in ("strongest", "mass")
         for power in (1.0, 2.0, 4.0)
     ],
-    "voters": [at(_of_packed(f"voters {voters}", voters=voters), 0.25) for voters in (1, 2, 4, 8, 16, None)],
+    "voters": [
+        at(_of_packed(f"last {voters}" if voters else "all", voters=voters, recent=voters or 0), 0.25)
+        for voters in (1, 2, 4, 8, 16, None)
+    ],
+    "spread": [
+        at(_of_packed(f"{voters} voters, {recent} of them the last", voters=voters, recent=recent), 0.25)
+        for voters, recent in ((8, 8), (8, 4), (8, 2), (8, 1), (8, 0), (12, 4), (16, 8), (16, 4), (16, 0))
+    ],
+    "spread share": [
+        at(_of_packed(f"{8 - recent} spread", recent=recent), share)
+        for recent, shares in (
+            (8, (0.25, 0.40, 0.60)),
+            (2, (0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.50, 0.60)),
+        )
+        for share in shares
+    ],
     "period": [at(_of_packed(f"period {period}", period=period), 0.25) for period in (1, 2, 3, 4, 8)],
     "index": [at(_of_packed(f"index {bits} bits", index_bits=bits), 0.25) for bits in (16, 8, 4)],
     "steps": _steps(0.25),
@@ -101,6 +119,7 @@ SETS: dict[str, list[Variant]] = {
             ("without a chunk's strongest token", {"rule": "mass"}),
             ("without squares", {"power": 1.0}),
             ("with all queries", {"voters": None}),
+            ("with the last 8 queries", {"recent": 8}),
             ("without ends", {"ends": 0}),
             ("with an exact index", {"index_bits": 16}),
             ("with an exact payload", {"key_bits": 16, "value_bits": 16}),

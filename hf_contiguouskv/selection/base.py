@@ -95,16 +95,27 @@ def _cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64
     return np.flatnonzero(chosen)
 
 
-def voting_queries(voting: torch.Tensor, suffix_queries: int | None) -> torch.Tensor:
-    """Positions `(n,)` int64 of the queries that count, at most the last `suffix_queries`; never empty.
+def voting_queries(voting: torch.Tensor, suffix_queries: int | None, recent: int | None = None) -> torch.Tensor:
+    """Positions `(n,)` int64, ascending, of the queries that count; never empty.
+
+    A question is spread over its tokens, so votes spread over them choose better than as many of the last ones; but
+    what the next token needs is what the very last ones look for.
 
     Args:
         voting: bool `(q,)`.
-        suffix_queries: `None` is all.
+        suffix_queries: how many of them count, at most; `None` is all.
+        recent: how many of these are the last ones (all: `None`). The others are spread evenly over what is before.
 
     A row of nothing but padding (it may happen in a padded batch) lets its last query vote.
     """
     positions = voting.nonzero().squeeze(-1)
-    if positions.numel() == 0:
+    count = positions.numel()
+    if count == 0:
         return torch.tensor([voting.shape[0] - 1], device=voting.device)
-    return positions if suffix_queries is None else positions[-suffix_queries:]
+    if suffix_queries is None or suffix_queries >= count:
+        return positions
+    last = suffix_queries if recent is None else min(recent, suffix_queries)
+    spread, before = suffix_queries - last, count - last
+    # The middles of equal stretches.
+    even = (2 * torch.arange(spread, device=voting.device) + 1) * before // max(2 * spread, 1)
+    return torch.cat([positions[even], positions[before:]])

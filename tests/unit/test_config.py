@@ -25,6 +25,7 @@ from hf_contiguouskv.errors import ConfigError
         ("selection", "random"),
         ("period", 0),
         ("suffix_queries", 0),
+        ("recent_queries", -1),
         ("concentration", 0.0),
         ("concentration", math.inf),
         ("keep_first", -1),

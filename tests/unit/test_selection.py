@@ -99,6 +99,40 @@ def test_a_row_of_padding_lets_its_last_query_vote():
     assert voting_queries(torch.tensor([True, True, False, True]), 2).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("real", "votes", "recent", "expected"),
+    [
+        (32, 8, 2, [2, 7, 12, 17, 22, 27, 30, 31]),
+        (9, 8, 2, [0, 1, 2, 4, 5, 6, 7, 8]),
+        (32, 8, 0, [2, 6, 10, 14, 18, 22, 26, 30]),
+        (32, 8, 8, list(range(24, 32))),
+        (32, 8, 100, list(range(24, 32))),
+        (32, 8, None, list(range(24, 32))),
+        (32, 1, 2, [31]),
+        (8, 8, 2, list(range(8))),
+        (3, 8, 2, [0, 1, 2]),
+        (32, None, 2, list(range(32))),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_voters_are_the_last_queries_and_others_spread_over_what_is_before(real, votes, recent, expected, padding):
+    voting = torch.ones(padding + real, dtype=torch.bool)
+    voting[:padding] = False
+    assert voting_queries(voting, votes, recent).tolist() == [padding + position for position in expected]
+
+
+@given(real=st.integers(1, 300), votes=st.integers(1, 40), recent=st.integers(0, 45))
+def test_voters_are_as_many_as_may_be_each_once_in_order_and_the_same_everywhere(real, votes, recent):
+    found = voting_queries(torch.ones(real, dtype=torch.bool), votes, recent)
+    assert len(found) == min(real, votes)
+    assert (found.diff() > 0).all()
+    last = min(recent, votes, real)
+    assert found[len(found) - last :].tolist() == list(range(real - last, real))
+    gaps = found[: len(found) - last].diff()
+    if real > votes and len(gaps):
+        assert gaps.max() - gaps.min() <= 1, "spread evenly"
+
+
 @pytest.mark.parametrize("tokens", [32, 35])
 def test_the_index_is_a_close_copy_of_the_keys(tokens):
     keys = keys_of(tokens)
