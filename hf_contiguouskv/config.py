@@ -55,8 +55,8 @@ class ContiguousKVConfig:
     selection: str = "indexed_keys"
     period: int = 1
     subperiod: int = 1
-    suffix_queries: int | None = 8
-    recent_queries: int = 2
+    suffix_queries: int | None = 16
+    recent_queries: int = 4
     concentration: float = 2.0
     keep_first: int = 1
     keep_last: int = 1

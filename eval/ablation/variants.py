@@ -29,8 +29,8 @@ class Variant:
     share: float = 0.1
     rule: str = "strongest"
     power: float = 2.0
-    voters: int | None = 8
-    recent: int = 2
+    voters: int | None = 16
+    recent: int = 4
     period: int = 1
     index_bits: int = 8
     key_bits: int = 16
@@ -62,11 +62,10 @@ _STEPS: list[tuple[str, dict[str, object]]] = [
     ("+ a selection in each layer", {"period": 1}),
     ("+ a chunk's strongest token", {"rule": "strongest"}),
     ("+ squares", {"power": 2.0}),
-    ("+ the last 8 queries only", {"voters": 8, "recent": 8}),
+    ("+ 16 queries only, 12 of them spread", {"voters": 16, "recent": 4}),
     ("+ both ends kept", {"ends": 1}),
     ("+ 8-bit index", {"index_bits": 8}),
-    ("+ packed", {"key_bits": 8, "value_bits": 4}),
-    ("+ 6 of the 8 spread (ours)", {"recent": 2}),
+    ("+ packed (ours)", {"key_bits": 8, "value_bits": 4}),
 ]
 
 
@@ -101,10 +100,10 @@ SETS: dict[str, list[Variant]] = {
         for voters, recent in ((8, 8), (8, 4), (8, 2), (8, 1), (8, 0), (12, 4), (16, 8), (16, 4), (16, 0))
     ],
     "spread share": [
-        at(_of_packed(f"{8 - recent} spread", recent=recent), share)
-        for recent, shares in (
-            (8, (0.25, 0.40, 0.60)),
-            (2, (0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.50, 0.60)),
+        at(_of_packed(f"{voters} voters, {recent} of them the last", voters=voters, recent=recent), share)
+        for voters, recent, shares in (
+            (8, 8, (0.25, 0.40, 0.60)),
+            (16, 4, (0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.50, 0.60)),
         )
         for share in shares
     ],
@@ -119,7 +118,7 @@ SETS: dict[str, list[Variant]] = {
             ("without a chunk's strongest token", {"rule": "mass"}),
             ("without squares", {"power": 1.0}),
             ("with all queries", {"voters": None}),
-            ("with the last 8 queries", {"recent": 8}),
+            ("with the last 16 queries", {"recent": 16}),
             ("without ends", {"ends": 0}),
             ("with an exact index", {"index_bits": 16}),
             ("with an exact payload", {"key_bits": 16, "value_bits": 16}),
