@@ -35,6 +35,7 @@ class ContiguousKVConfig:
             (inter-period prefetch). Equal to `period`: none.
         suffix_queries: how many of the real suffix tokens (per row) vote; `None` is all of them.
         recent_queries: how many of these are the last ones; the others are spread evenly over the suffix before them.
+            As many as `suffix_queries`, or more: only the last ones vote.
         concentration: exponent on a chunk's attention mass per (head, query) before the sum. 1 favours breadth,
             4 favours needles. The published rule is 1.
         keep_first: chunks at the beginning of the prefix that are always kept (attention sinks).

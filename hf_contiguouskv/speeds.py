@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .config import ContiguousKVConfig
 from .prefix import AttachedPrefix
-from .selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index
+from .selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index, voting_queries
 from .store import PrefixStore
 from .store.pread import PAGE, as_memoryview
 from .store.reader import Read
@@ -172,11 +172,11 @@ def _copy(support: ModelSupport, layer: int) -> Callable[[], None]:
 def _choose(model: nn.Module, support: ModelSupport, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
     """One selection among the chunks of one layer, as `config` makes it."""
     device, c = support.plan.devices[layer], config.chunk_size
-    heads, voting = _query_heads(model, support), min(config.suffix_queries or SUFFIX_TOKENS, SUFFIX_TOKENS)
+    heads = _query_heads(model, support)
     keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(support.kv_heads, support.head_dim, -1).transpose(1, 2)
     queries = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
-    voters = torch.arange(SUFFIX_TOKENS - voting, SUFFIX_TOKENS, device=device)
     visible = torch.ones(1, SUFFIX_TOKENS, dtype=torch.bool, device=device)
+    voters = voting_queries(visible[0], config.suffix_queries, config.recent_queries)
     inputs = SelectionInput(queries, queries[:, : support.kv_heads], [voters], visible, support.head_dim**-0.5)
     if config.selection == "indexed_keys":
         index, scale = (part.to(device) for part in build_key_index(keys, c))

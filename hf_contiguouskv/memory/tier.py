@@ -18,8 +18,10 @@ from .policies import EvictionPolicy
 from .victims import choose_victims
 from .workspace import Workspace, workspace_capacity
 
-# Buffers that are kept for the next read, and memory that attention reads from, as a share of the limit each.
+# Buffers that are kept for the next read, as a share of the limit.
 _IDLE_SHARE = 8
+# Memory that attention reads from, in use or not, as a share of the limit.
+_WORKSPACE_SHARE = 8
 
 
 # Receives what is about to lose its slots: the arena and the slots.
@@ -89,7 +91,7 @@ class Tier:
 
     @property
     def bytes_by_use(self) -> dict[str, int]:
-        """`chunks` (of resident slots), `keys`, `buffers` (in use, kept, and free slots) and `tables`."""
+        """`chunks` (of resident slots), `keys`, `buffers` (in use, kept, free slots, attention's memory), `tables`."""
         with self._lock:
             chunks = sum(len(arena.resident()) * arena.slot_bytes for arena in self._arenas.values())
             slots = sum(arena.held_bytes for arena in self._arenas.values())
@@ -249,6 +251,9 @@ class Tier:
             target = arena.free_slots + count
             self._reclaim(count * arena.slot_bytes, arena)
             self._grow(arena, target - arena.free_slots)
+            if arena.free_slots < target:
+                self._workspace.drop((target - arena.free_slots) * arena.slot_bytes)
+                self._grow(arena, target - arena.free_slots)
 
     def make_room(self, nbytes: int) -> bool:
         """Let go of what is worth least until `nbytes` more fit; whether they do."""
@@ -430,25 +435,26 @@ class Tier:
 
         `None`: it would be more than the share of the limit that is kept for this, and is better had elsewhere.
         """
-        capacity = workspace_capacity(nbytes)
-        share = self.max_bytes // _IDLE_SHARE
+        capacity, share = workspace_capacity(nbytes), self.max_bytes // _WORKSPACE_SHARE
         with self._lock:
-            if capacity > share or self._closed:
+            if self._closed:
                 return None
             lent = self._workspace.lend(capacity)
             if lent is None:
-                # Pieces of sizes that nobody asks for any more make way.
-                self._workspace.drop(self._workspace.held_bytes + capacity - share)
-                if self._workspace.held_bytes + capacity > share or not self.make_room(capacity):
+                held = self._workspace.held_bytes
+                if held - self._workspace.free_bytes + capacity > share:
+                    return None  # Nothing goes in vain.
+                self._workspace.drop(held + capacity - share)
+                if not self.make_room(capacity):
                     return None
-                self._workspace.held_bytes += capacity
+                lent = self._workspace.add(self._make_buffer(capacity))
                 self._note_peak()
-                try:
-                    lent = self._workspace.add(self._make_buffer(capacity))
-                except BaseException:
-                    self._workspace.held_bytes -= capacity
-                    raise
         return lent[:nbytes]
+
+    def drop_workspace(self) -> None:
+        """Let go of attention's memory that is not in use."""
+        with self._lock:
+            self._workspace.drop(self._workspace.held_bytes)
 
     def drop_idle(self) -> None:
         """Let go of buffers that are kept for the next read."""

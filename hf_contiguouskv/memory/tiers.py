@@ -134,6 +134,7 @@ class MemoryTiers:
             if device not in self.devices:
                 self._pinned = True
                 self.host.drop_idle()  # They are not pinned.
+                self.host.drop_workspace()
                 share = self.device_bytes // (len(self.devices) + 1)
                 for tier in self.devices.values():
                     tier.limit(share)

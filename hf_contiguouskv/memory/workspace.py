@@ -22,7 +22,7 @@ def workspace_capacity(nbytes: int) -> int:
 
 
 class Workspace:
-    """Pieces of host memory, lent as tensors. Whoever calls `lend` and `drop` holds the tier's lock.
+    """Pieces of host memory, lent as tensors. Whoever calls `lend`, `add` and `drop` holds the tier's lock.
 
     A piece comes back by itself when no tensor uses its storage any more, in whichever thread that is: coming back
     takes no lock, and changes nothing that is counted, for pieces count while they are lent, too.
@@ -34,6 +34,8 @@ class Workspace:
     def __init__(self) -> None:
         self.held_bytes = 0
         self._free: dict[int, deque[torch.Tensor]] = {}
+        # Sizes, the one that was lent last at the end.
+        self._recent: dict[int, None] = {}
 
     @property
     def free_bytes(self) -> int:
@@ -42,22 +44,31 @@ class Workspace:
 
     def lend(self, capacity: int) -> torch.Tensor | None:
         """A piece that has come back, uint8 `(capacity,)` with anything in it; `None`: there is none of this size."""
-        try:
-            return self._lent(self._free[capacity].pop())
-        except (KeyError, IndexError):
-            return None
+        pieces = self._free.get(capacity)
+        return self._lent(pieces.pop()) if pieces else None
 
     def add(self, piece: torch.Tensor) -> torch.Tensor:
-        """Lend a new piece, uint8 `(capacity,)`, that the caller has counted in `held_bytes`."""
+        """Count a new piece, uint8 `(capacity,)`, and lend it."""
         self._free.setdefault(len(piece), deque())
+        self.held_bytes += len(piece)
         return self._lent(piece)
 
     def _lent(self, piece: torch.Tensor) -> torch.Tensor:
-        # A storage made from an array keeps it until its last tensor is gone: that array's end is the piece's return.
-        array = piece.numpy()
-        weakref.finalize(array, _come_back, weakref.ref(self), piece).atexit = False
-        with torch.inference_mode(False):  # A cache may be continued outside of it.
-            return torch.from_numpy(array)
+        finalizer = None
+        try:
+            self._recent.pop(len(piece), None)
+            self._recent[len(piece)] = None
+            # A storage made from an array keeps it until its last tensor is gone: that array's end is the return.
+            array = piece.numpy()
+            with torch.inference_mode(False):  # A cache may be continued outside of it.
+                lent = torch.from_numpy(array)
+            finalizer = weakref.finalize(array, _come_back, weakref.ref(self), piece)
+            finalizer.atexit = False
+            return lent
+        except BaseException:
+            if finalizer is None or finalizer.detach() is not None:
+                self.come_back(piece)
+            raise
 
     def come_back(self, piece: torch.Tensor) -> None:
         """Nobody uses a piece any more."""
@@ -66,19 +77,21 @@ class Workspace:
             pieces.append(piece)
 
     def drop(self, nbytes: int) -> None:
-        """Return to the system what is not lent, until it was `nbytes` (or nothing is left)."""
-        for capacity, pieces in self._free.items():
+        """Return to the system what is not lent, until it was `nbytes` (or nothing is left).
+
+        Sizes that nobody has asked for lately go first.
+        """
+        for capacity in self._recent:
+            pieces = self._free[capacity]
             while nbytes > 0 and pieces:
-                try:
-                    pieces.popleft()
-                except IndexError:
-                    break
+                pieces.popleft()
                 self.held_bytes -= capacity
                 nbytes -= capacity
 
     def close(self) -> None:
         """Keep nothing, and count nothing, from now on."""
         self._free.clear()
+        self._recent.clear()
         self.held_bytes = 0
 
 

@@ -132,7 +132,7 @@ class IndexedKeys:
 
 
 def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
-    """Rows `voters` (ascending) of `(heads, q, head_dim)`; neighbours, as they nearly always are, without a copy."""
+    """Rows `voters` (ascending) of `(heads, q, head_dim)`; where all vote (a short suffix), without a copy."""
     first, last = int(voters[0]), int(voters[-1])
     if last - first == len(voters) - 1:
         return queries[:, first : last + 1]

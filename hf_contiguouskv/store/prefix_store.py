@@ -60,7 +60,8 @@ class PrefixStore(Upkeep):
         ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned
             ones stay. `None`: never.
         host_bytes: hard limit on what this process keeps in host memory for all prefixes and requests, buffers of
-            reads under way included; 0: disk only. Where attention runs on a CPU, this is the one tier there is.
+            reads under way included; 0: disk only. Where attention runs on a CPU, this is the one tier there is, and
+            up to an eighth of it is the memory that attention reads from, kept from one request to the next.
         device_bytes: the same for the memory of accelerators; several share it equally.
         eviction: which chunk goes first when memory is full: the name of one of `memory.POLICIES`, or a policy.
         salt: tenants with different salts do not see each other's prefixes.

@@ -145,6 +145,56 @@ def test_pad_queries_never_count(tiny_model, store_path, implementation, padding
             assert cache.selected_chunks(layer).tolist() == expected, f"layer {layer}"
 
 
+VOTERS = {40: [6, 19, 31, 38, 39], 25: [3, 11, 19, 23, 24], 5: [0, 1, 2, 3, 4]}
+"""Of 5 voters two are the last; the other three are in the middles of three equal stretches of what is before them."""
+
+
+def choice_of_voters(model, prefix, suffix, budget: float = 0.3) -> PrunedReference:
+    voters = torch.zeros_like(suffix, dtype=torch.bool)
+    voters[:, VOTERS[suffix.shape[1]]] = True
+    reference = PrunedReference(model, prefix, rows=1, budget=budget, period=8)
+    reference.forward(suffix, voters=voters)
+    assert reference.margin() > CLEAR, "an ambiguous seed: choose another"
+    return reference
+
+
+def test_few_voters_are_the_last_ones_and_others_spread_in_every_row(tiny_model, store_path):
+    model = tiny_model("llama", layers=10)
+    prefix, suffixes = token_ids(165, seed=223), [token_ids(n, seed=324 + n) for n in VOTERS]
+    alone = [choice_of_voters(model, prefix, suffix) for suffix in suffixes]
+    everyone = [published_choice(model, prefix, suffix, budget=0.3) for suffix in suffixes]
+    assert any(one.chunks(0) != other.chunks(0) for one, other in zip(alone, everyone, strict=True))
+    ids = torch.cat(
+        [torch.cat([torch.full((1, 40 - suffix.shape[1]), PAD), prefix, suffix], dim=1) for suffix in suffixes]
+    )
+    config = ContiguousKVConfig.paper(0.3, suffix_queries=5, recent_queries=2)
+    with prefix_from_disk(model, prefix, store_path, config=config) as cache:
+        generate(model, ids, cache, attention_mask=(ids != PAD).long(), tokens=2)
+        for layer in full_attention_layers(model):
+            expected = [reference.chunks(layer)[0] for reference in alone]
+            assert cache.selected_chunks(layer).tolist() == expected, f"layer {layer}"
+
+
+def test_drafts_do_not_move_voters(tiny_model, store_path):
+    model, prefix = tiny_model("llama", layers=10), token_ids(165, seed=224)
+    suffix = torch.cat([token_ids(19, seed=326), prefix[:, 40:46]], dim=1)
+    config = ContiguousKVConfig.paper(0.3, suffix_queries=5, recent_queries=2)
+    with prefix_from_disk(model, prefix, store_path, config=config) as cache:
+        generate(model, torch.cat([prefix, suffix], dim=1), cache, tokens=6, prompt_lookup_num_tokens=5)
+        assert_same_choice(model, cache, choice_of_voters(model, prefix, suffix))
+
+
+def test_as_many_recent_voters_as_voters_are_the_last_ones(tiny_model, store_path):
+    model, prefix, suffix = tiny_model("llama", layers=10), token_ids(165, seed=225), token_ids(40, seed=327)
+    reference = PrunedReference(model, prefix, rows=1, budget=0.3, period=8)
+    reference.forward(suffix, voters=torch.arange(40)[None] >= 35)
+    assert reference.margin() > CLEAR
+    config = ContiguousKVConfig.paper(0.3, suffix_queries=5, recent_queries=5)
+    with prefix_from_disk(model, prefix, store_path, config=config) as cache:
+        forward(model, suffix, cache)
+        assert_same_choice(model, cache, reference)
+
+
 def test_draft_tokens_never_count(tiny_model, store_path):
     model = tiny_model("llama", layers=10)
     prefix = token_ids(165, seed=218)

@@ -41,7 +41,7 @@ def some_ids(count: int, seed: int) -> torch.Tensor:
     return torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-PREFIX, SUFFIX = some_ids(200, 1), some_ids(9, 2)
+PREFIX, SUFFIX = some_ids(200, 1), some_ids(40, 2)
 NOTHING = torch.zeros(1, 0, dtype=torch.int64)
 
 

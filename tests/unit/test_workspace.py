@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -49,6 +51,11 @@ def test_memory_is_in_use_for_as_long_as_any_view_of_it_is() -> None:
     view = tier.workspace(PAGE).view(torch.bfloat16).view(2, -1)[1]  # type: ignore[union-attr]
     where = address(view)
     assert address(tier.workspace(PAGE)) != where
+    array = view.view(torch.int16).numpy()
+    del view
+    assert address(tier.workspace(PAGE)) != where
+    view = torch.from_numpy(array).view(torch.bfloat16)
+    del array
     copy = view.clone()
     del view
     assert address(copy) != where
@@ -73,6 +80,76 @@ def test_sizes_that_nobody_asks_for_any_more_make_way() -> None:
     del lent[:4]
     assert tier.workspace(4 * PAGE) is not None
     assert tier.held_bytes == 8 * PAGE
+    check_tier(tier)
+
+
+def test_what_would_not_help_stays() -> None:
+    tier = tier_of()
+    lent = [tier.workspace(PAGE) for _ in range(8)]
+    del lent[0]
+    assert tier.workspace(4 * PAGE) is None
+    assert tier.held_bytes == 8 * PAGE
+    where = {address(memory) for memory in lent}
+    assert address(tier.workspace(PAGE)) not in where
+
+
+def test_the_size_that_was_not_asked_for_the_longest_goes_first() -> None:
+    tier = tier_of()
+    two, one = tier.workspace(2 * PAGE), tier.workspace(PAGE)
+    where = address(two)
+    del two, one
+    again = tier.workspace(2 * PAGE)
+    assert address(again) == where
+    del again
+    four = tier.workspace(6 * PAGE)
+    assert four is not None
+    assert tier._workspace.held_bytes == 8 * PAGE
+    assert address(tier.workspace(2 * PAGE)) == where, "the single page made way"
+    check_tier(tier)
+
+
+def test_reads_get_it_when_there_is_nothing_else_to_let_go_of() -> None:
+    table = new_table(1, chunks=64)
+    tier = new_tier(LIMIT, [table])
+    lent = [tier.workspace(PAGE) for _ in range(8)]
+    assert load(tier, table, places(*range(64))) == 56
+    lent.clear()
+    tier.forget(table)
+    assert len(tier.take(PAGE, 64)) == 64
+    check_tier(tier)
+
+
+class Failing:
+    """Something that is called, and fails the given number of times."""
+
+    def __init__(self, function, times: int) -> None:  # type: ignore[no-untyped-def]
+        self.function, self.times = function, times
+
+    def __call__(self, *arguments, **options):  # type: ignore[no-untyped-def]
+        if self.times:
+            self.times -= 1
+            raise MemoryError("on purpose")
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["a new piece", "a piece that came back"])
+@pytest.mark.parametrize("broken", ["torch.from_numpy", "weakref.finalize"])
+def test_a_failure_while_lending_loses_and_doubles_nothing(monkeypatch, known: bool, broken: str) -> None:
+    tier = tier_of()
+    if known:
+        tier.workspace(PAGE)
+    module, name = {"torch": torch, "weakref": weakref}[broken.split(".")[0]], broken.split(".")[1]
+    failing = Failing(getattr(module, name), 0)
+    monkeypatch.setattr(f"hf_contiguouskv.memory.workspace.{broken}", failing)
+    failing.times = 1
+    with pytest.raises(MemoryError):
+        tier.workspace(PAGE)
+    monkeypatch.undo()
+    gc.collect()
+    rented = tier._workspace
+    assert rented.held_bytes == rented.free_bytes == PAGE
+    first, second = tier.workspace(PAGE), tier.workspace(PAGE)
+    assert address(first) != address(second)
     check_tier(tier)
 
 
@@ -130,6 +207,9 @@ def test_many_threads_never_share_memory() -> None:
             memory = tier.workspace(PAGE * (1 + turn % 2))
             if memory is not None:
                 memory.fill_(mark)
+                other = tier.workspace(PAGE)
+                if other is not None:
+                    other.fill_(mark)
                 if not bool((memory == mark).all()):
                     errors.append(f"{mark} was overwritten")
 
@@ -159,4 +239,6 @@ def test_where_there_are_accelerators_host_memory_is_not_kept_for_attention() ->
     assert memory.workspace(PAGE) is not None
     memory._pinned = True
     assert memory.workspace(PAGE) is None
+    memory.host.drop_workspace()
+    assert memory.host.held_bytes == 0
     memory.close()
