@@ -107,6 +107,12 @@ SETS: dict[str, list[Variant]] = {
         )
         for share in shares
     ],
+    # Both methods at the shares that docs/results compares, and with the voters of before.
+    "beside": [
+        *(at(PUBLISHED, share) for share in (0.05, 0.10, 0.25)),
+        *(at(_of_packed("ours"), share) for share in (0.20, 0.25, 0.35, 0.60)),
+        *(at(_of_packed("ours, the last 8 vote", voters=8, recent=8), share) for share in (0.25, 0.40, 0.60)),
+    ],
     "period": [at(_of_packed(f"period {period}", period=period), 0.25) for period in (1, 2, 3, 4, 8)],
     "index": [at(_of_packed(f"index {bits} bits", index_bits=bits), 0.25) for bits in (16, 8, 4)],
     "steps": _steps(0.25),
