@@ -31,7 +31,7 @@ def run(
     data_dir: Annotated[
         Path | None, typer.Option(help="Local data; default: $CONTIGUOUSKV_DATA, else the Hub.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the requests and the examples before them.")] = 0,
 ) -> None:
     """Answer requests in every variant of some sets."""
     for name in sets:
@@ -56,7 +56,12 @@ def run(
                 with simulation:
                     for request in group:
                         judge = VariantJudge(simulation, tokenizer, request)
-                        about = {"task": task, "number": request.number, "tokens": len(request.prefix_ids)}
+                        about = {
+                            "task": task,
+                            "seed": seed,
+                            "number": request.number,
+                            "tokens": len(request.prefix_ids),
+                        }
                         rows = [(FULL, "full")] + [(one, name) for name, some in variants.items() for one in some]
                         for variant, name in rows:
                             row = about | {"set": name, "variant": variant.name} | judge.judge(variant)

@@ -13,15 +13,20 @@ NEEDLES = ("needle", "needle_multikey")
 def as_markdown(files: Sequence[Path]) -> str:
     """One table per set: per task, points of score from the full cache, and the mean divergence from it.
 
+    Rows of several seeds, in one file or in several, count together.
+
     Raises:
         ValueError: a request was answered twice in one variant.
     """
     rows = pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
-    full = rows[rows.set == "full"].drop_duplicates(["task", "number"]).set_index(["task", "number"]).score
+    # Rows of earlier versions do not say it.
+    rows["seed"] = rows.seed.fillna(0) if "seed" in rows else 0
+    request = ["task", "seed", "number"]
+    full = rows[rows.set == "full"].drop_duplicates(request).set_index(request).score
     text = []
     for name in [one for one in rows.set.unique() if one != "full"]:
         own = rows[rows.set == name]
-        if own.duplicated(["variant", "task", "number"]).any():
+        if own.duplicated(["variant", *request]).any():
             raise ValueError(f"requests of set {name} were answered twice; take another file")
         text.append(f"### {name}\n\n{_table(own, full)}")
     return "\n\n".join(text)

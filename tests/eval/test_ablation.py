@@ -175,3 +175,23 @@ def test_a_table_has_points_and_divergences_per_set(tmp_path: Path) -> None:
     assert "| some | -50.0 | -50.0 | -50.0 | 0.2500 | 0.5000 |" in table
     with pytest.raises(ValueError, match="answered twice"):
         as_markdown([file, file])
+
+
+def test_requests_of_several_seeds_count_together(tmp_path: Path) -> None:
+    def rows(seed: int | None, score: float) -> str:
+        about: dict[str, object] = {"task": "sst2", "number": 0, "tokens": 9} | ({} if seed is None else {"seed": seed})
+        full = about | {"set": "full", "variant": "full", "score": 1.0, "kl": 0.0}
+        some = about | {"set": "share", "variant": "some", "score": score, "kl": 0.5}
+        return json.dumps(full) + "\n" + json.dumps(some) + "\n"
+
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text(rows(None, 0.0))
+    new.write_text(rows(1, 1.0) + rows(2, 1.0) + rows(3, 1.0))
+    table = as_markdown([old, new])
+    assert "| full, percent (requests) | 100.0 (4) | 100.0 | | |" in table
+    assert "| some | -25.0 | -25.0 |" in table
+    with pytest.raises(ValueError, match="answered twice"):
+        as_markdown([new, new])
+    new.write_text(rows(0, 1.0))
+    with pytest.raises(ValueError, match="answered twice"):
+        as_markdown([old, new])  # Seed 0 is what had no name.
