@@ -11,24 +11,18 @@ import torch
 from ..errors import ConfigError, StoreClosedError
 from .arena import Arena, Empty
 from .blocks import Blocks, Slots, distinct
-from .entries import Buffer, KeptKeys, buffer_capacity
+from .entries import Buffer, KeptKeys
 from .history import Clock, Floats, SegmentTable
 from .key_room import KeyRoom
+from .lending import Lender
 from .policies import EvictionPolicy
 from .victims import choose_victims
-from .workspace import Workspace, workspace_capacity
-
-# Buffers that are kept for the next read, as a share of the limit.
-_IDLE_SHARE = 8
-# Memory that attention reads from, in use or not, as a share of the limit.
-_WORKSPACE_SHARE = 8
-
 
 # Receives what is about to lose its slots: the arena and the slots.
 Spill = Callable[[Arena, Slots], None]
 
 
-class Tier:
+class Tier(Lender):
     """Memory of one kind. Thread-safe; nothing here waits for a read or a copy.
 
     Args:
@@ -58,23 +52,15 @@ class Tier:
     ) -> None:
         if max_bytes < 0:
             raise ConfigError(f"the bound of the {name} tier must be 0 or more, got {max_bytes}")
+        super().__init__(max_bytes, make_buffer, lock)
         self.name = name
-        self.max_bytes = max_bytes
         self.policy = policy
-        self.on_device = False
         self.spill: Spill | None = None
         self._make_blocks = make_blocks
-        self._make_buffer = make_buffer
-        self._lock = lock
         self._tables = tables
         self._clock = clock
-        self._closed = False
         self._arenas: dict[int, Arena] = {}
         self._keys = KeyRoom()
-        self._idle: dict[int, list[Buffer]] = {}
-        self._idle_bytes = 0
-        self._buffer_bytes = 0
-        self._workspace = Workspace()
         # Bytes of tables and the like, set by the owner of the tables.
         self.table_bytes = 0
         self.evicted = 0
@@ -256,7 +242,7 @@ class Tier:
                 self._grow(arena, target - arena.free_slots)
 
     def make_room(self, nbytes: int) -> bool:
-        """Let go of what is worth least until `nbytes` more fit; whether they do."""
+        """See `Lender`: what is worth least goes."""
         with self._lock:
             if nbytes > self.max_bytes:
                 return False
@@ -386,81 +372,7 @@ class Tier:
             self._buffer_bytes -= buffer.counted
             return self._keys.add(name, which, buffer, table, worth)
 
-    # -- buffers ------------------------------------------------------------------------------------------------------
-
-    def lease(self, nbytes: int, *, must: bool = True, exact: bool = False, evict: bool = True) -> Buffer | None:
-        """A buffer of at least `nbytes`, counted towards the limit if there is room.
-
-        Args:
-            nbytes: how large.
-            must: where there is no room, have it uncounted instead of `None`. Callers ask for few and small ones.
-            exact: not a byte more (for what is going to be kept).
-            evict: whether something may go for it.
-        """
-        capacity = nbytes if exact else buffer_capacity(nbytes)
-        with self._lock:
-            for buffer in self._idle.get(capacity, ()):
-                # A stream can wait for a buffer of its device; a thread that reads into host memory cannot.
-                if buffer.busy is None or self.on_device or buffer.busy.query():
-                    self._idle[capacity].remove(buffer)
-                    self._idle_bytes -= capacity
-                    self._buffer_bytes += capacity
-                    return buffer
-            fits = self.make_room(capacity) if evict else self._fits(capacity)
-            counted = capacity if fits else 0
-            if not counted and not must:
-                return None
-            self._buffer_bytes += counted
-            self._note_peak()
-        try:
-            with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
-                return Buffer(self._make_buffer(capacity), counted)
-        except BaseException:
-            with self._lock:
-                self._buffer_bytes -= counted
-            raise
-
-    def give_back(self, buffer: Buffer) -> None:
-        """Return a leased buffer that nothing reads or writes any more."""
-        if not buffer.counted or self._closed:
-            return
-        with self._lock:
-            self._buffer_bytes -= buffer.counted
-            if self._idle_bytes + buffer.counted <= self.max_bytes // _IDLE_SHARE and self._fits(buffer.counted):
-                self._idle.setdefault(buffer.counted, []).append(buffer)
-                self._idle_bytes += buffer.counted
-
-    def workspace(self, nbytes: int) -> torch.Tensor | None:
-        """Memory that attention reads from, uint8 `(nbytes,)` with anything in it, for as long as a tensor uses it.
-
-        `None`: it would be more than the share of the limit that is kept for this, and is better had elsewhere.
-        """
-        capacity, share = workspace_capacity(nbytes), self.max_bytes // _WORKSPACE_SHARE
-        with self._lock:
-            if self._closed:
-                return None
-            lent = self._workspace.lend(capacity)
-            if lent is None:
-                held = self._workspace.held_bytes
-                if held - self._workspace.free_bytes + capacity > share:
-                    return None  # Nothing goes in vain.
-                self._workspace.drop(held + capacity - share)
-                if not self.make_room(capacity):
-                    return None
-                lent = self._workspace.add(self._make_buffer(capacity))
-                self._note_peak()
-        return lent[:nbytes]
-
-    def drop_workspace(self) -> None:
-        """Let go of attention's memory that is not in use."""
-        with self._lock:
-            self._workspace.drop(self._workspace.held_bytes)
-
-    def drop_idle(self) -> None:
-        """Let go of buffers that are kept for the next read."""
-        with self._lock:
-            self._idle.clear()
-            self._idle_bytes = 0
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Let go of everything, and keep nothing from now on."""

@@ -1,0 +1,124 @@
+"""What a tier lends besides slots: buffers for reads and copies, and the memory that attention reads from."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from .entries import Buffer, buffer_capacity
+from .workspace import Workspace, workspace_capacity
+
+# Buffers that are kept for the next read, as a share of the limit.
+_IDLE_SHARE = 8
+# Memory that attention reads from, in use or not, as a share of the limit.
+_WORKSPACE_SHARE = 8
+
+
+class Lender(ABC):
+    """The part of a `Tier` that lends memory under its limit; the tier says what else counts, and makes room.
+
+    Args:
+        max_bytes: hard limit on everything that the tier holds.
+        make_buffer: memory for a buffer, uint8 of so many bytes.
+        lock: of the tier.
+    """
+
+    def __init__(self, max_bytes: int, make_buffer: Callable[[int], torch.Tensor], lock: threading.RLock) -> None:
+        self.max_bytes = max_bytes
+        self.on_device = False
+        self._make_buffer = make_buffer
+        self._lock = lock
+        self._closed = False
+        self._idle: dict[int, list[Buffer]] = {}
+        self._idle_bytes = 0
+        self._buffer_bytes = 0
+        self._workspace = Workspace()
+
+    @abstractmethod
+    def make_room(self, nbytes: int) -> bool:
+        """Let go of what may go until `nbytes` more fit; whether they do."""
+
+    @abstractmethod
+    def _fits(self, nbytes: int) -> bool:
+        """Whether `nbytes` more are within the limit."""
+
+    @abstractmethod
+    def _note_peak(self) -> None:
+        """More is held now than before."""
+
+    def lease(self, nbytes: int, *, must: bool = True, exact: bool = False, evict: bool = True) -> Buffer | None:
+        """A buffer of at least `nbytes`, counted towards the limit if there is room.
+
+        Args:
+            nbytes: how large.
+            must: where there is no room, have it uncounted instead of `None`. Callers ask for few and small ones.
+            exact: not a byte more (for what is going to be kept).
+            evict: whether something may go for it.
+        """
+        capacity = nbytes if exact else buffer_capacity(nbytes)
+        with self._lock:
+            for buffer in self._idle.get(capacity, ()):
+                # A stream can wait for a buffer of its device; a thread that reads into host memory cannot.
+                if buffer.busy is None or self.on_device or buffer.busy.query():
+                    self._idle[capacity].remove(buffer)
+                    self._idle_bytes -= capacity
+                    self._buffer_bytes += capacity
+                    return buffer
+            fits = self.make_room(capacity) if evict else self._fits(capacity)
+            counted = capacity if fits else 0
+            if not counted and not must:
+                return None
+            self._buffer_bytes += counted
+            self._note_peak()
+        try:
+            with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
+                return Buffer(self._make_buffer(capacity), counted)
+        except BaseException:
+            with self._lock:
+                self._buffer_bytes -= counted
+            raise
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Return a leased buffer that nothing reads or writes any more."""
+        if not buffer.counted or self._closed:
+            return
+        with self._lock:
+            self._buffer_bytes -= buffer.counted
+            if self._idle_bytes + buffer.counted <= self.max_bytes // _IDLE_SHARE and self._fits(buffer.counted):
+                self._idle.setdefault(buffer.counted, []).append(buffer)
+                self._idle_bytes += buffer.counted
+
+    def workspace(self, nbytes: int) -> torch.Tensor | None:
+        """Memory that attention reads from, uint8 `(nbytes,)` with anything in it, for as long as a tensor uses it.
+
+        `None`: it would be more than the share of the limit that is kept for this, and is better had elsewhere.
+        """
+        capacity, share = workspace_capacity(nbytes), self.max_bytes // _WORKSPACE_SHARE
+        with self._lock:
+            if self._closed:
+                return None
+            lent = self._workspace.lend(capacity)
+            if lent is None:
+                held = self._workspace.held_bytes
+                if held - self._workspace.free_bytes + capacity > share:
+                    return None  # Nothing goes in vain.
+                self._workspace.drop(held + capacity - share)
+                if not self.make_room(capacity):
+                    return None
+                lent = self._workspace.add(self._make_buffer(capacity))
+                self._note_peak()
+        return lent[:nbytes]
+
+    def drop_workspace(self) -> None:
+        """Let go of attention's memory that is not in use."""
+        with self._lock:
+            self._workspace.drop(self._workspace.held_bytes)
+
+    def drop_idle(self) -> None:
+        """Let go of buffers that are kept for the next read."""
+        with self._lock:
+            self._idle.clear()
+            self._idle_bytes = 0
