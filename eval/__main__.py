@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .dtypes import DtypeOption
+
 app = typer.Typer(
     help="How much faster is the first token, and what does it cost in quality, against every system that does this.",
     no_args_is_help=True,
@@ -38,7 +40,7 @@ def run(
     documents: Annotated[int, typer.Option(help="of a stream, or conversations")] = 10,
     memory_share: Annotated[float, typer.Option(help="what of a stream's KV a system may keep in memory")] = 0.25,
     model: Annotated[str | None, typer.Option(help="name or folder; default: SmolLM2-135M-Instruct")] = None,
-    dtype: Annotated[str, typer.Option(help="of model and KV")] = "bfloat16",
+    dtype: DtypeOption = "auto",
     data_dir: Annotated[str | None, typer.Option(help="local data; default: $CONTIGUOUSKV_DATA, else the Hub")] = None,
     device: Annotated[str | None, typer.Option(help="of the model; default: a GPU if there is one")] = None,
     seed: int = 0,

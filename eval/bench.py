@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.transformers_internals import cache_argument
 
+from .dtypes import Dtype, dtype_name
 from .systems.attentionstore import Loading, full_load
 from .timing import drop_page_cache, interleave, machine, median_spread, resident_pages, time_to_first_token
 
@@ -133,10 +135,10 @@ def persist_overhead(load: Workload, rounds: int = 3, progress: bool = True) -> 
         with tempfile.TemporaryDirectory(dir=load.folder.parent) as empty:
             start = time.perf_counter()
             if kind == "prefill_s":
-                cache = DynamicCache()
+                cache, called = DynamicCache(), cache_argument(load.model)
                 with torch.no_grad():
                     for part in load.prefix_ids.split(block):
-                        load.model(input_ids=part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                        load.model(input_ids=part[None], use_cache=True, logits_to_keep=1, **{called: cache})
             else:
                 with PrefixStore(Path(empty) / "store") as store:
                     ContiguousKVCache(load.model, load.prefix_ids, store=store).close()
@@ -180,7 +182,7 @@ def report(results: dict[str, Measured], load: Workload, console: Console) -> di
         "machine": machine(),
         "prefix_tokens": len(load.prefix_ids),
         "suffix_tokens": len(load.suffix_ids),
-        "dtype": str(load.model.dtype),
+        "dtype": dtype_name(load.model.dtype),
         "recompute_over_floor": recompute / floor,
         "systems": rows,
     }
@@ -194,13 +196,15 @@ def main(
     rounds: int,
     folder: Path | None,
     json_path: Path | None,
+    dtype: Dtype = "auto",
 ) -> dict[str, Any]:
     """Load the model, make a workload of real text, measure and report."""
     from .documents import document_ids
     from .models import load_model
 
     console = Console(width=None if sys.stdout.isatty() else 110)
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, dtype=dtype)
+    console.print(f"runs in {model.runs_in}")
     ids = document_ids(tokenizer, prefix_tokens + suffix_tokens)
     with tempfile.TemporaryDirectory(prefix="contiguouskv-bench-", dir=folder) as temporary:
         load = Workload(model, ids[:prefix_tokens], ids[prefix_tokens:], Path(temporary) / "store")

@@ -28,6 +28,7 @@ from hf_contiguouskv.prefill import geometry_of, persist_rows
 from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.support import require_support
 
+from .dtypes import DtypeOption, choose_dtype, dtype_name
 from .random_models import random_model
 from .running.timed import timed_request
 from .systems import System, system_named
@@ -129,6 +130,7 @@ def run(
     return {
         "machine": machine(),
         "model": type(model).__name__,
+        "dtype": dtype_name(model.dtype),
         "layers": model.config.num_hidden_layers,
         "kept_tokens": kept_tokens,
         "suffix_tokens": suffix_tokens,
@@ -176,12 +178,20 @@ def main(
     systems: Annotated[str, typer.Option(help="With commas; see python -m eval list.")] = ",".join(SYSTEMS),
     model_name: Annotated[str | None, typer.Option("--model", help="Default: SmolLM2-135M-Instruct.")] = None,
     random: Annotated[str | None, typer.Option(help="Instead of it a model of random weights: llama or qwen2.")] = None,
+    dtype: DtypeOption = "auto",
     folder: Annotated[Path | None, typer.Option(help="On the disk to be measured; default: the temporary one.")] = None,
 ) -> None:
     """Measure cold requests on ever longer prefixes."""
     from .models import load_model
 
-    model = random_model(random) if random else load_model(model_name)[0]
+    console = Console(width=110)
+    if random:
+        choice = choose_dtype(dtype)
+        model = random_model(random, choice.dtype)
+        model.runs_in = f"{choice.name} on cpu ({choice.reason})"
+    else:
+        model, _ = load_model(model_name, dtype=dtype)
+    console.print(f"runs in {model.runs_in}")
     lengths = [int(length) for length in tokens.split(",")]
     place = Path(tempfile.mkdtemp(prefix="contiguouskv-growth-", dir=folder))
     try:
@@ -190,7 +200,7 @@ def main(
         shutil.rmtree(place)
     if json_path is not None:
         json_path.write_text(json.dumps(found, indent=2) + "\n")
-    report(found, Console(width=110))
+    report(found, console)
 
 
 if __name__ == "__main__":

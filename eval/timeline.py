@@ -18,6 +18,7 @@ from rich.console import Console
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 
+from .dtypes import DtypeOption, dtype_name
 from .timing import drop_page_cache, machine, median_spread, resident_pages, time_to_first_token
 
 # What is drawn, from back to front, and the height of its bar within the row of a layer: reader threads below, the
@@ -85,7 +86,13 @@ def record_request(
     recorded = recorded[1:]
     middle = median_spread([request["ttft_s"] for request in recorded]).median
     request = min(recorded, key=lambda request: abs(request["ttft_s"] - middle))
-    return request | {"prefix_tokens": len(prefix), "suffix_tokens": suffix_tokens, "warm": warm, "machine": machine()}
+    return request | {
+        "prefix_tokens": len(prefix),
+        "suffix_tokens": suffix_tokens,
+        "warm": warm,
+        "dtype": dtype_name(model.dtype),
+        "machine": machine(),
+    }
 
 
 def draw_timeline(trace: dict[str, Any], path: Path) -> None:
@@ -140,12 +147,15 @@ def record(
     suffix_tokens: int = 32,
     runs: Annotated[int, typer.Option(help="Requests; the median one is kept.")] = 7,
     model_name: Annotated[str | None, typer.Option("--model")] = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Record one request on real text."""
     from .documents import document_ids
     from .models import load_model
 
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, dtype=dtype)
+    console = Console()
+    console.print(f"runs in {model.runs_in}")
     config = (
         ContiguousKVConfig.paper(budget, timeline=True) if paper else ContiguousKVConfig(budget=budget, timeline=True)
     )
@@ -156,7 +166,7 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(trace) + "\n")
     parts = ", ".join(f"{kind} {milliseconds:.1f}" for kind, milliseconds in totals(trace).items())
-    Console().print(f"{trace['name']}: {trace['ttft_s'] * 1e3:.0f} ms to the first token ({parts} ms)")
+    console.print(f"{trace['name']}: {trace['ttft_s'] * 1e3:.0f} ms to the first token ({parts} ms)")
 
 
 @app.command()

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from hf_contiguouskv.transformers_internals import cache_argument
+
 T = TypeVar("T")
 
 
@@ -48,8 +50,7 @@ def time_to_first_token(
     cache = make_cache()
     output = model.generate(
         input_ids.to(model.device),
-        past_key_values=cache,
-        **({"max_new_tokens": 1, "do_sample": False} | generate_arguments),
+        **({cache_argument(): cache, "max_new_tokens": 1, "do_sample": False} | generate_arguments),
     )
     first = int(output[0, input_ids.shape[1]])  # waits for the device and copies to the host
     return time.perf_counter() - start, first, cache

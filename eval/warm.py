@@ -24,7 +24,9 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
+from hf_contiguouskv.transformers_internals import cache_argument
 
+from .dtypes import DtypeOption, dtype_name
 from .timing import interleave, machine, median_spread, time_to_first_token
 
 LIMIT = 1.15
@@ -48,13 +50,12 @@ def check_same(model: Any, prefix: torch.Tensor, suffix: torch.Tensor, cache: Co
         AssertionError: they have not.
     """
     with torch.no_grad():
-        ours = model(input_ids=suffix[None], past_key_values=cache).logits[0].float()
+        called = cache_argument(model)
+        ours = model(input_ids=suffix[None], **{called: cache}).logits[0].float()
         rival = kept_tokens_only(cache, model)
         positions = torch.arange(len(prefix), len(prefix) + len(suffix))[None]
         theirs = (
-            model(input_ids=suffix[None], past_key_values=copy.deepcopy(rival), position_ids=positions)
-            .logits[0]
-            .float()
+            model(input_ids=suffix[None], position_ids=positions, **{called: copy.deepcopy(rival)}).logits[0].float()
         )
     agree = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     divergence = (ours.softmax(-1) * (ours.log_softmax(-1) - theirs.log_softmax(-1))).sum(-1).mean().item()
@@ -98,7 +99,7 @@ def run(model: Any, ids: torch.Tensor, suffix_tokens: int, budgets: list[float],
                         raise AssertionError(f"{name} was not warm: {cache.stats}")
                     if "new cache" in name:
                         cache.close()
-        return _results(seconds, hits, len(prefix), suffix_tokens)
+        return _results(seconds, hits, len(prefix), suffix_tokens) | {"dtype": dtype_name(model.dtype)}
 
 
 def _timed(model: Any, prompt: torch.Tensor, make: Callable[[], Any]) -> tuple[float, Any]:
@@ -163,18 +164,21 @@ def main(
     rounds: int = 21,
     budgets: Annotated[str, typer.Option(help="Shares of chunks, with commas.")] = "0.05,0.1,1.0",
     model_name: Annotated[str | None, typer.Option("--model")] = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Measure warm requests."""
     from .documents import document_ids
     from .models import load_model
 
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, dtype=dtype)
+    console = Console()
+    console.print(f"runs in {model.runs_in}")
     ids = document_ids(tokenizer, tokens)
     shares = [float(budget) for budget in budgets.split(",")]
     found = []
     for length in suffix_tokens.split(","):
         found.append(run(model, ids, int(length), shares, rounds))
-        report(found[-1], Console())
+        report(found[-1], console)
     if json_path is not None:
         json_path.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,12 +23,12 @@ from demo import CONSOLE, DEFAULT_STORE, Prompts, Question, build_prompts, make_
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
+from eval.dtypes import DtypeOption, dtype_name
 from eval.models import ModelNotAvailableError, load_model
 from eval.timing import interleave, median_spread
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.errors import ContiguousKVError
 
-Dtype = Literal["bfloat16", "float16", "float32"]
 BATCH_STORE = DEFAULT_STORE.with_name("batch-store")
 DOCUMENT_TOKENS = 7936
 BATCH, ALONE = "one batch", "one after the other"
@@ -185,7 +185,7 @@ def main(
     budget: Annotated[float, typer.Option(help="Share of the document that an answer uses; 1.0 is exact.")] = 0.1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is asked, both ways in turn.")] = 3,
-    dtype: Annotated[Dtype, typer.Option(help="Of model and KV.")] = "bfloat16",
+    dtype: DtypeOption = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write answers and numbers to this file.")] = None,
 ) -> None:
     """Answer questions about a document in one batch, and one after the other."""
@@ -195,9 +195,10 @@ def main(
         text = read_document(document)
         if not text:
             raise typer.BadParameter(f"{document} is empty")
-        loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+        loaded, tokenizer = load_model(model, dtype=dtype)
     except (ContiguousKVError, ModelNotAvailableError) as error:
         raise typer.BadParameter(str(error)) from error
+    CONSOLE.print(f"{loaded.source}; runs in {loaded.runs_in}", markup=False, soft_wrap=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     context = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", DOCUMENT_TOKENS))
@@ -227,6 +228,7 @@ def main(
             "prefix_tokens": prompts.document_tokens,
             "budget": budget,
             "model": loaded.source,
+            "dtype": dtype_name(loaded.dtype),
             "questions": asked,
             "runs": {name: [asdict(run) for run in own] for name, own in runs.items()},
         }

@@ -13,18 +13,18 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
 from demo import CONSOLE, DEFAULT_STORE, build_prompts, read_document
 from transformers import TextStreamer
 
+from eval.dtypes import DtypeOption
 from eval.models import ModelNotAvailableError, load_model
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.errors import ContiguousKVError
 
-Dtype = Literal["bfloat16", "float16", "float32"]
 CHAT_STORE = DEFAULT_STORE.with_name("chat-store")
 # Tokens of the context that the document leaves to the conversation, and the most that is taken of a long document.
 CONVERSATION_TOKENS = 1024
@@ -146,7 +146,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the stored tokens that an answer uses; 1.0 is exact.")] = 0.1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 100,
-    dtype: Annotated[Dtype, typer.Option(help="Of model and KV.")] = "bfloat16",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Chat about a document; questions are lines of standard input."""
     try:
@@ -154,9 +154,10 @@ def main(
         text = read_document(document)
         if not text:
             raise typer.BadParameter(f"{document} is empty")
-        loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
+        loaded, tokenizer = load_model(model, dtype=dtype)
     except (ContiguousKVError, ModelNotAvailableError) as error:
         raise typer.BadParameter(str(error)) from error
+    CONSOLE.print(f"{loaded.source}; runs in {loaded.runs_in}", markup=False, soft_wrap=True)
     with PrefixStore(store) as opened:
         chat = Chat(loaded, tokenizer, opened, config, text, max_new_tokens)
         computed, seconds = chat.keep()

@@ -23,6 +23,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from eval.documents import document_ids
+from eval.dtypes import DtypeOption
 from eval.models import load_model
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 
@@ -59,10 +60,12 @@ def main(
     needles: Annotated[int, typer.Option(help="How many prefixes.")] = 24,
     tokens: Annotated[int, typer.Option(help="Tokens of haystack.")] = 2048,
     model_name: Annotated[str | None, typer.Option("--model")] = None,
+    dtype: DtypeOption = "auto",
     seed: int = 0,
 ) -> None:
     """Hide needles, ask for them, and compare the systems."""
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, dtype=dtype)
+    print(f"{model.source}; runs in {model.runs_in}")
     text = document_ids(tokenizer, tokens * 4)
     chance = random.Random(seed)
     right: dict[str, int] = defaultdict(int)

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from .table import as_markdown
+from ..dtypes import DtypeOption, dtype_name
+from .table import as_markdown, dtypes_of
 from .variants import FULL, SETS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -32,6 +33,7 @@ def run(
         Path | None, typer.Option(help="Local data; default: $CONTIGUOUSKV_DATA, else the Hub.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the requests and the examples before them.")] = 0,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Answer requests in every variant of some sets."""
     for name in sets:
@@ -43,7 +45,12 @@ def run(
     from .simulated import Simulation
     from .variants import at
 
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, dtype=dtype)
+    typer.echo(f"runs in {model.runs_in}")
+    if before := dtypes_of(out) - {dtype_name(model.dtype)}:
+        raise typer.BadParameter(
+            f"{out} has rows in {', '.join(sorted(before))}: choose it, or another file", param_hint="--dtype"
+        )
     variants = {name: [at(one, share) if share else one for one in SETS[name]] for name in sets}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
@@ -58,6 +65,7 @@ def run(
                         judge = VariantJudge(simulation, tokenizer, request)
                         about = {
                             "task": task,
+                            "dtype": dtype_name(model.dtype),
                             "seed": seed,
                             "number": request.number,
                             "tokens": len(request.prefix_ids),

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, choose_chunks, voting_queries
 from hf_contiguouskv.selection.indexed_keys import build_key_index
+from hf_contiguouskv.transformers_internals import cache_argument
 
 from .rounding import round_keys, round_values
 from .variants import Variant
@@ -32,7 +33,7 @@ class Simulation:
         self._before = model.config._attn_implementation
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=prefix_ids[None], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=prefix_ids[None], logits_to_keep=1, **{cache_argument(model): cache})
         # float32 `(kv_heads, tokens, head_dim)` per layer would be as good; it is the model's dtype that is stored.
         self._kv = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
         self._tokens = len(prefix_ids)

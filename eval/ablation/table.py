@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+# Of rows that do not say it, which earlier versions wrote.
+_EARLIER_DTYPE = "bfloat16"
 NEEDLES = ("needle", "needle_multikey")
+
+
+def dtypes_of(file: Path) -> set[str]:
+    """Names of the dtypes that the rows of a file were computed in; none, where there is no file."""
+    if not file.exists():
+        return set()
+    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return {row.get("dtype", _EARLIER_DTYPE) for row in rows}
 
 
 def as_markdown(files: Sequence[Path]) -> str:
@@ -16,8 +27,11 @@ def as_markdown(files: Sequence[Path]) -> str:
     Rows of several seeds, in one file or in several, count together.
 
     Raises:
-        ValueError: a request was answered twice in one variant.
+        ValueError: a request was answered twice in one variant, or models ran in different dtypes.
     """
+    dtypes = set().union(*map(dtypes_of, files))
+    if len(dtypes) > 1:
+        raise ValueError(f"rows in {' and '.join(sorted(dtypes))} cannot be compared; make a table of each")
     rows = pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
     # Rows of earlier versions do not say it.
     rows["seed"] = rows.seed.fillna(0) if "seed" in rows else 0

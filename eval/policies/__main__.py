@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..dtypes import DtypeOption
 from ..models import cache_folder
 from .trace import Trace, Workload
 
@@ -42,6 +43,7 @@ def record(
     budget: Annotated[float, typer.Option(help="Share of the chunks that is selected.")] = 0.10,
     seed: Annotated[int, typer.Option(help="Of lengths, questions and popularity.")] = 0,
     again: Annotated[bool, typer.Option("--again", help="Even if there is a trace.")] = False,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Run the model on many questions to many prefixes, and keep what it selected."""
     path = folder_of(folder) / "trace.npz"
@@ -52,7 +54,8 @@ def record(
     from .record import record as run
     from .texts import documents
 
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, dtype=dtype)
+    print(f"runs in {model.runs_in}")
     texts = documents(tokenizer, prefixes, (shortest, longest), seed, data_dir)
     workloads = [Workload(requests, exponent, drift, seed=seed) for drift in (Workload.drift, 0.0)]
     found = run(model, tokenizer, texts, workloads, budget)

@@ -19,6 +19,7 @@ from hf_contiguouskv.keys import KeySource
 from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
 from hf_contiguouskv.support import require_support
+from hf_contiguouskv.transformers_internals import cache_argument
 
 from ..timing import machine
 from .texts import Document, questions
@@ -52,7 +53,8 @@ def _one_request(
     heard.clear()
     cache.reset()
     with torch.no_grad():
-        logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        given = {cache_argument(model): cache}
+        logits = model(input_ids=ids[None], use_cache=True, logits_to_keep=1, **given).logits
     int(logits[0, -1].argmax())
     layers = len(cache.layers)
     chunks = [cache.selected_chunks(layer) for layer in range(layers)]

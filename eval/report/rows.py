@@ -103,7 +103,7 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
         untimed: more of them, made while the machine did other work: only their answers count.
 
     Raises:
-        RunError: a file is missing or broken, or no run has a row.
+        RunError: a file is missing or broken, no run has a row, or models ran in different dtypes.
     """
     runs, flat = [], []
     for number, folder in enumerate([*folders, *untimed]):
@@ -115,6 +115,9 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
         if folder in untimed:
             rows = [row | {"ttft_s": None, "stats": None, "phases": None} for row in rows]
         flat += [_flat(row) | {"run": number, "identity": identity} for row in rows]
+    dtypes = {str(run.config["dtype"]) for run in runs if run.config.get("dtype")}
+    if len(dtypes) > 1:
+        raise RunError(f"runs in {' and '.join(sorted(dtypes))} cannot be compared: make a report of each")
     if not flat:
         raise RunError(
             f"no row in {', '.join(map(str, [*folders, *untimed])) or 'no run'}: let a run finish one request at least"

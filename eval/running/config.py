@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+from ..dtypes import Dtype
 from ..systems import system_named
 from ..tasks import task_named
 
 STREAMS = ("shared_documents", "conversations")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = get_args(Dtype)
 IN_MEMORY = "in_memory"
 
 
@@ -46,7 +48,8 @@ class RunConfig:
 
     Attributes:
         model: name or folder of the model; `None`: the default model.
-        dtype: of model and KV.
+        dtype: of model and KV; `"auto"`: that of the run which is continued, for a new one what is fast on the device.
+            The folder of the run says which it was, and refuses another.
         tasks: names of `eval.tasks.TASKS`.
         streams: names of `STREAMS`.
         systems: names of `eval.systems.SYSTEMS`, each perhaps with a budget of its own, as `"impress@0.1"`.
@@ -66,7 +69,7 @@ class RunConfig:
     """
 
     model: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     tasks: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()

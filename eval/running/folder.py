@@ -32,6 +32,12 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return tuple(row[name] for name in ("task", "number", "stream", "system", "budget"))
 
 
+def recorded_dtype(path: Path) -> str | None:
+    """The dtype of the run in a folder, for example `"bfloat16"`; `None` where there is no run."""
+    file = path / CONFIG
+    return json.loads(file.read_text()).get("dtype") if file.exists() else None
+
+
 class RunFolder:
     """Where a run leaves what it finds. Each process appends to a file of its own; `gather` makes one of them.
 

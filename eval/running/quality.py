@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hf_contiguouskv.transformers_internals import cache_argument
+
 from ..metrics import scores
 from ..metrics.fidelity import agreement, divergence
 from ..systems import InMemory
@@ -88,7 +90,9 @@ class Judge:
 
     def _forward(self, cache: Any, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            found = self._model(input_ids=ids[None].to(self._model.device), past_key_values=cache, use_cache=True)
+            found = self._model(
+                input_ids=ids[None].to(self._model.device), use_cache=True, **{cache_argument(self._model): cache}
+            )
         logits: torch.Tensor = found.logits[0].float().cpu()
         return logits
 
@@ -109,7 +113,7 @@ class Judge:
         if left > 0 and not ended:
             prompt = torch.cat([self._prompt, torch.tensor([[first_token]])], dim=1)
             output = self._model.generate(
-                prompt.to(self._model.device), past_key_values=cache, max_new_tokens=left, do_sample=False
+                prompt.to(self._model.device), max_new_tokens=left, do_sample=False, **{cache_argument(): cache}
             )
             tokens += output[0, prompt.shape[1] :].tolist()
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)

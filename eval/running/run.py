@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -14,18 +15,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import __version__
 from hf_contiguouskv.store.fingerprint import model_fingerprint
 
 from .. import streams
+from ..dtypes import DtypeChoice, choose_dtype, dtype_name
 from ..systems import system_named
 from ..tasks import Request
 from .bench import bench_in
 from .config import IN_MEMORY, RunConfig, Setting
-from .folder import Key, RunFolder
+from .folder import Key, RunFolder, recorded_dtype
 from .quality import Judge
 from .requests import Asked, asked_of, chat_of, questions_of, require_served, token_bytes
 from .timed import timed_request
@@ -172,6 +176,22 @@ def distinct_tokens(requests: Sequence[Request]) -> int:
     return sum(longest.values())
 
 
+def _agreed_dtype(config: RunConfig, out: Path, device: torch.device | str, state: PartialState) -> DtypeChoice:
+    """The dtype of a run: as asked, else that of the run in `out`, else what is fast on the device.
+
+    One process decides for all: two that measure could find different ones.
+    """
+    found: list[Any] = [None]
+    if state.is_main_process:
+        before = recorded_dtype(out) if config.dtype == "auto" else None
+        if before is None:
+            found = [choose_dtype(config.dtype, device)]
+        else:
+            found = [DtypeChoice(getattr(torch, before), "as the run that is continued")]
+    choice: DtypeChoice = broadcast_object_list(found)[0]
+    return choice
+
+
 def run(
     config: RunConfig, out: Path, *, command: str = "", progress: bool = True, loaded: tuple[Any, Any] | None = None
 ) -> Path:
@@ -192,24 +212,26 @@ def run(
         NotServedError: see `require_served`.
         DataMissingError: a task's data cannot be had.
     """
-    import torch
-
     from ..models import DEFAULT_MODEL, load_model
 
     # Processes wait for the slowest, and for the one that makes the streams.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    device = config.device or state.device
+    if loaded is None:
+        choice = _agreed_dtype(config, out, device, state)
     # One process at a time: the first may have to download or convert the model.
     with state.main_process_first():
-        device = config.device or state.device
-        model, tokenizer = loaded or load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+        model, tokenizer = loaded or load_model(config.model, dtype=choice.dtype, device=device)
         asked = asked_of(config, tokenizer)
+    if loaded is None and progress and state.is_main_process:
+        print(f"runs in {choice.name} on {model.device} ({choice.reason})", file=sys.stderr)
     require_served(model, config, asked)
     folder = RunFolder(out, state.process_index)
     if state.is_main_process:
         name = config.model or (DEFAULT_MODEL if loaded is None else model.config._name_or_path)
         about = asdict(config) | {
             "model": name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "fingerprint": model_fingerprint(model),
             "source": getattr(model, "source", None),
             "device": model.device.type,

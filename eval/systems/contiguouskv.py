@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
+from hf_contiguouskv.transformers_internals import cache_argument
 
 from .stored import Stored
 
@@ -39,7 +40,8 @@ class ContiguousKV(Stored):
         if self._keys_stay:
             cache = self.cache(prefix_ids)
             with torch.no_grad():
-                self._model(input_ids=prefix_ids[-1:][None].to(self._model.device), past_key_values=cache)
+                last = prefix_ids[-1:][None].to(self._model.device)
+                self._model(input_ids=last, **{cache_argument(self._model): cache})
             self.finish(cache)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:

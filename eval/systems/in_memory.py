@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import RequestStats
+from hf_contiguouskv.transformers_internals import cache_argument
 
 from .base import NotStoredError, key_of
 
@@ -18,7 +19,7 @@ def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = N
     cache = DynamicCache(config=model.config) if cache is None else cache
     with torch.no_grad():
         for part in prefix_ids[cache.get_seq_length() :].to(model.device).split(block):
-            model(input_ids=part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=part[None], use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     return cache
 
 

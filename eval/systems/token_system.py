@@ -19,6 +19,7 @@ from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
+from hf_contiguouskv.transformers_internals import cache_argument
 
 from .base import key_of
 from .in_memory import prefill
@@ -58,7 +59,8 @@ def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCa
         return attend(query, *arguments, **options)
 
     with torch.no_grad(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
-        model(input_ids=prefix_ids[None, split:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        rest = prefix_ids[None, split:]
+        model(input_ids=rest, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     importance = []
     for layer, (query, scaling) in zip(cache.layers, queries, strict=True):
         keys = layer.keys[0]

@@ -23,6 +23,9 @@ from eval.tasks.base import encode
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.store.geometry import KVGeometry
 from hf_contiguouskv.store.packing import pack_values, unpack_values
+from hf_contiguouskv.transformers_internals import cache_argument
+
+CACHE = cache_argument()
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +55,8 @@ def test_the_full_variant_is_the_model_with_its_whole_cache(model: Any) -> None:
     for row, ids in zip(found, rows, strict=True):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=PREFIX[None], past_key_values=cache)
-            expected = model(input_ids=torch.cat([SUFFIX, ids])[None], past_key_values=cache).logits[0]
+            model(input_ids=PREFIX[None], **{CACHE: cache})
+            expected = model(input_ids=torch.cat([SUFFIX, ids])[None], **{CACHE: cache}).logits[0]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -77,7 +80,7 @@ def test_a_variant_answers_as_the_library_does(
         ContiguousKVCache(model, PREFIX, store=store, config=config) as cache,
         torch.no_grad(),
     ):
-        real = model(input_ids=SUFFIX[None], past_key_values=cache).logits[0]
+        real = model(input_ids=SUFFIX[None], **{CACHE: cache}).logits[0]
     scale = real.abs().max().item()
     torch.testing.assert_close(simulated, real, rtol=0, atol=1e-3 * scale)
     assert (everything - real).abs().max().item() > 10 * (simulated - real).abs().max().item()

@@ -16,7 +16,7 @@ from tiny_model import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ("quickstart", "evaluate_your_model")
-SHORT = {"TOKENS": "800", "ROUNDS": "2", "REQUESTS": "2", "PARAGRAPHS": "4"}
+SHORT = {"TOKENS": "800", "ROUNDS": "2", "REQUESTS": "2", "PARAGRAPHS": "4", "DTYPE": "float32"}
 
 
 def read(name: str) -> Any:
@@ -78,6 +78,16 @@ def test_a_notebook_is_kept_without_outputs_and_opens_itself_in_colab(name: str)
     assert outputs(notebook) == []
     assert all(cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
     assert f"/examples/{name}.ipynb)" in notebook.cells[0].source
+
+
+@pytest.mark.xdist_group("quickstart")
+def test_quickstart_says_what_it_runs_in(quickstart: Any) -> None:
+    assert "runs in float32 on cpu (as asked)" in printed(quickstart)
+
+
+@pytest.mark.xdist_group("evaluation")
+def test_evaluation_says_what_it_runs_in(evaluation: Any) -> None:
+    assert "runs in float32 (as asked)" in printed(evaluation)
 
 
 @pytest.mark.xdist_group("quickstart")

@@ -30,6 +30,9 @@ from eval.running.run import distinct_tokens
 from eval.systems import SYSTEMS, InMemory
 from eval.tasks import TASKS, Request
 from eval.tasks.base import encode
+from hf_contiguouskv.transformers_internals import cache_argument
+
+CACHE = cache_argument()
 
 Row = dict[str, Any]
 EXACT = [name for name, kind in SYSTEMS.items() if kind.exact]
@@ -443,7 +446,7 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch
         (["--stream", "rivers"], "stream must be"),
         (["--budget", "0"], "budgets are shares"),
         (["--requests", "0"], "requests must be 1"),
-        (["--dtype", "int8"], "dtype must be"),
+        (["--dtype", "int8"], "'int8' is not one of"),
     ):
         result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
         assert result.exit_code == 2
@@ -480,7 +483,7 @@ def judged(loaded: tuple[Any, Any], request: Request, metric: str) -> dict[str, 
     model, tokenizer = loaded
     prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
     cache = DynamicCache(config=model.config)
-    output = model.generate(prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    output = model.generate(prompt, max_new_tokens=1, do_sample=False, **{CACHE: cache})
     judge = Judge(model, tokenizer, request, metric)
     with InMemory(model) as in_memory:
         in_memory.store(request.prefix_ids)

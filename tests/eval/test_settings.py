@@ -42,3 +42,8 @@ def test_variants_are_made_only_if_they_are_named() -> None:
         "contiguouskv_exact",
         "contiguouskv_paper_resident",
     }
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        RunConfig(tasks=("sst2",), systems=("in_memory",), dtype="int8")

@@ -13,6 +13,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from eval.systems import AttentionStore, ContiguousKV, InMemory, NotStoredError, Recompute, Reload, System
 from eval.timing import drop_page_cache, resident_pages
 from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.transformers_internals import cache_argument
+
+CACHE = cache_argument()
 
 # K and V of one token in both layers: 2 x 2 layers x 1 head x 16 channels x 4 bytes.
 TOKEN_BYTES = 2 * 2 * 16 * 4
@@ -62,7 +65,7 @@ def logits_of(model: Any, prompt: torch.Tensor, cache: Any, new: int) -> torch.T
     """Of the first token after the prompt and of `new - 1` more, `(new, vocabulary)`."""
     output = model.generate(
         prompt[None],
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,

@@ -15,6 +15,7 @@ from eval.timing import (
     resident_pages,
     time_to_first_token,
 )
+from hf_contiguouskv.transformers_internals import cache_argument
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -96,8 +97,8 @@ def test_machine_names_what_the_numbers_depend_on() -> None:
 def test_the_timer_includes_building_the_cache() -> None:
     events = []
 
-    def generate(ids: torch.Tensor, past_key_values: object, **arguments: object) -> torch.Tensor:
-        events.append(("generate", past_key_values, arguments))
+    def generate(ids: torch.Tensor, **arguments: object) -> torch.Tensor:
+        events.append(("generate", arguments.pop(cache_argument()), arguments))
         return torch.cat([ids, torch.tensor([[7]])], dim=1)
 
     def make_cache() -> str:

@@ -19,6 +19,9 @@ from eval.systems.token_system import observed_importance
 from eval.systems.units import Nodes, UnitLayout
 from hf_contiguouskv.memory.history import Uses
 from hf_contiguouskv.store.format import KVGeometry
+from hf_contiguouskv.transformers_internals import cache_argument
+
+CACHE = cache_argument()
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 8
 PREFIX = 200  # Three units of 64 tokens, and a part of one.
@@ -58,15 +61,15 @@ PROMPT = torch.cat([PREFIX_IDS, SUFFIX_IDS])
 def logits_of(model: Any, cache: Any) -> torch.Tensor:
     """Of all suffix tokens behind a cached prefix, `(q, vocabulary)`."""
     with torch.no_grad():
-        return model(input_ids=SUFFIX_IDS[None], past_key_values=cache).logits[0]
+        return model(input_ids=SUFFIX_IDS[None], **{CACHE: cache}).logits[0]
 
 
 def reference(model: Any, choose: Any) -> torch.Tensor:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=PREFIX_IDS[None], past_key_values=cache)
+        model(input_ids=PREFIX_IDS[None], **{CACHE: cache})
         with attending(model, PREFIX, choose):
-            return model(input_ids=SUFFIX_IDS[None], past_key_values=cache).logits[0]
+            return model(input_ids=SUFFIX_IDS[None], **{CACHE: cache}).logits[0]
 
 
 def served(system: Any, model: Any) -> tuple[torch.Tensor, Any]:
@@ -154,7 +157,7 @@ def test_answers_do_not_depend_on_what_is_in_memory(
             torch.testing.assert_close(served(system, model)[0], first, atol=0, rtol=0)
             cache = system.cache(other)
             with torch.no_grad():
-                model(input_ids=SUFFIX_IDS[None], past_key_values=cache)
+                model(input_ids=SUFFIX_IDS[None], **{CACHE: cache})
             system.finish(cache)
         assert system.opened().memory.host.peak_bytes <= 64 * 1024
 
@@ -189,7 +192,7 @@ def test_generation_goes_on_from_what_was_chosen(model: Any, tmp_path: Path) -> 
             system.store(PREFIX_IDS)
             arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
             cache = system.cache(PREFIX_IDS)
-            found = model.generate(PROMPT[None], past_key_values=cache, **arguments)
+            found = model.generate(PROMPT[None], **arguments, **{CACHE: cache})
             system.finish(cache)
             assert torch.equal(found, model.generate(PROMPT[None], **arguments))
 
@@ -203,7 +206,7 @@ def test_what_was_not_stored_is_refused(model: Any, tmp_path: Path) -> None:
             system.cache(some_ids(PREFIX, 9))
         cache = system.cache(PREFIX_IDS)
         with pytest.raises(ValueError, match="one row"), torch.no_grad():
-            model(input_ids=SUFFIX_IDS.repeat(2, 1), past_key_values=cache)
+            model(input_ids=SUFFIX_IDS.repeat(2, 1), **{CACHE: cache})
         system.finish(cache)
 
 
