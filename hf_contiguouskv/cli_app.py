@@ -5,17 +5,48 @@ Modules add their commands with `@app.command()` and wrap them in `messages_inst
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
+from .cli_output import print_json
 from .errors import ContiguousKVError, StoreError
 from .store import PrefixInfo, PrefixStore
 
-app = typer.Typer(name="contiguouskv", help="Prefix KV caches on disk.", no_args_is_help=True, add_completion=False)
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_WANTS_JSON = "hf_contiguouskv.json"
+
+
+class _Commands(TyperGroup):
+    """The group of all commands. What is wrong with a command line is said in JSON as well, if it asks for that."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_WANTS_JSON] = "--json" in args
+        with self._mistakes_in_json(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with self._mistakes_in_json(ctx):
+            return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def _mistakes_in_json(self, ctx: Any) -> Iterator[None]:
+        try:
+            yield
+        except _UsageError as error:
+            if ctx.meta[_WANTS_JSON]:
+                print_json({"error": described(error)})
+            raise  # typer says it on stderr, and ends with status 2.
+
+
+app = typer.Typer(
+    name="contiguouskv", cls=_Commands, help="Prefix KV caches on disk.", no_args_is_help=True, add_completion=False
+)
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys, or their beginnings.", show_default=False)]
@@ -30,7 +61,10 @@ Result = TypeVar("Result")
 
 
 def messages_instead_of_tracebacks(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Errors of this library, and of the operating system, become one line on stderr and exit status 2."""
+    """Errors of this library, and of the operating system, become one line on stderr and exit status 2.
+
+    With `--json`, stdout has an object with `error` then.
+    """
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -39,15 +73,30 @@ def messages_instead_of_tracebacks(command: Callable[Parameters, Result]) -> Cal
         except BrokenPipeError:
             raise  # `contiguouskv ls | head` is no mistake; typer ends quietly.
         except (ContiguousKVError, OSError) as error:
-            complain(error)
+            complain(error, as_json=bool(kwargs.get("as_json") or kwargs.get("json_path")))
             raise typer.Exit(2) from None
 
     return run
 
 
-def complain(error: Exception) -> None:
-    """One line on stderr."""
-    typer.echo(f"contiguouskv: {' '.join(str(error).split())}", err=True)
+def complain(error: Exception, *, as_json: bool = False, **done: Any) -> None:
+    """One line on stderr; for programs also an object on stdout.
+
+    Args:
+        error: what went wrong.
+        as_json: whether there is an object.
+        done: more fields of it, such as what had been done before.
+    """
+    if as_json:
+        print_json(done | {"error": described(error)})
+    typer.echo(f"contiguouskv: {described(error)['message']}", err=True)
+
+
+def described(error: Exception) -> dict[str, str]:
+    """An error for programs: its `type`, and its `message` in one line."""
+    # (Errors of a command line know how to put it.)
+    text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    return {"type": type(error).__name__, "message": " ".join(text.split())}
 
 
 def find_entries(store: PrefixStore, beginnings: list[str]) -> list[PrefixInfo]:

@@ -93,7 +93,7 @@ def import_(
             with PrefixStore(store) as opened, progress("importing") as report_progress:
                 report = import_bundle(opened, folder, report_progress, skip_refused=skip_refused)
     except BundleError as error:
-        complain(error)
+        complain(error, as_json=as_json)
         raise typer.Exit(1) from None
     if as_json:
         print_json(report.as_dict())

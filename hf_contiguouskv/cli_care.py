@@ -8,8 +8,19 @@ from typing import Annotated
 
 import typer
 
-from .cli_app import AsJson, Keys, OptionalKey, StorePath, app, find_entries, find_entry, messages_instead_of_tracebacks
+from .cli_app import (
+    AsJson,
+    Keys,
+    OptionalKey,
+    StorePath,
+    app,
+    complain,
+    find_entries,
+    find_entry,
+    messages_instead_of_tracebacks,
+)
 from .cli_output import counted, human_bytes, print_json, progress, seconds_from
+from .errors import ContiguousKVError
 from .store import PrefixStore
 
 
@@ -97,6 +108,11 @@ def rm(
             for entry in entries:
                 if entry.key not in deleted:
                     deleted += opened.delete(entry.key, recursive=recursive)
+    except (ContiguousKVError, OSError) as error:
+        if as_json:
+            complain(error, as_json=True, deleted=deleted)
+            raise typer.Exit(2) from None
+        raise
     finally:
         if not as_json:
             for key in deleted:  # Also where a later one could not be deleted.

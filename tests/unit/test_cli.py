@@ -253,18 +253,64 @@ def mistakes(tmp_path: Path, store_path: Path, keys: list[str]) -> Iterator[tupl
     yield ("import", tmp_path / "nowhere", tmp_path)
     yield ("import", tmp_path / "nowhere", "hf://no-owner")
     yield ("import", tmp_path / "nowhere", tmp_path, "--download-to", tmp_path)
-    yield ("warm", tmp_path / "nowhere", tmp_path / "no-file")
+    yield ("warm", tmp_path / "nowhere", store_path, "--chunk-size", "0")
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path: Path, store_path: Path, keys: list[str]) -> None:
     for arguments in mistakes(tmp_path, store_path, keys):
-        for more in ((), ("--json",)):
-            result = run(*arguments, *more)
-            assert (result.exit_code, result.stdout) == (2, ""), arguments
-            assert result.stderr.startswith("contiguouskv: "), arguments
-            assert result.stderr.count("\n") == 1, arguments
+        result = run(*arguments)
+        assert (result.exit_code, result.stdout) == (2, ""), arguments
+        assert result.stderr.startswith("contiguouskv: "), arguments
+        assert result.stderr.count("\n") == 1, arguments
+        for_programs = run(*arguments, "--json")
+        assert (for_programs.exit_code, for_programs.stderr) == (2, result.stderr), arguments
+        error = json.loads(for_programs.stdout)["error"]
+        assert error["type"].endswith("Error"), arguments
+        assert f"contiguouskv: {error['message']}\n" == result.stderr, arguments
     assert sorted(path.name for path in tmp_path.iterdir()) == [store_path.name]
     assert not any(entry["pinned"] for entry in run_json("ls", store_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (["ls", "--json"], "MissingParameter", "STORE"),
+        (["ls", "store", "--json", "--long"], "NoSuchOption", "--long"),
+        (["ls", "store", "more", "--json"], "UsageError", "more"),
+        (["show", "store", "--json"], "", "'show'"),
+        (["--json", "ls", "store"], "NoSuchOption", "--json"),
+        (["warm", "store", "file", "--json", "--dtype", "int8"], "BadParameter", "'int8'"),
+        (["bench", "--rounds", "few", "--json", "numbers.json"], "BadParameter", "--rounds"),
+    ],
+)
+def test_mistakes_in_the_command_line_are_json_where_it_asks_for_json(
+    arguments: list[str], kind: str, words: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert kind in error["type"]
+    assert words in error["message"]
+    assert result.stderr  # For people, as without --json.
+    plain = run(*(argument for argument in arguments if argument != "--json"), "--no-such-option")
+    assert (plain.exit_code, plain.stdout) == (2, "")
+
+
+def test_help_is_no_mistake() -> None:
+    result = run("ls", "--help", "--json")
+    assert result.exit_code == 0
+    assert "error" not in result.stdout
+
+
+def test_rm_says_in_json_what_it_deleted_before_it_failed(store_path: Path) -> None:
+    with PrefixStore(store_path) as store:
+        root, child, aside, alone = tree(store)
+    result = run("rm", store_path, root, child, alone, "--json")
+    assert result.exit_code == 2
+    found = json.loads(result.stdout)
+    assert found["deleted"] == [child]
+    assert aside in found["error"]["message"]
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_closed_pipe_is_no_mistake() -> None:

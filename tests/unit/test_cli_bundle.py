@@ -1,8 +1,7 @@
-"""The commands that carry prefixes between stores: `export`, `import` and, with a model, `warm`."""
+"""The commands that carry prefixes between stores: `export` and `import`."""
 
 from __future__ import annotations
 
-import builtins
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
 from bundle_helpers import content, tree
-from contract.models import build
 from test_cli import damage, run, run_json
 
-import eval.models
 from hf_contiguouskv.store import PrefixStore
 
 
@@ -63,6 +59,9 @@ def test_import_of_a_damaged_bundle_ends_with_status_1(tmp_path: Path, store_pat
     (bundle / "bundle.json").write_text("{}")
     result = run("import", tmp_path / "another", bundle)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    for_programs = run("import", tmp_path / "another", bundle, "--json")
+    assert (for_programs.exit_code, for_programs.stderr) == (1, result.stderr)
+    assert json.loads(for_programs.stdout)["error"]["type"] == "BundleError"
     assert not (tmp_path / "another").exists()
 
 
@@ -127,75 +126,3 @@ def test_salted_prefixes_are_pointed_out(tmp_path: Path) -> None:
     imported = run("import", tmp_path / "new", tmp_path / "bundle")
     assert imported.exit_code == 0
     assert "same salt finds 4 of them" in imported.stderr
-
-
-class Letters:
-    """A tokenizer of letters."""
-
-    def __call__(self, text: str, **_: object) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.tensor([[3 + ord(letter) % 100 for letter in text]])}
-
-
-@pytest.fixture
-def small_model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    model = build("llama", layers=2)
-    monkeypatch.setattr(eval.models, "load_model", lambda name: (model, Letters()))
-    return model
-
-
-def test_warm_stores_files(tmp_path: Path, store_path: Path, small_model: Any) -> None:
-    for name, text in (("a.txt", "x" * 40), ("b.txt", "x" * 40 + "y" * 30)):
-        (tmp_path / name).write_text(text)
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    text = run("warm", store_path, files[0])
-    assert text.exit_code == 0, text.stderr
-    assert f"{files[0]}: 40 tokens, 0 were stored, 40 computed" in text.stdout
-    report = run_json("warm", store_path, *files)
-    done = [(file["tokens"], file["tokens_from_store"], file["tokens_computed"]) for file in report["files"]]
-    assert [file["file"] for file in report["files"]] == [str(file) for file in files]
-    assert done[0] == (40, 40, 0)
-    assert (done[1][0], done[1][1] + done[1][2]) == (70, 70)
-    assert done[1][1] >= 32
-    with PrefixStore(store_path) as store:
-        assert store.match(small_model, Letters()("x" * 40 + "y" * 30)["input_ids"]) == 70
-
-
-def test_warm_names_files_that_it_cannot_store(tmp_path: Path, store_path: Path, small_model: Any) -> None:
-    (tmp_path / "empty").write_text("")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    (tmp_path / "long").write_text("x" * 2000)
-    for name, words in (("empty", "is empty"), ("binary", "not UTF-8"), ("long", "2000 tokens, more than the 1024")):
-        result = run("warm", store_path, tmp_path / name)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert name in result.stderr
-        assert words in result.stderr
-        assert result.stderr.count("\n") == 1
-
-
-def test_a_missing_model_is_one_line(tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(name: str | None) -> None:
-        raise eval.models.ModelNotAvailableError(f"no {name}\n- tried this\n- and that")
-
-    monkeypatch.setattr(eval.models, "load_model", load_model)
-    (tmp_path / "a.txt").write_text("a")
-    result = run("warm", store_path, tmp_path / "a.txt", "--model", "nobody/nothing")
-    assert (result.exit_code, result.stderr) == (2, "contiguouskv: no nobody/nothing - tried this - and that\n")
-
-
-@pytest.mark.parametrize(("command", "module"), [("warm", "eval.models"), ("bench", "eval.bench")])
-def test_a_missing_extra_is_named(
-    tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str
-) -> None:
-    real = builtins.__import__
-
-    def without_eval(name: str, *arguments: Any) -> Any:
-        if name == module:
-            raise ImportError("no module", name=module)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without_eval)
-    (tmp_path / "a.txt").write_text("a")
-    result = run("warm", store_path, tmp_path / "a.txt") if command == "warm" else run("bench")
-    assert result.exit_code == 2
-    assert f"{command} needs the" in result.stderr
-    assert "eval" in result.stderr
