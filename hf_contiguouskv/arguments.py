@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from .adapters import require_no_invocation
 from .config import ContiguousKVConfig
 from .errors import ConfigError, InputError
+from .placeholders import placeholder_ids
 from .store import PrefixStore
 
 
@@ -37,9 +39,13 @@ def require_storable(model: Any, ids: torch.Tensor) -> None:
     """Raise `InputError` if what the model would compute now for `ids` (int64 `(n,)`) must not be stored."""
     if model.training:
         raise InputError("the model is in training mode; call model.eval() before its KV is stored")
-    images = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-    if images is not None and bool((ids == images).any()):
-        raise InputError(f"the prefix holds image placeholders (token {images}); only text can be stored")
+    for name, token in placeholder_ids(model.config).items():
+        if bool((ids == token).any()):
+            raise InputError(
+                f"the prefix holds placeholders of media ({name}={token}), whose K/V depend on more than the tokens; "
+                "only text can be stored"
+            )
+    require_no_invocation(model, ids)
 
 
 class TemporaryStore:

@@ -8,7 +8,6 @@ or none) go straight to that implementation, bit for bit as before.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,11 +15,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .errors import UnsupportedModelError
+from .errors import AttentionNotActiveError, UnsupportedModelError
+from .transformers_internals import (
+    attention_function,
+    attention_implementation,
+    register_attention,
+    set_attention_implementation,
+)
 
 PREFIX = "contiguouskv_"
 BASES = ("sdpa", "eager")
@@ -51,17 +53,8 @@ def tagged(states: torch.Tensor, source: KVSource) -> torch.Tensor:
     return view
 
 
-def _eager_of(module: nn.Module) -> Callable[..., Any]:
-    # `eager` is not in the registry: it is a function of the module in which the attention class was written.
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function  # type: ignore[no-any-return]
-    raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward in the module that defines it")
-
-
 def _make_attention(base: str) -> Callable[..., Any]:
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="a ContiguousKVCache chooses what attention reads while it runs")
     def attention(
         module: nn.Module,
         query: torch.Tensor,
@@ -70,7 +63,7 @@ def _make_attention(base: str) -> Callable[..., Any]:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        forward = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+        forward = attention_function(base, module)
         source: KVSource | None = getattr(key, _TAG, None)
         if source is not None:
             options = dict(kwargs)
@@ -147,12 +140,11 @@ def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tu
 
 
 for _base in BASES:
-    AttentionInterface.register(PREFIX + _base, _make_attention(_base))
-    AttentionMaskInterface.register(PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
+    register_attention(PREFIX + _base, _make_attention(_base), like=_base)
 
 
-class _Installed:
-    """One config object whose models use our function, and how many caches need it."""
+class _Active:
+    """A config whose layers use our function now, and how many forwards need that."""
 
     def __init__(self, config: Any, base: str) -> None:
         self.config = config
@@ -160,62 +152,79 @@ class _Installed:
         self.count = 0
 
 
-_installed: dict[int, _Installed] = {}
+_active: dict[int, _Active] = {}
 _lock = threading.RLock()
 
 
 class Installation:
-    """A cache's share in the installation of our function on a model's config. `release` is idempotent.
+    """Puts our function into a model's config while a forward with one cache runs, and at no other time.
 
-    Models that share one config object change together; the implementation that was there before comes back when the
-    last share is released (at the latest when the cache that owns it is collected).
+    So any other cache on the model runs exactly as it would without this library, compiled forwards included. (In
+    another thread it may meet our function meanwhile, which passes K/V without a tag on.)
+
+    Args:
+        config: the config that the model's attention layers share.
+
+    Raises:
+        UnsupportedModelError: the config names an implementation that a cache with a prefix cannot work with.
     """
 
     def __init__(self, config: Any) -> None:
-        with _lock:
-            entry = _installed.get(id(config))
-            current = config._attn_implementation
-            # A copy of a config that was in use still names our function.
-            base = current.removeprefix(PREFIX) if isinstance(current, str) else current
-            if entry is None or base != entry.base:
-                if base not in BASES:
-                    raise UnsupportedModelError(
-                        f"attention implementation {base!r} is not supported: a cache with a prefix needs one of "
-                        f"{BASES}. Load the model with attn_implementation='sdpa'."
-                    )
-                if entry is None:
-                    entry = _installed[id(config)] = _Installed(config, base)
-                # Chosen by the user since then: it is what comes back in the end.
-                entry.base = base
-            entry.count += 1
-            config._attn_implementation_internal = PREFIX + entry.base
         self._config = config
-        self._finalizer = weakref.finalize(self, _release, id(config))
+        self._base = _base_of(config)
+        if self._base not in BASES:
+            raise UnsupportedModelError(
+                f"attention implementation {self._base!r} is not supported: a cache with a prefix needs one of "
+                f"{BASES}. Load the model with attn_implementation='sdpa'."
+            )
+        self._finalizer: weakref.finalize[Any, Any] | None = None
 
     @property
     def active(self) -> bool:
-        """Whether the model's config still names our function."""
-        # Asked several times per layer: not through the config's own attribute access, which takes its time.
-        name = object.__getattribute__(self._config, "_attn_implementation_internal")
+        """Whether the model's layers would call our function now."""
+        name = attention_implementation(self._config)
         return isinstance(name, str) and name.startswith(PREFIX)
 
-    @property
-    def current(self) -> str:
-        """The attention implementation that the model's config names now."""
-        return str(self._config._attn_implementation)
+    def activate(self) -> None:
+        """A forward begins. Idempotent.
+
+        Raises:
+            AttentionNotActiveError: the model's implementation was changed since the cache was made.
+        """
+        with _lock:
+            current = _base_of(self._config)
+            if current != self._base:
+                raise AttentionNotActiveError(
+                    f"the model's attention implementation was changed to {current!r} while a cache with a prefix is "
+                    "in use. Set it before the cache is made, or make a new cache now."
+                )
+            if self._finalizer is None or not self._finalizer.alive:
+                entry = _active.setdefault(id(self._config), _Active(self._config, self._base))
+                entry.count += 1
+                self._finalizer = weakref.finalize(self, _release, id(self._config))
+                self._finalizer.atexit = False
+            set_attention_implementation(self._config, PREFIX + self._base)
 
     def release(self) -> None:
-        self._finalizer()
+        """The forward is over (at the latest when the cache that owns this is collected). Idempotent."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+
+def _base_of(config: Any) -> Any:
+    current = attention_implementation(config)
+    # A copy of a config that was in use still names our function.
+    return current.removeprefix(PREFIX) if isinstance(current, str) else current
 
 
 def _release(key: int) -> None:
     with _lock:
-        entry = _installed.get(key)
+        entry = _active.get(key)
         if entry is None:
             return
         entry.count -= 1
         if entry.count == 0:
-            del _installed[key]
-            # Somebody may have chosen another implementation in the meantime: that choice stays.
-            if entry.config._attn_implementation == PREFIX + entry.base:
-                entry.config._attn_implementation_internal = entry.base
+            del _active[key]
+            # Another implementation may have been chosen in the meantime: that choice stays.
+            if attention_implementation(entry.config) == PREFIX + entry.base:
+                set_attention_implementation(entry.config, entry.base)

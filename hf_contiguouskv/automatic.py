@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .adapters import adapters_of_rows
 from .config import ContiguousKVConfig
+from .fitting import voters_wanted
 from .forward import Prompt, cut_cached, ordinary_prompt
 from .layers import ContiguousLayer, ContiguousSlidingLayer
 from .prefill import geometry_of, persist_rows
 from .prefix import AttachedPrefix
 from .store import PrefixStore
+from .store.entries import StoredPrefix
 from .support import ModelSupport
 
 if TYPE_CHECKING:
     from .cache import ContiguousKVCache
 
 LayerStates = tuple[torch.Tensor, torch.Tensor, int]
+
+LONGEST_QUESTION = 256
+"""Tokens at the end of a prompt in which its question is looked for."""
+QUESTION_PER_VOTER = 4
+"""Where nothing shows where the question begins, so many tokens stay uncached for each query that votes."""
 
 
 class AutomaticPrefix:
@@ -38,6 +46,8 @@ class AutomaticPrefix:
         # The blocks of a chunked prefill continue the prompt for as long as they are this long.
         self._block: int | None = None
         self._began = 0.0
+        # How many equal rows the one row stands for that a forward computes.
+        self._rows = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutomaticPrefix:
         twin = AutomaticPrefix(self._store, self._support, self._config)
@@ -57,17 +67,28 @@ class AutomaticPrefix:
             self._continue(cache, inputs)
             return
         self._block = block
+        self._rows = 1
         self._began = time.perf_counter()
-        self._prompt = prompt = ordinary_prompt(inputs) if _ordinary_model(cache) else None
-        if prompt is None:
+        self._prompt = None
+        reason = _not_ordinary(cache)
+        prompt = reason or ordinary_prompt(inputs, cache._multimodal)
+        if isinstance(prompt, str):
+            cache._unserved.note(prompt)
             return
+        self._prompt = prompt
         # Weights, adapters and dtype may have changed since the last prompt: they decide what fits.
         cache.refresh_model()
         self._support = cache._support
+        if from_generate and not block and _all_alike(prompt) and not _shows_inside(cache, inputs):
+            self._rows = len(prompt.ids)
+            self._prompt = prompt = _one_row(inputs, prompt)
         limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs)
         # Sliding windows count columns: padding behind the prefix would push tokens out of them.
         in_order = not any(prompt.pads) or not any(self._support.plan.windows)
-        if limit >= self._config.chunk_size and in_order and _caller_cannot_notice(cache, inputs, from_generate):
+        noticed = _caller_would_notice(cache, inputs, from_generate)
+        if noticed or not in_order:
+            cache._unserved.note(noticed or "left padding on a model with sliding windows", served_only=True)
+        elif limit >= self._config.chunk_size:
             self._attach(cache, inputs, prompt, limit)
         if self._stays_exact(cache):
             self._record(cache, True)
@@ -75,13 +96,16 @@ class AutomaticPrefix:
             self._prompt = None  # What is computed behind a pruned prefix is never stored.
 
     def _attach(self, cache: ContiguousKVCache, inputs: dict[str, Any], prompt: Prompt, limit: int) -> None:
-        shared = _shared_beginning([prompt.row(row) for row in range(prompt.ids.shape[0])])[:limit]
-        stored = cache._look_up(shared)
+        shared = _shared_beginning([prompt.row(row) for row in range(prompt.ids.shape[0])])
+        stored = cache._look_up(shared[:limit])
         if stored is None or stored.tokens < self._config.chunk_size:
             return
         # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
         config = replace(self._config, budget=1.0) if self._block else self._config
-        tokens = min(stored.tokens, limit)
+        shortest = min(prompt.ids.shape[1] - pads for pads in prompt.pads)
+        tokens = min(stored.tokens, limit, _leaves_voters(stored, shortest, config))
+        if tokens < self._config.chunk_size:
+            return
         prefix = AttachedPrefix.of(stored, tokens)
         if cache._computes_again(prefix, config):
             return
@@ -107,8 +131,19 @@ class AutomaticPrefix:
     def _stays_exact(self, cache: ContiguousKVCache) -> bool:
         return cache._attached is None or cache._attached.request.keeps_all
 
-    def after_forward(self, cache: ContiguousKVCache) -> None:
-        """Persist the prompt in the background, if its KV is exact."""
+    def after_forward(self, cache: ContiguousKVCache, output: Any) -> Any:
+        """Persist the prompt in the background, if its KV is exact. What is returned replaces the forward's output."""
+        self._persist(cache)
+        rows, self._rows = self._rows, 1
+        if rows == 1:
+            return None
+        cache.batch_repeat_interleave(rows)
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                output[name] = value.repeat_interleave(rows, dim=0)
+        return output
+
+    def _persist(self, cache: ContiguousKVCache) -> None:
         prompt = self._prompt
         if prompt is None:
             return
@@ -145,15 +180,43 @@ def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerState
     return layer.row_states(row, pads)
 
 
-def _ordinary_model(cache: ContiguousKVCache) -> bool:
-    """Whether the model computes now what its weights and tokens alone determine."""
+def _leaves_voters(stored: StoredPrefix, tokens: int, config: ContiguousKVConfig) -> int:
+    """Where a pruned prefix should end at the latest, so that enough of a prompt of `tokens` tokens chooses its chunks.
+
+    Where all but a few tokens are stored, this very prompt was asked before, and its question is part of what is
+    stored. The question begins where an earlier prompt went another way, or else somewhere in the last tokens.
+    """
+    voters = voters_wanted(config)
+    if config.budget == 1.0 or stored.tokens <= tokens - voters:
+        return tokens
+    starts = [span.first_chunk * config.chunk_size for span in stored.spans]
+    turns = [start for start in starts if tokens - LONGEST_QUESTION <= start <= tokens - voters]
+    return max(turns, default=tokens - QUESTION_PER_VOTER * voters)
+
+
+def _all_alike(prompt: Prompt) -> bool:
+    """Whether all rows of a batch are the same prompt, as those of beams and of several samples are."""
+    ids = prompt.ids
+    return len(ids) > 1 and not any(prompt.pads) and bool((ids[1:] == ids[0]).all())
+
+
+def _one_row(inputs: dict[str, Any], prompt: Prompt) -> Prompt:
+    """Leave one row of a batch of equal rows in `inputs`; the prompt that is left."""
+    batch = len(prompt.ids)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-2] == batch:
+            inputs[name] = value[..., :1, :]
+    return Prompt(prompt.ids[:1], prompt.pads[:1])
+
+
+def _not_ordinary(cache: ContiguousKVCache) -> str | None:
+    """Why the model computes now something else than what its weights and tokens alone determine, or `None`."""
     model = cache._living_model()
-    if model.training or torch.is_autocast_enabled(next(model.parameters()).device.type):
-        return False
-    # PEFT chooses an adapter per row with hooks on its layers (`adapter_names`).
-    return not hasattr(model, "peft_config") or not any(
-        module._forward_pre_hooks for module in model.modules() if hasattr(module, "_active_adapter")
-    )
+    if model.training:
+        return "the model is in training mode"
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return "autocast"
+    return adapters_of_rows(model)
 
 
 def _uncached_needed(inputs: dict[str, Any]) -> int:
@@ -161,24 +224,33 @@ def _uncached_needed(inputs: dict[str, Any]) -> int:
     return max(1, wanted) if isinstance(wanted, int) else 1
 
 
-def _caller_cannot_notice(cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool) -> bool:
-    if inputs.get("labels") is not None:
-        return False
-    model = cache._living_model()
-    if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-        return False  # Stored KV has no gradient.
-    config = getattr(model, "config", None)
+def _shows_inside(cache: ContiguousKVCache, inputs: dict[str, Any]) -> bool:
+    """Whether the caller gets hidden states or attentions of all tokens."""
+    config = getattr(cache._living_model(), "config", None)
     for name in ("output_hidden_states", "output_attentions"):
         asked = inputs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
-            return False
+            return True
+    return False
+
+
+def _caller_would_notice(cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool) -> str | None:
+    """Why the caller would get something else if cached tokens were left out of the forward, or `None`."""
+    if inputs.get("labels") is not None:
+        return "a loss over all tokens"
+    model = cache._living_model()
+    if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        return "gradients are wanted"  # Stored KV has none.
+    if _shows_inside(cache, inputs):
+        return "hidden states or attentions of all tokens are wanted"
     wanted = inputs.get("logits_to_keep")
-    if isinstance(wanted, torch.Tensor):
-        return False
-    if isinstance(wanted, int) and not isinstance(wanted, bool):
-        return wanted >= 1
-    # Assisted decoding wants as many logits as it has drafts; without `logits_to_keep` nobody tells how many.
-    return from_generate and not any(getattr(layer, "record_past", False) for layer in cache.layers)
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
+        return None
+    if wanted is None and from_generate:
+        # Assisted decoding wants as many logits as it has drafts; without `logits_to_keep` nothing says how many.
+        assisted = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        return "assisted decoding of a model without logits_to_keep" if assisted else None
+    return "logits of all tokens are wanted (pass logits_to_keep=1 for the last one)"
 
 
 def _shared_beginning(rows: list[torch.Tensor]) -> np.ndarray:

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from .arguments import TemporaryStore, checked_ids, configured, require_storable
 from .attention import Installation
 from .auto_budget import AutoBudget, BudgetChoice
 from .automatic import AutomaticPrefix
+from .cached_tokens import CachedTokens, shown_ids
 from .config import ContiguousKVConfig
 from .errors import InputError
-from .fitting import check_ids, check_rows, fit_to_prefix
-from .forward import decoding
-from .hook import ForwardHook, GenerateCall, running_generate
+from .fitting import begin_prompt, check_ids, drop_cached, fit_to_prefix
+from .forward import decoding, is_refed
+from .hook import ForwardHook, HookedCache
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
+from .one_thread import OneThread
+from .placeholders import placeholder_ids
 from .prefill import Prefill, geometry_of
 from .prefix import AttachedPrefix
 from .recovery import Recovery
@@ -33,12 +35,15 @@ from .store.entries import StoredPrefix
 from .store.fingerprint import model_fingerprint
 from .support import decoder_config, innermost_causal_lm, layer_windows, require_support
 from .timeline import Timeline
+from .transformers_internals import GenerateCall, NotifiedByGenerate, forget_shift, running_generate, shifted_positions
+from .unserved import Unserved
 
 
-class ContiguousKVCache(Cache):
+class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     """A KV cache that begins with a stored prefix, of which attention reads only the chunks that it needs.
 
-    Use it as any other cache: `model.generate(ids, past_key_values=ContiguousKVCache(model, prefix_ids, store="kv"))`.
+    Use it as any other cache: `model.generate(ids, cache=ContiguousKVCache(model, prefix_ids, store="kv"))`
+    (`past_key_values=` before transformers 5.24).
 
     Args:
         model: a decoder-only transformers model, on any device or several.
@@ -91,18 +96,31 @@ class ContiguousKVCache(Cache):
         self._hook: ForwardHook | None = None
         self._auto_budget: AutoBudget | None = None
         self.budget_choice: BudgetChoice | None = None
+        # A `generate` was given this cache, and its first forward has not been seen yet.
         self._generate_begins = False
-        # Tokens after the prefix, int64 (n,), for as long as there is one row and all of them were seen.
-        self._suffix_ids: torch.Tensor | None = torch.zeros(0, dtype=torch.long)
+        # A forward of the cache's own model is running.
+        self._announced = False
+        # Tokens after the prefix.
+        self._suffix_ids = CachedTokens()
+        self._one_thread = OneThread()
+        self._unserved = Unserved()
+        # Whether the model takes images and the like; modules whose memory of an earlier image would shift the
+        # positions of a text; and whether the suffix is text.
+        self._multimodal = False
+        self._shifted: list[nn.Module] = []
+        self._text_so_far = True
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
         self._before: int | None = None
         self._temporary: TemporaryStore | None = None
         self.store = self._opened(store, ids is not None)
         if self.store is None:
             return
+        self._unserved.counters = self.store.counters
         self._support = require_support(lm)
         self._fingerprint = model_fingerprint(lm)
         self._measure(lm)
+        self._shifted = shifted_positions(lm)
+        self._multimodal = bool(placeholder_ids(lm.config))
         try:
             self._install(lm)
             if ids is None:
@@ -194,8 +212,9 @@ class ContiguousKVCache(Cache):
         self._before = None
         if prefix is None or config is None:
             self.budget_choice = None
-        self._suffix_ids = torch.zeros(0, dtype=torch.long)
+        self._suffix_ids.clear()
         self._stats = RequestStats()
+        self._unserved.stats = self._stats
         if prefix is not None:
             assert self.store is not None
             assert self._installation is not None
@@ -206,6 +225,7 @@ class ContiguousKVCache(Cache):
                 self._stats.tokens_prefilled = prefix.tokens - self._stats.tokens_from_store
             config = self._decided(prefix, config or self.config)
             self._attached = AttachedState(self._new_request(prefix, config), self._installation)
+            forget_shift(self._shifted)
         for layer in self.layers:
             layer.attach(self._attached)
 
@@ -235,34 +255,70 @@ class ContiguousKVCache(Cache):
 
     # -- before and after every forward (called by the hook) ----------------------------------------------------------
 
+    def generate_begins(self, call: GenerateCall | None) -> None:
+        """See `NotifiedByGenerate`. Another prompt than the one in the cache needs no `reset`: it starts over."""
+        if self.store is None:
+            return
+        self._one_thread.claim(self)
+        if self._generate_begins:
+            self._unserved.note("a generate call whose forward was not seen")
+            self._generate_begins = False
+        if call is not None:
+            self._recover()
+            begin_prompt(self, call)
+        self._generate_begins = True
+
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """Make the arguments of the model's forward fit what is cached. `inputs` are changed in place."""
+        self._one_thread.claim(self)
         self._recover()
         if self._attached is not None:
             self._attached.request.settle()  # The forward before this one has had its token by now.
         call = running_generate()
         begins, self._generate_begins = self._generate_begins and call is not None, False
+        cached = self.get_seq_length()
+        if is_refed(inputs, cached, begins, self.prefix_ids if self._attached is not None else None):
+            drop_cached(self, inputs, begins)
         if self._automatic is not None:
             self._automatic.before_forward(self, inputs, begins, call.block if begins and call else None)
         if self._attached is not None:
-            fit_to_prefix(self, inputs, begins, call is not None and bool(call.block) and not decoding(inputs))
+            more_follows = call is not None and bool(call.block) and not decoding(inputs)
+            fit_to_prefix(self, inputs, begins, more_follows, call is not None)
         self._remember(inputs)
         self._before = self._suffix_length()
         self.announce(True)
 
     def announce(self, running: bool) -> None:
-        """A forward of this cache's own model begins, or is over."""
+        """See `HookedCache`. Our attention function is in the model's config for as long as the forward runs."""
+        self._announced = running
+        if self._installation is None:
+            return
+        if running and self._attached is not None:
+            self._installation.activate()
+        elif not running:
+            self._installation.release()
         if self._attached is not None:
             self._attached.announced = running
 
-    def after_forward(self) -> None:
-        """The model is through with a forward on this cache."""
+    def after_forward(self, output: Any) -> Any:
+        """See `HookedCache`."""
         self._before = None
-        self.announce(False)
         if self._attached is not None and self._attached.request.timeline is not None:
             self._attached.request.timeline.model_done()
-        if self._automatic is not None:
-            self._automatic.after_forward(self)
+        return None if self._automatic is None else self._automatic.after_forward(self, output)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Cache.update`. (A prefix refuses K/V of a forward that was not announced.)"""
+        if layer_idx == 0 and self._hook is not None and not self._announced:
+            self._not_announced()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    @torch.compiler.disable
+    def _not_announced(self) -> None:
+        self._suffix_ids.forget()
+        self._unserved.note("a forward of another model, or one that this library's hook does not see")
 
     def _suffix_length(self) -> int:
         return int(self.get_seq_length()) - self._tokens()
@@ -286,41 +342,12 @@ class ContiguousKVCache(Cache):
         return self._attached is not None and self._attached.request.damaged
 
     def _remember(self, inputs: dict[str, Any]) -> None:
-        ids = inputs.get("input_ids")
-        known = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[0] == 1
-        if known and self._suffix_ids is not None:
-            self._suffix_ids = torch.cat([self._suffix_ids, ids[0].cpu()])  # type: ignore[index]
-        else:
-            self._suffix_ids = None
-
-    @property
-    def _is_user_defined(self) -> bool:
-        """`generate` sets this on a cache that it is given: the sign that a new call begins."""
-        return self._generate_begins
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, value: bool) -> None:
-        self._generate_begins = True
-        call = running_generate()
-        if self.store is not None and call is not None:
-            self._recover()
-            self._begin_generate(call)
-
-    def _begin_generate(self, call: GenerateCall) -> None:
-        """Another prompt than the one in the cache needs no `reset`: the next question on the same prefix begins."""
-        prompt = call.whole_prompt
-        if prompt is None or self.get_seq_length() == 0:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            self._suffix_ids.forget()
             return
-        if self._suffix_length() > 0:
-            continues = prompt.shape[1] >= self.get_seq_length()
-            if continues and self._suffix_ids is not None and len(prompt) == 1:
-                prefix = self.prefix_ids if self._attached is not None else None
-                cached = self._suffix_ids if prefix is None else torch.cat([prefix[: self._tokens()], self._suffix_ids])
-                continues = torch.equal(prompt[0, : len(cached)].cpu(), cached)
-            if not continues:
-                self.reset()
-        if self._attached is not None:
-            check_rows(self, prompt, call.attention_mask)
+        over_all = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= ids.shape[1]
+        self._suffix_ids.append(shown_ids(ids, mask[:, -ids.shape[1] :] if over_all else None))  # type: ignore[index]
 
     def _tokens(self) -> int:
         """Tokens of the prefix that is attached now."""
@@ -361,6 +388,7 @@ class ContiguousKVCache(Cache):
 
     def reset(self) -> None:
         """Drop the suffix and keep the prefix attached, ready for the next question (automatic: the next prompt)."""
+        self._one_thread.claim(self)
         if self._automatic is not None:
             self._automatic.reset()
             self.prefix_ids = None
@@ -372,12 +400,17 @@ class ContiguousKVCache(Cache):
             self._attach(self._whole_prefix)
         else:
             super().reset()
+            self._suffix_ids.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens. Back to the prefix, its chunks are selected anew."""
+        """Remove the last `-tokens_to_remove` tokens. Back to the prefix, its chunks are selected again.
+
+        A crop into the prefix shortens it for good: the next questions are behind what is left of it.
+        """
+        self._one_thread.claim(self)
         if self._attached is None:
             super().crop(tokens_to_remove)
-            self._suffix_ids = None
+            self._suffix_ids.crop(self.get_seq_length())
             return
         if tokens_to_remove > 0:
             raise ValueError(
@@ -389,12 +422,35 @@ class ContiguousKVCache(Cache):
         if left > request.prefix.tokens or tokens_to_remove == 0:
             for layer in self.layers:
                 layer.crop(tokens_to_remove)
-            if self._suffix_ids is not None:
-                self._suffix_ids = self._suffix_ids[: left - request.prefix.tokens]
-        elif left > 0:
-            self._attach(request.prefix.truncated(left), request.config, stats=self._stats)
+            self._suffix_ids.crop(left - request.prefix.tokens)
+        else:
+            self.shorten_prefix(left)
+            if self._whole_prefix is not None and left > 0:
+                self._whole_prefix = self._whole_prefix.truncated(left)
+
+    def shorten_prefix(self, tokens: int) -> None:
+        """Begin a new request on the first `tokens` tokens of the prefix that is attached (none: without a prefix)."""
+        assert self._attached is not None
+        request = self._attached.request
+        if tokens > 0:
+            self._attach(request.prefix.truncated(tokens), request.config, stats=self._stats)
         else:
             self._attach(None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` continues what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)
+        self._suffix_ids.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._suffix_ids.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows `indices` (positions, or a bool mask)."""
+        super().batch_select_indices(indices)
+        self._suffix_ids.select(indices)
 
     def close(self) -> None:
         """Detach the prefix, let go of model and store: an empty, ordinary cache is left. `stats` stay readable."""
@@ -419,12 +475,13 @@ class ContiguousKVCache(Cache):
         """An independent cache in the same state; model and store are shared, not copied."""
         twin: ContiguousKVCache = object.__new__(type(self))
         memo[id(self)] = twin
-        shared = ("_model", "store", "_support", "_temporary", "_whole_prefix")
-        apart = ("layers", "_attached", "_installation", "_hook")
+        shared = ("_model", "store", "_support", "_temporary", "_whole_prefix", "_shifted", "prefix_ids")
+        apart = ("layers", "_attached", "_installation", "_hook", "_unserved")
         for name, value in vars(self).items():
             if name not in apart:
                 setattr(twin, name, value if name in shared else copy.deepcopy(value, memo))
         twin._attached = twin._installation = twin._hook = None
+        twin._unserved = self._unserved.copy_for(twin._stats)
         if self._installation is not None:
             twin._install(self._living_model())
         if self._attached is not None and twin._installation is not None:

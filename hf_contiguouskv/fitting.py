@@ -6,33 +6,128 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .adapters import require_one_adapter
+from .cached_tokens import shown_ids
+from .config import ContiguousKVConfig
 from .errors import InputError
-from .forward import cut_cached, is_refed, mask_behind_prefix, pads_before_prefix, rows_of, uncut_prefix
+from .forward import (
+    cut_cached,
+    foreign_inputs,
+    mask_behind_prefix,
+    pads_before_prefix,
+    rows_of,
+    text_positions,
+    uncut_prefix,
+)
 from .store.fingerprint import model_fingerprint
+from .transformers_internals import GenerateCall
 
 if TYPE_CHECKING:
     from .cache import ContiguousKVCache
 
+FEWEST_VOTERS = 4
+"""A pruned prefix that leaves fewer tokens of the prompt to choose its chunks gives some of its own back."""
 
-def fit_to_prefix(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begins: bool, more_follows: bool) -> None:
+
+SEAM_TOKENS = 8
+"""A prompt that differs from the prefix in so many of its last tokens was probably tokenised across the seam."""
+
+
+def voters_wanted(config: ContiguousKVConfig) -> int:
+    """How many tokens of a prompt should stay behind a pruned prefix, because their queries choose its chunks."""
+    return 1 if config.budget == 1.0 else config.suffix_queries or config.chunk_size
+
+
+def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
+    """A `generate` is about to use what `cache` holds: keep what its prompt provably continues, and nothing else.
+
+    Raises:
+        InputError: the prompt does not begin with the prefix of the cache.
+    """
+    cached = cache.get_seq_length()
+    if cached == 0:
+        return
+    if call.embedded:
+        # Embeddings are always the whole prompt, and nothing can be said about what they continue.
+        if cache._suffix_length() > 0:
+            cache.reset()
+        return
+    prompt = call.whole_prompt
+    if prompt is None:
+        return
+    if cache._suffix_length() > 0 and not _continues(cache, prompt, call.attention_mask):
+        cache.reset()
+    if cache._attached is None:
+        return
+    check_rows(cache, prompt, call.attention_mask)
+    prefix, left = cache._attached.request.prefix.tokens, _shortest_row(prompt, call.attention_mask)
+    keep_back = voters_wanted(cache._attached.request.config)
+    if cache._suffix_length() == 0 and left - prefix < min(keep_back, FEWEST_VOTERS):
+        # Cut before `generate` cuts the prompt by what is cached.
+        cache.shorten_prefix(max(0, left - keep_back))
+
+
+def _continues(cache: ContiguousKVCache, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    prefix = cache.prefix_ids
+    before = prefix[: cache._tokens()] if prefix is not None and cache._attached is not None else None
+    shown = shown_ids(prompt, mask if mask is not None and mask.shape == prompt.shape else None)
+    return cache._suffix_ids.continued_by(shown, before, cache._suffix_length())
+
+
+def _shortest_row(ids: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """Tokens of the shortest row, left padding not counted."""
+    return ids.shape[1] - (0 if mask is None else int(pads_before_prefix(mask).max()))
+
+
+def drop_cached(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begins: bool) -> None:
+    """The whole prompt is passed although some of it is cached: keep what is new of it, and at least one token.
+
+    What is cached and is not its beginning is forgotten first.
+    """
+    ids, mask, needed = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        mask = None
+    if cache._suffix_length() > 0 and not _continues(cache, ids, mask):
+        cache.reset()
+    cached, length = cache.get_seq_length(), ids.shape[1]
+    if cached == 0:
+        return
+    if not generate_begins and (not isinstance(needed, int) or needed < 1 or needed > length - cached):
+        raise InputError(
+            f"{cached} of these {length} tokens are in the cache already: pass the new ones only, with an attention "
+            "mask that covers both (or position ids), or logits_to_keep for no more than the new ones"
+        )
+    needed = max(1, needed) if isinstance(needed, int) else 1
+    if cache._attached is not None:
+        check_rows(cache, ids, mask)
+    if length < cached:
+        raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
+    if length - cached < needed:
+        cache.crop(length - cached - needed)
+    cut_cached(inputs, cache.get_seq_length())
+
+
+def fit_to_prefix(
+    cache: ContiguousKVCache,
+    inputs: dict[str, Any],
+    generate_begins: bool,
+    more_follows: bool,
+    in_generate: bool,
+) -> None:
     """Make a forward's arguments fit the attached prefix, and begin its request with the first suffix tokens.
 
     Args:
         cache: with a prefix attached.
-        inputs: the forward's arguments by name; changed in place.
+        inputs: the forward's arguments by name, without what is cached; changed in place.
         generate_begins: this is the first forward of a `generate` call.
         more_follows: the tokens are a block of a prompt that goes on (chunked prefill).
+        in_generate: `generate` calls, not the user.
     """
     assert cache._attached is not None
-    cache._attached.require_active()
     cache._attached.expected = None
     cached = cache.get_seq_length()
-    if is_refed(inputs, cached, generate_begins, cache.prefix_ids):
-        _cut_refed(cache, inputs, cached, generate_begins)
-        cached = cache.get_seq_length()
-    if cache._attached is None:  # The whole prefix had to be given up.
-        return
     request, mask = cache._attached.request, inputs.get("attention_mask")
+    _place_text(cache, inputs, cached, in_generate)
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows)
         if moved is not mask and any(request.plan.windows):
@@ -43,6 +138,8 @@ def fit_to_prefix(cache: ContiguousKVCache, inputs: dict[str, Any], generate_beg
             raise InputError("the attention mask hides tokens of a prefix that is pruned; use budget=1.0")
     elif isinstance(mask, torch.Tensor) and not request.keeps_all:
         raise InputError("a 4D attention mask cannot say what to do with a pruned prefix; pass a 2D mask")
+    if cache._automatic is None:
+        require_one_adapter(cache._living_model())
     if request.rows is None:
         if cache._automatic is None and model_fingerprint(cache._living_model()) != cache._fingerprint:
             raise InputError(
@@ -54,22 +151,19 @@ def fit_to_prefix(cache: ContiguousKVCache, inputs: dict[str, Any], generate_beg
         request.begin(rows_of(inputs, cached, drafts))
 
 
-def _cut_refed(cache: ContiguousKVCache, inputs: dict[str, Any], cached: int, generate_begins: bool) -> None:
-    """The whole prompt is at hand although most of it is cached: keep what is new, and at least one token."""
-    needed, length = inputs.get("logits_to_keep", 0), inputs["input_ids"].shape[1]
-    if not generate_begins and (not isinstance(needed, int) or needed < 1 or needed > length - cached):
-        raise InputError(
-            f"{cached} of these {length} tokens are in the cache already: pass the new ones only (the attention "
-            "mask covers both), or logits_to_keep for no more than the new ones"
-        )
-    needed = max(1, needed) if isinstance(needed, int) else 1
-    mask = inputs.get("attention_mask")
-    check_rows(cache, inputs["input_ids"], mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
-    if length < cached:
-        raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
-    if length - cached < needed:
-        cache.crop(length - cached - needed)
-    cut_cached(inputs, cache.get_seq_length())
+def _place_text(cache: ContiguousKVCache, inputs: dict[str, Any], cached: int, in_generate: bool) -> None:
+    """Give a text its own positions, where the model would shift them by an image of an earlier call.
+
+    Positions that the user passes to a forward are left alone, and so is a suffix with media, which the model places.
+    """
+    if not cache._shifted:
+        return
+    if cached == cache._tokens():
+        cache._text_so_far = True
+    if foreign_inputs(inputs, cache._multimodal):
+        cache._text_so_far = False
+    if cache._text_so_far and (in_generate or inputs.get("position_ids") is None):
+        inputs["position_ids"] = text_positions(inputs, cached)
 
 
 def check_rows(cache: ContiguousKVCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -92,9 +186,14 @@ def check_ids(prefix_ids: torch.Tensor, input_ids: torch.Tensor, partial: bool) 
         differs = (row[:length] != prefix_ids[:length]).nonzero()
         if len(differs):
             at = int(differs[0])
+            left = len(prefix_ids) - at
+            remedy = (
+                f"; if the tokenizer joins the end of the prefix with the question, leave the last {left} tokens out "
+                f"of the prefix, or call crop({-left}) on this cache"
+            )
             raise InputError(
                 f"row {position} does not begin with the prefix of this cache: token {at} is {int(row[at])}, "
-                f"expected {int(prefix_ids[at])}"
+                f"expected {int(prefix_ids[at])}" + (remedy if left <= SEAM_TOKENS else "")
             )
 
 

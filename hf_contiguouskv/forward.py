@@ -6,13 +6,16 @@ the prefix, and telling which rows and queries count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError
 from .plan import Rows
+from .transformers_internals import CACHE_NAMES
 
 # Arguments of a forward that leave K and V what token ids, mask and positions make them.
 ORDINARY_INPUTS = frozenset(
@@ -20,7 +23,7 @@ ORDINARY_INPUTS = frozenset(
         "input_ids",
         "attention_mask",
         "position_ids",
-        "past_key_values",
+        *CACHE_NAMES,
         "use_cache",
         "logits_to_keep",
         "labels",
@@ -50,56 +53,115 @@ class Prompt:
         return self.ids[index, self.pads[index] :]
 
 
-def ordinary_prompt(inputs: dict[str, Any]) -> Prompt | None:
-    """The prompt in `inputs`, or `None` if its KV would not be that of its tokens at positions 0, 1, 2, ..."""
+def foreign_inputs(inputs: dict[str, Any], multimodal: bool) -> list[str]:
+    """Names of arguments that may make K and V something else than token ids, mask and positions do.
+
+    What says that there is nothing of the kind does not count: `None`, an empty container (vision-language models get
+    an empty `mm_encoder_outputs` with every text), and with a `multimodal` model token types that are all zero, which
+    say "text" there. (GPT-2 adds an embedding for type zero.) Nor do objects count that `generate` hands through to
+    the model without meaning it, such as the tokenizer of `stop_strings`.
+    """
+    return [
+        name
+        for name, value in inputs.items()
+        if name not in ORDINARY_INPUTS
+        and not _says_nothing(value)
+        and not (multimodal and name.endswith("token_type_ids") and torch.is_tensor(value) and not bool(value.any()))
+    ]
+
+
+def _says_nothing(value: Any) -> bool:
+    if value is None or isinstance(value, PreTrainedTokenizerBase):
+        return True
+    if isinstance(value, Mapping):
+        return all(one is None for one in value.values())
+    return isinstance(value, list | tuple) and len(value) == 0
+
+
+def ordinary_prompt(inputs: dict[str, Any], multimodal: bool = False) -> Prompt | str:
+    """The prompt in `inputs`, or why its KV may not be that of its tokens at positions 0, 1, 2, ...
+
+    Args:
+        inputs: the forward's arguments by name.
+        multimodal: the model takes images and the like, see `foreign_inputs`.
+    """
     ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
-        return None
-    if any(value is not None for name, value in inputs.items() if name not in ORDINARY_INPUTS):
-        return None
+        return "embeddings instead of token ids" if inputs.get("inputs_embeds") is not None else "no token ids"
+    foreign = foreign_inputs(inputs, multimodal)
+    if foreign:
+        return f"arguments that may change K/V: {', '.join(sorted(foreign))}"
     batch, length = ids.shape
     pads = [0] * batch
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-            return None
+            return "an attention mask that is not one column for each token"
         real = mask.to(torch.bool).cpu()
         counted = real.long().sum(1)
         left_padded = torch.arange(length)[None, :] >= (length - counted)[:, None]
         if not torch.equal(real, left_padded) or int(counted.min()) == 0:
-            return None
+            return "an attention mask that hides more than left padding"
         pads = (length - counted).tolist()
     if positions is None:
-        return Prompt(ids, pads) if not any(pads) else None
-    if positions.ndim != 2 or positions.shape[1] != length:
-        return None
+        return "padding without position ids" if any(pads) else Prompt(ids, pads)
+    if positions.shape[-1] != length or positions.ndim not in (2, 3):
+        return "position ids of another shape than the tokens"
     expected = (torch.arange(length)[None, :] - torch.tensor(pads)[:, None]).clamp_min(0)
-    shown = positions.cpu().expand(batch, -1)
+    # Multimodal RoPE has several rows of positions, (kinds, batch, n): all alike for a text.
+    shown = positions.cpu().expand(*positions.shape[:-2], batch, -1)
     counts = torch.arange(length)[None, :] >= torch.tensor(pads)[:, None]
-    return Prompt(ids, pads) if torch.equal(shown[counts], expected[counts]) else None
+    if not bool(((shown == expected) | ~counts).all()):
+        return "position ids that do not count the tokens"
+    return Prompt(ids, pads)
 
 
 def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_ids: torch.Tensor | None) -> bool:
-    """Whether `input_ids` are the whole prompt again, although its first `cached` tokens are in the cache."""
+    """Whether `input_ids` are the whole prompt again, although its first `cached` tokens are in the cache.
+
+    Args:
+        inputs: the forward's arguments by name.
+        cached: tokens in the cache, prefix and suffix.
+        from_generate: this is the first forward of a `generate` call.
+        prefix_ids: int64 `(n,)`, the attached prefix, or `None`.
+    """
     ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if cached == 0 or not isinstance(ids, torch.Tensor) or ids.shape[1] < 1:
         return False
     length = ids.shape[1]
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         return mask.shape[1] == length
-    if isinstance(positions, torch.Tensor) and positions.ndim == 2:
-        return bool((positions[:, 0] == 0).all())
-    if not from_generate or prefix_ids is None or length < prefix_ids.shape[0]:
+    if isinstance(positions, torch.Tensor) and positions.ndim in (2, 3):
+        return bool((positions[..., 0] == 0).all())
+    if mask is not None or prefix_ids is None or length <= len(prefix_ids) - from_generate:
         return False
-    return bool((ids[:, : prefix_ids.shape[0]].cpu() == prefix_ids).all())
+    # Neither mask nor positions say where these tokens belong. Tokens that repeat the whole prefix are the prompt.
+    return bool((ids[:, : len(prefix_ids)].cpu() == prefix_ids).all())
+
+
+def text_positions(inputs: dict[str, Any], cached: int) -> torch.Tensor:
+    """Positions of new tokens that follow `cached` others, all of them text: int64, shaped as the model passes them.
+
+    Padding does not count; without a mask over all tokens there is none.
+    """
+    ids, mask, given = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
+    states = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
+    batch, length = states.shape[:2]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+    else:
+        positions = torch.arange(cached, cached + length, device=states.device).expand(batch, -1)
+    if isinstance(given, torch.Tensor) and given.ndim == 3:
+        return positions.expand(given.shape[0], -1, -1)
+    return positions
 
 
 def cut_cached(inputs: dict[str, Any], cached: int) -> None:
     """Remove the first `cached` columns from everything that runs along the new tokens (not from the mask)."""
     length = inputs["input_ids"].shape[1]
     inputs["input_ids"] = inputs["input_ids"][:, cached:]
-    for name in ("position_ids", "token_type_ids"):
-        value = inputs.get(name)
-        if isinstance(value, torch.Tensor) and value.shape[-1] == length:
+    for name, value in inputs.items():
+        along = name == "position_ids" or name.endswith("token_type_ids")
+        if along and isinstance(value, torch.Tensor) and value.shape[-1] == length:
             inputs[name] = value[..., cached:]
 
 

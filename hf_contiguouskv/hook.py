@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
-if TYPE_CHECKING:
-    from .cache import ContiguousKVCache
+from .transformers_internals import bound_arguments
+
+
+class HookedCache(Cache):
+    """A cache that is told of the forwards that it is given to."""
+
+    def before_forward(self, inputs: dict[str, Any]) -> None:
+        """The model's forward begins; `inputs` are its arguments by name and may be changed in place."""
+
+    def after_forward(self, output: Any) -> Any:
+        """The model's forward has returned `output`; what is returned instead of `None` replaces it."""
+
+    def announce(self, running: bool) -> None:
+        """A forward of the model, or of its decoder alone, begins or is over, whether it failed or not."""
 
 
 class ForwardHook:
@@ -22,18 +33,18 @@ class ForwardHook:
     the model weakly (`copy.deepcopy` of a cache must not copy a model).
     """
 
-    def __init__(self, cache: ContiguousKVCache, model: nn.Module) -> None:
+    def __init__(self, cache: HookedCache, model: nn.Module) -> None:
         owner = weakref.ref(cache)
         handles = [
             model.register_forward_pre_hook(_Before(owner, inspect.signature(model.forward)), with_kwargs=True),
-            model.register_forward_hook(_After(owner), with_kwargs=True),
+            model.register_forward_hook(_After(owner), with_kwargs=True, always_call=True),
         ]
         # The base model may be called by itself. Its inputs are not changed, but the cache learns who calls.
         find: Any = getattr(model, "get_decoder", None)
         decoder = find() if callable(find) else None
         if isinstance(decoder, nn.Module) and decoder is not model:
-            handles.append(decoder.register_forward_pre_hook(_Announce(owner, True), with_kwargs=True))
-            handles.append(decoder.register_forward_hook(_Announce(owner, False), with_kwargs=True))
+            handles.append(decoder.register_forward_pre_hook(_DecoderBegins(owner), with_kwargs=True))
+            handles.append(decoder.register_forward_hook(_DecoderEnds(owner), with_kwargs=True, always_call=True))
         self._finalizer = weakref.finalize(cache, _remove, handles)
 
     def remove(self) -> None:
@@ -54,8 +65,47 @@ def _left_behind() -> Any:
     return _nothing
 
 
+def _hooked(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Whether a forward was given any cache that listens.
+
+    Compiled forwards trace this, and nothing behind it where the answer is no.
+    """
+    if kwargs is None:
+        return False
+    for value in kwargs.values():
+        if isinstance(value, HookedCache):
+            return True
+    return any(isinstance(value, HookedCache) for value in args)
+
+
+_disabled = torch.compiler.disable(reason="a ContiguousKVCache prepares a forward outside of compiled code")
+
+
 class _Hook:
-    """A hook that is left behind when the model is copied or pickled."""
+    """A hook that is left behind when the model is copied or pickled.
+
+    `kwargs` may be missing: torch looks up the hooks and their kind separately, and another thread may take a cache
+    (not the one of this forward) off the model in between.
+    """
+
+    def __init__(self, owner: weakref.ref[HookedCache]) -> None:
+        self._owner = owner
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, *output: Any) -> Any:
+        if not isinstance(kwargs, dict) or not _hooked(args, kwargs):
+            return None
+        return self._handle(args, kwargs, *output)
+
+    @_disabled
+    def _handle(self, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        cache = self._owner()
+        if cache is None or not any(value is cache for value in (*kwargs.values(), *args)):
+            return None
+        return self.act(cache, args, kwargs, *output)
+
+    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """What this hook does for its cache."""
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _nothing
@@ -65,101 +115,28 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __init__(self, owner: weakref.ref[ContiguousKVCache], signature: inspect.Signature) -> None:
-        self._owner = owner
+    def __init__(self, owner: weakref.ref[HookedCache], signature: inspect.Signature) -> None:
+        super().__init__(owner)
         self._signature = signature
 
-    # `kwargs` may be missing: torch looks up the hooks and their kind separately, and another thread may take a cache
-    # (not the one of this forward) off the model in between.
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        cache = self._owner()
-        if cache is None or kwargs is None or not _mentions(cache, args, kwargs):
-            return None
-        inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        # Arguments that the signature gathers in **kwargs come back flat.
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                inputs.update(inputs.pop(name, {}))
+    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        inputs = bound_arguments(self._signature, args, kwargs)
         cache.before_forward(inputs)
         return (), inputs
 
 
 class _After(_Hook):
-    def __init__(self, owner: weakref.ref[ContiguousKVCache]) -> None:
-        self._owner = owner
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, *output: Any) -> None:
-        cache = self._owner()
-        if cache is not None and isinstance(kwargs, dict) and _mentions(cache, args, kwargs):
-            cache.after_forward()
+    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        cache.announce(False)
+        # A forward that failed has no output: what it left in the layers is not a whole forward's.
+        return None if not output or output[0] is None else cache.after_forward(output[0])
 
 
-class _Announce(_Hook):
-    def __init__(self, owner: weakref.ref[ContiguousKVCache], running: bool) -> None:
-        self._owner = owner
-        self._running = running
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, *output: Any) -> None:
-        cache = self._owner()
-        if cache is not None and isinstance(kwargs, dict) and _mentions(cache, args, kwargs):
-            cache.announce(self._running)
+class _DecoderBegins(_Hook):
+    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        cache.announce(True)
 
 
-def _mentions(cache: ContiguousKVCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("past_key_values") is cache or any(argument is cache for argument in args)
-
-
-@dataclass(frozen=True)
-class GenerateCall:
-    """A running call of `generate`.
-
-    Attributes:
-        config: its generation config.
-        prompt: int64 `(rows, n)`, what it was given (after expansion to beams), if it is tokens.
-        attention_mask: 2D or `None`.
-    """
-
-    config: Any
-    prompt: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-
-    @property
-    def whole_prompt(self) -> torch.Tensor | None:
-        """`prompt`, unless it holds only tokens that come after those of the cache (the mask covers both)."""
-        if self.prompt is None:
-            return None
-        length = self.prompt.shape[1]
-        # generate drops a mask of ones, but notes its length.
-        mask = self.attention_mask
-        covered = getattr(self.config, "_mask_length", length) if mask is None else mask.shape[-1]
-        return self.prompt if covered == length else None
-
-    @property
-    def block(self) -> int | None:
-        """Tokens per forward of a chunked prefill, or `None`."""
-        return getattr(self.config, "prefill_chunk_size", None)
-
-
-def running_generate() -> GenerateCall | None:
-    """The innermost `generate` that is running on this thread, or `None`.
-
-    A forward cannot tell whether its tokens are a whole prompt or the first block of several (`prefill_chunk_size`),
-    nor whether a cache is about to be used for another prompt; the frame of `generate` can.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "generate" and str(frame.f_globals.get("__name__", "")).startswith("transformers."):
-            known = frame.f_locals
-            arguments = known.get("model_kwargs") or {}
-            prompt, mask = known.get("input_ids"), arguments.get("attention_mask")
-            return GenerateCall(
-                known.get("generation_config"),
-                prompt if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else None,
-                mask if isinstance(mask, torch.Tensor) else None,
-            )
-        frame = frame.f_back
-    return None
+class _DecoderEnds(_Hook):
+    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        cache.announce(False)

@@ -34,7 +34,6 @@ class AttachedState:
 
     def expect(self, layer: int) -> None:
         """A layer hands its suffix to the model; raise if the one before was attended to without its prefix."""
-        self.require_own_model()
         if self.expected is not None:
             raise AttentionNotActiveError(
                 f"attention of layer {self.expected} did not ask this cache for its prefix: the cache was made for "
@@ -46,15 +45,16 @@ class AttachedState:
         """Raise if no forward of the model that this cache was made for is running."""
         if not self.announced:
             raise AttentionNotActiveError(
-                "this cache with a prefix was passed to another model than it was made for; make a cache for that model"
+                "this cache with a prefix was passed to another model than it was made for, or to a forward that the "
+                "library's hook does not see in this version of transformers; make a cache for that model"
             )
 
     def require_active(self) -> None:
         """Raise if the model would not call our attention function: its answers would be silently wrong."""
         if not self.installation.active:
             raise AttentionNotActiveError(
-                f"the model's attention implementation was changed to {self.installation.current!r} while a cache "
-                "with a prefix is in use. Set it before the cache is made, or make a new cache now."
+                "the model's attention implementation was changed in the middle of a forward with this cache; set it "
+                "before the cache is made"
             )
 
 
@@ -92,8 +92,9 @@ class ContiguousLayer(DynamicLayer):
         self._joined = True
         # (2, distinct rows or 1, kv_heads, kept_tokens, head_dim), if not `_joined`.
         self._prefix: torch.Tensor | None = None
-        # int64 (batch,): which distinct row of the request each batch row is.
+        # int64 (batch,): which distinct row of the request, and which row of `_prefix`, each batch row is.
         self.row_of: torch.Tensor | None = None
+        self._prefix_row: torch.Tensor | None = None
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -104,8 +105,23 @@ class ContiguousLayer(DynamicLayer):
         self._forget()
 
     def copy_of(self, state: AttachedState | None, memo: dict[int, Any]) -> ContiguousLayer:
-        """A deep copy whose prefix belongs to `state`."""
-        return _twin(self, state, memo)
+        """A deep copy whose prefix belongs to `state`.
+
+        Prefix K/V are shared: nothing changes them once they are there. So a copy keeps prefix and suffix apart, and
+        puts them together again for each step.
+        """
+        if state is None or self._buffer is None or not self._loaded:
+            return _twin(self, state, memo)
+        twin = copy.copy(self)
+        twin.attached, twin._joined = state, False
+        if self._joined:
+            twin._prefix = self._buffer.narrow(3, 0, self._offset)
+            twin._prefix_row = torch.arange(self._buffer.shape[1], device=self._buffer.device)
+        own = self._buffer.narrow(3, self._offset, self._suffix)
+        twin._buffer = own.new_empty(*own.shape[:3], self._suffix + GROWTH, own.shape[4])
+        twin._buffer[:, :, :, : self._suffix] = own
+        twin._show_suffix()
+        return twin
 
     # -- the transformers contract ------------------------------------------------------------------------------------
 
@@ -116,6 +132,7 @@ class ContiguousLayer(DynamicLayer):
         """Append K/V `(batch, kv_heads, q, head_dim)`; with a prefix, the returned K leads attention back here."""
         if self.attached is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        self.attached.require_own_model()
         self.attached.require_active()
         self.attached.expect(self.layer_idx)
         if not self.is_initialized:
@@ -123,6 +140,9 @@ class ContiguousLayer(DynamicLayer):
             self.is_initialized = True
         if self._buffer is None:
             self._start(key_states)
+        elif key_states.requires_grad:
+            # Backward needs what attention has seen so far as it was.
+            self._buffer = self._buffer.clone()
         start = self._offset + self._suffix
         end = start + key_states.shape[2]
         buffer = self._with_room(end)
@@ -166,7 +186,6 @@ class ContiguousLayer(DynamicLayer):
         """`(columns of the mask, token position of the first)`: kept prefix tokens count as the last of the prefix."""
         if self.attached is None:
             return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]
-        self.attached.require_active()
         request = self.attached.request
         return request.kept_tokens + self._suffix + query_length, request.prefix.tokens - request.kept_tokens
 
@@ -239,10 +258,10 @@ class ContiguousLayer(DynamicLayer):
     def _prefix_rows(self) -> torch.Tensor:
         """The prefix once for each batch row; a single one is shared by all without a copy."""
         assert self._prefix is not None
-        assert self.row_of is not None
+        assert self._prefix_row is not None
         if self._prefix.shape[1] == 1:
-            return self._prefix.expand(-1, len(self.row_of), -1, -1, -1)
-        return self._prefix[:, self.row_of]
+            return self._prefix.expand(-1, len(self._prefix_row), -1, -1, -1)
+        return self._prefix[:, self._prefix_row]
 
     def _show_suffix(self) -> None:
         if self._buffer is not None:
@@ -273,7 +292,7 @@ class ContiguousLayer(DynamicLayer):
         assert self._buffer is not None
         request = self.attached.request
         rows = request.rows
-        self.row_of = request.row_of(query.shape[0], query.device)
+        self.row_of = self._prefix_row = request.row_of(query.shape[0], query.device)
         if self._joined:
             destination = self._buffer[:, :, :, : request.kept_tokens]
         else:
@@ -292,6 +311,8 @@ class ContiguousLayer(DynamicLayer):
         self._buffer = self._buffer.index_select(1, indices.to(self._buffer.device))
         if self.row_of is not None:
             self.row_of = self.row_of.index_select(0, indices.to(self.row_of.device))
+        if self._prefix_row is not None:
+            self._prefix_row = self._prefix_row.index_select(0, indices.to(self._prefix_row.device))
         self._show_suffix()
 
 
@@ -323,8 +344,8 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DynamicSlidingWindowLayer.update`; the prefix's tail is loaded when the first suffix tokens come."""
         if self.attached is not None:
-            self.attached.require_active()
             self.attached.require_own_model()
+            self.attached.require_active()
             if not self.is_initialized:
                 self._load_tail(key_states, value_states)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -338,12 +359,6 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         batch = key_states.shape[0]
         keys, values = self.attached.request.load_tail(self.layer_idx, self.sliding_window, batch, key_states.shape[2])
         self.keys, self.values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """See `DynamicSlidingWindowLayer.get_mask_sizes`."""
-        if self.attached is not None:
-            self.attached.require_active()
-        return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Drop the suffix; the prefix stays attached."""

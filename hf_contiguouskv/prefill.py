@@ -27,7 +27,7 @@ from .store.format import KVGeometry
 from .store.hashing import TokenIds
 from .store.segment import Segment
 from .store.writer import SegmentWriter
-from .support import ModelSupport, input_device, last_logit_only
+from .support import ModelSupport, input_device, run_forward
 
 # Prefilling more tokens than this shows a progress bar.
 PROGRESS_TOKENS = 2048
@@ -263,8 +263,7 @@ class Prefill:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for start in starts:
                     part = ids[start : start + block][None].to(device)
-                    options = last_logit_only(self._model)
-                    self._model(input_ids=part, past_key_values=cache, use_cache=True, **options)
+                    run_forward(self._model, part, cache, start)
             cache.layer_done = None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
 
 from .config import ContiguousKVConfig
 from .prefix import AttachedPrefix
@@ -20,7 +21,7 @@ from .store import PrefixStore
 from .store.pread import PAGE, as_memoryview
 from .store.reader import Read
 from .store.segment import Segment
-from .support import ModelSupport, decoder_config, input_device, last_logit_only
+from .support import ModelSupport, decoder_config, input_device, run_forward
 
 # What is measured: a short suffix behind some tokens, a choice among many, a block of a prefill, a read.
 SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 1024, 8192, 256, 16 * 2**20
@@ -141,7 +142,7 @@ def _wait(tensor: torch.Tensor) -> None:
 
 def _forward(model: Any, tokens: int) -> None:
     ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
-    _wait(model(input_ids=ids, use_cache=True, **last_logit_only(model))[0])
+    _wait(run_forward(model, ids, DynamicCache(config=model.config), 0)[0])
 
 
 def _query_heads(model: nn.Module, support: ModelSupport) -> int:

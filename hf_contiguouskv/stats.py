@@ -28,6 +28,7 @@ class RequestStats:
         hits: chunks served, by the tier they came from.
         prefetch_hits: chunks that were read ahead of their selection and then used.
         prefetch_wasted_bytes: bytes that were read ahead and then not used.
+        passed_over: why automatic mode did not look a prompt up or store it: forwards by reason.
     """
 
     prefix_tokens: int = 0
@@ -42,6 +43,7 @@ class RequestStats:
     hits: dict[str, int] = field(default_factory=_no_hits)
     prefetch_hits: int = 0
     prefetch_wasted_bytes: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def read_amplification(self) -> float:

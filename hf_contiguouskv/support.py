@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import Installation, tagged
 from .errors import UnsupportedModelError
+from .hook import ForwardHook, HookedCache
 from .plan import LayerPlan
+from .transformers_internals import cache_argument
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # These change their frequencies when a sequence grows past a length: stored keys would not fit later queries.
@@ -180,26 +183,69 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def last_logit_only(model: nn.Module) -> dict[str, Any]:
-    """What a forward is given so that it computes the logits of the last token only, if it knows how."""
+def run_forward(model: nn.Module, ids: torch.Tensor, cache: Cache, start: int) -> Any:
+    """Run tokens through a model for the sake of their K/V.
+
+    The model runs eagerly, compiled or not (dynamo would trace what a cache does with its K/V), computes no more logits
+    than it must, and is told the positions: some would shift them by what they remember of an earlier image.
+
+    Args:
+        model: the causal LM.
+        ids: int64 `(1, q)`, on the model's device.
+        cache: receives the K/V.
+        start: position of the first token.
+
+    Returns:
+        what the model returns.
+    """
     accepted = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
+    if "position_ids" in accepted:
+        options["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    with torch.compiler.set_stance("force_eager"):
+        return model(input_ids=ids, **options)
+
+
+class _ProbeCache(HookedCache):
+    """Goes through the model as a `ContiguousKVCache` would, hook and attention function included."""
+
+    def __init__(self, windows: int, installation: Installation) -> None:
+        super().__init__(layers=[_ProbeLayer() for _ in range(windows)])
+        self._installation = installation
+        self.seen: list[str] = []
+
+    def before_forward(self, inputs: dict[str, Any]) -> None:
+        self.seen.append("before")
+        self._installation.activate()
+
+    def after_forward(self, output: Any) -> Any:
+        self.seen.append("after")
 
 
 def _probe(model: nn.Module) -> ModelSupport:
     windows = layer_windows(model)
     name = type(model).__name__
-    layers = [_ProbeLayer() for _ in windows]
     device = input_device(model)
     ids = torch.zeros(1, 3, dtype=torch.long, device=device)
     installation = Installation(decoder_config(model))
+    cache = _ProbeCache(len(windows), installation)
+    layers: list[Any] = cache.layers
+    hook = ForwardHook(cache, model)
     try:
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
+            run_forward(model, ids, cache, 0)
     except Exception as error:
         raise UnsupportedModelError(f"{name} failed on a trial forward with three tokens: {error}") from error
     finally:
         installation.release()
+        hook.remove()
+    if cache.seen != ["before", "after"]:
+        raise UnsupportedModelError(
+            f"{name}: its forward hooks did not see the cache of a trial forward (seen: {cache.seen}); this version of "
+            f"transformers ({transformers.__version__}) may pass it in a way that is not known here yet"
+        )
     for position, layer in enumerate(layers):
         if layer.updates != 1 or layer.reached != 1:
             raise UnsupportedModelError(

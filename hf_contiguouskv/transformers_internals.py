@@ -68,11 +68,13 @@ class GenerateCall:
         config: its generation config.
         prompt: int64 `(rows, n)`, what it was given (after expansion to beams), if it is tokens.
         attention_mask: 2D or `None`.
+        embedded: whether the prompt is embeddings.
     """
 
     config: Any
     prompt: torch.Tensor | None
     attention_mask: torch.Tensor | None
+    embedded: bool
 
     @property
     def whole_prompt(self) -> torch.Tensor | None:
@@ -111,6 +113,7 @@ def running_generate() -> GenerateCall | None:
                 known.get("generation_config"),
                 prompt if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else None,
                 mask if isinstance(mask, torch.Tensor) else None,
+                arguments.get("inputs_embeds") is not None,
             )
         frame = frame.f_back
     return None
@@ -188,3 +191,9 @@ def set_attention_implementation(config: Any, name: str) -> None:
 def shifted_positions(model: nn.Module) -> list[nn.Module]:
     """Modules that remember a shift of positions from the images of an earlier call (`rope_deltas` of Qwen-VL)."""
     return [module for module in model.modules() if "rope_deltas" in module.__dict__]
+
+
+def forget_shift(modules: list[nn.Module]) -> None:
+    """Let these modules place the next tokens as if no image had been seen."""
+    for module in modules:
+        setattr(module, "rope_deltas", None)  # noqa: B010 (mypy knows of no such attribute)

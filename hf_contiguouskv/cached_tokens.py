@@ -1,0 +1,89 @@
+"""Which token ids a cache holds behind its prefix: what decides whether a prompt continues what is cached."""
+
+from __future__ import annotations
+
+import torch
+
+HIDDEN = -1
+"""Stands for a token that the attention mask hides (padding): its id means nothing."""
+
+
+def shown_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Ids int64 `(rows, n)` on the CPU, `HIDDEN` where a mask of the same shape is zero."""
+    ids = ids.detach().cpu().to(torch.long)
+    return ids if mask is None else ids.masked_fill(~mask.detach().cpu().to(torch.bool), HIDDEN)
+
+
+class CachedTokens:
+    """The ids of the suffix, one row for each row of the batch, kept through all that a cache may be asked to do.
+
+    Where they are not known (embeddings were passed, or a forward was not seen), nothing continues them.
+    """
+
+    def __init__(self) -> None:
+        # int64 (rows, n); `None`: no longer known. Without rows (0, 0) nothing has been cached.
+        self._ids: torch.Tensor | None = torch.zeros(0, 0, dtype=torch.long)
+
+    def clear(self) -> None:
+        """The suffix is empty."""
+        self._ids = torch.zeros(0, 0, dtype=torch.long)
+
+    def forget(self) -> None:
+        """Tokens are cached whose ids are not known."""
+        self._ids = None
+
+    def append(self, ids: torch.Tensor) -> None:
+        """New columns, int64 `(rows, q)` as `shown_ids` gives them."""
+        if self._ids is None:
+            return
+        if self._ids.shape[1] == 0:
+            self._ids = ids
+        elif len(self._ids) == len(ids):
+            self._ids = torch.cat([self._ids, ids], dim=1)
+        else:
+            self._ids = None
+
+    def crop(self, length: int) -> None:
+        """Only the first `length` columns are left."""
+        if self._ids is not None:
+            self._ids = self._ids[:, : max(0, length)]
+        elif length <= 0:
+            self.clear()
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Only these rows (positions, or a bool mask), in this order."""
+        if self._ids is not None and len(self._ids):
+            self._ids = self._ids[rows.cpu()]
+
+    def repeat(self, times: int) -> None:
+        """Each row `times` times."""
+        if self._ids is not None:
+            self._ids = self._ids.repeat_interleave(times, dim=0)
+
+    def known(self, length: int) -> torch.Tensor | None:
+        """The suffix, int64 `(rows, length)`; `None` if any of it is unknown."""
+        return self._ids if self._ids is not None and self._ids.shape[1] == length else None
+
+    def continued_by(self, prompt: torch.Tensor, prefix: torch.Tensor | None, length: int) -> bool:
+        """Whether each row of a prompt provably begins with prefix and suffix of the same row.
+
+        Args:
+            prompt: int64 `(rows, columns)` as `shown_ids` gives it.
+            prefix: int64 `(n,)`, or `None`.
+            length: columns that are cached behind the prefix.
+
+        Padding of a row may stand before the prefix in the prompt: the cache has it between prefix and suffix.
+        """
+        suffix = self.known(length)
+        before = torch.zeros(0, dtype=torch.long) if prefix is None else prefix
+        cached = len(before) + length
+        if suffix is None or len(prompt) != len(suffix) or prompt.shape[1] < cached:
+            return False
+        for row, own in zip(prompt[:, :cached], suffix, strict=True):
+            pads = int((own != HIDDEN).long().cumsum(0).eq(0).sum())
+            layouts = [torch.cat([before, own])]
+            if pads and len(before):
+                layouts.append(torch.cat([own[:pads], before, own[pads:]]))
+            if not any(torch.equal(row, layout) for layout in layouts):
+                return False
+        return True
