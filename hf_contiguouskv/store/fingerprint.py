@@ -5,38 +5,45 @@ Two models with the same fingerprint give the same keys and values for the same 
 - the text configuration (RoPE included), without names, versions, token ids of generation, output flags and the
   choice of an attention implementation;
 - name, shape, dtype and *sampled* bytes of all parameters and persistent buffers, LoRA weights among them, and of the
-  inverse frequencies of RoPE;
+  inverse frequencies of RoPE (`weights.py`);
+- what modules save besides those, such as packed weights of quantised layers, its tensors sampled as well
+  (`saved_state.py`); a model with such state that cannot be read is refused;
 - which adapters are active, disabled or merged, and their scaling.
 
 Sampling: tensors up to 64 KiB are digested whole; of larger ones the first and last 1024 elements and 4096 elements
 at equal distances. A fine-tune, a merge, or noise changes practically every element and is seen. What it cannot see:
-a larger tensor that differs from another *only* in elements that are not sampled, such as one edited number. Where
-the edit happens in this process through an ordinary in-place operation, that is noticed too (torch counts it), and
-the tensor is digested whole.
+a larger tensor that differs from another *only* in elements that are not sampled, such as one edited number, if the
+edit was made in another process, before the first fingerprint, or to a tensor that has replaced the earlier one.
 
-The result is kept per model, together with a signature that is cheap to compare (addresses, edit counters and a few
-bytes of every tensor on the CPU). An edit that torch does not count (through `.data`, or from outside) and that
-misses those bytes is not seen.
+In this process the result is kept per model, and every later call asks cheaply whether the model is still the same:
+
+- *seen at once*: another configuration; a tensor, adapter or packed weight that was replaced; an edit by an ordinary
+  in-place operation, which torch counts, wherever it is; any edit that changes the first, middle or last 32 bytes of a
+  tensor on the CPU (`weight_windows.probe`);
+- *seen by and by*: an edit that torch does not count (through `.data`, or from outside) anywhere in a tensor on the
+  CPU. Every call compares the next 2 MiB of weights with what they were when it was their turn before
+  (`weight_windows.WeightWindows`): a model of 540 MB has been looked at whole after 270 calls;
+- *not seen*: an edit that torch does not count where the weights are on an accelerator, offloaded, or inside a
+  quantised tensor; one that was made before its place was looked at for the first time; one inside an object that a
+  module saves (a packed weight, a numpy array) if the object stays the same.
+
+A tensor that was edited is digested whole where its samples do not show it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import torch
 
-from ..errors import UnsupportedModelError
-
-_WHOLE_BYTES = 64 * 1024
-_ENDS = 1024
-_STRIDED = 4096
-_PROBE_BYTES = 32
+from .saved_state import Snapshot, add_attributes, saved_beyond, saves_more
+from .weight_windows import WeightWindows, probe, probe_places
+from .weights import WHOLE_BYTES, counts, digest_whole, named_tensors, sample, state_of
 
 # Keys of a configuration that change neither keys nor values.
 _IGNORED = frozenset(
@@ -69,14 +76,22 @@ _IGNORED = frozenset(
 
 @dataclass
 class _Known:
-    """What was seen when a fingerprint was computed."""
+    """What was seen when a fingerprint was computed.
 
-    signature: tuple[Any, ...]
+    Attributes:
+        samples: of each tensor by name: its identity, edit counter and sample.
+        edited: digests of whole tensors, by name, whose samples do not show that they were edited.
+        saved: of each module, by name, that saves more than tensors: its attributes, and what it saves.
+    """
+
+    signature: Snapshot
     probes: list[memoryview]
     probed: bytes
+    windows: WeightWindows
     fingerprint: str
     samples: dict[str, tuple[int, int, bytes]]
     edited: dict[str, bytes]
+    saved: dict[str, tuple[Snapshot, bytes]]
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -86,18 +101,23 @@ _lock = threading.Lock()
 def model_fingerprint(model: Any) -> str:
     """Hex digest (32 digits) of what determines the keys and values that `model` computes.
 
-    The first call reads samples of all weights (tens of milliseconds); later calls compare a cheap signature.
+    The first call reads samples of all weights (tens of milliseconds); later calls compare a cheap signature and
+    2 MiB of weights (well below one millisecond for a model of 135M parameters).
 
     Raises:
-        UnsupportedModelError: weights that cannot be read (on the `meta` device without an offload map).
+        UnsupportedModelError: weights that cannot be read (on the `meta` device without an offload map, or saved by a
+            module in a form of its own).
     """
     model = _unwrap(model)
     with _lock:
         known = _known.get(model)
         signature = _signature(model)
-        if known is not None and known.signature == signature and _probe(known.probes) == known.probed:
-            return known.fingerprint
-        known = _compute(model, signature, known)
+        edited: set[int] = set()
+        if known is not None and known.signature.equals(signature) and probe(known.probes) == known.probed:
+            edited = known.windows.look()
+            if not edited:
+                return known.fingerprint
+        known = _compute(model, signature, known, edited)
         _known[model] = known
         return known.fingerprint
 
@@ -115,45 +135,27 @@ def _unwrap(model: Any) -> Any:
             return model
 
 
-def _signature(model: torch.nn.Module) -> tuple[Any, ...]:
+def _signature(model: torch.nn.Module) -> Snapshot:
     """Changes when weights are replaced or edited, when an adapter is switched, when the configuration changes."""
-    tensors: list[Any] = []
-    adapters: list[Any] = []
+    signature = Snapshot([_config_signature(model)])
+    values = signature.values
     # Not `model.parameters()`: its bookkeeping of names and duplicates takes longer than all the rest.
     stack: list[torch.nn.Module] = [model]
     while stack:
         module = stack.pop()
         for parameter in module._parameters.values():
             if parameter is not None:
-                tensors.append(_state(parameter))
+                values.append(state_of(parameter))
         if module._buffers:
             for name, tensor in module._buffers.items():
-                if tensor is not None and _counts(module, name):
-                    tensors.append(_state(tensor))
+                if tensor is not None and counts(module, name):
+                    values.append(state_of(tensor))
         if "_active_adapter" in module.__dict__:
-            adapters.append(_adapter_state(module))
+            values.append(_adapter_state(module))
+        if saves_more(module):
+            add_attributes(module, signature)
         stack.extend([child for child in module._modules.values() if child is not None])
-    return tensors, adapters, _config_signature(model)
-
-
-def _counts(module: torch.nn.Module, buffer: str) -> bool:
-    """Persistent buffers, and the frequencies of RoPE, which a change of dtype rounds for good.
-
-    Other buffers that are not saved may be scratch space of a forward.
-    """
-    return buffer not in module._non_persistent_buffers_set or "inv_freq" in buffer
-
-
-def _state(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
-    try:
-        version = tensor._version
-    except RuntimeError:
-        version = -1  # Inference tensors count no edits; the probes still see them.
-    try:
-        address = tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):
-        address = 0  # Wrapper subclasses (quantised weights) have no address of their own.
-    return id(tensor), address, version, tensor.dtype
+    return signature
 
 
 def _adapter_state(module: torch.nn.Module) -> str:
@@ -208,122 +210,56 @@ def _canonical(value: Any, whole: bool = False) -> str:
     return repr(value)
 
 
-def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, the tensor of the module, and the one that holds its values (another one when it is offloaded)."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}.{name}", parameter, _materialised(module, name, parameter)
-                for attribute, scales in _scales(module, parameter):
-                    yield f"{prefix}.{name}.{attribute}", scales, scales
-        for name, buffer in module._buffers.items():
-            if buffer is not None and _counts(module, name):
-                yield f"{prefix}.{name}", buffer, _materialised(module, name, buffer)
+def _compute(model: torch.nn.Module, signature: Snapshot, known: _Known | None, changed: Collection[int]) -> _Known:
+    """The fingerprint, from the weights themselves.
 
-
-def _scales(module: torch.nn.Module, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors without which a quantised weight means nothing, and that are no parameters: bitsandbytes hangs them on
-    the weight, and moves some to the module's state at the first forward."""
-    holders: list[tuple[str, Any]] = [("", getattr(parameter, "quant_state", None)), ("", parameter)]
-    holders += [("nested_", getattr(holders[0][1], "state2", None)), ("", getattr(module, "state", None))]
-    found: dict[str, torch.Tensor] = {}
-    for prefix, holder in holders:
-        for attribute in ("absmax", "code", "offset", "SCB"):
-            scales = None if holder is None else getattr(holder, attribute, None)
-            if isinstance(scales, torch.Tensor):
-                found.setdefault(prefix + attribute, scales)
-    yield from sorted(found.items())
-
-
-def _materialised(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type != "meta":
-        return tensor
-    # accelerate keeps offloaded weights in a map of the hook that loads them before each forward.
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        weights = getattr(one, "weights_map", None)
-        if weights is not None:
-            try:
-                found = weights[name]
-            except KeyError:
-                continue
-            if isinstance(found, torch.Tensor):
-                return found
-    raise UnsupportedModelError(
-        f"weight {name!r} of {type(module).__name__} is on the meta device and was not found among offloaded weights; "
-        "without its values this model cannot be told from others"
-    )
-
-
-def _compute(model: Any, signature: tuple[Any, ...], known: _Known | None) -> _Known:
+    Args:
+        model: unwrapped.
+        signature: of the model, taken before.
+        known: what was seen the last time.
+        changed: addresses of tensors that differ from what was seen then, whatever their edit counters say.
+    """
     digest = blake2b(digest_size=16)
     digest.update(b"hf_contiguouskv fingerprint 1\0" + _config_content(model).encode())
     samples: dict[str, tuple[int, int, bytes]] = {}
     edited = dict(known.edited) if known is not None else {}
     probes: list[memoryview] = []
-    for name, own, tensor in _named_tensors(model):
-        sample = _sample(tensor.detach())
-        identity, _, version, _ = _state(own)
-        samples[name] = (identity, version, sample)
+    watched: list[torch.Tensor] = []
+    anew = set(changed)
+    saved: dict[str, tuple[Snapshot, bytes]] = {}
+    for name, own, tensor, registered in named_tensors(model):
+        sampled = sample(tensor)
+        identity, address, version, _ = state_of(own)
+        samples[name] = (identity, version, sampled)
         before = known.samples.get(name) if known is not None else None
-        if before is None or before[0] != identity or before[2] != sample:
+        if before != samples[name]:
+            anew.add(address)
+        if before is None or before[0] != identity or before[2] != sampled:
             edited.pop(name, None)
-        elif before[1] != version and tensor.nbytes > _WHOLE_BYTES:
+        elif (before[1] != version or address in changed) and tensor.nbytes > WHOLE_BYTES:
             # Edited, yet every sample is as before: only the whole tensor can tell.
-            edited[name] = _digest_whole(tensor.detach())
-        digest.update(f"\0{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode() + sample + edited.get(name, b""))
-        # Only memory of the module itself: an offloaded tensor that was loaded for us is gone after this.
-        probes.extend(_probe_places(own))
+            edited[name] = digest_whole(tensor)
+        digest.update(f"\0{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode() + sampled + edited.get(name, b""))
+        # Only memory of the model itself: an offloaded tensor that was loaded for us is gone after this.
+        watched.append(own)
+        if registered:
+            probes.extend(probe_places(own))
     for name, module in model.named_modules(remove_duplicate=False):
         if "_active_adapter" in module.__dict__:
             digest.update(f"\0{name}\0{_adapter_state(module)}".encode())
-    return _Known(signature, probes, _probe(probes), digest.hexdigest(), samples, edited)
+        if saves_more(module):
+            saved[name] = _saved(name, module, known)
+            # (Nothing is added for one that saves nothing more after all: what is stored for such models stays valid.)
+            if beyond := saved[name][1]:
+                digest.update(f"\0{name}\0saved\0".encode() + beyond)
+    windows = WeightWindows(watched, None if known is None else known.windows, anew)
+    return _Known(signature, probes, probe(probes), windows, digest.hexdigest(), samples, edited, saved)
 
 
-def _octets(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-
-
-def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors inside a wrapper subclass (quantised weights), or the tensor itself; flat."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in _plain_parts(getattr(tensor, name).detach())]
-    return [tensor.as_subclass(torch.Tensor).reshape(-1)]
-
-
-def _sample(tensor: torch.Tensor) -> bytes:
-    """Digest of sampled elements; sampled where the tensor is, then moved once."""
-    digest = blake2b(digest_size=16)
-    for flat in _plain_parts(tensor):
-        if flat.nbytes > _WHOLE_BYTES:
-            flat = torch.cat([flat[:_ENDS], flat[:: max(1, flat.numel() // _STRIDED)], flat[-_ENDS:]])
-        digest.update(_octets(flat))
-    return digest.digest()
-
-
-def _digest_whole(tensor: torch.Tensor) -> bytes:
-    digest = blake2b(digest_size=16)
-    for flat in _plain_parts(tensor):
-        for start in range(0, flat.numel(), 2**24):
-            digest.update(_octets(flat[start : start + 2**24]))
-    return digest.digest()
-
-
-def _probe_places(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Windows on the beginning, middle and end of a tensor in host memory.
-
-    They do not keep the memory alive: they may be read only while the signature shows that the tensors are the same.
-    """
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    if not plain or tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.nbytes:
-        return
-    address, nbytes = tensor.data_ptr(), tensor.nbytes
-    length = min(nbytes, _PROBE_BYTES)
-    window = ctypes.c_char * length
-    for offset in sorted({0, (nbytes - length) // 2, nbytes - length}):
-        yield memoryview(window.from_address(address + offset))
-
-
-def _probe(places: list[memoryview]) -> bytes:
-    return b"".join(places)
+def _saved(name: str, module: torch.nn.Module, known: _Known | None) -> tuple[Snapshot, bytes]:
+    """A module's attributes, and what it saves beyond tensors: as before, where the attributes are, for unpacking the
+    weights of a large model takes seconds."""
+    now = Snapshot()
+    add_attributes(module, now)
+    before = known.saved.get(name) if known is not None else None
+    return before if before is not None and before[0].equals(now) else (now, saved_beyond(name, module))

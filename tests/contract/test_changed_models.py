@@ -103,6 +103,23 @@ def test_an_automatic_cache_misses_after_a_change(changing, store_path, when):
         assert_close(answer(model, SECOND, again).logits[0], expected.logits[0], relative=noise, absolute=noise)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:")
+def test_a_model_with_packed_weights_is_not_served_another_ones_keys_and_values(store_path):
+    first = build("llama")
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.model.layers[1].self_attn.v_proj.weight.mul_(1.5)
+    with PrefixStore(store_path) as store:
+        for model in (first, second):
+            torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+            for request in range(2):
+                cache = ContiguousKVCache(model, store=store, budget=1.0)
+                answer(model, FIRST, cache)  # (Its activations are quantised by what is in a batch: no exact answers.)
+                assert (cache.stats.tokens_from_store > 0) == (request == 1)
+                cache.close()
+                store.flush()
+
+
 @pytest.mark.parametrize("when", ["before the first question", "after a reset"])
 def test_a_prefix_is_refused_after_a_change(changing, store_path, when):
     model, change, _ = changing
