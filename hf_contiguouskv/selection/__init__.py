@@ -2,7 +2,9 @@
 
 from .attention_mass import AttentionMass
 from .base import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, voting_queries
-from .indexed_keys import IndexedKeys, Scratch, build_key_index
+from .indexed_keys import IndexedKeys, build_key_index
+from .integer_products import chosen_products
+from .scratch import Scratch
 
 __all__ = [
     "AttentionMass",
@@ -13,5 +15,6 @@ __all__ = [
     "SelectionInput",
     "build_key_index",
     "choose_chunks",
+    "chosen_products",
     "voting_queries",
 ]

@@ -6,18 +6,16 @@ token-in-chunk is the leading axis, so that a chunk's maximum is taken over whol
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
+from .integer_products import IntegerProduct, fastest_product
+from .scratch import Scratch
 
 Floats = npt.NDArray[np.float32]
-# Products of keys and queries, 4 MiB of them: at once, choosing among 65,536 tokens took 2.5 times as long.
-PRODUCTS_AT_ONCE = 2**20
 # Index `(kv_heads, c, chunks, head_dim)` and scale `(kv_heads, head_dim)` of one segment.
 Part = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,22 +43,6 @@ def build_key_index(keys: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, 
     if tokens % chunk_size:
         index[:, : tokens % chunk_size, whole].copy_(quantised[:, whole * chunk_size :])
     return index, scale.cpu()
-
-
-class Scratch:
-    """Memory for products of keys and queries, used by one layer after the other: fresh megabytes cost more than the
-    arithmetic on them."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.int32)
-
-    def of(self, *shape: int) -> torch.Tensor:
-        """int32 of this shape, with anything in it; valid until the next call."""
-        count = math.prod(shape)
-        if len(self._memory) < count:
-            with torch.inference_mode(False):
-                self._memory = torch.empty(count, dtype=torch.int32)
-        return self._memory[:count].view(shape)
 
 
 class IndexedKeys:
@@ -144,7 +126,14 @@ def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
     return queries[:, voters]
 
 
-def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch, out: Floats) -> None:
+def peaks_on_cpu(
+    queries: Floats,
+    part: Part,
+    scaling: float,
+    scratch: Scratch,
+    out: Floats,
+    product: IntegerProduct | None = None,
+) -> None:
     """The largest `q . k` in each chunk, by an integer product.
 
     Args:
@@ -153,9 +142,10 @@ def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch, 
         scaling: factor on every product.
         scratch: for the products.
         out: float32 `(chunks, kv_heads, n)`, is filled.
+        product: how keys and queries are multiplied; `None`: in the fastest way. All give the same numbers.
     """
     index, scale = part
-    kv_heads, c, chunks, head_dim = index.shape
+    kv_heads, _, chunks, head_dim = index.shape
     rows = queries.shape[1]
     scaled = queries * scale.numpy()[:, None]
     # Each query gets a scale of its own, so that the product can run in integers.
@@ -163,21 +153,10 @@ def peaks_on_cpu(queries: Floats, part: Part, scaling: float, scratch: Scratch, 
     np.maximum(peak, np.float32(1e-20), out=peak)
     scaled *= np.float32(127.0) / peak
     rounded = torch.from_numpy(np.rint(scaled, out=scaled).astype(np.int8))
-    # As many tokens of all chunks at a time as stay in the processor's cache until their maximum is taken.
-    step = min(c, max(1, PRODUCTS_AT_ONCE // (chunks * rows)))
-    products = scratch.of(step, chunks, rows)
-    best = torch.empty(kv_heads, chunks, rows, dtype=torch.int32)
-    more = torch.empty_like(best[0]) if step < c else None
-    # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
-    for keys, query, place in zip(index.unbind(0), rounded.mT.unbind(0), best.unbind(0), strict=True):
-        for begin in range(0, c, step):
-            some = keys[begin : begin + step]
-            block = products[: len(some)]
-            torch._int_mm(some.view(-1, head_dim), query, out=block.view(-1, rows))
-            if begin == 0:
-                torch.amax(block, 0, out=place)
-            else:
-                torch.maximum(place, torch.amax(block, 0, out=more), out=place)
+    if product is None:
+        product = fastest_product(head_dim, rows)
+    best = torch.empty(kv_heads, chunks, rows, dtype=product.dtype, device="cpu")
+    product.maxima(index, rounded, scratch, best)
     peak *= np.float32(scaling / 127.0)
     np.multiply(best.numpy().transpose(1, 0, 2), peak[:, :, 0], out=out, dtype=np.float32, casting="unsafe")
 

@@ -162,28 +162,6 @@ def test_chunk_peaks_come_close_to_the_exact_maximum():
         assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 2, 3, 100])
-def test_chunk_peaks_do_not_depend_on_how_much_is_multiplied_at_a_time(monkeypatch, tokens_at_once):
-    part, queries = build_key_index(keys_of(64), 4), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
-    at_once, in_pieces = torch.empty(16, 2, 6), torch.empty(16, 2, 6)
-    peaks_on_cpu(queries.numpy(), part, 0.5, Scratch(), at_once.numpy())
-    monkeypatch.setattr("hf_contiguouskv.selection.indexed_keys.PRODUCTS_AT_ONCE", tokens_at_once * 16 * 6)
-    scratch = Scratch()
-    peaks_on_cpu(queries.numpy(), part, 0.5, scratch, in_pieces.numpy())
-    assert torch.equal(at_once, in_pieces)
-    assert len(scratch._memory) == min(tokens_at_once, 4) * 16 * 6
-
-
-def test_scratch_memory_is_shared_and_grows():
-    scratch = Scratch()
-    with torch.inference_mode():
-        first = scratch.of(2, 3)
-    assert (first.shape, first.dtype) == ((2, 3), torch.int32)
-    assert not first.is_inference()
-    assert scratch.of(6).data_ptr() == scratch.of(1, 2).data_ptr() == first.data_ptr()
-    assert scratch.of(100).shape == (100,)
-
-
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_a_cpu_and_a_device_score_alike(power, softcap):

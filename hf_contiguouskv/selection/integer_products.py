@@ -1,0 +1,275 @@
+"""Products of int8 keys and int8 queries, computed exactly, in the way that is fastest on this processor.
+
+PyTorch's integer product runs on the processor's VNNI instructions or, on a processor without them, in plain loops: for
+7,936 keys and 48 queries of 64 channels those take 15 ms where float32 takes 0.6 ms and VNNI 0.2 ms. Float32 gives the
+same integers as long as no sum exceeds 2^24, whatever the order of summation. Which way is fastest depends on the
+processor, on the build of PyTorch and on the shape, so each process measures it for each class of shapes.
+
+Each way is also checked before it is used: oneDNN's integer product saturates in 16 bits without VNNI, and PyTorch
+notices only if the processor lacks the instructions, not if `ONEDNN_MAX_CPU_ISA` turns them off.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .scratch import Scratch
+
+# What is multiplied at a time stays in the processor's cache until its maximum is taken: at once, choosing among 65,536
+# tokens took 2.5 times as long. Smaller pieces cost more calls: 1 MiB is a tenth slower.
+SCRATCH_BYTES = 4 * 2**20
+# One product of a sample: 0.7 ms in plain loops, 0.05 ms in float32.
+MULTIPLICATIONS_PER_SAMPLE = 2**20
+SAMPLE_CHUNK, SAMPLE_TOKENS = 16, (128, 2048)
+# Of calls, when there have been many: timing again is then less than a hundredth of the work.
+CALLS_BETWEEN_TURNS = 256
+
+
+class IntegerProduct(Protocol):
+    """One way of multiplying keys and queries.
+
+    Attributes:
+        name: for reports.
+        dtype: of the products and their maxima.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def maxima(self, index: torch.Tensor, queries: torch.Tensor, scratch: Scratch, out: torch.Tensor) -> None:
+        """The largest product in each chunk.
+
+        Args:
+            index: int8 `(kv_heads, c, chunks, head_dim)`, contiguous, values from -127 to 127.
+            queries: int8 `(kv_heads, n, head_dim)`, contiguous, values from -127 to 127.
+            scratch: for keys and products; about `SCRATCH_BYTES` of it.
+            out: `dtype`, `(kv_heads, chunks, n)`, contiguous, is filled with integers.
+        """
+        ...
+
+
+class Int8Product:
+    """`torch._int_mm`: the fastest where the processor has instructions for it."""
+
+    name = "int8"
+    dtype = torch.int32
+
+    def maxima(self, index: torch.Tensor, queries: torch.Tensor, scratch: Scratch, out: torch.Tensor) -> None:
+        """See `IntegerProduct`. Keys are read where they are: some tokens of all chunks at a time."""
+        _, c, chunks, head_dim = index.shape
+        rows = queries.shape[1]
+        step = min(c, max(1, SCRATCH_BYTES // (chunks * rows * self.dtype.itemsize)))
+        products = scratch.of(step, chunks, rows, dtype=self.dtype)
+        more = torch.empty_like(out[0]) if step < c else None
+        # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
+        for keys, query, place in zip(index.unbind(0), queries.mT.unbind(0), out.unbind(0), strict=True):
+            for begin in range(0, c, step):
+                some = keys[begin : begin + step]
+                block = products[: len(some)]
+                torch._int_mm(some.view(-1, head_dim), query, out=block.view(-1, rows))
+                if begin == 0:
+                    torch.amax(block, 0, out=place)
+                else:
+                    torch.maximum(place, torch.amax(block, 0, out=more), out=place)
+
+
+class FloatProduct:
+    """Keys are converted piece by piece, and multiplied as floating-point numbers.
+
+    A lower `torch.set_float32_matmul_precision` changes nothing: factors up to 127 have 7 bits, and sums stay float32.
+
+    Args:
+        dtype: float32 or float64.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.name = str(dtype).removeprefix("torch.")
+
+    def is_exact(self, head_dim: int) -> bool:
+        """Whether every sum of `head_dim` products is a number of `dtype`; in float32, of up to 1,040 of them."""
+        return head_dim * 127 * 127 * torch.finfo(self.dtype).eps <= 2
+
+    def maxima(self, index: torch.Tensor, queries: torch.Tensor, scratch: Scratch, out: torch.Tensor) -> None:
+        """See `IntegerProduct`. Keys are copied anyway: all tokens of some chunks at a time, which need one maximum."""
+        _, c, chunks, head_dim = index.shape
+        rows = queries.shape[1]
+        step = min(chunks, max(1, SCRATCH_BYTES // (c * (head_dim + rows) * self.dtype.itemsize)))
+        memory = scratch.of(c * step * (head_dim + rows), dtype=self.dtype)
+        # Not contiguous after `mT`, and faster like that than copied, up to three times for few queries.
+        factors = queries.to(self.dtype).mT
+        for keys, query, place in zip(index.unbind(0), factors.unbind(0), out.unbind(0), strict=True):
+            for some, best in zip(keys.split(step, 1), place.split(step), strict=True):
+                size = some.numel()
+                converted = memory[:size].view(some.shape).copy_(some)
+                products = memory[size : size + c * len(best) * rows].view(-1, rows)
+                torch.mm(converted.view(-1, head_dim), query, out=products)
+                torch.amax(products.view(c, -1, rows), 0, out=best)
+
+
+INT8, FLOAT32, FLOAT64 = Int8Product(), FloatProduct(torch.float32), FloatProduct(torch.float64)
+
+
+def candidates(head_dim: int) -> tuple[IntegerProduct, ...]:
+    """Products that may be the fastest, and are exact unless the build has a fault."""
+    return INT8, FLOAT32 if FLOAT32.is_exact(head_dim) else FLOAT64
+
+
+class ShapeClass(NamedTuple):
+    """Shapes that are measured as one.
+
+    Attributes:
+        head_dim: channels.
+        queries: per KV head, rounded up to a power of two.
+        threads: of PyTorch, when it was measured.
+    """
+
+    head_dim: int
+    queries: int
+    threads: int
+
+
+class ProductChooser:
+    """Knows which product is fastest for which shapes. Threads may share it.
+
+    A busy machine can make any measurement wrong, and plain loops are 20 times slower, so no choice is for good: at the
+    1st, 2nd, 4th, 8th, ... call every product is timed once more, and the least time of each counts.
+
+    Args:
+        candidates: products to choose among, for a number of channels.
+        clock: seconds. The thread's own, because time in which the processor runs something else is nobody's.
+    """
+
+    def __init__(
+        self,
+        candidates: Callable[[int], Sequence[IntegerProduct]] = candidates,
+        clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._candidates = candidates
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._contests: dict[ShapeClass, _Contest] = {}
+
+    def fastest(self, head_dim: int, queries: int) -> IntegerProduct:
+        """The fastest of the products that are exact on this machine.
+
+        The first call for a class of shapes takes a few milliseconds longer, one that times again less than one.
+
+        Args:
+            head_dim: channels.
+            queries: per KV head, all query heads of it together.
+        """
+        shapes = ShapeClass(head_dim, 1 << (queries - 1).bit_length(), torch.get_num_threads())
+        contest = self._contests.get(shapes)
+        if contest is None:
+            return self._begin(shapes).winner
+        # Threads that count at the same time may lose a call, which only shifts the next turn.
+        contest.calls += 1
+        if contest.calls.bit_count() == 1 or contest.calls % CALLS_BETWEEN_TURNS == 0:
+            # One thread measures: two at a time would measure each other.
+            with self._lock:
+                contest.turn(self._clock)
+        return contest.winner
+
+    def chosen(self) -> dict[ShapeClass, str]:
+        """Names of the products that are chosen at present."""
+        with self._lock:
+            return {shapes: contest.winner.name for shapes, contest in self._contests.items()}
+
+    def _begin(self, shapes: ShapeClass) -> _Contest:
+        with self._lock:
+            if shapes not in self._contests:
+                sample = _Sample(shapes)
+                exact = [product for product in self._candidates(shapes.head_dim) if sample.agrees(product)]
+                # Float64 is exact by arithmetic: if even that fails, its use will show why.
+                contest = _Contest(sample, exact or [FLOAT64])
+                contest.turn(self._clock)
+                self._contests[shapes] = contest
+            return self._contests[shapes]
+
+
+class _Contest:
+    """Times of several products of one sample.
+
+    Attributes:
+        calls: how often the winner has been asked for; the first call makes the contest.
+        winner: the product with the least time.
+    """
+
+    def __init__(self, sample: _Sample, products: Sequence[IntegerProduct]) -> None:
+        self.calls = 1
+        self.winner = products[0]
+        self._sample = sample
+        self._seconds = {product: float("inf") for product in products}
+
+    def turn(self, clock: Callable[[], float]) -> None:
+        """Time every product once more."""
+        if len(self._seconds) == 1:
+            return
+        for product, least in self._seconds.items():
+            begin = clock()
+            self._sample.run(product)
+            self._seconds[product] = min(least, clock() - begin)
+        self.winner = min(self._seconds, key=self._seconds.__getitem__)
+
+
+class _Sample:
+    """Keys and queries of one KV head that cost about the same for every class of shapes.
+
+    A third of the queries and half of the keys are all 127 or all -127, where sums are largest.
+    """
+
+    def __init__(self, shapes: ShapeClass) -> None:
+        head_dim, rows, _ = shapes
+        fewest, most = SAMPLE_TOKENS
+        tokens = min(most, max(fewest, MULTIPLICATIONS_PER_SAMPLE // (head_dim * rows)))
+        chunks = tokens // SAMPLE_CHUNK
+        # Not the process's generator, which belongs to the user.
+        generator = torch.Generator("cpu").manual_seed(0)
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.randint(-127, 128, shape, dtype=torch.int8, device="cpu", generator=generator)
+
+        self._index, self._queries = integers(1, SAMPLE_CHUNK, chunks, head_dim), integers(1, rows, head_dim)
+        self._index[:, ::4], self._index[:, 1::4] = 127, -127
+        self._queries[:, ::6], self._queries[:, 3::6] = 127, -127
+        self._scratch = Scratch()
+
+    def run(self, product: IntegerProduct) -> torch.Tensor:
+        """Maxima of the sample's chunks."""
+        return self._maxima(product, self._index)
+
+    def agrees(self, product: IntegerProduct) -> bool:
+        """Whether this build has the product, and every number of it is right; also warms it up."""
+        keys = self._index.view(1, 1, -1, self._index.shape[-1])
+        expected = torch.mm(keys[0, 0].double(), self._queries[0].double().mT)
+        try:
+            return bool(torch.equal(self._maxima(product, keys)[0].double(), expected))
+        except Exception:  # Whatever it raises, there are others.
+            return False
+
+    def _maxima(self, product: IntegerProduct, index: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(1, index.shape[2], self._queries.shape[1], dtype=product.dtype, device="cpu")
+        product.maxima(index, self._queries, self._scratch, out)
+        return out
+
+
+_OF_THIS_PROCESS = ProductChooser()
+
+
+def fastest_product(head_dim: int, queries: int) -> IntegerProduct:
+    """See `ProductChooser.fastest`; remembered for the whole process."""
+    return _OF_THIS_PROCESS.fastest(head_dim, queries)
+
+
+def chosen_products() -> dict[ShapeClass, str]:
+    """Names of the products that this process uses at present, for reports; empty before a selection on a CPU."""
+    return _OF_THIS_PROCESS.chosen()
