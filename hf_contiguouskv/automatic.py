@@ -11,7 +11,7 @@ import torch
 
 from .adapters import adapters_of_rows
 from .config import ContiguousKVConfig
-from .fitting import voters_wanted
+from .fitting import FEWEST_VOTERS, voters_wanted
 from .forward import Prompt, cut_cached, ordinary_prompt
 from .layers import ContiguousLayer, ContiguousSlidingLayer
 from .prefill import geometry_of, persist_rows
@@ -184,10 +184,12 @@ def _leaves_voters(stored: StoredPrefix, tokens: int, config: ContiguousKVConfig
     """Where a pruned prefix should end at the latest, so that enough of a prompt of `tokens` tokens chooses its chunks.
 
     Where all but a few tokens are stored, this very prompt was asked before, and its question is part of what is
-    stored. The question begins where an earlier prompt went another way, or else somewhere in the last tokens.
+    stored. The question begins where an earlier prompt went another way, or else somewhere in the last tokens. (A short
+    question behind all of a stored document is none of that.)
     """
-    voters = voters_wanted(config)
-    if config.budget == 1.0 or stored.tokens <= tokens - voters:
+    voters, last = voters_wanted(config), stored.spans[-1].segment
+    whole = stored.tokens == last.first_chunk * config.chunk_size + last.num_tokens
+    if config.budget == 1.0 or tokens - stored.tokens >= (min(voters, FEWEST_VOTERS) if whole else voters):
         return tokens
     starts = [span.first_chunk * config.chunk_size for span in stored.spans]
     turns = [start for start in starts if tokens - LONGEST_QUESTION <= start <= tokens - voters]

@@ -109,6 +109,8 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._multimodal = False
         self._shifted: list[nn.Module] = []
         self._text_so_far = True
+        # What `crop` has left of an explicit prefix, in tokens, for the prompts that follow.
+        self._cropped_to: int | None = None
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
         self._before: int | None = None
         self._temporary: TemporaryStore | None = None
@@ -389,6 +391,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     def reset(self) -> None:
         """Drop the suffix and keep the prefix attached, ready for the next question (automatic: the next prompt)."""
         self._one_thread.claim(self)
+        self._cropped_to = None
         if self._automatic is not None:
             self._automatic.reset()
             self.prefix_ids = None
@@ -405,7 +408,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens. Back to the prefix, its chunks are selected again.
 
-        A crop into the prefix shortens it for good: the next questions are behind what is left of it.
+        A crop into the prefix shortens it for the next questions, too, until `reset`.
         """
         self._one_thread.claim(self)
         if self._attached is None:
@@ -425,8 +428,15 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             self._suffix_ids.crop(left - request.prefix.tokens)
         else:
             self.shorten_prefix(left)
-            if self._whole_prefix is not None and left > 0:
-                self._whole_prefix = self._whole_prefix.truncated(left)
+            self._cropped_to = left
+
+    def next_prompt(self) -> None:
+        """Another prompt begins: as `reset`, but a prefix that was cropped stays cropped."""
+        cropped = self._cropped_to
+        self.reset()
+        if cropped is not None and self._attached is not None and cropped < self._tokens():
+            self.shorten_prefix(cropped)
+            self._cropped_to = cropped
 
     def shorten_prefix(self, tokens: int) -> None:
         """Begin a new request on the first `tokens` tokens of the prefix that is attached (none: without a prefix)."""

@@ -64,11 +64,14 @@ class CachedTokens:
         """The suffix, int64 `(rows, length)`; `None` if any of it is unknown."""
         return self._ids if self._ids is not None and self._ids.shape[1] == length else None
 
-    def continued_by(self, prompt: torch.Tensor, prefix: torch.Tensor | None, length: int) -> bool:
+    def continued_by(
+        self, prompt: torch.Tensor, hidden: torch.Tensor | None, prefix: torch.Tensor | None, length: int
+    ) -> bool:
         """Whether each row of a prompt provably begins with prefix and suffix of the same row.
 
         Args:
-            prompt: int64 `(rows, columns)` as `shown_ids` gives it.
+            prompt: int64 `(rows, columns)`.
+            hidden: bool of the same shape, what the prompt's mask hides; `None`: nothing.
             prefix: int64 `(n,)`, or `None`.
             length: columns that are cached behind the prefix.
 
@@ -79,11 +82,13 @@ class CachedTokens:
         cached = len(before) + length
         if suffix is None or len(prompt) != len(suffix) or prompt.shape[1] < cached:
             return False
-        for row, own in zip(prompt[:, :cached], suffix, strict=True):
+        prompt = prompt[:, :cached].cpu()
+        padding = torch.zeros_like(prompt, dtype=torch.bool) if hidden is None else hidden[:, :cached].cpu()
+        for row, pad, own in zip(prompt, padding, suffix, strict=True):
             pads = int((own != HIDDEN).long().cumsum(0).eq(0).sum())
             layouts = [torch.cat([before, own])]
             if pads and len(before):
                 layouts.append(torch.cat([own[:pads], before, own[pads:]]))
-            if not any(torch.equal(row, layout) for layout in layouts):
+            if not any(bool(torch.where(layout == HIDDEN, pad, row == layout).all()) for layout in layouts):
                 return False
         return True

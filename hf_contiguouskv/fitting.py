@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters import require_one_adapter
-from .cached_tokens import shown_ids
 from .config import ContiguousKVConfig
 from .errors import InputError
 from .forward import (
@@ -50,13 +49,13 @@ def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
     if call.embedded:
         # Embeddings are always the whole prompt, and nothing can be said about what they continue.
         if cache._suffix_length() > 0:
-            cache.reset()
+            cache.next_prompt()
         return
     prompt = call.whole_prompt
     if prompt is None:
         return
     if cache._suffix_length() > 0 and not _continues(cache, prompt, call.attention_mask):
-        cache.reset()
+        cache.next_prompt()
     if cache._attached is None:
         return
     check_rows(cache, prompt, call.attention_mask)
@@ -70,8 +69,8 @@ def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
 def _continues(cache: ContiguousKVCache, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
     prefix = cache.prefix_ids
     before = prefix[: cache._tokens()] if prefix is not None and cache._attached is not None else None
-    shown = shown_ids(prompt, mask if mask is not None and mask.shape == prompt.shape else None)
-    return cache._suffix_ids.continued_by(shown, before, cache._suffix_length())
+    hidden = mask == 0 if mask is not None and mask.shape == prompt.shape else None
+    return cache._suffix_ids.continued_by(prompt, hidden, before, cache._suffix_length())
 
 
 def _shortest_row(ids: torch.Tensor, mask: torch.Tensor | None) -> int:
@@ -88,7 +87,7 @@ def drop_cached(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begin
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         mask = None
     if cache._suffix_length() > 0 and not _continues(cache, ids, mask):
-        cache.reset()
+        cache.next_prompt()
     cached, length = cache.get_seq_length(), ids.shape[1]
     if cached == 0:
         return

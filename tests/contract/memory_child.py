@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 
-from .models import quiet, token_ids
+from .models import CACHE, quiet, token_ids
 
 MIB = 2**20
 TOKENS, LAYERS, KV_HEADS, HEAD_DIM = 2048, 8, 8, 64
@@ -69,7 +69,7 @@ def _forget_peak() -> None:
 
 def _question(model: Any, prefix: torch.Tensor, seed: int, cache: Any) -> None:
     ids = torch.cat([prefix, token_ids(8, seed=seed)], dim=1)
-    model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    model.generate(ids, **{CACHE: cache}, max_new_tokens=3, do_sample=False)
 
 
 def main(folder: Path, runs: list[str]) -> None:

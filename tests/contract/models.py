@@ -7,12 +7,15 @@ wrong key changes a logit visibly.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
 
+CACHE = "cache" if "cache" in inspect.signature(hf.LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What this transformers calls the cache, in `generate` and in every forward (5.24 renamed it)."""
 VOCABULARY = 128
 WINDOW = 24
 PAD = 0

@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
-from .models import full_attention_layers
+from .models import CACHE, full_attention_layers
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
@@ -25,20 +25,20 @@ def prefilled(model: Any, prefix_ids: torch.Tensor, rows: int = 1) -> DynamicCac
     """A `DynamicCache` in which each of `rows` rows already holds the prefix (`[1, n]`)."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prefix_ids.reshape(1, -1).expand(rows, -1), past_key_values=cache)
+        model(prefix_ids.reshape(1, -1).expand(rows, -1), **{CACHE: cache})
     return cache
 
 
 def generate(model: Any, ids: torch.Tensor, cache: Any, *, tokens: int = 8, **options: Any) -> Any:
     """`model.generate` with the scores that the model itself gave to every next token."""
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens} | options
-    return model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **settings)
+    return model.generate(ids, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True, **settings)
 
 
 def forward(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
     """Logits `[rows, tokens, vocabulary]` of a raw forward."""
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **options).logits
+        return model(ids, **{CACHE: cache}, **options).logits
 
 
 def assert_close(

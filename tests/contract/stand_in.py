@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .models import CACHE
+
 
 class StandInStore:
     def __init__(self, path: str | Path, **_: Any) -> None:
@@ -33,7 +35,7 @@ class StandInCache(DynamicCache):
         self.prefix_ids = prefix_ids
         if prefix_ids is not None:
             with torch.no_grad():
-                model(prefix_ids.reshape(1, -1), past_key_values=self)
+                model(prefix_ids.reshape(1, -1), **{CACHE: self})
         self._kept = [
             (layer.keys, layer.values, getattr(layer, "cumulative_length", 0)) if layer.is_initialized else None
             for layer in self.layers

@@ -16,7 +16,7 @@ from hf_contiguouskv.errors import ConfigError, SegmentReadError
 from hf_contiguouskv.needs import WORTH_READING_BYTES, bytes_to_read
 from hf_contiguouskv.speeds import ComputeSpeeds
 
-from .models import token_ids
+from .models import CACHE, token_ids
 from .references import assert_close, forward
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 
@@ -179,7 +179,7 @@ def test_automatic_mode_attaches_with_the_budget_that_was_chosen(tiny_model, sto
     write_prefix(model, PREFIX, store_path)
     with PrefixStore(store_path) as store, ContiguousKVCache(model, store=store, budget="auto") as cache:
         assert cache.budget_choice is None
-        model.generate(prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        model.generate(prompt, **{CACHE: cache}, max_new_tokens=1, do_sample=False)
         assert cache.budget_choice is not None
         assert cache.stats.tokens_from_store >= 160
         keep = ContiguousKVConfig(budget=cache.budget_choice.budget).chunks_kept(10)

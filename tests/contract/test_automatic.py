@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from .models import FAMILIES, IMPLEMENTATIONS, PAD, token_ids
+from .models import CACHE, FAMILIES, IMPLEMENTATIONS, PAD, token_ids
 from .references import assert_close, assert_same_generation, assert_same_rows, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore
 
@@ -139,9 +139,9 @@ def test_it_computes_everything_where_the_caller_would_notice(tiny_model, store_
     model = tiny_model("llama", "eager")
     ask(model, FIRST, store_path)
     with torch.no_grad(), PrefixStore(store_path) as store:
-        expected = model(FIRST, past_key_values=DynamicCache(config=model.config), **NOTICEABLE[reason])
+        expected = model(FIRST, **{CACHE: DynamicCache(config=model.config)}, **NOTICEABLE[reason])
         cache = ContiguousKVCache(model, store=store, budget=1.0)
-        actual = model(FIRST, past_key_values=cache, **NOTICEABLE[reason])
+        actual = model(FIRST, **{CACHE: cache}, **NOTICEABLE[reason])
         assert actual.logits.shape == expected.logits.shape
         assert_close(actual.logits, expected.logits)
         if expected.loss is not None:
@@ -264,10 +264,10 @@ def test_input_embeddings_are_served_without_a_store(tiny_model, store_path):
     model = tiny_model("llama")
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(FIRST)
-        expected = model(inputs_embeds=embeddings, past_key_values=DynamicCache(config=model.config)).logits
+        expected = model(inputs_embeds=embeddings, **{CACHE: DynamicCache(config=model.config)}).logits
         with PrefixStore(store_path) as store:
             cache = ContiguousKVCache(model, store=store, budget=1.0)
-            assert_close(model(inputs_embeds=embeddings, past_key_values=cache).logits, expected)
+            assert_close(model(inputs_embeds=embeddings, **{CACHE: cache}).logits, expected)
             cache.close()
     assert stored_tokens(model, FIRST, store_path) == 0
 

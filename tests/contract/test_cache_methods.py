@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .models import FAMILIES, WINDOWLESS, token_ids
+from .models import CACHE, FAMILIES, WINDOWLESS, token_ids
 from .references import assert_close, assert_same_generation, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 
@@ -241,8 +241,8 @@ def test_a_forward_with_gradients_enabled_is_exact(tiny_model, exact_cache):
     cache, reference = exact_cache(model), prefilled(model, PREFIX)
     for tokens in (5, 1, 1):
         ids = token_ids(tokens, seed=76)
-        actual = model(ids, past_key_values=cache).logits.detach()
-        assert_close(actual, model(ids, past_key_values=reference).logits.detach())
+        actual = model(ids, **{CACHE: cache}).logits.detach()
+        assert_close(actual, model(ids, **{CACHE: reference}).logits.detach())
 
 
 def test_generate_may_get_only_the_new_tokens_and_a_mask_over_all(tiny_model, exact_cache):
@@ -258,8 +258,8 @@ def test_generate_may_get_embeddings_instead_of_ids(tiny_model, exact_cache):
     model = tiny_model("llama")
     embeddings = model.get_input_embeddings()(QUESTION).detach()
     options = {"do_sample": False, "max_new_tokens": 6}
-    expected = model.generate(inputs_embeds=embeddings, past_key_values=prefilled(model, PREFIX), **options)
-    actual = model.generate(inputs_embeds=embeddings, past_key_values=exact_cache(model), **options)
+    expected = model.generate(inputs_embeds=embeddings, **{CACHE: prefilled(model, PREFIX)}, **options)
+    actual = model.generate(inputs_embeds=embeddings, **{CACHE: exact_cache(model)}, **options)
     assert actual.tolist() == expected.tolist()
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import AttentionNotActiveError, InputError
 
-from .models import build, quiet, token_ids
+from .models import CACHE, build, quiet, token_ids
 from .references import assert_close, assert_same_generation, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, write_prefix
 
@@ -157,12 +157,11 @@ def test_an_edit_that_is_undone_is_forgotten(store_path):
 class Seeing(hf.LlamaForCausalLM):
     """A model that sees pictures: they are added to the embeddings of the tokens."""
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, pixel_values=None, **options):
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, **options):
         if pixel_values is None:
-            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **options)
+            return super().forward(input_ids, attention_mask, **options)
         states = self.get_input_embeddings()(input_ids) + pixel_values
-        options |= {"inputs_embeds": states, "attention_mask": attention_mask}
-        return super().forward(past_key_values=past_key_values, **options)
+        return super().forward(inputs_embeds=states, attention_mask=attention_mask, **options)
 
 
 def seeing_model():
@@ -245,7 +244,7 @@ def test_gradients_are_those_without_a_cache(store_path):
     expected = gradients(use_cache=False)
     with PrefixStore(store_path) as store:
         cache = ContiguousKVCache(model, store=store, budget=1.0)
-        actual = gradients(past_key_values=cache)
+        actual = gradients(**{CACHE: cache})
         assert cache.stats.tokens_from_store == 0
         cache.close()
         store.flush()
@@ -267,7 +266,7 @@ def test_a_pruned_prefix_answers_with_gradients_enabled(store_path, config):
             with torch.set_grad_enabled(enabled):
                 answers.append(
                     [
-                        model(ids, past_key_values=cache).logits.detach()
+                        model(ids, **{CACHE: cache}).logits.detach()
                         for ids in (suffix, suffix[:, :1], suffix[:, :3])
                     ]
                 )

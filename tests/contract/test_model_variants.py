@@ -17,7 +17,7 @@ from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.store.fingerprint import model_fingerprint
 
 from .memory_helpers import CONFIGS, ask, assert_nothing_in_use
-from .models import build, quiet, token_ids
+from .models import CACHE, build, quiet, token_ids
 from .references import assert_close, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, write_prefix
 
@@ -100,7 +100,7 @@ def test_memory_filled_in_one_grad_mode_serves_the_other(tiny_model, store_path,
                 with MODES[mode]():
                     ask(model, other, SUFFIX, store, config)
                     with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
-                        logits = model(SUFFIX, past_key_values=cache).logits[:, -1].detach()
+                        logits = model(SUFFIX, **{CACHE: cache}).logits[:, -1].detach()
                 assert_close(logits.clone(), expected.logits[0])
         assert_nothing_in_use(store)
 
@@ -168,12 +168,12 @@ def test_a_compiled_model_is_served_exactly(store_path, backend):
                     assert cache.stats.tokens_from_store == tokens_from_store
                     ids = SUFFIX
                     for step in expected.logits[:2]:
-                        logits = compiled(ids, past_key_values=cache).logits[:, -1]
+                        logits = compiled(ids, **{CACHE: cache}).logits[:, -1]
                         assert_close(logits, step)
                         ids = logits.argmax(-1, keepdim=True)
             pruned = [ask(model, PREFIX, SUFFIX, store, ContiguousKVConfig(budget=0.3)) for _ in range(2)]
             with ContiguousKVCache(compiled, PREFIX, store=store, budget=0.3) as cache, torch.no_grad():
-                assert_close(compiled(SUFFIX, past_key_values=cache).logits[:, -1], pruned[0].logits[0])
+                assert_close(compiled(SUFFIX, **{CACHE: cache}).logits[:, -1], pruned[0].logits[0])
             assert_nothing_in_use(store)
     finally:
         torch.compiler.reset()

@@ -142,7 +142,7 @@ def test_a_changed_attention_implementation_is_noticed(how, begun):
     if begun:
         forward(model, SUFFIX, cache)
     if how == "config":
-        model.config._attn_implementation = "sdpa"
+        model.config._attn_implementation = "eager"
     else:
         model.set_attn_implementation("eager")
     with pytest.raises(AttentionNotActiveError):

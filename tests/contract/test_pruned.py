@@ -240,11 +240,12 @@ def test_beams_of_several_prompts_answer_as_each_prompt_alone(tiny_model, store_
             assert together[row].tolist() == alone[0].tolist()
 
 
-def test_a_prompt_that_is_a_pruned_prefix_itself_is_as_good_as_masked(tiny_model, store_path):
+def test_a_prompt_that_is_a_pruned_prefix_itself_leaves_tokens_that_choose(tiny_model, store_path):
     model, prefix = tiny_model("llama"), prefix_of(165)
     with prefix_from_disk(model, prefix, store_path, config=ContiguousKVConfig.paper(0.3)) as cache:
         output = generate(model, prefix, cache)
-        tokens, scores = masked_reference(model, cache, prefix[:, :-1]).greedy(prefix[:, -1:], 8)
+        assert cache.stats.prefix_tokens == 165 - 16
+        tokens, scores = masked_reference(model, cache, prefix[:, :-16]).greedy(prefix[:, -16:], 8)
         for ours, theirs in zip(output.logits, scores, strict=True):
             assert_as_masked(cache, ours, theirs)
         assert output.sequences[0, -8:].tolist() == tokens

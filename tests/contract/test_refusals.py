@@ -13,7 +13,7 @@ import transformers as hf
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import ConfigError, ContiguousKVError, InputError, UnsupportedModelError
 
-from .models import PAD, quiet, token_ids
+from .models import CACHE, PAD, quiet, token_ids
 from .references import assert_same_generation, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 
@@ -279,10 +279,10 @@ def test_a_4d_mask_over_a_pruned_prefix_is_refused(tiny_model, pruned_cache):
     suffix = token_ids(4, seed=507)
     mask = torch.ones(1, 1, 4, PREFIX.shape[1] + 4, dtype=torch.bool).tril(PREFIX.shape[1])
     with pytest.raises(InputError), torch.no_grad():
-        model(suffix, attention_mask=mask, past_key_values=pruned_cache)
+        model(suffix, attention_mask=mask, **{CACHE: pruned_cache})
 
 
 def test_a_cache_of_another_model_is_refused_or_at_least_not_served(tiny_model, pruned_cache):
     stranger = tiny_model("llama", layers=2)
     with pytest.raises((ContiguousKVError, RuntimeError, IndexError)), torch.no_grad():
-        stranger(token_ids(4, seed=508), past_key_values=pruned_cache)
+        stranger(token_ids(4, seed=508), **{CACHE: pruned_cache})

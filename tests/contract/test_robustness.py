@@ -15,7 +15,7 @@ from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.store.local_disk import FileBlob
 from hf_contiguouskv.store.segment import Segment
 
-from .models import full_attention_layers, token_ids
+from .models import CACHE, full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, assert_same_generation, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 
@@ -396,7 +396,7 @@ def test_the_base_model_may_be_called_alone(tiny_model, store_path, family, budg
     with prefix_from_disk(model, PREFIX, store_path, budget=budget) as cache, torch.no_grad():
         same = ContiguousKVCache(model, PREFIX, store=cache.store, budget=budget)
         for ids in (SUFFIX, STEP, SUFFIX[:, :3]):
-            states = model.model(ids, past_key_values=cache).last_hidden_state
+            states = model.model(ids, **{CACHE: cache}).last_hidden_state
             assert_close(model.lm_head(states), forward(model, ids, same))
         same.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundle_helpers import content, manifest, tree
-from contract.models import build, token_ids
+from contract.models import CACHE, build, token_ids
 from contract.references import prefilled
 from huggingface_hub import CommitOperationAdd, ModelCard
 from store_helpers import FINGERPRINT, expected_kv, geometry, read_back, some_tokens, write_prefix
@@ -144,9 +144,9 @@ def test_a_request_hits_what_was_imported_and_answers_exactly(tmp_path: Path) ->
         with ContiguousKVCache(model, prefix, store=store, budget=1.0) as cache:
             assert (cache.stats.tokens_from_store, cache.stats.tokens_prefilled) == (50, 0)
             ids = torch.cat([prefix, question], dim=1)
-            answer = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+            answer = model.generate(ids, **{CACHE: cache}, max_new_tokens=8, do_sample=False)
         assert store.stats.hits == 1
-    expected = model.generate(ids, past_key_values=prefilled(model, prefix), max_new_tokens=8, do_sample=False)
+    expected = model.generate(ids, **{CACHE: prefilled(model, prefix)}, max_new_tokens=8, do_sample=False)
     assert answer.tolist() == expected.tolist()
 
 

@@ -5,6 +5,7 @@ import torch
 
 from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.forward import (
+    Prompt,
     cut_cached,
     is_refed,
     mask_behind_prefix,
@@ -40,7 +41,7 @@ def test_a_row_that_cannot_hold_the_prefix_is_refused():
 )
 def test_an_ordinary_prompt_is_recognised(mask, positions):
     prompt = ordinary_prompt({"input_ids": IDS, "attention_mask": mask, "position_ids": positions})
-    assert prompt is not None
+    assert isinstance(prompt, Prompt)
     assert prompt.row(1).tolist() == IDS[1, prompt.pads[1] :].tolist()
 
 
@@ -58,7 +59,7 @@ def test_an_ordinary_prompt_is_recognised(mask, positions):
     ids=["embeds", "hole", "right padding", "4D mask", "shifted", "padded without positions", "token types"],
 )
 def test_an_unusual_prompt_is_left_alone(inputs):
-    assert ordinary_prompt(inputs) is None
+    assert isinstance(ordinary_prompt(inputs), str)
 
 
 def test_a_refed_prompt_is_told_from_a_suffix():
@@ -68,7 +69,9 @@ def test_a_refed_prompt_is_told_from_a_suffix():
     assert is_refed({"input_ids": ids, "position_ids": torch.arange(8)[None]}, 5, False, ids[0, :5])
     assert not is_refed({"input_ids": ids, "position_ids": torch.arange(5, 13)[None]}, 5, False, ids[0, :5])
     assert is_refed({"input_ids": ids}, 5, True, ids[0, :5])
-    assert not is_refed({"input_ids": ids}, 5, False, ids[0, :5])
+    assert is_refed({"input_ids": ids}, 5, False, ids[0, :5])
+    assert not is_refed({"input_ids": ids[:, :5]}, 5, False, ids[0, :5])
+    assert not is_refed({"input_ids": ids + 1}, 5, False, ids[0, :5])
     assert not is_refed({"input_ids": ids}, 0, True, None)
 
 
