@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import weakref
 from dataclasses import replace
@@ -15,6 +16,8 @@ from .config import ContiguousKVConfig
 from .errors import ConfigError, InputError
 from .placeholders import placeholder_ids
 from .store import PrefixStore
+
+logger = logging.getLogger("hf_contiguouskv")
 
 
 def checked_ids(ids: Any) -> torch.Tensor:
@@ -46,6 +49,24 @@ def require_storable(model: Any, ids: torch.Tensor) -> None:
                 "only text can be stored"
             )
     require_no_invocation(model, ids)
+    _require_positions(model, len(ids))
+
+
+def _require_positions(model: Any, tokens: int) -> None:
+    text = model.config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or not 0 < limit < tokens:
+        return
+    message = (
+        f"the prefix has {tokens} tokens, more than the {limit} (max_position_embeddings) of {type(model).__name__}"
+    )
+    learned = any(
+        isinstance(module, torch.nn.Embedding) and ("pos" in path or "wpe" in path)
+        for path, module in model.named_modules()
+    )
+    if learned:
+        raise InputError(f"{message}, which has no embeddings for the positions behind; shorten the prefix")
+    logger.warning("%s: answers may be poor", message)
 
 
 class TemporaryStore:
@@ -60,6 +81,24 @@ class TemporaryStore:
 def _close_temporary(store: PrefixStore, folder: tempfile.TemporaryDirectory[str]) -> None:
     store.close()
     folder.cleanup()
+
+
+def opened_store(
+    store: PrefixStore | str | Path | None, needed: bool
+) -> tuple[PrefixStore | None, TemporaryStore | None]:
+    """The store that a user means, and what keeps it if it is a temporary one (`None` was passed, and one is needed).
+
+    Raises:
+        InputError: neither a store nor a path.
+    """
+    if isinstance(store, PrefixStore):
+        return store, None
+    if isinstance(store, str | Path):
+        return PrefixStore.shared(store), None
+    if store is not None:
+        raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")
+    temporary = TemporaryStore() if needed else None
+    return (temporary.store if temporary is not None else None), temporary
 
 
 def configured(config: ContiguousKVConfig | None, overrides: dict[str, Any]) -> ContiguousKVConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .arguments import TemporaryStore, checked_ids, configured, require_storable
+from .arguments import checked_ids, configured, opened_store, require_storable
 from .attention import Installation
 from .auto_budget import AutoBudget, BudgetChoice
 from .automatic import AutomaticPrefix
-from .cached_tokens import CachedTokens, shown_ids
+from .cached_tokens import CachedTokens
 from .config import ContiguousKVConfig
+from .copying import copy_of_cache
 from .errors import InputError
 from .fitting import begin_prompt, check_ids, drop_cached, fit_to_prefix
 from .forward import decoding, is_refed
@@ -113,8 +113,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._cropped_to: int | None = None
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
         self._before: int | None = None
-        self._temporary: TemporaryStore | None = None
-        self.store = self._opened(store, ids is not None)
+        self.store, self._temporary = opened_store(store, ids is not None)
         if self.store is None:
             return
         self._unserved.counters = self.store.counters
@@ -132,18 +131,6 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         except BaseException:
             self.close()
             raise
-
-    def _opened(self, store: PrefixStore | str | Path | None, needed: bool) -> PrefixStore | None:
-        if isinstance(store, PrefixStore):
-            return store
-        if isinstance(store, str | Path):
-            return PrefixStore.shared(store)
-        if store is not None:
-            raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")
-        if not needed:
-            return None
-        self._temporary = TemporaryStore()
-        return self._temporary.store
 
     def _install(self, lm: nn.Module) -> None:
         self._installation = Installation(decoder_config(lm))
@@ -286,7 +273,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         if self._attached is not None:
             more_follows = call is not None and bool(call.block) and not decoding(inputs)
             fit_to_prefix(self, inputs, begins, more_follows, call is not None)
-        self._remember(inputs)
+        self._suffix_ids.append_new(inputs)
         self._before = self._suffix_length()
         self.announce(True)
 
@@ -342,14 +329,6 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
 
     def _damaged(self) -> bool:
         return self._attached is not None and self._attached.request.damaged
-
-    def _remember(self, inputs: dict[str, Any]) -> None:
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-            self._suffix_ids.forget()
-            return
-        over_all = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= ids.shape[1]
-        self._suffix_ids.append(shown_ids(ids, mask[:, -ids.shape[1] :] if over_all else None))  # type: ignore[index]
 
     def _tokens(self) -> int:
         """Tokens of the prefix that is attached now."""
@@ -482,20 +461,5 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContiguousKVCache:
-        """An independent cache in the same state; model and store are shared, not copied."""
-        twin: ContiguousKVCache = object.__new__(type(self))
-        memo[id(self)] = twin
-        shared = ("_model", "store", "_support", "_temporary", "_whole_prefix", "_shifted", "prefix_ids")
-        apart = ("layers", "_attached", "_installation", "_hook", "_unserved")
-        for name, value in vars(self).items():
-            if name not in apart:
-                setattr(twin, name, value if name in shared else copy.deepcopy(value, memo))
-        twin._attached = twin._installation = twin._hook = None
-        twin._unserved = self._unserved.copy_for(twin._stats)
-        if self._installation is not None:
-            twin._install(self._living_model())
-        if self._attached is not None and twin._installation is not None:
-            request = self._attached.request.twin(twin._stats, Recovery(twin))
-            twin._attached = AttachedState(request, twin._installation)
-        twin.layers = [layer.copy_of(twin._attached, memo) for layer in self.layers]
-        return twin
+        """An independent cache in the same state; model, store and what is loaded of the prefix are shared."""
+        return copy_of_cache(self, memo)

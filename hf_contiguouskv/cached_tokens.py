@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 HIDDEN = -1
 """Stands for a token that the attention mask hides (padding): its id means nothing."""
-
-
-def shown_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Ids int64 `(rows, n)` on the CPU, `HIDDEN` where a mask of the same shape is zero."""
-    ids = ids.detach().cpu().to(torch.long)
-    return ids if mask is None else ids.masked_fill(~mask.detach().cpu().to(torch.bool), HIDDEN)
 
 
 class CachedTokens:
@@ -32,8 +28,18 @@ class CachedTokens:
         """Tokens are cached whose ids are not known."""
         self._ids = None
 
-    def append(self, ids: torch.Tensor) -> None:
-        """New columns, int64 `(rows, q)` as `shown_ids` gives them."""
+    def append_new(self, inputs: dict[str, Any]) -> None:
+        """The tokens that a forward with these arguments (by name) is about to cache."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            self.forget()
+            return
+        new = ids.detach().cpu().to(torch.long)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= new.shape[1]:
+            new = new.masked_fill(mask[:, -new.shape[1] :].detach().cpu() == 0, HIDDEN)
+        self._append(new)
+
+    def _append(self, ids: torch.Tensor) -> None:
         if self._ids is None:
             return
         if self._ids.shape[1] == 0:
