@@ -103,7 +103,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         # Tokens after the prefix.
         self._suffix_ids = CachedTokens()
         self._one_thread = OneThread()
-        self._unserved = Unserved()
+        self._unserved = Unserved(self._stats)
         # Whether the model takes images and the like; modules whose memory of an earlier image would shift the
         # positions of a text; and whether the suffix is text.
         self._multimodal = False

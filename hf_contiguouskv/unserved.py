@@ -18,14 +18,14 @@ class Unserved:
         counters: of the store, or `None`.
     """
 
-    def __init__(self) -> None:
-        self.stats = RequestStats()
+    def __init__(self, stats: RequestStats) -> None:
+        self.stats = stats
         self.counters: StoreCounters | None = None
 
     def copy_for(self, stats: RequestStats) -> Unserved:
         """The same for a copy of the cache."""
-        twin = Unserved()
-        twin.stats, twin.counters = stats, self.counters
+        twin = Unserved(stats)
+        twin.counters = self.counters
         return twin
 
     def note(self, reason: str, *, served_only: bool = False) -> None:
