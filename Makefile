@@ -1,6 +1,7 @@
 # make demo            a document is stored, then questions about it are answered by a new process, cold
 # make demo DOC=FILE   ... your document      MODEL=NAME_OR_FOLDER   ... your model
 # make test            everything that runs without a GPU
+# make compat          the contract tests on other releases of transformers than the pinned one (COMPAT="5.20.0 5.23.0")
 # make lint            ruff and mypy
 # make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
@@ -34,6 +35,8 @@ STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-reques
   --system reload --system attentionstore --system attentionstore_overlapped --system attentionstore_h2o \
   --system attentionstore_h2o_lfu --system impress --system contiguouskv_paper --system contiguouskv
 STREAMS_OUT ?= docs/results/streams
+COMPAT ?= 5.20.0 5.23.0
+COMPAT_ARGS ?=
 FAULTS_SCALE ?= 10
 FAULTS_SEED ?= $(shell date +%s)
 TORCH_ARGS ?=
@@ -42,7 +45,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test faults lint eval eval-streams bench store-bench warm-bench policies timeline clean
+.PHONY: demo test compat faults lint eval eval-streams bench store-bench warm-bench policies timeline clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
@@ -51,6 +54,9 @@ demo: $(VENV)/.eval
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup tests/unit tests/contract tests/eval $(TEST_ARGS)
 	$(BIN)/python -m pytest tests/faults $(TEST_ARGS)
+
+compat: $(VENV)/.dev
+	$(BIN)/python scripts/compat.py --check $(COMPAT_ARGS) $(COMPAT)
 
 faults: $(VENV)/.dev
 	FAULTS_SCALE=$(FAULTS_SCALE) FAULTS_SEED=$(FAULTS_SEED) $(BIN)/python -m pytest tests/faults $(TEST_ARGS)

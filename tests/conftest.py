@@ -15,6 +15,9 @@ import transformers
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_library: cannot run with the DynamicCache stand-in (see tests/README.md)")
+    expected = os.environ.get("EXPECTED_TRANSFORMERS")
+    if expected and transformers.__version__ != expected:
+        raise pytest.UsageError(f"these tests were to run on transformers {expected}, not {transformers.__version__}")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
