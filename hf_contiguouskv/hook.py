@@ -78,7 +78,9 @@ def _hooked(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
     return any(isinstance(value, HookedCache) for value in args)
 
 
-_disabled = torch.compiler.disable(reason="a ContiguousKVCache prepares a forward outside of compiled code")
+_disabled = torch.compiler.disable(
+    reason="a ContiguousKVCache prepares each forward outside of compiled code: fullgraph=True is not possible with it"
+)
 
 
 class _Hook:

@@ -38,7 +38,7 @@ from hf_contiguouskv.store.bundle import import_bundle
 with PrefixStore("kv-store") as store:
     print(import_bundle(store, "FOLDER"))
     cache = ContiguousKVCache(model, store=store, budget=1.0)
-    model.generate(**prompt, past_key_values=cache)
+    model.generate(**prompt, cache=cache)  # before transformers 5.24: past_key_values=cache
 ```
 
 Importing compares every byte with its checksum. Each `segments/*.safetensors` is a plain safetensors file, without
