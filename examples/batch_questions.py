@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from demo import CONSOLE, DEFAULT_STORE, Prompts, Question, build_prompts, make_cold, read_document
+from demo import CONSOLE, DEFAULT_STORE, Prompts, build_prompts, make_cold, read_document
+from demo_report import Question
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
@@ -111,7 +112,7 @@ class Questioner:
         with ContiguousKVCache(self.model, self.prompts.prefix, store=store, config=self.config) as cache:
             output = self.model.generate(
                 **{name: value.to(self.model.device) for name, value in inputs.items()},
-                past_key_values=cache,
+                cache=cache,  # transformers before 5.24: past_key_values
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,

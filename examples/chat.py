@@ -110,7 +110,7 @@ class Chat:
             output = self._model.generate(
                 ids.to(self._model.device),
                 attention_mask=torch.ones_like(ids).to(self._model.device),
-                past_key_values=cache,
+                cache=cache,  # transformers before 5.24: past_key_values
                 max_new_tokens=self._max_new_tokens,
                 do_sample=False,
                 pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,

@@ -1,7 +1,7 @@
 """One document, three questions, four ways to the first token.
 
-Step 1, in a process of its own, computes the KV cache of a document once and stores it. Step 2, in a new process and
-with a cold page cache, answers questions about the document by recomputing it, by exact re-prefill from the store, by
+Step 1 computes the KV cache of a document once and stores it. Step 2, in a new process and with a cold page cache,
+answers questions about the document by recomputing it (once: that takes long), by exact re-prefill from the store, by
 the published method, and by this library's default, and prints how long each took to its first token.
 
     make demo                            # Python's own language reference, SmolLM2-135M-Instruct
@@ -11,23 +11,28 @@ the published method, and by this library's default, and prints how long each to
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from demo_report import Answer, Question, print_report, write_json
 from rich.console import Console
-from rich.table import Table
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 DEFAULT_STORE = Path(__file__).resolve().parent.parent / ".cache" / "demo-store"
 CHUNK = 16
+RECOMPUTE = "recompute"
+# (As `eval.dtypes` has it, which is imported later: `--help` should not wait for torch.)
+DtypeOption = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option("--dtype", help="Of model and KV; auto: what is fast on this machine."),
+]
 
 # Sections of the language reference, shortest facts first, so that a short document holds some too.
 TOPICS = """
@@ -36,17 +41,6 @@ TOPICS = """
     import context-managers async exceptions dict function class
 """
 INSTRUCTION = "Read this document, then answer the question below with a sentence from it.\n\n"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, how the answer begins (small models need the hint), and words that a good answer contains."""
-
-    text: str
-    begins: str = ""
-    expected: str = ""
-
-
 QUESTIONS = (
     Question(
         "How tightly does the power operator bind?", "The power operator binds more tightly than", "unary operators"
@@ -64,21 +58,6 @@ QUESTIONS_FOR_ANY_DOCUMENT = (
 )
 
 
-@dataclass
-class Answer:
-    """What one system did with one question."""
-
-    system: str
-    question: str
-    ttft_s: float
-    text: str
-    bytes_read: int = 0
-    read_amplification: float = 0.0
-    chunks_used: int = 0
-    chunks_total: int = 0
-    hits: dict[str, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Prompts:
     """Token ids: `prefix` is the chat template's beginning and the document; every prompt is prefix + question."""
@@ -87,13 +66,6 @@ class Prompts:
     questions: list[Any]
     document_tokens: int
     cut: bool
-
-
-def load(model_name: str | None) -> tuple[Any, Any]:
-    """The model and its tokenizer (imported here, because the parent process needs neither)."""
-    from eval.models import load_model
-
-    return load_model(model_name)
 
 
 def read_document(doc: Path | None) -> str:
@@ -130,10 +102,11 @@ def build_prompts(tokenizer: Any, document: str, questions: tuple[Question, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """What both processes agree on."""
+    """What both steps agree on."""
 
     doc: Path | None
     model: str | None
+    dtype: str
     store: Path
     short: bool
     questions: tuple[Question, ...]
@@ -142,22 +115,30 @@ class Job:
     def new_tokens(self) -> int:
         return 8 if self.short else 20
 
-    def prompts(self, model: Any, tokenizer: Any) -> Prompts:
-        """The same ids in both processes."""
+    def load(self) -> tuple[Any, Any, Prompts]:
+        """The model, its tokenizer, and the prompts: the same in both processes."""
+        from eval.models import load_model
+
+        model, tokenizer = load_model(self.model, dtype=self.dtype)
         context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 8192))
-        limit = min(context, 8192) - 128 - self.new_tokens
-        return build_prompts(tokenizer, read_document(self.doc), self.questions, 1024 if self.short else limit)
+        limit = 1024 if self.short else min(context, 8192) - 128 - self.new_tokens
+        return model, tokenizer, build_prompts(tokenizer, read_document(self.doc), self.questions, limit)
 
 
-def prepare(job: Job) -> None:
-    """Step 1: compute the KV cache of the document and store it, unless it is stored already."""
+def prepare(job: Job) -> str:
+    """Step 1: compute the KV cache of the document and store it, unless it is stored already.
+
+    Returns:
+        The name of the dtype that the model runs in.
+    """
+    from eval.dtypes import dtype_name
+    from eval.estimate import Pace, about
     from hf_contiguouskv import ContiguousKVCache, PrefixStore
 
     CONSOLE.print("[bold]1. Prepare[/bold]: compute the document's KV cache once, and store it")
-    model, tokenizer = load(job.model)
-    prompts = job.prompts(model, tokenizer)
+    model, _, prompts = job.load()
     CONSOLE.print(f"   model     {model.source}", soft_wrap=True)
-    CONSOLE.print(f"   runs in   {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    CONSOLE.print(f"   runs in   {model.runs_in}", soft_wrap=True)
     CONSOLE.print(
         f"   document  {job.doc or 'the language reference in pydoc_data.topics'}: {prompts.document_tokens:,} tokens"
         + (", cut to fit" if prompts.cut else "")
@@ -166,14 +147,18 @@ def prepare(job: Job) -> None:
         stored = store.match(model, prompts.prefix)
         if stored == prompts.document_tokens:
             CONSOLE.print(f"   store     all {stored:,} tokens were stored by an earlier run: nothing to compute")
-            return
+            return dtype_name(model.dtype)
+        missing = prompts.document_tokens - stored
+        estimate = Pace.of(model, prompts.prefix).forward_s(missing, stored)
+        CONSOLE.print(f"   compute   {missing:,} tokens, {about(estimate)}")
         start = time.perf_counter()
         ContiguousKVCache(model, prompts.prefix, store=store).close()
     size = sum(path.stat().st_size for path in segments(job.store))
     CONSOLE.print(
-        f"   store     {prompts.document_tokens - stored:,} tokens computed and stored in "
-        f"{time.perf_counter() - start:.1f} s; {size / 2**20:.0f} MiB in {job.store}"
+        f"   store     {missing:,} tokens computed and stored in {time.perf_counter() - start:.1f} s; "
+        f"{size / 2**20:.0f} MiB in {job.store}"
     )
+    return dtype_name(model.dtype)
 
 
 def segments(store: Path) -> list[Path]:
@@ -191,65 +176,122 @@ def make_cold(store: Path) -> tuple[int, int]:
     return sum(map(resident_pages, files)), sum(-(-path.stat().st_size // page) for path in files)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One request of step 2: which system, which question, whether it counts, and about how many seconds it takes."""
+
+    system: str
+    question: int
+    counts: bool
+    seconds: float
+
+
+def steps(job: Job, systems: list[str], prompts: Prompts, pace: Any) -> list[Step]:
+    """Systems take turns. All questions go to each system but `RECOMPUTE`: on a slow machine it takes minutes."""
+    from eval.timing import interleave
+
+    document = prompts.document_tokens
+    suffix = max(ids.shape[1] for ids in prompts.questions) - document
+    first = {name: pace.forward_s(suffix, document) for name in systems}
+    first[RECOMPUTE] = pace.forward_s(document + suffix)
+    # The first call of a kernel is slow: one request each is not counted. (For `RECOMPUTE`, `pace` had short ones.)
+    found = [Step(name, 0, False, first[name]) for name in systems if name != RECOMPUTE]
+    for number, name in interleave(systems, len(job.questions)):
+        if name != RECOMPUTE or number == 0:
+            found.append(Step(name, number, True, first[name] + pace.answer_s(job.new_tokens)))
+    return found
+
+
 def ask(job: Job, json_path: Path | None) -> None:
     """Step 2: answer the questions with every system, each request cold, and print what it took."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from tqdm import tqdm
 
-    from eval.timing import interleave, machine
+    from eval.dtypes import dtype_name
+    from eval.estimate import Pace, about
+    from eval.timing import machine
     from hf_contiguouskv import ContiguousKVConfig
 
     CONSOLE.print(
         "\n[bold]2. Ask[/bold], in a new process: every request opens the store anew and finds its files cold"
     )
-    model, tokenizer = load(job.model)
-    prompts = job.prompts(model, tokenizer)
+    model, tokenizer, prompts = job.load()
     systems: dict[str, ContiguousKVConfig | None] = {
-        "recompute": None,
+        RECOMPUTE: None,
         "exact re-prefill": ContiguousKVConfig(budget=1.0),
         "published method, 5%": ContiguousKVConfig.paper(0.05),
         "our default, 25%": ContiguousKVConfig(),
     }
-    plan = [(name, 0, True) for name in systems]  # the first call of a kernel is slow: one request each is not counted
-    plan += [(name, number, False) for number, name in interleave(list(systems), len(job.questions))]
+    plan = steps(job, list(systems), prompts, Pace.of(model, prompts.prefix))
+    expected_s = sum(step.seconds for step in plan)
+    once_s = next(step.seconds for step in plan if step.system == RECOMPUTE)
+    CONSOLE.print(
+        f"   {len(plan)} requests, {about(expected_s)}: {about(once_s)} to recompute the document for one question, "
+        "the rest for\n   requests that find it stored"
+    )
     answers: list[Answer] = []
     resident: list[int] = []
     pages = 0
-    columns = (TextColumn("   {task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with torch.inference_mode(), Progress(*columns, console=CONSOLE, transient=True) as progress:
-        task = progress.add_task("", total=len(plan))
-        for name, number, warm_up in plan:
-            progress.update(task, description=name)
+    shown = "   {desc:<22} {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left"
+    with torch.inference_mode(), tqdm(total=expected_s, bar_format=shown, leave=False) as bar:
+        for number, step in enumerate(plan):
+            bar.set_description_str(step.system)
             still, pages = make_cold(job.store)
-            answer = answer_question(model, tokenizer, job, prompts, name, systems[name], number)
-            if not warm_up:
+            # The one request that takes long moves the bar on with each layer.
+            layers = model.config.get_text_config().num_hidden_layers
+            answer = answer_question(
+                model, tokenizer, job, prompts, step, systems[step.system], partial(bar.update, step.seconds / layers)
+            )
+            bar.update(sum(one.seconds for one in plan[: number + 1]) - bar.n)
+            if step.counts:
                 resident.append(still)
                 answers.append(answer)
-            progress.advance(task)
-    report(job, list(systems), answers)
+    print_report(CONSOLE, job.questions, list(systems), answers)
     CONSOLE.print(
         f"   Cold: at most {max(resident)} of {pages:,} pages of the stored KV were in the page cache before\n"
         "   a request (mincore, after posix_fadvise); the library reads with O_DIRECT besides."
     )
     facts = machine()
     CONSOLE.print(
-        f"   Machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB; torch {facts['torch']}, "
-        f"transformers {facts['transformers']}."
+        f"   Machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB; {dtype_name(model.dtype)}; "
+        f"torch {facts['torch']}, transformers {facts['transformers']}."
     )
     if json_path is not None:
-        write_json(json_path, job, model, prompts, list(systems), answers, max(resident), pages, facts)
+        about_run = {
+            "machine": facts,
+            "model": model.source,
+            "dtype": dtype_name(model.dtype),
+            "prefix_tokens": prompts.document_tokens,
+            "resident_pages_before_requests": max(resident),
+            "pages": pages,
+        }
+        write_json(json_path, job.questions, list(systems), answers, about_run)
         CONSOLE.print(f"   Numbers written to {json_path}.")
 
 
 def answer_question(
-    model: Any, tokenizer: Any, job: Job, prompts: Prompts, name: str, config: Any, number: int
+    model: Any, tokenizer: Any, job: Job, prompts: Prompts, step: Step, config: Any, layer_done: Callable[[], Any]
 ) -> Answer:
-    """One request: time its first token, then let it finish its sentence."""
+    """One request: time its first token, then let it finish its sentence if it counts.
+
+    Args:
+        config: of the cache; `None` recomputes.
+        layer_done: called when a layer of the document has been recomputed.
+    """
     import torch
     from transformers import DynamicCache
 
     from eval.timing import time_to_first_token
     from hf_contiguouskv import ContiguousKVCache, PrefixStore
+
+    class Watched(DynamicCache):
+        """Tells of each layer of a prompt."""
+
+        def update(self, keys: Any, *arguments: Any, **options: Any) -> Any:
+            found = super().update(keys, *arguments, **options)
+            if keys.shape[-2] > 1:
+                layer_done()
+            return found
 
     stores: list[PrefixStore] = []
 
@@ -258,112 +300,36 @@ def answer_question(
         return ContiguousKVCache(model, prompts.prefix, store=stores[0], config=config)
 
     def from_nothing() -> Any:
-        return DynamicCache(config=model.config)
+        return Watched(config=model.config)
 
     make_cache: Callable[[], Any] = from_nothing if config is None else from_store
-    ids = prompts.questions[number]
+    ids = prompts.questions[step.question]
     seconds, first, cache = time_to_first_token(model, ids, make_cache)
     try:
-        answer = Answer(name, job.questions[number].text, seconds, "")
+        answer = Answer(step.system, job.questions[step.question].text, seconds, "")
         if config is not None:
             stats = cache.stats
             answer.bytes_read, answer.read_amplification = stats.bytes_read, stats.read_amplification
             answer.chunks_used, answer.chunks_total = max(stats.chunks_used, default=0), stats.chunks_total
             answer.hits = dict(stats.hits)
-        longer = torch.cat([ids, torch.tensor([[first]])], dim=1).to(model.device)
-        output = model.generate(longer, past_key_values=cache, max_new_tokens=job.new_tokens - 1, do_sample=False)
-        text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        answer.text = " ".join(text.split())
+        if step.counts:
+            longer = torch.cat([ids, torch.tensor([[first]])], dim=1).to(model.device)
+            # (transformers before 5.24 calls the argument `past_key_values`.)
+            output = model.generate(
+                longer,
+                attention_mask=torch.ones_like(longer),
+                cache=cache,
+                max_new_tokens=job.new_tokens - 1,
+                do_sample=False,
+            )
+            text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            answer.text = " ".join(text.split())
         return answer
     finally:
         if config is not None:
             cache.close()
         for store in stores:
             store.close()
-
-
-def summary(names: list[str], answers: list[Answer]) -> dict[str, dict[str, Any]]:
-    """Per system: TTFT (median and spread, seconds), speed-up against recompute, and what was read."""
-    from eval.timing import median_spread
-
-    rows: dict[str, dict[str, Any]] = {}
-    for name in names:
-        own = [answer for answer in answers if answer.system == name]
-        rows[name] = {
-            "ttft_s": median_spread(answer.ttft_s for answer in own).as_dict(),
-            "bytes_read": median_spread(answer.bytes_read for answer in own).median,
-            "read_amplification": median_spread(answer.read_amplification for answer in own).median,
-            "chunks_used": own[0].chunks_used,
-            "chunks_total": own[0].chunks_total,
-        }
-    base = rows[names[0]]["ttft_s"]["median"]
-    for row in rows.values():
-        row["speedup"] = base / row["ttft_s"]["median"]
-    return rows
-
-
-def report(job: Job, names: list[str], answers: list[Answer]) -> None:
-    """The table of times, then the answers."""
-    count = len(job.questions)
-    table = Table(
-        title=f"Time to first token, cold ({'one question' if count == 1 else f'median of {count} questions'})"
-    )
-    table.add_column("system", no_wrap=True)
-    for title in ("TTFT ms", "speed-up", "read MiB", "read ampl.", "chunks"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, row in summary(names, answers).items():
-        stored = bool(row["chunks_total"])
-        table.add_row(
-            name,
-            f"{row['ttft_s']['median'] * 1e3:,.0f}",
-            f"{row['speedup']:.1f}x",
-            f"{row['bytes_read'] / 2**20:.1f}" if stored else "-",
-            f"{row['read_amplification']:.2f}" if stored else "-",
-            f"{row['chunks_used']} of {row['chunks_total']}" if stored else "-",
-        )
-    CONSOLE.print()
-    CONSOLE.print(table)
-    CONSOLE.print("   TTFT: from token ids to the first new id; look-up, opening the store and every read included.\n")
-    for question in job.questions:
-        CONSOLE.print(f"   [bold]{question.text}[/bold]  {question.begins} ...", markup=True)
-        for name in names:
-            text = next(a.text for a in answers if a.system == name and a.question == question.text)
-            CONSOLE.print(f"     {name:<22}", end="")
-            CONSOLE.print(f"... {text}", markup=False, no_wrap=True, overflow="ellipsis")
-        if question.expected:
-            CONSOLE.print(f"     {'the document':<22}... {question.expected} ...\n", markup=False)
-        else:
-            CONSOLE.print()
-
-
-def write_json(
-    path: Path,
-    job: Job,
-    model: Any,
-    prompts: Prompts,
-    names: list[str],
-    answers: list[Answer],
-    resident: int,
-    pages: int,
-    facts: dict[str, Any],
-) -> None:
-    """Everything that was printed, for programs."""
-    found = {question.text: question.expected for question in job.questions if question.expected}
-    numbers = {
-        "machine": facts,
-        "model": model.source,
-        "prefix_tokens": prompts.document_tokens,
-        "resident_pages_before_requests": resident,
-        "pages": pages,
-        "systems": summary(names, answers),
-        "answers": [
-            vars(answer) | {"has_expected_words": found[answer.question] in answer.text}
-            if answer.question in found
-            else vars(answer)
-            for answer in answers
-        ],
-    }
-    path.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 def main(
@@ -375,7 +341,8 @@ def main(
         bool, typer.Option("--short", help="A short document and one question, for a quick check.")
     ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-    step: Annotated[str, typer.Option(hidden=True)] = "all",
+    dtype: DtypeOption = "auto",
+    step: Annotated[str, typer.Option(hidden=True)] = "prepare",
 ) -> None:
     """Store a document's KV cache, then answer questions about it from a new process, cold."""
     if question:
@@ -384,16 +351,14 @@ def main(
         questions = QUESTIONS_FOR_ANY_DOCUMENT[:1] if short else QUESTIONS_FOR_ANY_DOCUMENT
     else:
         questions = SHORT_QUESTIONS if short else QUESTIONS
-    job = Job(doc, model, store, short, questions)
-    if step == "prepare":
-        prepare(job)
-    elif step == "ask":
+    job = Job(doc, model, dtype, store, short, questions)
+    if step == "ask":
         ask(job, json_path)
-    else:
-        for each in ("prepare", "ask"):  # a process each, so that nothing is left in memory
-            status = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--step", each], check=False).returncode
-            if status:
-                raise typer.Exit(status)
+        return
+    runs_in = prepare(job)
+    sys.stdout.flush()
+    # A new program takes the place of this one: nothing is left in memory, and both steps run in the same dtype.
+    os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:], "--step", "ask", "--dtype", runs_in])
 
 
 if __name__ == "__main__":

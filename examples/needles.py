@@ -83,9 +83,10 @@ def main(
                     ContiguousKVCache(model, prefix, store=store, config=config) as cache,
                 ):
                     with torch.no_grad():
-                        logits = model(input_ids=question[None], past_key_values=cache).logits[0].float()
+                        # (transformers before 5.24 calls the argument `past_key_values`.)
+                        logits = model(input_ids=question[None], cache=cache).logits[0].float()
                     cache.reset()
-                    output = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
+                    output = model.generate(prompt, cache=cache, max_new_tokens=8, do_sample=False)
                     read[name] += cache.stats.bytes_read
                 log_probs = torch.log_softmax(logits, -1)
                 exact = log_probs if exact is None else exact

@@ -1,0 +1,74 @@
+"""How long a model will take for a prompt, told before it starts: a short forward is timed, and its work scaled up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .timing import time_to_first_token
+
+SAMPLE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How quickly a model computes on this machine.
+
+    Attributes:
+        weights: parameters that each token is multiplied with.
+        attended: multiplications of attention for each pair of tokens, all layers together.
+        seconds_per_multiplication: of a prompt of many tokens.
+        token_s: seconds of a single token, which is mostly reading the weights.
+    """
+
+    weights: int
+    attended: int
+    seconds_per_multiplication: float
+    token_s: float
+
+    @classmethod
+    def of(cls, model: Any, ids: torch.Tensor) -> Pace:
+        """Time two short prompts (after one each that is not counted, because first calls of kernels are slow).
+
+        Args:
+            model: a causal language model.
+            ids: int64 `(1, n)`, a prompt; its beginning is computed.
+        """
+        config = model.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Queries by keys, and shares by values.
+        attended = 2 * config.num_hidden_layers * config.num_attention_heads * width
+        weights = model.num_parameters(exclude_embeddings=True)
+        sample = ids[:, :SAMPLE_TOKENS]
+        seconds = [min(_seconds(model, part) for _ in range(2)) for part in (sample, ids[:, :1])]
+        return cls(weights, attended, seconds[0] / _work(weights, attended, sample.shape[1], 0), seconds[1])
+
+    def forward_s(self, tokens: int, before: int = 0) -> float:
+        """About how many seconds a forward of `tokens` tokens takes, behind `before` others that are in the cache."""
+        return max(self.token_s, self.seconds_per_multiplication * _work(self.weights, self.attended, tokens, before))
+
+    def answer_s(self, tokens: int) -> float:
+        """About how many seconds it takes to generate so many tokens, one by one."""
+        return tokens * self.token_s
+
+
+def _work(weights: int, attended: int, tokens: int, before: int) -> float:
+    return tokens * (weights + attended * (before + tokens / 2))
+
+
+def _seconds(model: Any, ids: torch.Tensor) -> float:
+    return time_to_first_token(model, ids, DynamicCache)[0]
+
+
+def about(seconds: float) -> str:
+    """`about 12 s`, `about 3 min`: no more digits than an estimate deserves."""
+    if seconds < 1.5:
+        return "about a second"
+    if seconds < 20:
+        return f"about {seconds:.0f} s"
+    if seconds < 100:
+        return f"about {5 * round(seconds / 5)} s"
+    return f"about {seconds / 60:.0f} min"
