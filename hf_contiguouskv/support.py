@@ -1,4 +1,4 @@
-"""Which models can be served, found out once per model: from the config, then by watching three tokens go through."""
+"""Which models can be served, found out once per model: from the config, then by watching a few tokens go through."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .attention import Installation, tagged
 from .errors import UnsupportedModelError
 from .hook import ForwardHook, HookedCache
 from .plan import LayerPlan
+from .refusals import NOT_CAUSAL, TRIAL_IDS, looks_ahead, reason_after_trial, reason_for_refusal
 from .transformers_internals import cache_argument
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,10 +66,10 @@ def decoder_config(model: nn.Module) -> Any:
 
 def layer_windows(model: nn.Module) -> tuple[int | None, ...]:
     """The sliding window of each layer (`None`: full attention); refuses what the config already rules out."""
-    config = getattr(model, "config", None)
     name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+    reason = reason_for_refusal(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} {reason}")
     text = decoder_config(model)
     kinds = _rope_kinds(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
     for kind in LENGTH_DEPENDENT_ROPE:
@@ -76,8 +77,6 @@ def layer_windows(model: nn.Module) -> tuple[int | None, ...]:
             raise UnsupportedModelError(
                 f"{name} uses {kind!r} RoPE, which changes with the length of the sequence: stored keys would be wrong"
             )
-    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
-        raise UnsupportedModelError(f"{name} uses ALiBi, whose bias depends on columns that a pruned prefix lacks")
     try:
         layers = DynamicCache(config=model.config).layers
     except Exception as error:
@@ -191,7 +190,7 @@ def run_forward(model: nn.Module, ids: torch.Tensor, cache: Cache, start: int) -
 
     Args:
         model: the causal LM.
-        ids: int64 `(1, q)`, on the model's device.
+        ids: int64 `(rows, q)`, on the model's device.
         cache: receives the K/V.
         start: position of the first token.
 
@@ -228,7 +227,7 @@ def _probe(model: nn.Module) -> ModelSupport:
     windows = layer_windows(model)
     name = type(model).__name__
     device = input_device(model)
-    ids = torch.zeros(1, 3, dtype=torch.long, device=device)
+    ids = torch.tensor(TRIAL_IDS, device=device)
     installation = Installation(decoder_config(model))
     cache = _ProbeCache(len(windows), installation)
     layers: list[Any] = cache.layers
@@ -237,7 +236,7 @@ def _probe(model: nn.Module) -> ModelSupport:
         with torch.no_grad():
             run_forward(model, ids, cache, 0)
     except Exception as error:
-        raise UnsupportedModelError(f"{name} failed on a trial forward with three tokens: {error}") from error
+        raise UnsupportedModelError(f"{name} failed on a trial forward: {error}") from error
     finally:
         installation.release()
         hook.remove()
@@ -247,14 +246,13 @@ def _probe(model: nn.Module) -> ModelSupport:
             f"transformers ({transformers.__version__}) may pass it in a way that is not known here yet"
         )
     for position, layer in enumerate(layers):
-        if layer.updates != 1 or layer.reached != 1:
-            raise UnsupportedModelError(
-                f"{name}: layer {position} stored its K/V {layer.updates} times and its attention used them as stored "
-                f"{layer.reached} times (expected once each): the model changes K/V after `update`, shares them "
-                "between layers, or does not use the attention interface of transformers"
-            )
+        reason = reason_after_trial(model, position, layer.updates, layer.reached)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} {reason}")
         if layer.problem:
             raise UnsupportedModelError(f"{name}: layer {position} {layer.problem}, which is not supported")
+    if any(looks_ahead(states) for layer in layers for states in (layer.keys, layer.values)):
+        raise UnsupportedModelError(f"{name} {NOT_CAUSAL}")
     keys = [layer.keys for layer in layers]
     values = [layer.values for layer in layers]
     shapes = {(tuple(k.shape[1::2]), tuple(v.shape[1::2])) for k, v in zip(keys, values, strict=True)}
