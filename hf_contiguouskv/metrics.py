@@ -183,16 +183,23 @@ def _families(collectors: list[StoreCollector], *, empty: bool = False) -> list[
     misses = CounterMetricFamily(
         "contiguouskv_misses", "Look-ups that found nothing, by reason.", labels=[*own, "reason"]
     )
+    passed_over = CounterMetricFamily(
+        "contiguouskv_passed_over",
+        "Prompts that automatic mode could not serve from the store or not store, by reason.",
+        labels=[*own, "reason"],
+    )
     tiers = GaugeMetricFamily(
         "contiguouskv_bytes", "Bytes that a store takes up, by where (disk: everything in it).", labels=[*own, "tier"]
     )
     bounds = GaugeMetricFamily(
         "contiguouskv_max_disk_bytes", "The bound on segment_bytes, where there is one.", labels=own
     )
-    families: list[Metric] = [misses, tiers, bounds]
+    families: list[Metric] = [misses, passed_over, tiers, bounds]
     for values, stats, bound in stores:
         for reason, count in stats.misses.items():
             misses.add_metric([*values, reason], count)
+        for reason, count in stats.passed_over.items():
+            passed_over.add_metric([*values, reason], count)
         for field, tier in _TIERS:
             tiers.add_metric([*values, tier], getattr(stats, field))
         if bound is not None:

@@ -89,6 +89,8 @@ class StoreStats:
         hits: look-ups of a request that found at least one token.
         misses: look-ups that found nothing, by reason: `not_stored`, `other_model` (stored for another model only),
             `corrupt` (damaged or lost; counted as well when damage shows while a request reads), `expired`.
+        passed_over: prompts that automatic mode could not serve from the store or not store, by reason: a text for
+            people, so new ones may come with any version.
         tokens_found: tokens that look-ups found.
         tokens_asked: tokens that were looked up.
         evicted: segments removed to stay within `max_disk_bytes`.
@@ -111,6 +113,7 @@ class StoreStats:
     published: int = 0
     hits: int = 0
     misses: dict[str, int] = field(default_factory=_no_misses)
+    passed_over: dict[str, int] = field(default_factory=dict)
     tokens_found: int = 0
     tokens_asked: int = 0
     evicted: int = 0
@@ -128,7 +131,8 @@ class StoreStats:
 class StoreCounters:
     """The counters of `StoreStats` that only grow. Thread-safe.
 
-    Counted are the fields of `StoreStats` by their names, and misses as "misses.<reason>".
+    Counted are the fields of `StoreStats` by their names; of those that count by reason, as "misses.<reason>" or
+    "passed_over.<reason>" (any text).
     """
 
     def __init__(self) -> None:
@@ -145,8 +149,8 @@ class StoreCounters:
         with self._lock:
             counts = dict(self._counts)
         for name, number in counts.items():
-            field_name, _, reason = name.partition(".")
-            if reason:
+            field_name, by_reason, reason = name.partition(".")
+            if by_reason:
                 getattr(stats, field_name)[reason] = number
             else:
                 setattr(stats, field_name, number)

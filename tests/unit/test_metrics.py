@@ -52,6 +52,7 @@ def test_every_counter_is_the_stores_own(store_path: Path, registry: CollectorRe
         assert store.lookup(FINGERPRINT, some_tokens(4, seed=8), 4) is None
         store.discard(found.spans[0].segment, "for a test")
         store.write_failed(OSError("for a test"))
+        store.counters.add('passed_over.a batch of 2.5 rows, with a "quote"', 3)
         seen, stats = samples(registry), store.stats
     assert seen.pop(("contiguouskv_bytes", "disk")) == stats.disk_bytes
     assert seen == {
@@ -60,6 +61,7 @@ def test_every_counter_is_the_stores_own(store_path: Path, registry: CollectorRe
         ("contiguouskv_misses_total", "other_model"): 1,
         ("contiguouskv_misses_total", "corrupt"): 0,
         ("contiguouskv_misses_total", "expired"): 0,
+        ("contiguouskv_passed_over_total", 'a batch of 2.5 rows, with a "quote"'): 3,
         ("contiguouskv_tokens_found_total",): 18,
         ("contiguouskv_tokens_asked_total",): 18 + 20 + 20 + 4,
         ("contiguouskv_published_total",): 2,

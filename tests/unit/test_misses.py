@@ -40,6 +40,17 @@ def test_a_new_store_has_counted_nothing(store_path: Path) -> None:
         assert (store.stats.hits, store.stats.tokens_found, store.stats.tokens_asked) == (0, 0, 0)
 
 
+def test_prompts_that_were_passed_over_are_counted_by_whatever_reason(store_path: Path) -> None:
+    with PrefixStore(store_path) as store:
+        assert store.stats.passed_over == {}
+        for reason in ("a cache of 2.5 GB", "", "a cache of 2.5 GB", "…"):
+            store.counters.add(f"passed_over.{reason}")
+        assert store.stats.passed_over == {"a cache of 2.5 GB": 2, "": 1, "…": 1}
+        assert store.stats.as_dict()["passed_over"] == store.stats.passed_over
+    with PrefixStore(store_path) as store:
+        assert store.stats.passed_over == {}
+
+
 def test_what_was_never_stored(store_path: Path) -> None:
     with PrefixStore(store_path) as store:
         assert found(store) == 0
