@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import sqlite3
 import time
 from collections.abc import Collection
@@ -50,6 +51,44 @@ class _Tree:
             self._parents.setdefault(child, set()).add(parent)
             self._children[parent].add(child)
 
+    @property
+    def nbytes(self) -> int:
+        """What is left takes up so much."""
+        return sum(row.nbytes for row in self.rows.values())
+
+    def pinned(self, keys: Collection[str]) -> set[int]:
+        """Numbers of the segments that are pinned, as the index says or by one of these keys."""
+        return {number for number, row in self.rows.items() if row.pinned or row.key in keys}
+
+    def give_up(self, excess: int, kept: Collection[int]) -> tuple[list[SegmentRow], int]:
+        """Remove leaves, the one that is worth least first, until `excess` bytes are gone or only `kept` ones are left.
+
+        Returns:
+            what was removed, children before parents, and what is left of `excess`.
+        """
+        now, typical = time.time(), typical_cost(list(self.rows.values()))
+        victims: list[SegmentRow] = []
+        # What a segment is worth does not change meanwhile; which ones are leaves does. (Numbers decide last: rows
+        # cannot be compared.)
+        leaves: list[tuple[float, float, float, int]] = []
+
+        def consider(number: int) -> None:
+            if number not in kept and self.is_leaf(number):
+                row = self.rows[number]
+                heapq.heappush(leaves, (worth(row, now, typical), row.last_used, row.created, number))
+
+        for number in self.rows:
+            consider(number)
+        while excess > 0 and leaves:
+            *_, number = heapq.heappop(leaves)
+            parents = self._parents.get(number, ())
+            victim = self.remove(number)
+            victims.append(victim)
+            excess -= victim.nbytes
+            for parent in parents:
+                consider(parent)
+        return victims, excess
+
     def is_leaf(self, number: int) -> bool:
         return not self._children[number]
 
@@ -73,27 +112,40 @@ def choose_victims(
     Raises:
         StoreFullError: pinned segments and the ones that the new one continues leave too little room.
     """
-    (stored,) = db.execute("SELECT total(nbytes) FROM segments").fetchone()
-    if stored + nbytes <= max_disk_bytes:
+    if stored_bytes(db) + nbytes <= max_disk_bytes:
         return []
     tree = _Tree(db)
-    excess = sum(row.nbytes for row in tree.rows.values()) + nbytes - max_disk_bytes
-    kept = {number for number, row in tree.rows.items() if row.pinned or row.key in pinned}
+    kept = tree.pinned(pinned)
     if header.parent:
         # The new segment is not indexed yet, so its ancestors may look unused.
         chain = chain_to(db, header.parent_hash, header.first_chunk)
         if not isinstance(chain, int):
             kept |= {row.id for row, _ in chain}
-    now, typical = time.time(), typical_cost(list(tree.rows.values()))
-    victims: list[SegmentRow] = []
-    while excess > 0:
-        leaves = [row for number, row in tree.rows.items() if number not in kept and tree.is_leaf(number)]
-        if not leaves:
-            raise too_large(nbytes, max_disk_bytes)
-        victim = tree.remove(min(leaves, key=lambda row: (worth(row, now, typical), row.last_used, row.created)).id)
-        victims.append(victim)
-        excess -= victim.nbytes
+    victims, excess = tree.give_up(tree.nbytes + nbytes - max_disk_bytes, kept)
+    if excess > 0:
+        raise too_large(nbytes, max_disk_bytes)
     return victims
+
+
+def choose_excess(
+    db: sqlite3.Connection, max_disk_bytes: int, pinned: Collection[str] = ()
+) -> tuple[list[SegmentRow], int]:
+    """Which segments to delete so that what is left is within the bound, by the same rules as `choose_victims`.
+
+    Returns:
+        the segments, and by how many bytes (0 or less: not at all) pinned ones exceed the bound all the same.
+    """
+    excess = stored_bytes(db) - max_disk_bytes
+    if excess <= 0:
+        return [], excess
+    tree = _Tree(db)
+    return tree.give_up(excess, tree.pinned(pinned))
+
+
+def stored_bytes(db: sqlite3.Connection) -> int:
+    """What all published segments take up, in bytes."""
+    (total,) = db.execute("SELECT total(nbytes) FROM segments").fetchone()
+    return int(total)
 
 
 def expired_segments(db: sqlite3.Connection, unused_since: float, pinned: Collection[str] = ()) -> list[SegmentRow]:

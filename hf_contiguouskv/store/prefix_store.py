@@ -14,7 +14,6 @@ from typing import Any
 from ..errors import ConfigError, InputError, StoreError
 from ..memory import EvictionPolicy, MemoryTiers
 from ..stats import StoreCounters
-from . import maintenance
 from .backend import SegmentBackend
 from .background import Background
 from .entries import SegmentSpan, StoredPrefix
@@ -55,8 +54,8 @@ class PrefixStore(Upkeep):
 
     Args:
         path: the folder. Missing: it is created, for this user only. It must be a store, or empty.
-        max_disk_bytes: bound on what all segments take up; what is worth least makes room (`eviction.worth`). `None`:
-            no bound.
+        max_disk_bytes: bound on what all segments take up, those that are there already included; what is worth least
+            makes room (`eviction.worth`), in the background when the store is opened. `None`: no bound.
         ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned
             ones stay. `None`: never.
         host_bytes: hard limit on what this process keeps in host memory for all prefixes and requests, buffers of
@@ -141,7 +140,7 @@ class PrefixStore(Upkeep):
             before_eviction=self._flush_uses,
         )
         self._closed = False
-        self._clean_up()
+        self._put_in_order()
         _open_stores.add(self)
         if salt:
             return  # A path alone says nothing of a tenant, so it must not lead to one's store.
@@ -149,14 +148,6 @@ class PrefixStore(Upkeep):
             earlier = _shared.get(os.path.realpath(self.path))
             if earlier is None or earlier._closed:
                 _shared[os.path.realpath(self.path)] = self
-
-    def _clean_up(self) -> None:
-        """After a crash of somebody else: free what it left, and index what it had just published."""
-        try:
-            self.backend.collect()
-            maintenance.reconcile_on_opening(self._index, self.backend, self._pins.keys)
-        except (StoreError, OSError) as error:
-            logger.warning("%s could not be cleaned up: %s", self.path, error)
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:

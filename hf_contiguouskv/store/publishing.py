@@ -8,11 +8,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Hashable
 
-from ..errors import InputError, StoreError
+from ..errors import InputError, StoreError, StoreFullError
 from ..stats import StoreCounters
 from .backend import BlobWriter, SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
-from .eviction import choose_victims, expired_segments, superseded_by, too_large
+from .eviction import choose_excess, choose_victims, expired_segments, stored_bytes, superseded_by, too_large
 from .finding import Finder
 from .folder import Pins
 from .format import KVGeometry, SegmentHeader
@@ -268,13 +268,69 @@ class Publisher:
     def _victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
         if self._max_disk_bytes is None:
             return []
-        (stored,) = db.execute("SELECT total(nbytes) FROM segments").fetchone()
+        self._drop_quarantined(stored_bytes(db) + nbytes, self._max_disk_bytes)
+        return choose_victims(db, header, nbytes, self._max_disk_bytes, self._pins.keys())
+
+    def _drop_quarantined(self, needed: int, max_disk_bytes: int) -> None:
+        """Delete damaged segments, which are kept to be looked at only as long as nobody needs the room."""
         aside = list(self._backend.quarantined())
-        if stored + nbytes + sum(info.stored_bytes for info in aside) > self._max_disk_bytes:
-            # Damaged segments are kept to be looked at only as long as nobody needs the room.
+        if needed + sum(info.stored_bytes for info in aside) > max_disk_bytes:
             for info in aside:
                 self._backend.drop_quarantined(info.key)
-        return choose_victims(db, header, nbytes, self._max_disk_bytes, self._pins.keys())
+
+    def is_within_bound(self) -> bool:
+        """Whether what is stored, and what is in quarantine, is within `max_disk_bytes`; cheap.
+
+        (Of a backend that lists slowly, only what is stored.)
+        """
+        if self._max_disk_bytes is None:
+            return True
+        total = self._index.read(stored_bytes)
+        if self._backend.lists_cheaply:
+            total += sum(info.stored_bytes for info in self._backend.quarantined())
+        return total <= self._max_disk_bytes
+
+    def evict_excess(self) -> None:
+        """Make what is stored fit in `max_disk_bytes`, by the rules of publishing: where the bound is a new one.
+
+        Where pinned segments exceed it, they stay, and a warning is logged.
+
+        Raises:
+            StoreError: the index cannot be written.
+            OSError: the storage failed.
+        """
+        bound = self._max_disk_bytes
+        if bound is None:
+            return
+
+        def choose(db: sqlite3.Connection) -> tuple[list[SegmentRow], int]:
+            self._drop_quarantined(stored_bytes(db), bound)
+            return choose_excess(db, bound, self._pins.keys())
+
+        def change(db: sqlite3.Connection) -> tuple[dict[str, Hashable], int]:
+            victims, excess = choose(db)
+            for row in victims:
+                drop_segment(db, row.key)
+            return {row.key: self._backend.identity(row.key) for row in victims}, excess
+
+        self._before_eviction()
+        try:
+            doomed, excess = self._index.write(change)
+        except StoreFullError:
+            # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
+            for row in self._index.read(choose)[0]:
+                self._backend.delete(row.key)
+            doomed, excess = self._index.write(change)
+        self._remove(doomed)
+        self._counters.add("evicted", len(doomed))
+        if excess > 0:
+            logger.warning(
+                "pinned prefixes of %s, and what they continue, take up %d bytes more than max_disk_bytes=%d; unpin or "
+                "delete some of them, or raise the bound",
+                self._backend.name,
+                excess,
+                bound,
+            )
 
     def expire(self, dry_run: bool) -> list[SegmentRow]:
         """Delete what nobody used for `ttl_s`; what was (or would be) deleted."""

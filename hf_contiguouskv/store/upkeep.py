@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from ..memory import MemoryTiers
 from ..stats import StoreCounters, StoreStats
 from . import maintenance
 from .backend import SegmentBackend
+from .background import Background
 from .entries import GcReport, PrefixInfo, StoreProblem
 from .folder import Pins, folder_bytes
 from .index import StoreIndex
@@ -22,6 +24,8 @@ from .reader import ExtentReader
 from .rows import SegmentRow, all_segments, drop_segment, index_problems, segment_by_key
 from .search import continuations
 from .verification import verify_segments
+
+logger = logging.getLogger("hf_contiguouskv")
 
 
 class Upkeep:
@@ -38,6 +42,8 @@ class Upkeep:
     backend: SegmentBackend
     memory: MemoryTiers
     counters: StoreCounters
+    max_disk_bytes: int | None
+    _background: Background
     _index: StoreIndex
     _opened: OpenSegments
     _publisher: Publisher
@@ -61,6 +67,26 @@ class Upkeep:
 
     def _refill(self, db: sqlite3.Connection) -> None:
         maintenance.index_segments(db, self.backend, self._pins.keys())
+
+    def _put_in_order(self) -> None:
+        """On opening: free what crashes left, index what they had just published, and let `max_disk_bytes` hold.
+
+        Only looks, if all is well.
+        """
+        try:
+            self.backend.collect()
+            maintenance.reconcile_on_opening(self._index, self.backend, self._pins.keys)
+            if not self._publisher.is_within_bound():
+                # Somebody else may be writing, and deleting takes long: opening waits for neither.
+                self._background.submit(self._evict_excess)
+        except (StoreError, OSError) as error:
+            logger.warning("%s could not be cleaned up: %s", self.path, error)
+
+    def _evict_excess(self) -> None:
+        try:
+            self._publisher.evict_excess()
+        except (StoreError, OSError) as error:
+            logger.warning("%s takes up more than max_disk_bytes=%s: %s", self.path, self.max_disk_bytes, error)
 
     def entries(self) -> list[PrefixInfo]:
         """All stored segments, oldest first."""

@@ -361,6 +361,21 @@ def an_eviction(path: Path) -> Task:
     return Task(work, stays=[first, child, grandchild], replaced=[second, third], arrives=new)
 
 
+def a_lower_bound(path: Path) -> Task:
+    """A store is opened with less room than it takes up."""
+    first, second, third, child, grandchild = family = a_family(8)
+    with PrefixStore(path) as store:
+        for prefix in family:
+            prefix.write(store)
+        store.pin(key_of(store, grandchild))
+        room = sum(entry.bytes for entry in store.entries()) * 3 // 5
+
+    def work(where: Path) -> None:
+        PrefixStore(where, max_disk_bytes=room).flush()
+
+    return Task(work, stays=[first, child, grandchild], goes=[second, third])
+
+
 def a_rebuild(path: Path) -> Task:
     with PrefixStore(path) as store:
         for prefix in (family := a_family(6)):
@@ -384,7 +399,7 @@ def a_new_store(path: Path) -> Task:
 
 
 @pytest.mark.parametrize(
-    "prepare", [a_delete, a_clean_up, an_expiry, an_eviction, a_rebuild, a_lost_index, a_new_store]
+    "prepare", [a_delete, a_clean_up, an_expiry, an_eviction, a_lower_bound, a_rebuild, a_lost_index, a_new_store]
 )
 def test_kills_in_the_middle_of_other_work(
     children: Children, figures: Figures, tmp_path: Path, prepare: Callable[[Path], Task]

@@ -175,6 +175,39 @@ def test_everybody_at_once(
     check_store(store_path, forest, [], figures, f"seed {SEED}, at last", sample=len(forest))
 
 
+def test_processes_that_open_a_store_with_a_lower_bound_at_once_evict_no_more_than_one_would(
+    children: Children, figures: Figures, store_path: Path
+) -> None:
+    forest = a_forest()
+    with PrefixStore(store_path) as store:
+        for prefix in forest:
+            prefix.write(store)
+        largest = max(entry.bytes for entry in store.entries())
+        bound = store.stats.segment_bytes // 2
+
+    def open_it(link: Link) -> None:
+        link.say("ready")
+        link.hear()
+        with PrefixStore(store_path, max_disk_bytes=bound) as store:
+            prefix = forest[0]
+            stored = find(store, prefix)
+            right = stored is None or is_right(store, stored, prefix)
+            store.flush()
+            link.say("evicted", store.stats.evicted, right)
+
+    openers = [children(open_it) for _ in range(4)]
+    for child in openers:
+        assert child.link.hear() == ["ready"]
+    for child in openers:
+        child.link.say("go")
+    told = [child.finish()[-1] for child in openers]
+    assert all(right for _, _, right in told)
+    check_store(store_path, [], forest, figures, f"seed {SEED}")
+    with PrefixStore(store_path) as store:
+        assert bound - largest < store.stats.segment_bytes <= bound
+        assert sum(evicted for _, evicted, _ in told) == len(forest) - store.stats.segments
+
+
 @pytest.mark.parametrize("processes", [2, 5])
 def test_writers_of_the_same_prefix_publish_it_once_and_all_succeed(
     children: Children, store_path: Path, figures: Figures, processes: int
