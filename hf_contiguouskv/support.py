@@ -236,7 +236,9 @@ def _probe(model: nn.Module) -> ModelSupport:
         with torch.no_grad():
             run_forward(model, ids, cache, 0)
     except Exception as error:
-        raise UnsupportedModelError(f"{name} failed on a trial forward: {error}") from error
+        raise UnsupportedModelError(
+            f"{name} failed on a trial forward: {str(error) or type(error).__name__}"
+        ) from error
     finally:
         installation.release()
         hook.remove()
