@@ -265,10 +265,7 @@ def test_a_pruned_prefix_answers_with_gradients_enabled(store_path, config):
             cache = ContiguousKVCache(model, DOCUMENT, store=store, config=config)
             with torch.set_grad_enabled(enabled):
                 answers.append(
-                    [
-                        model(ids, **{CACHE: cache}).logits.detach()
-                        for ids in (suffix, suffix[:, :1], suffix[:, :3])
-                    ]
+                    [model(ids, **{CACHE: cache}).logits.detach() for ids in (suffix, suffix[:, :1], suffix[:, :3])]
                 )
         for ours, theirs in zip(*answers, strict=True):
             assert_close(ours, theirs)
