@@ -232,7 +232,7 @@ def ask(job: Job, json_path: Path | None) -> None:
     answers: list[Answer] = []
     resident: list[int] = []
     pages = 0
-    shown = "   {desc:<22} {percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left"
+    shown = "   {desc:<22} {percentage:3.0f}%|{bar:30}| {elapsed} of " + about(expected_s)
     with torch.inference_mode(), tqdm(total=expected_s, bar_format=shown, leave=False) as bar:
         for number, step in enumerate(plan):
             bar.set_description_str(step.system)

@@ -132,7 +132,7 @@ def test_the_demo_recomputes_once_and_estimates_what_takes_long(folder: Path) ->
     assert re.search(r"compute [0-9,]+ tokens, about ", printed)
     assert re.search(r"10 requests, about .*: about .* to recompute the document for one question", printed)
     assert "median of 2 questions; recompute: timed on one question" in printed
-    assert "left" in bar
+    assert "of about " in bar
     numbers = json.loads((folder / "numbers.json").read_text())
     assert numbers["dtype"] == "float32"
     counts = {name: row["ttft_s"]["count"] for name, row in numbers["systems"].items()}
