@@ -19,7 +19,7 @@ from .cached_tokens import CachedTokens
 from .config import ContiguousKVConfig
 from .copying import copy_of_cache
 from .errors import InputError
-from .fitting import begin_prompt, check_ids, drop_cached, fit_to_prefix
+from .fitting import begin_prompt, check_ids, drop_cached, fit_to_prefix, place_tokens
 from .forward import decoding, is_refed
 from .hook import ForwardHook, HookedCache
 from .layers import AttachedState, ContiguousLayer, ContiguousSlidingLayer
@@ -109,6 +109,8 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._multimodal = False
         self._shifted: list[nn.Module] = []
         self._text_so_far = True
+        # The `generate` that is running has found another prompt in the cache than its own.
+        self._started_over = False
         # What `crop` has left of an explicit prefix, in tokens, for the prompts that follow.
         self._cropped_to: int | None = None
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
@@ -252,6 +254,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         if self._generate_begins:
             self._unserved.note("a generate call whose forward was not seen")
             self._generate_begins = False
+        self._started_over = False
         if call is not None:
             self._recover()
             begin_prompt(self, call)
@@ -268,11 +271,12 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         cached = self.get_seq_length()
         if is_refed(inputs, cached, begins, self.prefix_ids if self._attached is not None else None):
             drop_cached(self, inputs, begins)
+        place_tokens(self, inputs, call is not None)
         if self._automatic is not None:
             self._automatic.before_forward(self, inputs, begins, call.block if begins and call else None)
         if self._attached is not None:
             more_follows = call is not None and bool(call.block) and not decoding(inputs)
-            fit_to_prefix(self, inputs, begins, more_follows, call is not None)
+            fit_to_prefix(self, inputs, begins, more_follows)
         self._suffix_ids.append_new(inputs)
         self._before = self._suffix_length()
         self.announce(True)
@@ -292,6 +296,8 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     def after_forward(self, output: Any) -> Any:
         """See `HookedCache`."""
         self._before = None
+        if self._text_so_far:
+            forget_shift(self._shifted)  # `generate` would add it to another prompt, before it asks what is cached.
         if self._attached is not None and self._attached.request.timeline is not None:
             self._attached.request.timeline.model_done()
         return None if self._automatic is None else self._automatic.after_forward(self, output)
@@ -390,24 +396,31 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         A crop into the prefix shortens it for the next questions, too, until `reset`.
         """
         self._one_thread.claim(self)
-        if self._attached is None:
-            super().crop(tokens_to_remove)
-            self._suffix_ids.crop(self.get_seq_length())
-            return
-        if tokens_to_remove > 0:
+        if self._attached is not None and tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes a negative number of tokens to remove (or 0), got {tokens_to_remove}; to keep "
                 f"{tokens_to_remove} of {self.get_seq_length()} tokens, pass {tokens_to_remove - self.get_seq_length()}"
             )
-        request = self._attached.request
-        left = self.get_seq_length() + tokens_to_remove
-        if left > request.prefix.tokens or tokens_to_remove == 0:
+        if self._automatic is not None and 0 < self.get_seq_length() <= -tokens_to_remove:
+            self.reset()  # (Layers with a window could not be cropped.)
+            return
+        self.give_back(-tokens_to_remove)
+        if self._attached is not None and self._whole_prefix is not None:
+            self._cropped_to = self._tokens()
+
+    def give_back(self, tokens: int) -> None:
+        """Remove the last tokens. Where that reaches the prefix, a new request on what is left of it begins."""
+        prefix = self._tokens()
+        left = self.get_seq_length() - tokens
+        if self._attached is None:
+            super().crop(-tokens)
+            self._suffix_ids.crop(self.get_seq_length())
+        elif left > prefix or tokens == 0:
             for layer in self.layers:
-                layer.crop(tokens_to_remove)
-            self._suffix_ids.crop(left - request.prefix.tokens)
+                layer.crop(-tokens)
+            self._suffix_ids.crop(left - prefix)
         else:
             self.shorten_prefix(left)
-            self._cropped_to = left
 
     def next_prompt(self) -> None:
         """Another prompt begins: as `reset`, but a prefix that was cropped stays cropped."""

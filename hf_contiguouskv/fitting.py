@@ -19,7 +19,7 @@ from .forward import (
     uncut_prefix,
 )
 from .store.fingerprint import model_fingerprint
-from .transformers_internals import GenerateCall
+from .transformers_internals import GenerateCall, forget_shift
 
 if TYPE_CHECKING:
     from .cache import ContiguousKVCache
@@ -43,39 +43,67 @@ def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
     Raises:
         InputError: the prompt does not begin with the prefix of the cache.
     """
-    cached = cache.get_seq_length()
-    if cached == 0:
+    if cache.get_seq_length() == 0:
         return
-    if call.embedded:
-        # Embeddings are always the whole prompt, and nothing can be said about what they continue.
+    prompt, mask = call.whole_prompt, call.attention_mask
+    if call.embeddings is not None:
         if cache._suffix_length() > 0:
-            cache.next_prompt()
+            cache.next_prompt()  # Nothing can be said about what embeddings continue.
+        if cache._attached is None:
+            return
+        prompt = call.embeddings
+        _check_embeddings(cache, prompt, mask)
+    elif prompt is None:
         return
-    prompt = call.whole_prompt
-    if prompt is None:
-        return
-    if cache._suffix_length() > 0 and not _continues(cache, prompt, call.attention_mask):
+    elif _may_start_over(cache) and not _continues(cache, prompt, mask):
         cache.next_prompt()
+        cache._started_over = True
     if cache._attached is None:
         return
-    check_rows(cache, prompt, call.attention_mask)
-    prefix, left = cache._attached.request.prefix.tokens, _shortest_row(prompt, call.attention_mask)
+    if call.embeddings is None:
+        check_rows(cache, prompt, mask)
+    prefix, left = cache._attached.request.prefix.tokens, _shortest_row(prompt, mask)
     keep_back = voters_wanted(cache._attached.request.config)
     if cache._suffix_length() == 0 and left - prefix < min(keep_back, FEWEST_VOTERS):
         # Cut before `generate` cuts the prompt by what is cached.
         cache.shorten_prefix(max(0, left - keep_back))
 
 
+def _may_start_over(cache: ContiguousKVCache) -> bool:
+    """Whether what is cached may be forgotten: anything but the prefix that the user has named."""
+    return cache._automatic is not None or cache._attached is None or cache._suffix_length() > 0
+
+
 def _continues(cache: ContiguousKVCache, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
     prefix = cache.prefix_ids
     before = prefix[: cache._tokens()] if prefix is not None and cache._attached is not None else None
     hidden = mask == 0 if mask is not None and mask.shape == prompt.shape else None
-    return cache._suffix_ids.continued_by(prompt, hidden, before, cache._suffix_length())
+    if cache._suffix_length() > 0 or before is None:
+        return cache._suffix_ids.continued_by(prompt, hidden, before, cache._suffix_length())
+    pads = [0] * len(prompt) if mask is None else pads_before_prefix(mask).tolist()
+    rows = [row[skip : skip + len(before)].cpu() for row, skip in zip(prompt, pads, strict=True)]
+    return all(torch.equal(row, before[: len(row)]) for row in rows)
 
 
-def _shortest_row(ids: torch.Tensor, mask: torch.Tensor | None) -> int:
-    """Tokens of the shortest row, left padding not counted."""
-    return ids.shape[1] - (0 if mask is None else int(pads_before_prefix(mask).max()))
+def _check_embeddings(cache: ContiguousKVCache, embeddings: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise `InputError` if a prompt of embeddings does not begin with those of the prefix, as far as it goes."""
+    model: Any = cache._living_model()
+    assert cache.prefix_ids is not None
+    ids = cache.prefix_ids[: cache._tokens()]
+    with torch.no_grad():
+        expected = model.get_input_embeddings()(ids.to(embeddings.device))
+    pads = [0] * len(embeddings) if mask is None else pads_before_prefix(mask).tolist()
+    for position, (row, skip) in enumerate(zip(embeddings, pads, strict=True)):
+        shown = row[skip : skip + len(ids)]
+        if not torch.equal(shown, expected[: len(shown)].to(shown.dtype)):
+            raise InputError(
+                f"row {position} of inputs_embeds does not begin with the embeddings of this cache's prefix"
+            )
+
+
+def _shortest_row(prompt: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """Tokens of the shortest row of ids or embeddings, left padding not counted."""
+    return prompt.shape[1] - (0 if mask is None else int(pads_before_prefix(mask).max()))
 
 
 def drop_cached(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begins: bool) -> None:
@@ -86,7 +114,7 @@ def drop_cached(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begin
     ids, mask, needed = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         mask = None
-    if cache._suffix_length() > 0 and not _continues(cache, ids, mask):
+    if _may_start_over(cache) and not _continues(cache, ids, mask):
         cache.next_prompt()
     cached, length = cache.get_seq_length(), ids.shape[1]
     if cached == 0:
@@ -101,8 +129,11 @@ def drop_cached(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begin
         check_rows(cache, ids, mask)
     if length < cached:
         raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
+    if length - cached < needed and cache._suffix_length() > 0 and any(cache._support.plan.windows):
+        cache.next_prompt()  # Windows do not remember what has left them.
+        cached = cache.get_seq_length()
     if length - cached < needed:
-        cache.crop(length - cached - needed)
+        cache.give_back(needed - (length - cached))
     cut_cached(inputs, cache.get_seq_length())
 
 
@@ -111,7 +142,6 @@ def fit_to_prefix(
     inputs: dict[str, Any],
     generate_begins: bool,
     more_follows: bool,
-    in_generate: bool,
 ) -> None:
     """Make a forward's arguments fit the attached prefix, and begin its request with the first suffix tokens.
 
@@ -120,13 +150,11 @@ def fit_to_prefix(
         inputs: the forward's arguments by name, without what is cached; changed in place.
         generate_begins: this is the first forward of a `generate` call.
         more_follows: the tokens are a block of a prompt that goes on (chunked prefill).
-        in_generate: `generate` calls, not the user.
     """
     assert cache._attached is not None
     cache._attached.expected = None
     cached = cache.get_seq_length()
     request, mask = cache._attached.request, inputs.get("attention_mask")
-    _place_text(cache, inputs, cached, in_generate)
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows)
         if moved is not mask and any(request.plan.windows):
@@ -150,19 +178,26 @@ def fit_to_prefix(
         request.begin(rows_of(inputs, cached, drafts))
 
 
-def _place_text(cache: ContiguousKVCache, inputs: dict[str, Any], cached: int, in_generate: bool) -> None:
-    """Give a text its own positions, where the model would shift them by an image of an earlier call.
+def place_tokens(cache: ContiguousKVCache, inputs: dict[str, Any], in_generate: bool) -> None:
+    """Give tokens their own positions, where the model would shift them by what it remembers of an earlier image.
 
-    Positions that the user passes to a forward are left alone, and so is a suffix with media, which the model places.
+    Positions that the user passes to a forward are left alone. `generate` computes them before it knows that its prompt
+    starts over: of a text they are counted here, and with media the model finds them itself.
     """
     if not cache._shifted:
         return
+    cached = cache.get_seq_length()
     if cached == cache._tokens():
         cache._text_so_far = True
     if foreign_inputs(inputs, cache._multimodal):
         cache._text_so_far = False
-    if cache._text_so_far and (in_generate or inputs.get("position_ids") is None):
-        inputs["position_ids"] = text_positions(inputs, cached)
+    if cache._text_so_far:
+        if in_generate or (inputs.get("position_ids") is None and cached > 0):
+            inputs["position_ids"] = text_positions(inputs, cached)
+    elif in_generate and cache._started_over:
+        inputs["position_ids"] = None
+        if cached == 0:
+            forget_shift(cache._shifted)
 
 
 def check_rows(cache: ContiguousKVCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:

@@ -175,11 +175,13 @@ def uncut_prefix(inputs: dict[str, Any], prefix_ids: torch.Tensor) -> None:
     """Put the prefix back into inputs that were cut to the columns after it, in a left-padded batch.
 
     Row `r` has `p` columns of padding in the mask: its cut ids are `p` columns that repeat the prefix, then its suffix.
+    (A block of a chunked prefill may end before that.)
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     prefix = prefix_ids.to(ids.device)
     pads = pads_before_prefix(mask).tolist()
-    rows = [torch.cat([row.new_zeros(p), prefix, row[p:]]) for row, p in zip(ids, pads, strict=True)]
+    columns = len(prefix) + ids.shape[1]
+    rows = [torch.cat([row.new_zeros(p), prefix, row[p:]])[:columns] for row, p in zip(ids, pads, strict=True)]
     inputs["input_ids"] = torch.stack(rows)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)

@@ -68,13 +68,13 @@ class GenerateCall:
         config: its generation config.
         prompt: int64 `(rows, n)`, what it was given (after expansion to beams), if it is tokens.
         attention_mask: 2D or `None`.
-        embedded: whether the prompt is embeddings.
+        embeddings: `(rows, n, hidden)`, where the prompt is embeddings; always all of it.
     """
 
     config: Any
     prompt: torch.Tensor | None
     attention_mask: torch.Tensor | None
-    embedded: bool
+    embeddings: torch.Tensor | None
 
     @property
     def whole_prompt(self) -> torch.Tensor | None:
@@ -113,7 +113,7 @@ def running_generate() -> GenerateCall | None:
                 known.get("generation_config"),
                 prompt if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else None,
                 mask if isinstance(mask, torch.Tensor) else None,
-                arguments.get("inputs_embeds") is not None,
+                arguments.get("inputs_embeds"),
             )
         frame = frame.f_back
     return None

@@ -142,7 +142,7 @@ def test_generate_marks_a_cache_that_it_is_given_and_shows_its_prompt(tiny_model
     assert call.prompt.tolist() == QUESTION.tolist() * rows
     assert call.whole_prompt is call.prompt
     assert call.block is None
-    assert not call.embedded
+    assert call.embeddings is None
     assert cache._is_user_defined
 
 
@@ -155,8 +155,9 @@ def test_generate_shows_masks_blocks_and_embeddings(tiny_model):
     assert cache.calls[0].attention_mask.tolist() == mask.tolist()
     assert cache.calls[0].block == 8
     cache = Told(config=model.config)
-    model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=2, **{CACHE: cache})
-    assert cache.calls[0].embedded
+    embeddings = model.get_input_embeddings()(ids)
+    model.generate(inputs_embeds=embeddings, max_new_tokens=2, **{CACHE: cache})
+    assert torch.equal(cache.calls[0].embeddings, embeddings)
     assert cache.calls[0].whole_prompt is None
 
 
