@@ -95,6 +95,7 @@ class CachedTokens:
             layouts = [torch.cat([before, own])]
             if pads and len(before):
                 layouts.append(torch.cat([own[:pads], before, own[pads:]]))
-            if not any(bool(torch.where(layout == HIDDEN, pad, row == layout).all()) for layout in layouts):
+            shown = row.masked_fill(pad, HIDDEN)
+            if not any(torch.equal(shown, layout) for layout in layouts):
                 return False
         return True

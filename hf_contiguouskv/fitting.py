@@ -19,7 +19,7 @@ from .forward import (
     uncut_prefix,
 )
 from .store.fingerprint import model_fingerprint
-from .transformers_internals import GenerateCall, forget_shift
+from .transformers_internals import GenerateCall, cut_before_blocks, forget_shift
 
 if TYPE_CHECKING:
     from .cache import ContiguousKVCache
@@ -58,6 +58,10 @@ def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
     elif _may_start_over(cache) and not _continues(cache, prompt, mask):
         cache.next_prompt()
         cache._started_over = True
+    if cache._suffix_length() > 0:
+        _leave(cache, prompt.shape[1], 1)
+    if call.block and cache.get_seq_length() > 0:
+        cut_before_blocks(call)
     if cache._attached is None:
         return
     if call.embeddings is None:
@@ -119,22 +123,31 @@ def drop_cached(cache: ContiguousKVCache, inputs: dict[str, Any], generate_begin
     cached, length = cache.get_seq_length(), ids.shape[1]
     if cached == 0:
         return
-    if not generate_begins and (not isinstance(needed, int) or needed < 1 or needed > length - cached):
+    if not generate_begins and (not isinstance(needed, int) or not 1 <= needed <= length):
+        if cache._automatic is not None:
+            cache.next_prompt()  # Logits of all tokens are wanted: all are computed.
+            return
         raise InputError(
-            f"{cached} of these {length} tokens are in the cache already: pass the new ones only, with an attention "
-            "mask that covers both (or position ids), or logits_to_keep for no more than the new ones"
+            f"{cached} of these {length} tokens are in the cache already, and have no logits: pass the new tokens "
+            "only, with an attention mask that covers both (or position ids), or say with logits_to_keep how many "
+            "logits you need"
         )
     needed = max(1, needed) if isinstance(needed, int) else 1
     if cache._attached is not None:
         check_rows(cache, ids, mask)
     if length < cached:
         raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
-    if length - cached < needed and cache._suffix_length() > 0 and any(cache._support.plan.windows):
-        cache.next_prompt()  # Windows do not remember what has left them.
-        cached = cache.get_seq_length()
-    if length - cached < needed:
-        cache.give_back(needed - (length - cached))
+    _leave(cache, length, needed)
     cut_cached(inputs, cache.get_seq_length())
+
+
+def _leave(cache: ContiguousKVCache, length: int, needed: int) -> None:
+    """Give back the end of what is cached of a prompt of `length` tokens, so that `needed` are left to compute."""
+    if length - cache.get_seq_length() < needed and cache._suffix_length() > 0 and any(cache._support.plan.windows):
+        cache.next_prompt()  # Windows do not remember what has left them.
+    missing = needed - (length - cache.get_seq_length())
+    if missing > 0 and cache.get_seq_length() > 0:
+        cache.give_back(missing)
 
 
 def fit_to_prefix(

@@ -119,6 +119,18 @@ def running_generate() -> GenerateCall | None:
     return None
 
 
+_BLOCKS_LEAVE_OUT_CACHED = "prefill_ids" in GenerationMixin._prefill.__code__.co_varnames
+
+
+def cut_before_blocks(call: GenerateCall) -> None:
+    """Let a `generate` with `prefill_chunk_size` cut what is cached from its prompt before it is split into blocks.
+
+    Until 5.22 it does so only without blocks: there this call prefills in one block. (Its config is a copy of its own.)
+    """
+    if not _BLOCKS_LEAVE_OUT_CACHED:
+        call.config.prefill_chunk_size = None
+
+
 def in_use_on_thread(cache: Any, thread: int) -> bool:
     """Whether a `generate` or a forward that was given `cache` is running on the thread with this identifier."""
     frame: Any = sys._current_frames().get(thread)

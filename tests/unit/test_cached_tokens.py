@@ -94,6 +94,6 @@ def test_padding_before_the_prefix_is_between_prefix_and_suffix_in_the_cache():
     assert not cached.continued_by(prompt([0, 5, 6, 7, 1, 2, 9, 9]), hidden, PREFIX, 4)
 
 
-def test_a_mask_may_hide_more_than_before():
+def test_a_mask_that_hides_more_than_before_does_not_continue():
     hidden = torch.tensor([[False, True, False, False, False]])
-    assert holding(SUFFIX).continued_by(prompt([1, 2, 3, 4, 9]), hidden, None, 4)
+    assert not holding(SUFFIX).continued_by(prompt([1, 2, 3, 4, 9]), hidden, None, 4)
