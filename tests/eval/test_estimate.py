@@ -28,19 +28,34 @@ def test_one_token_takes_as_long_as_one_token_took() -> None:
     assert pace.answer_s(5) == 5.0
 
 
-def test_the_pace_is_that_of_the_better_of_two_short_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("alone", "expected"), [(100.0, (4.0, 0.25)), (0.125, (0.125, 0.125))])
+def test_the_pace_is_that_of_the_best_short_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: float, expected: tuple[float, float]
+) -> None:
+    """`alone`: processor time of a single thread, which others cannot make longer."""
     model, _ = load_model(str(save_tiny_model(tmp_path)), dtype="float32")
-    timed: list[int] = []
-    seconds = iter((9.0, 4.0, 0.5, 0.25))
+    timed: list[tuple[int, int]] = []
+    seconds = iter((9.0, 4.0, 9.0, 0.5, 0.25, 9.0))
+    processor = iter((0.0, alone, 0.0, alone))
 
     def time_to_first_token(_: object, ids: torch.Tensor, __: object) -> tuple[float, int, None]:
-        timed.append(ids.shape[1])
+        timed.append((ids.shape[1], torch.get_num_threads()))
         return next(seconds), 0, None
 
     monkeypatch.setattr(estimate, "time_to_first_token", time_to_first_token)
-    pace = Pace.of(model, torch.ones(1, 1000, dtype=torch.int64))
-    assert timed == [SAMPLE_TOKENS, SAMPLE_TOKENS, 1, 1]
-    assert (pace.forward_s(SAMPLE_TOKENS), pace.token_s) == (pytest.approx(4.0), 0.25)
+    monkeypatch.setattr(estimate.time, "thread_time", lambda: next(processor))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        pace = Pace.of(model, torch.ones(1, 1000, dtype=torch.int64))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert timed == [(tokens, threads) for tokens in (SAMPLE_TOKENS, 1) for threads in (2, 2, 1)]
+    assert (pace.seconds_per_multiplication, pace.token_s) == (
+        pytest.approx(expected[0] / (SAMPLE_TOKENS * (pace.weights + pace.attended * SAMPLE_TOKENS / 2))),
+        expected[1],
+    )
     # 3 layers of 4 heads of 12 channels: queries by keys, and shares by values.
     assert pace.attended == 2 * 3 * 4 * 12
     embeddings = model.get_input_embeddings().weight.numel()
