@@ -44,9 +44,29 @@ def require_one_adapter(model: nn.Module) -> None:
     """Raise `InputError` if rows of the running forward use another adapter than the one that computed the prefix."""
     reason = adapters_of_rows(model)
     if reason is not None and "adapter_names" in reason:
+        _remove_row_hooks(model)
         raise InputError(
             f"the forward was called with {reason}: the prefix of this cache was computed by the active adapter. "
             "Make a cache for each adapter after model.set_adapter(...), or use automatic mode"
+        )
+
+
+def _remove_row_hooks(model: nn.Module) -> None:
+    """Take off the hooks of a call that is refused: PEFT leaves them on its layers when the call fails."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, partial) and "adapter_names" in hook.keywords:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def require_no_virtual_tokens(model: Any) -> None:
+    """Raise `InputError` if a PEFT wrapper puts virtual tokens before each prompt: a prefix would be without them."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise InputError(
+            f"{type(config).__name__} puts virtual tokens before a prompt, which an explicit prefix would not have; "
+            "use automatic mode, which computes such prompts as they are"
         )
 
 

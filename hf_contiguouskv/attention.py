@@ -24,6 +24,8 @@ from .transformers_internals import (
     set_attention_implementation,
 )
 
+NO_FULL_GRAPH = "a ContiguousKVCache works outside of compiled code: fullgraph=True is not possible with it"
+"""Why compiled code is left: dynamo shows it to users who ask for a full graph."""
 PREFIX = "contiguouskv_"
 BASES = ("sdpa", "eager")
 _TAG = "_contiguouskv_source"
@@ -54,7 +56,7 @@ def tagged(states: torch.Tensor, source: KVSource) -> torch.Tensor:
 
 
 def _make_attention(base: str) -> Callable[..., Any]:
-    @torch.compiler.disable(reason="a ContiguousKVCache chooses what attention reads while it runs")
+    @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def attention(
         module: nn.Module,
         query: torch.Tensor,

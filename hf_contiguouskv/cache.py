@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .adapters import require_no_virtual_tokens
 from .arguments import checked_ids, configured, opened_store, require_storable
-from .attention import Installation
+from .attention import NO_FULL_GRAPH, Installation
 from .auto_budget import AutoBudget, BudgetChoice
 from .automatic import AutomaticPrefix
 from .cached_tokens import CachedTokens
@@ -129,6 +130,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             if ids is None:
                 self._automatic = AutomaticPrefix(self.store, self._support, self.config)
             else:
+                require_no_virtual_tokens(model)
                 self._attach_ids(lm, ids)
         except BaseException:
             self.close()
@@ -283,6 +285,10 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
 
     def announce(self, running: bool) -> None:
         """See `HookedCache`. Our attention function is in the model's config for as long as the forward runs."""
+        if running:
+            self._one_thread.claim(self)
+        elif not self._one_thread.is_mine():
+            return  # A forward that was refused, because one is running on another thread.
         self._announced = running
         if self._installation is None:
             return
@@ -310,7 +316,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             self._not_announced()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def _not_announced(self) -> None:
         self._suffix_ids.forget()
         self._unserved.note("a forward of another model, or one that this library's hook does not see")
@@ -441,21 +447,25 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` continues what row `beam_idx[i]` was."""
+        self._one_thread.claim(self)
         super().reorder_cache(beam_idx)
         self._suffix_ids.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
+        self._one_thread.claim(self)
         super().batch_repeat_interleave(repeats)
         self._suffix_ids.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices` (positions, or a bool mask)."""
+        self._one_thread.claim(self)
         super().batch_select_indices(indices)
         self._suffix_ids.select(indices)
 
     def close(self) -> None:
         """Detach the prefix, let go of model and store: an empty, ordinary cache is left. `stats` stay readable."""
+        self._one_thread.claim(self)
         stats = self._stats
         self._automatic = self._auto_budget = None
         self._attach(None)

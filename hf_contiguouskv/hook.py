@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .attention import NO_FULL_GRAPH
 from .transformers_internals import bound_arguments
 
 
@@ -78,9 +79,7 @@ def _hooked(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
     return any(isinstance(value, HookedCache) for value in args)
 
 
-_disabled = torch.compiler.disable(
-    reason="a ContiguousKVCache prepares each forward outside of compiled code: fullgraph=True is not possible with it"
-)
+_disabled = torch.compiler.disable(reason=NO_FULL_GRAPH)
 
 
 class _Hook:

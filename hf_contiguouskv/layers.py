@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .attention import Installation, tagged
+from .attention import NO_FULL_GRAPH, Installation, tagged
 from .errors import AttentionNotActiveError, InputError
 from .request import PrefixRequest
 
@@ -125,7 +125,7 @@ class ContiguousLayer(DynamicLayer):
 
     # -- the transformers contract ------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +155,7 @@ class ContiguousLayer(DynamicLayer):
         self._show_suffix()
         return tagged(self.keys, self), self.values
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def visible_kv(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,7 +338,7 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         """A deep copy whose prefix belongs to `state`."""
         return _twin(self, state, memo)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

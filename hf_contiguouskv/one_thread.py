@@ -31,5 +31,9 @@ class OneThread:
                 )
             self._last = me
 
+    def is_mine(self) -> bool:
+        """Whether this thread is the one that used the cache last."""
+        return self._last == threading.get_ident()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OneThread:
         return OneThread()
