@@ -241,6 +241,36 @@ def test_an_automatic_cache_takes_a_prompt_with_another_number_of_rows(model, ki
             assert_same_generation(generate(model, ROWS[rows], cache), right(kind, ROWS[rows]))
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_cache_answers_batches_of_several_sizes(model, kind, store_path, mode, stored):
+    with PrefixStore(store_path) as store:
+        if stored:
+            ContiguousKVCache(model, DOCUMENT, store=store).close()
+        cache = ContiguousKVCache(model, MODES[mode], store=store, budget=1.0)
+        for rows in (2, 3, 1, 2):
+            prompt = torch.cat([DOCUMENT.repeat(rows, 1), text(12, seed=20 + rows, rows=rows)], dim=1)
+            assert_same_generation(generate(model, prompt, cache), right(kind, prompt))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_may_follow_a_larger_one_that_another_cache_answered(model, kind, store_path, mode):
+    prompt = torch.cat([DOCUMENT.repeat(2, 1), text(12, seed=22, rows=2)], dim=1)
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, MODES[mode], store=store, budget=1.0)
+        generate(model, PROMPT, cache)
+        generate(model, ROWS[3], None)
+        assert_same_generation(generate(model, prompt, cache), right(kind, prompt))
+
+
+def test_a_batch_may_follow_a_larger_one_of_embeddings(model, kind, store_path):
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, store=store, budget=1.0)
+        embeddings = model.get_input_embeddings()(ROWS[3]).detach()
+        model.generate(inputs_embeds=embeddings, **{CACHE: cache}, do_sample=False, max_new_tokens=3)
+        assert_same_generation(generate(model, ROWS[2], cache), right(kind, ROWS[2]))
+
+
 @pytest.mark.parametrize("strategy", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_one_greedy_answer_may_follow_several_rows_of_one_prompt(model, kind, store_path, mode, strategy):

@@ -215,6 +215,18 @@ def test_a_whole_prompt_that_is_scored_on_an_explicit_prefix_is_served_or_refuse
     assert_same_generation(answer(model, ids, cache), alone(twin, ids))
 
 
+@pytest.mark.parametrize("tokens", [70, 40])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_ids_alone_that_are_the_prefix_or_its_beginning_are_not_appended_to_it(new_cache, family, tokens):
+    model, twin = model_and_twin(family)
+    ids = PREFIX[:, :tokens]
+    try:
+        actual = forward(model, ids, new_cache(model, PREFIX), logits_to_keep=1)
+    except InputError:
+        return
+    assert_close(actual, forward(twin, ids, None)[:, -1:])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2.5-vl"])
 def test_a_prompt_may_be_scored_again_and_then_answered(new_cache, family, mode):
@@ -335,6 +347,19 @@ def test_a_prefix_may_be_cropped_at_the_seam_for_all_questions_that_follow(new_c
     cache.reset()
     assert_same_generation(answer(model, ask(9, 2), cache), alone(twin, ask(9, 2)))
     assert cache.stats.prefix_tokens == 70
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_prefix_that_is_cropped_away_stays_away_until_reset(new_cache, family):
+    model, twin = model_and_twin(family)
+    cache = new_cache(model, PREFIX)
+    cache.crop(-70)
+    for prompt in (token_ids(90, seed=2), token_ids(30, seed=3, rows=2), token_ids(60, seed=4), ask(9, 5)):
+        assert_same_generation(answer(model, prompt, cache), alone(twin, prompt))
+    cache.reset()
+    with pytest.raises(InputError):
+        answer(model, token_ids(90, seed=2), cache)
+    assert_same_generation(answer(model, ask(9, 5), cache), alone(twin, ask(9, 5)))
 
 
 # ---- copies, gradients ----
