@@ -44,14 +44,13 @@ def require_one_adapter(model: nn.Module) -> None:
     """Raise `InputError` if rows of the running forward use another adapter than the one that computed the prefix."""
     reason = adapters_of_rows(model)
     if reason is not None and "adapter_names" in reason:
-        _remove_row_hooks(model)
         raise InputError(
             f"the forward was called with {reason}: the prefix of this cache was computed by the active adapter. "
             "Make a cache for each adapter after model.set_adapter(...), or use automatic mode"
         )
 
 
-def _remove_row_hooks(model: nn.Module) -> None:
+def remove_row_hooks(model: nn.Module) -> None:
     """Take off the hooks of a call that is refused: PEFT leaves them on its layers when the call fails."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
@@ -60,13 +59,20 @@ def _remove_row_hooks(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def require_no_virtual_tokens(model: Any) -> None:
-    """Raise `InputError` if a PEFT wrapper puts virtual tokens before each prompt: a prefix would be without them."""
+def require_no_virtual_tokens(model: Any, automatic: bool) -> None:
+    """Raise `InputError` if a PEFT wrapper puts virtual tokens before each prompt: an explicit prefix would be without
+    them. Where they are embeddings, `automatic` mode computes such prompts as they are; those of prefix tuning are a
+    cache of PEFT's own, beside which there is no other."""
     config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if not getattr(config, "is_prompt_learning", False):
+        return
+    name, own_cache = type(config).__name__, getattr(config, "peft_type", None) == "PREFIX_TUNING"
+    if own_cache:
+        raise InputError(f"{name} passes K/V of its own to the model, in the place of this cache")
+    if not automatic:
         raise InputError(
-            f"{type(config).__name__} puts virtual tokens before a prompt, which an explicit prefix would not have; "
-            "use automatic mode, which computes such prompts as they are"
+            f"{name} puts virtual tokens before a prompt, which an explicit prefix would not have; use automatic mode, "
+            "which computes such prompts as they are"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .adapters import require_no_virtual_tokens
+from .adapters import remove_row_hooks, require_no_virtual_tokens
 from .arguments import checked_ids, configured, opened_store, require_storable
 from .attention import NO_FULL_GRAPH, Installation
 from .auto_budget import AutoBudget, BudgetChoice
@@ -19,7 +19,7 @@ from .automatic import AutomaticPrefix
 from .cached_tokens import CachedTokens
 from .config import ContiguousKVConfig
 from .copying import copy_of_cache
-from .errors import InputError
+from .errors import ContiguousKVError, InputError
 from .fitting import begin_prompt, check_ids, drop_cached, fit_to_prefix, place_tokens
 from .forward import decoding, is_refed
 from .hook import ForwardHook, HookedCache
@@ -99,6 +99,8 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self.budget_choice: BudgetChoice | None = None
         # A `generate` was given this cache, and its first forward has not been seen yet.
         self._generate_begins = False
+        # The forward that is running, or ran last, is one of `generate`.
+        self._in_generate = False
         # A forward of the cache's own model is running.
         self._announced = False
         # Tokens after the prefix.
@@ -119,6 +121,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self.store, self._temporary = opened_store(store, ids is not None)
         if self.store is None:
             return
+        require_no_virtual_tokens(model, automatic=ids is None)
         self._unserved.counters = self.store.counters
         self._support = require_support(lm)
         self._fingerprint = model_fingerprint(lm)
@@ -130,7 +133,6 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             if ids is None:
                 self._automatic = AutomaticPrefix(self.store, self._support, self.config)
             else:
-                require_no_virtual_tokens(model)
                 self._attach_ids(lm, ids)
         except BaseException:
             self.close()
@@ -259,29 +261,41 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._started_over = False
         if call is not None:
             self._recover()
-            begin_prompt(self, call)
+            try:
+                begin_prompt(self, call)
+            except ContiguousKVError:
+                forget_shift(self._shifted)  # What `generate` has noted for a prompt that is refused.
+                raise
         self._generate_begins = True
 
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """Make the arguments of the model's forward fit what is cached. `inputs` are changed in place."""
+        try:
+            self._fit(inputs)
+        except ContiguousKVError:
+            remove_row_hooks(self._living_model())
+            raise
+        self._suffix_ids.append_new(inputs)
+        self._before = self._suffix_length()
+        self.announce(True)
+
+    def _fit(self, inputs: dict[str, Any]) -> None:
         self._one_thread.claim(self)
         self._recover()
         if self._attached is not None:
             self._attached.request.settle()  # The forward before this one has had its token by now.
         call = running_generate()
+        self._in_generate = call is not None
         begins, self._generate_begins = self._generate_begins and call is not None, False
         cached = self.get_seq_length()
         if is_refed(inputs, cached, begins, self.prefix_ids if self._attached is not None else None):
             drop_cached(self, inputs, begins)
-        place_tokens(self, inputs, call is not None)
+        place_tokens(self, inputs, self._in_generate)
         if self._automatic is not None:
             self._automatic.before_forward(self, inputs, begins, call.block if begins and call else None)
         if self._attached is not None:
             more_follows = call is not None and bool(call.block) and not decoding(inputs)
             fit_to_prefix(self, inputs, begins, more_follows)
-        self._suffix_ids.append_new(inputs)
-        self._before = self._suffix_length()
-        self.announce(True)
 
     def announce(self, running: bool) -> None:
         """See `HookedCache`. Our attention function is in the model's config for as long as the forward runs."""
@@ -302,7 +316,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     def after_forward(self, output: Any) -> Any:
         """See `HookedCache`."""
         self._before = None
-        if self._text_so_far:
+        if self._text_so_far or self._in_generate:
             forget_shift(self._shifted)  # `generate` would add it to another prompt, before it asks what is cached.
         if self._attached is not None and self._attached.request.timeline is not None:
             self._attached.request.timeline.model_done()
@@ -410,8 +424,9 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         if self._automatic is not None and 0 < self.get_seq_length() <= -tokens_to_remove:
             self.reset()  # (Layers with a window could not be cropped.)
             return
+        before = self._tokens()
         self.give_back(-tokens_to_remove)
-        if self._attached is not None and self._whole_prefix is not None:
+        if self._whole_prefix is not None and self._tokens() < before:
             self._cropped_to = self._tokens()
 
     def give_back(self, tokens: int) -> None:

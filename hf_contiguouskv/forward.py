@@ -36,6 +36,10 @@ ORDINARY_INPUTS = frozenset(
 )
 
 
+SURELY_THE_PREFIX = 16
+"""So many tokens that are those of the prefix's beginning are no new ones."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt that starts an empty cache, if it has the ordinary form.
@@ -132,10 +136,14 @@ def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_id
         return mask.shape[1] == length
     if isinstance(positions, torch.Tensor) and positions.ndim in (2, 3):
         return bool((positions[..., 0] == 0).all())
-    if mask is not None or prefix_ids is None or length <= len(prefix_ids) - from_generate:
+    if mask is not None or prefix_ids is None:
         return False
-    # Neither mask nor positions say where these tokens belong. Tokens that repeat the whole prefix are the prompt.
-    return bool((ids[:, : len(prefix_ids)].cpu() == prefix_ids).all())
+    # Neither mask nor positions say where these tokens belong. Those that repeat the prefix are the prompt; a few that
+    # repeat its beginning may be an answer.
+    shown = min(length, len(prefix_ids))
+    if shown < SURELY_THE_PREFIX and length <= len(prefix_ids) - from_generate:
+        return False
+    return bool((ids[:, :shown].cpu() == prefix_ids[:shown]).all())
 
 
 def text_positions(inputs: dict[str, Any], cached: int) -> torch.Tensor:

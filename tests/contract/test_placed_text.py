@@ -18,7 +18,7 @@ import transformers as hf
 from hf_contiguouskv.errors import InputError
 
 from .models import CACHE, PAD, VOCABULARY, quiet
-from .references import assert_close, assert_same_generation, assert_same_rows, generate
+from .references import assert_close, assert_same_generation, assert_same_rows, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore
 
 pytestmark = pytest.mark.needs_library
@@ -253,13 +253,20 @@ def test_one_cache_answers_batches_of_several_sizes(model, kind, store_path, mod
             assert_same_generation(generate(model, prompt, cache), right(kind, prompt))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_batch_may_follow_a_larger_one_that_another_cache_answered(model, kind, store_path, mode):
+@pytest.mark.parametrize("mode", [*MODES, "a DynamicCache"])
+def test_a_batch_after_another_caches_larger_one_fails_in_transformers_as_with_any_cache(model, kind, store_path, mode):
+    """`generate` adds the other batch's `rope_deltas` to its positions before any cache is asked. `reset` helps."""
     prompt = torch.cat([DOCUMENT.repeat(2, 1), text(12, seed=22, rows=2)], dim=1)
     with PrefixStore(store_path) as store:
-        cache = ContiguousKVCache(model, MODES[mode], store=store, budget=1.0)
-        generate(model, PROMPT, cache)
+        if mode == "a DynamicCache":
+            cache = prefilled(model, DOCUMENT, 2)
+        else:
+            cache = ContiguousKVCache(model, MODES[mode], store=store, budget=1.0)
+            generate(model, PROMPT, cache)
         generate(model, ROWS[3], None)
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            generate(model, prompt, cache)
+        cache.reset()
         assert_same_generation(generate(model, prompt, cache), right(kind, prompt))
 
 
