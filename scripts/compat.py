@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "compat"
 # What depends on transformers most: its internals, both modes, other caches, used caches.
 SHORT = ("test_internals.py", "test_used_caches.py", "test_plain.py", "test_other_caches.py", "test_adapters.py")
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def tested() -> Version:
@@ -40,11 +40,11 @@ def installed_beside(release: str) -> Path:
     """The folder that holds this release of transformers, and what it needs that the environment does not have."""
     folder = FOLDER / f"transformers-{release}"
     if not (folder / "complete").exists():
-        subprocess.run([*PIP, "install", "--no-deps", "--target", folder, f"transformers=={release}"], check=True)
+        subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", folder, f"transformers=={release}"], check=True)
         lacking = [str(need) for need in _needs(folder) if not _is_there(need)]
         if lacking:
             print(f"transformers {release} also needs {', '.join(lacking)}", flush=True)
-            subprocess.run([*PIP, "install", "--no-deps", "--target", folder, *lacking], check=True)
+            subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", folder, *lacking], check=True)
         (folder / "complete").touch()
     return folder
 
