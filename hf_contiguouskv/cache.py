@@ -270,6 +270,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
 
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """Make the arguments of the model's forward fit what is cached. `inputs` are changed in place."""
+        self._one_thread.claim(self)
         try:
             self._fit(inputs)
         except ContiguousKVError:
@@ -280,7 +281,6 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self.announce(True)
 
     def _fit(self, inputs: dict[str, Any]) -> None:
-        self._one_thread.claim(self)
         self._recover()
         if self._attached is not None:
             self._attached.request.settle()  # The forward before this one has had its token by now.
