@@ -65,7 +65,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py examples/demo.py
+	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py eval/dtypes.py eval/estimate.py examples/demo.py
 
 bench: $(VENV)/.eval
 	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)

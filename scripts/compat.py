@@ -24,8 +24,18 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "compat"
-# What depends on transformers most: its internals, both modes, other caches, used caches.
-SHORT = ("test_internals.py", "test_used_caches.py", "test_plain.py", "test_other_caches.py", "test_adapters.py")
+# What depends on transformers most: its internals, both modes, other caches, and every way to use a cache again.
+SHORT = (
+    "test_internals.py",
+    "test_used_caches.py",
+    "test_plain.py",
+    "test_other_caches.py",
+    "test_adapters.py",
+    "test_threads.py",
+    "test_placed_text.py",
+    "test_passed_over.py",
+    "test_voters.py",
+)
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
