@@ -2,7 +2,7 @@
 
 `reason_for_refusal` is asked before the trial forward: what it finds is certain, from the configuration or from what
 the model's class declares. `reason_after_trial` explains what the trial forward found. `looks_ahead` finds models whose
-K/V of a token depend on later tokens: nobody can store those of a prefix before the rest of the prompt is known.
+K/V of a token depend on later tokens: those of a prefix cannot be stored before the rest of the prompt is known.
 
 Every reason goes on after the name of the model's class: "FalconForCausalLM computes attention itself, ...".
 """

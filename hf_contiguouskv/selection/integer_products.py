@@ -145,7 +145,7 @@ class ProductChooser:
 
     Args:
         candidates: products to choose among, for a number of channels.
-        clock: seconds. The thread's own, because time in which the processor runs something else is nobody's.
+        clock: seconds. The thread's own, because time in which the processor runs something else does not count.
     """
 
     def __init__(

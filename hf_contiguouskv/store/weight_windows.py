@@ -86,7 +86,7 @@ class _Watched:
 
 
 class WeightWindows:
-    """A look at the next few windows of all weights in host memory, each time that somebody asks.
+    """A look at the next few windows of all weights in host memory, at each request.
 
     What a window holds is recorded when it is looked at for the first time, and compared whenever its turn comes
     again. Not safe to share between threads.
@@ -125,7 +125,7 @@ class WeightWindows:
         Returns:
             addresses of tensors that differ from what was recorded: nearly always none. Where one does, all recorded
             windows are compared, so that an edit of many tensors is found at once. They are found again until
-            somebody makes new windows.
+            new windows are made.
         """
         left = BYTES_PER_LOOK
         for _ in range(min(self._windows, _WINDOWS_PER_LOOK)):
