@@ -12,6 +12,7 @@ from .in_memory import InMemory
 from .recompute import Recompute
 from .registry import DEFAULT_SYSTEMS, SYSTEMS, SystemKind, system_named
 from .reload import Reload
+from .states import State, StateError, departure
 
 __all__ = [
     "DEFAULT_SYSTEMS",
@@ -24,7 +25,10 @@ __all__ = [
     "NotStoredError",
     "Recompute",
     "Reload",
+    "State",
+    "StateError",
     "System",
     "SystemKind",
+    "departure",
     "system_named",
 ]

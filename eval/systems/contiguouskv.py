@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
 from hf_contiguouskv.transformers_internals import cache_argument
@@ -34,9 +35,9 @@ class ContiguousKV(Stored):
         super().__init__(name, model, folder, config, **store_options)
         self._keys_stay = keys_stay
 
-    def store(self, prefix_ids: torch.Tensor) -> None:
+    def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`."""
-        super().store(prefix_ids)
+        super().store(prefix_ids, states)
         if self._keys_stay:
             cache = self.cache(prefix_ids)
             with torch.no_grad():
@@ -54,6 +55,3 @@ class ContiguousKV(Stored):
             self._store.memory.drop_chunks()
         else:
             super().forget()
-
-    def __exit__(self, *exception: object) -> None:
-        super().forget()

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hf_contiguouskv import RequestStats
+from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv.prefill import geometry_of
+from hf_contiguouskv.support import innermost_causal_lm, require_support
 from hf_contiguouskv.transformers_internals import cache_argument
 
-from .base import NotStoredError, key_of
+from .base import NotStoredError, key_of, require_states
+from .states import State, on_accelerator, require_state
 
 
 def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = None, block: int = 512) -> DynamicCache:
@@ -20,6 +23,20 @@ def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = N
     with torch.no_grad():
         for part in prefix_ids[cache.get_seq_length() :].to(model.device).split(block):
             model(input_ids=part[None], use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
+    return cache
+
+
+def copied(model: Any, states: DynamicCache, tokens: int) -> DynamicCache:
+    """A `DynamicCache` of its own with the K and V of `states`, where the model's layers are.
+
+    Raises:
+        ValueError: they are not those of `tokens` tokens in this model.
+    """
+    support = require_support(innermost_causal_lm(model))
+    require_states(states, tokens, geometry_of(support, ContiguousKVConfig().chunk_size))
+    cache = DynamicCache(config=model.config)
+    for number, (layer, device) in enumerate(zip(states.layers, support.plan.devices, strict=True)):
+        cache.update(layer.keys.to(device), layer.values.to(device), number)  # Which copies them.
     return cache
 
 
@@ -34,13 +51,23 @@ class InMemory:
         self._caches: dict[bytes, DynamicCache] = {}
         self._lengths: dict[int, int] = {}
 
-    def store(self, prefix_ids: torch.Tensor) -> None:
+    @property
+    def states(self) -> tuple[State, ...]:
+        """See `System`: where the model is."""
+        return (State.WARM_DEVICE if on_accelerator(self._model.device) else State.WARM_HOST,)
+
+    def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`. A prefix that grows (a chat) goes on in its cache; the shorter one is not kept besides."""
         key = key_of(prefix_ids)
         if key in self._caches:
             return
         before = max((one for one in self._caches if key.startswith(one)), key=len, default=b"")
-        cache = self._caches[key] = prefill(self._model, prefix_ids, self._caches.pop(before, None))
+        if states is None:
+            cache = prefill(self._model, prefix_ids, self._caches.pop(before, None))
+        else:
+            self._caches.pop(before, None)
+            cache = copied(self._model, states, len(prefix_ids))
+        self._caches[key] = cache
         self._lengths[id(cache)] = len(prefix_ids)
 
     def files(self) -> list[Path]:
@@ -49,6 +76,11 @@ class InMemory:
 
     def forget(self) -> None:
         """See `System`: being in memory is what this system is."""
+
+    def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
+        """See `System`: it always is where it is."""
+        require_state(self.name, state, self.states)
+        self.cache(prefix_ids)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`.

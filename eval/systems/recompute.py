@@ -10,13 +10,16 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import RequestStats
 
+from .states import State, require_state
+
 
 class Recompute:
     """What transformers does without any help."""
 
     name = "recompute"
+    states = (State.COLD,)
 
-    def store(self, prefix_ids: torch.Tensor) -> None:
+    def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`: nothing is kept."""
 
     def files(self) -> list[Path]:
@@ -25,6 +28,10 @@ class Recompute:
 
     def forget(self) -> None:
         """See `System`."""
+
+    def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
+        """See `System`: nothing is stored anywhere."""
+        require_state(self.name, state, self.states)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`: an empty one."""

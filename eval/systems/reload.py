@@ -12,11 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from hf_contiguouskv import RequestStats
+from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv.prefill import geometry_of
+from hf_contiguouskv.support import innermost_causal_lm, require_support
 
-from ..timing import storage_bytes_read
-from .base import NotStoredError, key_of
+from ..timing import drop_page_cache, storage_bytes_read
+from .base import NotStoredError, key_of, require_states
 from .in_memory import prefill
+from .states import State, require_state
+
+_PIECE = 2**24
 
 
 class Reload:
@@ -28,6 +33,7 @@ class Reload:
     """
 
     name = "reload"
+    states = (State.COLD, State.WARM_HOST)
 
     def __init__(self, model: Any, folder: Path) -> None:
         self._model = model
@@ -39,16 +45,21 @@ class Reload:
     def _file(self, prefix_ids: torch.Tensor) -> Path:
         return self._folder / f"{hashlib.blake2b(key_of(prefix_ids), digest_size=16).hexdigest()}.safetensors"
 
-    def store(self, prefix_ids: torch.Tensor) -> None:
+    def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`."""
         path, key = self._file(prefix_ids), key_of(prefix_ids)
         if path.exists():
             return
+        if states is None:
+            states = prefill(self._model, prefix_ids)
+        else:
+            support = require_support(innermost_causal_lm(self._model))
+            require_states(states, len(prefix_ids), geometry_of(support, ContiguousKVConfig().chunk_size))
         for before in [one for one in self._stored if key.startswith(one)]:
             self._stored.pop(before).unlink()  # A chat goes on: nobody asks for its beginning any more.
         self._stored[key] = path
         tensors = {}
-        for number, layer in enumerate(prefill(self._model, prefix_ids).layers):
+        for number, layer in enumerate(states.layers):
             tensors[f"keys.{number}"] = layer.keys.cpu().contiguous()
             tensors[f"values.{number}"] = layer.values.cpu().contiguous()
         save_file(tensors, path)
@@ -60,15 +71,30 @@ class Reload:
     def forget(self) -> None:
         """See `System`: nothing stays in the process."""
 
+    def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
+        """See `System`. Host memory is the page cache here: nothing else is left of a request."""
+        require_state(self.name, state, self.states)
+        path = self._stored_file(prefix_ids)
+        if state is State.COLD:
+            drop_page_cache([path])
+            return
+        with path.open("rb") as file:
+            while file.read(_PIECE):
+                pass
+
+    def _stored_file(self, prefix_ids: torch.Tensor) -> Path:
+        path = self._file(prefix_ids)
+        if not path.exists():
+            raise NotStoredError(f"there is no {path}")
+        return path
+
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`.
 
         Raises:
             NotStoredError: the prefix was not stored.
         """
-        path = self._file(prefix_ids)
-        if not path.exists():
-            raise NotStoredError(f"there is no {path}")
+        path = self._stored_file(prefix_ids)
         started, before = time.perf_counter(), storage_bytes_read()
         cache = DynamicCache(config=self._model.config)
         with safe_open(path, framework="pt", device=str(self._model.device)) as file:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.prefill import geometry_of, persist_rows
+from hf_contiguouskv.prefix import AttachedPrefix
+from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.support import innermost_causal_lm, require_support
 from hf_contiguouskv.timeline import Timeline
+from hf_contiguouskv.transformers_internals import cache_argument
+
+from ..timing import drop_page_cache
+from .base import NotStoredError, key_of, require_states
+from .bringing import ChunkParts, Named, Parts, move_to, resident
+from .states import State, require_state, warm_states
 
 
 class Stored:
@@ -29,11 +43,19 @@ class Stored:
         self._config = config
         self._options = store_options
         self._store: PrefixStore | None = None
+        # What requests with a suffix use of a prefix, by the ids of both.
+        self._named: dict[tuple[bytes, bytes], Named] = {}
 
     @property
     def name(self) -> str:
         """See `System`."""
         return self._name
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """See `System`. Where all of the prefix is used there are no keys to choose by."""
+        keys = (State.KEYS_RESIDENT,) if self._config.budget != 1.0 else ()
+        return (State.COLD, *keys, *warm_states(self._model.device))
 
     def opened(self) -> PrefixStore:
         """The store."""
@@ -41,14 +63,30 @@ class Stored:
             self._store = PrefixStore(self._folder, **self._options)
         return self._store
 
-    def store(self, prefix_ids: torch.Tensor) -> None:
+    def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`. Through another store: a cache reads ahead, and what it reads must not stay in our memory."""
         with PrefixStore(self._folder, host_bytes=0) as store:
-            ContiguousKVCache(self._model, prefix_ids, store=store, config=self._config).close()
+            if states is None:
+                ContiguousKVCache(self._model, prefix_ids, store=store, config=self._config).close()
+            else:
+                self._store_states(prefix_ids, states, store)
+
+    def _store_states(self, prefix_ids: torch.Tensor, states: DynamicCache, store: PrefixStore) -> None:
+        lm = innermost_causal_lm(self._model)
+        geometry = geometry_of(require_support(lm), self._config.chunk_size)
+        require_states(states, len(prefix_ids), geometry)
+        layers = [(layer.keys[0], layer.values[0], 0) for layer in states.layers]
+        persist_rows([(prefix_ids.numpy().astype(np.int64), layers)], store, model_fingerprint(lm), geometry)
+        if store.match(self._model, prefix_ids) < len(prefix_ids):
+            raise OSError(f"the prefix of {len(prefix_ids)} tokens could not be stored in {self._folder}")
 
     def files(self) -> list[Path]:
         """See `System`."""
         return sorted(self._folder.rglob("*.safetensors"))
+
+    @abstractmethod
+    def cache(self, prefix_ids: torch.Tensor) -> Any:
+        """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
@@ -63,12 +101,67 @@ class Stored:
 
     def forget(self) -> None:
         """See `System`: the store is opened again inside the timer."""
+        self.close_store()
+
+    def close_store(self) -> None:
+        """Let go of everything that is in memory."""
         if self._store is not None:
             self._store.close()
             self._store = None
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
+        """See `System`. The store is open afterwards, and the host's memory is registered with the accelerator."""
+        require_state(self.name, state, self.states)
+        if state is State.COLD:
+            self.close_store()
+            memory = self.opened().memory
+            for device in require_support(innermost_causal_lm(self._model)).plan.devices:
+                memory.on(device)
+        else:
+            warm = state is not State.KEYS_RESIDENT
+            named = self._named_by(prefix_ids, suffix_ids) if warm else None
+            with closing(self.parts(prefix_ids, state is State.WARM_HOST)) as parts:
+                move_to(state, parts, self.opened().memory, named)
+        drop_page_cache(self.files())
+
+    def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
+        """What is stored of a prefix. To be closed.
+
+        Args:
+            prefix_ids: int64 `(n,)`.
+            on_host: bring it to the host's tier, whatever the layers' devices are.
+
+        Raises:
+            NotStoredError: it is not stored.
+        """
+        lm = innermost_causal_lm(self._model)
+        store, ids = self.opened(), prefix_ids.numpy().astype(np.int64)
+        found = store.lookup(model_fingerprint(lm), ids, self._config.chunk_size, count=False)
+        if found is None or found.tokens < len(ids):
+            raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
+        prefix = AttachedPrefix.of(found, len(ids))
+        return ChunkParts(prefix, self._config, require_support(lm).plan, store, on_host)
+
+    def _named_by(self, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None) -> Named | None:
+        """What a request with this suffix leaves in memory (found out once); `None`: no suffix was given."""
+        if suffix_ids is None:
+            return None
+        key = key_of(prefix_ids), key_of(suffix_ids)
+        if key not in self._named:
+            self.close_store()
+            cache = self.cache(prefix_ids)
+            with torch.no_grad():
+                ids = suffix_ids[None].to(self._model.device)
+                self._model(input_ids=ids, logits_to_keep=1, **{cache_argument(self._model): cache})
+            self.finish(cache)
+            with closing(self.parts(prefix_ids, False)) as parts:
+                self._named[key] = resident(parts)
+        return self._named[key]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.forget()
+        self.close_store()

@@ -21,8 +21,10 @@ from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
 from hf_contiguouskv.transformers_internals import cache_argument
 
-from .base import key_of
+from .base import key_of, require_states
+from .bringing import Parts, UnitParts
 from .in_memory import prefill
+from .states import State, warm_states
 from .stored import Stored
 from .token_request import AHEAD, TokenCache, TokenRequest
 from .token_scores import column_sums
@@ -63,11 +65,33 @@ def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCa
         model(input_ids=rest, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     importance = []
     for layer, (query, scaling) in zip(cache.layers, queries, strict=True):
-        keys = layer.keys[0]
-        mass = column_sums(query, keys[:, :split], keys[:, split:], scaling).sum(0)
-        # Of the last tokens themselves nothing is known yet: they count as much as the best.
-        importance.append(torch.cat([mass, mass.new_full((len(prefix_ids) - split,), float("inf"))]))
+        importance.append(_importance(query, layer.keys[0], split, scaling))
     return cache, importance
+
+
+def random_importance(states: DynamicCache, heads: int, scaling: float) -> list[torch.Tensor]:
+    """As the importance of `observed_importance`, for K that belong to no text: from random queries, always the same.
+
+    Args:
+        states: `(1, kv_heads, n, head_dim)` in every layer.
+        heads: query heads.
+        scaling: factor on `q @ k`.
+    """
+    chance = torch.Generator().manual_seed(0)
+    importance = []
+    for layer in states.layers:
+        keys = layer.keys[0]
+        tokens = keys.shape[1]
+        observed = min(OBSERVED, tokens)
+        queries = torch.randn(heads, observed, keys.shape[2], generator=chance).to(keys.device, keys.dtype)
+        importance.append(_importance(queries, keys, tokens - observed, scaling))
+    return importance
+
+
+def _importance(queries: torch.Tensor, keys: torch.Tensor, split: int, scaling: float) -> torch.Tensor:
+    mass = column_sums(queries, keys[:, :split], keys[:, split:], scaling).sum(0)
+    # Of the last tokens themselves nothing is known yet: they count as much as the best.
+    return torch.cat([mass, mass.new_full((keys.shape[1] - split,), float("inf"))])
 
 
 class TokenSystem(Stored):
@@ -134,16 +158,25 @@ class TokenSystem(Stored):
         """
         return torch.arange(len(importance))
 
-    def store(self, prefix_ids: torch.Tensor) -> None:
-        """See `System`. What is stored of it already stays as it is; the rest is a node of its own."""
+    def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
+        """See `System`. What is stored of it already stays as it is; the rest is a node of its own.
+
+        With `states`, which belong to no text, the order of importance is that of `random_importance`.
+        """
         key = key_of(prefix_ids)
         if key in self._nodes:
             return
         known = max((one for one in self._nodes if key.startswith(one)), key=len, default=b"")
         before = self._nodes[known].tokens if known else ()
         nodes = Nodes(self.layout, (*before, len(prefix_ids) - sum(before)))
-        # Several systems store the same prefix, one after the other.
-        cache, importance = _observed(weakref.ref(self._model), key)
+        if states is None:
+            # Several systems store the same prefix, one after the other.
+            cache, importance = _observed(weakref.ref(self._model), key)
+        else:
+            geometry = self.layout.geometry
+            require_states(states, len(prefix_ids), geometry)
+            heads = decoder_config(innermost_causal_lm(self._model)).num_attention_heads
+            cache, importance = states, random_importance(states, heads, geometry.head_dim**-0.5)
 
         def arranged(layer: int, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
             order = self.order(importance[layer][tokens])
@@ -155,11 +188,25 @@ class TokenSystem(Stored):
         write_nodes(self.opened(), nodes, self._fingerprint, prefix_ids.numpy(), arranged)
         self._nodes[key] = nodes
 
+    def _found(self, prefix_ids: torch.Tensor) -> tuple[Nodes, AttachedPrefix]:
+        nodes = self._nodes.get(key_of(prefix_ids), Nodes(self.layout, (len(prefix_ids),)))
+        return nodes, find_nodes(self.opened(), nodes, self._fingerprint, prefix_ids.numpy())
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """See `System`. There are keys to choose by whatever the budget is."""
+        return (State.COLD, State.KEYS_RESIDENT, *warm_states(self._model.device))
+
+    def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
+        """See `Stored`."""
+        nodes, units = self._found(prefix_ids)
+        plan = require_support(innermost_causal_lm(self._model)).plan
+        return UnitParts(units, plan.devices, nodes.keys_apart(), self.opened(), on_host)
+
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
-        nodes = self._nodes.get(key_of(prefix_ids), Nodes(self.layout, (len(prefix_ids),)))
+        nodes, units = self._found(prefix_ids)
         store = self.opened()
-        units = find_nodes(store, nodes, self._fingerprint, prefix_ids.numpy())
 
         def make(
             prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, store: PrefixStore, stats: RequestStats
