@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from .errors import AttentionNotActiveError, UnsupportedModelError
 from .transformers_internals import (
@@ -31,11 +33,21 @@ BASES = ("sdpa", "eager")
 _TAG = "_contiguouskv_source"
 _PREPARED = "_contiguouskv_prepared"
 # Numbers of a mask that is repeated for each query head of a group, at most.
-_FOLDED_MASK = 2**22
+_FOLDED_MASK, _FOLDED_MASK_ON_DEVICE = 2**22, 2**27
+# The rows of a mask begin at multiples of so many numbers: a GPU's kernel wants that.
+_ROW_NUMBERS = 16
 
 
 class KVSource(Protocol):
-    """What a tagged key tensor leads to: the cache layer that produced it."""
+    """What a tagged key tensor leads to: the cache layer that produced it.
+
+    Attributes:
+        plain: whether the forward's arguments let every token see all tokens before it: there is no padding, and
+            nothing that some models make another mask of.
+    """
+
+    @property
+    def plain(self) -> bool: ...
 
     def visible_kv(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
@@ -72,52 +84,96 @@ def _make_attention(base: str) -> Callable[..., Any]:
             if options.get("scaling") is None:
                 options["scaling"] = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
             key, value = source.visible_kv(query, attention_mask, options)
-            if base == "sdpa" and _groups_without_repeating(query, key, attention_mask, kwargs):
-                return _grouped_sdpa(query, key, value, attention_mask, options)
+            if base == "sdpa" and _is_ours(query, key, attention_mask, kwargs):
+                on_device = query.device.type != "cpu"
+                plain = on_device and source.plain and _is_lower_right(module, query, key, attention_mask)
+                return attend(query, key, value, attention_mask, options, plain=plain), None
         return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
     return attention  # type: ignore[no-any-return]
 
 
-def _groups_without_repeating(
+def _is_ours(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
 ) -> bool:
-    """Whether torch's own grouped-query attention does what `sdpa` does, without copying K/V for each query head.
+    """Whether `attend` does what `sdpa` does, and better.
 
-    transformers repeats K/V whenever there is a mask, which on a CPU costs more than the attention itself.
+    transformers repeats K/V for each query head whenever there is a mask, which on a CPU costs more than the attention
+    itself. On a GPU a mask rules out flash attention besides, and cuDNN, which takes its place, may make a plan for
+    every new number of tokens.
     """
-    return (
-        query.device.type == "cpu"
-        and query.shape[1] != key.shape[1]
-        and (attention_mask is not None or query.shape[2] == 1)
-        and options.get("position_bias") is None
-        and options.get("softcap") is None
-    )
+    if options.get("position_bias") is not None or options.get("softcap") is not None:
+        return False
+    if query.device.type != "cpu":
+        return attention_mask is not None
+    return query.shape[1] != key.shape[1] and (attention_mask is not None or query.shape[2] == 1)
 
 
-def _grouped_sdpa(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     options: Mapping[str, Any],
-) -> tuple[torch.Tensor, None]:
+    *,
+    plain: bool = False,
+) -> torch.Tensor:
+    """Attention with grouped queries, without a copy of K and V for each query head.
+
+    Args:
+        query: `(batch, heads, q, head_dim)`.
+        key, value: `(batch, kv_heads, n, head_dim)`.
+        mask: `(batch, 1, q, n)`, bool (true: is seen) or added; `None`: everything is seen.
+        options: of the attention function, with `scaling`, and maybe `dropout`.
+        plain: `mask` says that query `i` sees the first `n - q + i + 1` keys, and nothing else.
+
+    Returns:
+        `(batch, q, heads, head_dim)`, contiguous.
+    """
+    dropout, scale = options.get("dropout", 0.0), options["scaling"]
+    groups = query.shape[1] // key.shape[1]
+    if plain and _flash(query, key, value, dropout, groups > 1):
+        causal = causal_lower_right(query.shape[2], key.shape[2])
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=causal, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
+        )
+        return output.transpose(1, 2).contiguous()
     batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    mask, folds = _prepared(attention_mask, query, heads // kv_heads)
+    added, folds = _prepared(mask, query, groups)
     if folds:
         # The heads of a group as more queries of one head: its K and V go through the kernel once.
-        query = query.reshape(batch, kv_heads, -1, head_dim)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=options.get("dropout", 0.0),
-        scale=options["scaling"],
-        enable_gqa=not folds,
-    )
-    return output.reshape(batch, heads, length, head_dim).transpose(1, 2).contiguous(), None
+        query = query.reshape(batch, key.shape[1], -1, head_dim)
+    if added is not None and key.shape[1] == query.shape[1] and _efficient(query, key, value, added, dropout):
+        output = _efficient_sdpa(query, key, value, added, dropout, scale)
+    else:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=added, dropout_p=dropout, scale=scale, enable_gqa=groups > 1 and not folds
+        )
+    return output.reshape(batch, heads, length, head_dim).transpose(1, 2).contiguous()
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, grouped: bool) -> bool:
+    """Whether there is a flash kernel for this (never on a CPU). It takes any number of tokens without preparation."""
+    return bool(can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, grouped)))
+
+
+def _efficient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor, dropout: float
+) -> bool:
+    """Whether there is a kernel that takes a mask and any number of tokens without preparation (never on a CPU)."""
+    return bool(can_use_efficient_attention(SDPAParams(query, key, value, added, dropout, False, False)))
+
+
+def _efficient_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor, dropout: float, scale: float
+) -> torch.Tensor:
+    """That kernel, by its name: `sdpa_kernel` would choose it for all threads of the process."""
+    gradient = any(one.requires_grad for one in (query, key, value, added)) and torch.is_grad_enabled()
+    bias = added.expand(-1, query.shape[1], -1, -1)
+    found: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, gradient, dropout, False, scale=scale
+    )[0]
+    return found
 
 
 def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tuple[torch.Tensor | None, bool]:
@@ -133,12 +189,35 @@ def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tu
         return known[1], known[2]
     added = mask
     if mask.dtype == torch.bool:
-        added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    folds = mask.shape[1] == 1 and mask.numel() * groups <= _FOLDED_MASK
-    if folds:
+        added = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    most = _FOLDED_MASK if mask.device.type == "cpu" else _FOLDED_MASK_ON_DEVICE
+    folds = mask.shape[1] == 1 and mask.numel() * groups <= most
+    if folds and groups > 1:
         added = added.repeat(1, 1, groups, 1)
+    if mask.device.type != "cpu" and added.shape[-1] % _ROW_NUMBERS:
+        columns = added.shape[-1]
+        added = torch.nn.functional.pad(added, (0, -columns % _ROW_NUMBERS))[..., :columns]
     setattr(mask, _PREPARED, (groups, added, folds))
     return added, folds
+
+
+def _is_lower_right(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether this model makes the plain causal mask of plain arguments. The first mask of each model is looked at."""
+    config, length, keys = getattr(module, "config", None), query.shape[2], key.shape[2]
+    if mask is None or config is None or tuple(mask.shape[1:]) != (1, length, keys) or length > keys:
+        return False
+    known = _lower_right.get(id(config))
+    if known is None or known[0]() is not config:
+        shown = mask if mask.dtype == torch.bool else mask == 0
+        expected = torch.ones(length, keys, dtype=torch.bool, device=mask.device).tril(keys - length)
+        key_of = id(config)
+        living = weakref.ref(config, lambda _: _lower_right.pop(key_of, None))
+        known = _lower_right[key_of] = living, bool((shown == expected).all())
+    return known[1]
+
+
+# By the id of a model's config: the config, and whether its mask of plain arguments is the plain causal one.
+_lower_right: dict[int, tuple[weakref.ref[Any], bool]] = {}
 
 
 for _base in BASES:

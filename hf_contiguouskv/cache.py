@@ -312,6 +312,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             self._installation.release()
         if self._attached is not None:
             self._attached.announced = running
+            self._attached.plain = self._attached.plain and running
 
     def after_forward(self, output: Any) -> Any:
         """See `HookedCache`."""

@@ -6,7 +6,9 @@ The rules of the device pipeline (docs/device-pipeline.md), for every accelerato
 - every copy returns an event; whoever uses the copied bytes makes *their stream* wait for it, never the host;
 - a host buffer is reused once the event of the last copy from it has happened (asked, not waited for); a device buffer
   at any time, by a copy that waits on its stream for the event of the last use;
-- memory that one stream allocated and another uses is recorded with the allocator.
+- memory that one stream allocated and another uses is recorded with the allocator;
+- small tensors (positions, masks) cross in pinned blocks as well, without a wait; what the host must know of the device
+  it fetches, and only a selection needs that.
 
 A CPU needs none of this: what was read is where attention wants it.
 """
@@ -21,6 +23,9 @@ from typing import Any, Protocol
 import torch
 
 from .store.pread import PAGE, aligned_buffer
+
+# Sizes of the pinned blocks that small tensors cross in, and how many of each are had when a device is opened.
+SMALL_BYTES, SMALL_BLOCKS = tuple(2**power for power in range(9, 19)), 4
 
 
 class Device(Protocol):
@@ -44,6 +49,22 @@ class Device(Protocol):
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Any:
         """Queue a copy to pinned host memory on a side stream, behind what the current stream has queued so far."""
+        ...
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of a small CPU tensor on the device, for the current stream. The host goes on."""
+        ...
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy on the CPU of what the current stream has computed. The host waits for it: nothing else here does."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Memory of the device that nobody has taken; `None`: it does not say."""
+        ...
+
+    def let_go(self) -> None:
+        """Return memory to the device that was taken from it and is not in use."""
         ...
 
     def wait(self, event: Any) -> None:
@@ -72,6 +93,13 @@ class Accelerator:
         # One for each direction: a copy in does not queue behind a copy out.
         self._incoming = torch.Stream(device=device)
         self._outgoing = torch.Stream(device=device)
+        # Small pinned blocks for `send` and `fetch`: torch keeps them when they are free, so no request waits for one.
+        blocks = [
+            torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            for nbytes in SMALL_BYTES
+            for _ in range(SMALL_BLOCKS)
+        ]
+        del blocks
 
     @contextmanager
     def _on(self, stream: torch.Stream) -> Iterator[None]:
@@ -113,6 +141,34 @@ class Accelerator:
         source.record_stream(self._outgoing)
         return self._outgoing.record_event()
 
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Device`. From pageable memory the driver may wait for the stream before it copies."""
+        with torch.inference_mode(False):
+            pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values)
+            return pinned.to(self._device, non_blocking=True)
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Device`."""
+        with torch.inference_mode(False):
+            pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
+        self.mark().synchronize()
+        return pinned
+
+    def free_bytes(self) -> int | None:
+        """See `Device`. What torch keeps for later tensors counts as free."""
+        module = getattr(torch, self._device.type, None)
+        if module is None or not hasattr(module, "mem_get_info"):
+            return None
+        free, _ = module.mem_get_info(self._device)
+        return int(free) + int(module.memory_reserved(self._device)) - int(module.memory_allocated(self._device))
+
+    def let_go(self) -> None:
+        """See `Device`."""
+        empty_cache = getattr(getattr(torch, self._device.type, None), "empty_cache", None)
+        if empty_cache is not None:
+            empty_cache()
+
     def wait(self, event: Any) -> None:
         """See `Device`."""
         torch.accelerator.current_stream(self._device).wait_event(event)
@@ -142,6 +198,12 @@ def device_of(device: torch.device) -> Device | None:
         if device not in _opened:
             _opened[device] = Accelerator(device)
         return _opened[device]
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small CPU tensor where `device` can use it at once: itself, or a copy that nobody waits for."""
+    opened = device_of(device)
+    return values if opened is None else opened.send(values)
 
 
 def pinned_buffer(nbytes: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from .forward import (
     mask_behind_prefix,
     pads_before_prefix,
     rows_of,
+    sees_everything,
     text_positions,
     uncut_prefix,
 )
@@ -189,6 +190,7 @@ def fit_to_prefix(
         drafts = inputs.get("logits_to_keep", 1) if generate_begins else 1
         drafts = drafts - 1 if isinstance(drafts, int) and drafts > 1 else 0
         request.begin(rows_of(inputs, cached, drafts))
+    cache._attached.plain = not foreign_inputs(inputs, cache._multimodal) and sees_everything(inputs)
 
 
 def place_tokens(cache: ContiguousKVCache, inputs: dict[str, Any], in_generate: bool) -> None:

@@ -173,6 +173,15 @@ def cut_cached(inputs: dict[str, Any], cached: int) -> None:
             inputs[name] = value[..., cached:]
 
 
+def sees_everything(inputs: dict[str, Any]) -> bool:
+    """Whether the attention mask hides no token from those behind it. One new token is not asked for: it needs no mask
+    then, and transformers has seen to that."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return True
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and not decoding(inputs) and bool(mask.all())
+
+
 def decoding(inputs: dict[str, Any]) -> bool:
     """Whether one token per row is passed."""
     ids = inputs.get("input_ids")

@@ -166,7 +166,9 @@ class KeySource:
         if self.reads_payload(layer):
             return AttentionMass(self._keys_of_payload(layer, device), g.chunk_size, concentration)
         if self.uses_index(layer):
-            return IndexedKeys(self.index(layer, device), self._prefix.whole_chunks, concentration, self._scratch)
+            on_device = self._memory.on(device) is not None
+            parts, whole = self.index(layer, device), self._prefix.whole_chunks
+            return IndexedKeys(parts, whole, concentration, self._scratch, on_device)
         self._collect(layer, device)
         return AttentionMass(self._leader_keys(layer, device), g.chunk_size, concentration)
 

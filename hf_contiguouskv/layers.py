@@ -27,8 +27,9 @@ class AttachedState:
         self.request = request
         self.installation = installation
 
-        # Whether a forward of the cache's own model is running.
+        # Whether a forward of the cache's own model is running, and whether its tokens see all tokens before them.
         self.announced = False
+        self.plain = False
         # The layer whose K/V went to the model last, until attention has asked for what belongs to them.
         self.expected: int | None = None
 
@@ -154,6 +155,11 @@ class ContiguousLayer(DynamicLayer):
         self._suffix = end - self._offset
         self._show_suffix()
         return tagged(self.keys, self), self.values
+
+    @property
+    def plain(self) -> bool:
+        """See `attention.KVSource`."""
+        return self.attached is not None and self.attached.plain
 
     @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def visible_kv(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .device import send
 from .prefix import AttachedPrefix, Chunks
 from .selection.indexed_keys import Part
 
@@ -42,7 +43,7 @@ def place_keys(
 def _copy(part: Part, chunks: Chunks, destination: torch.Tensor) -> None:
     """Keys of `chunks` of one segment into `(kv_heads, n, c, head_dim)`."""
     index, scale = part
-    where = torch.from_numpy(chunks).to(index.device, non_blocking=True)
+    where = send(torch.from_numpy(chunks), index.device)
     # Two steps in the dtype of the destination, which are several times as fast as one product of mixed dtypes.
     destination.copy_(index.index_select(2, where).transpose(1, 2))
     destination.mul_(scale.to(destination.dtype)[:, None, None])

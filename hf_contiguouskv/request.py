@@ -9,13 +9,14 @@ from contextlib import closing
 from functools import partial
 from itertools import count, groupby
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from .config import ContiguousKVConfig
 from .counting import count_hits
+from .device import send
 from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
 from .memory import Usage
@@ -43,6 +44,20 @@ MAX_RECOVERIES = 20
 Result = TypeVar("Result")
 # Gets a readable prefix of the same tokens: from the prefix, the error that showed, and which attempt this is.
 Recover = Callable[[AttachedPrefix, SegmentCorruptError | SegmentReadError, int], AttachedPrefix]
+
+
+class AskingRows(NamedTuple):
+    """The distinct rows on one device.
+
+    Attributes:
+        representatives: int64 `(unique,)`, a batch row for each; `None`: they are the batch's rows.
+        voters: per row the positions of the queries that count, int64 `(n,)`.
+        visible: bool `(unique, q)`, the suffix tokens that are no padding.
+    """
+
+    representatives: torch.Tensor | None
+    voters: list[torch.Tensor]
+    visible: torch.Tensor
 
 
 class PrefixRequest:
@@ -76,6 +91,7 @@ class PrefixRequest:
         self._loaded: set[int] = set()
         self._voters: list[torch.Tensor] = []
         self._row_of: dict[torch.device, torch.Tensor] = {}
+        self._asking: dict[torch.device, AskingRows] = {}
         # Whether bytes of this prefix proved wrong, and could not be computed anew.
         self.damaged = False
         self.timeline = Timeline() if config.timeline else None
@@ -136,6 +152,7 @@ class PrefixRequest:
         """The first suffix tokens are here."""
         self.rows = rows
         self._row_of.clear()
+        self._asking.clear()
         self._voters = rows.voters(self.config.suffix_queries, self.config.recent_queries)
         self.start()
 
@@ -210,8 +227,11 @@ class PrefixRequest:
         scores = scorer(inputs)
         if not self._packed:
             self._keys.used(layer, self.plan.devices[layer])
-        if scores.mass.device.type != "cpu":  # The choice is made where reads are issued: one copy, one wait.
-            scores = ChunkScores(*torch.stack(scores).cpu())
+        there = self._store.memory.on(self.plan.devices[layer])
+        if there is not None:  # The choice is made where reads are issued: one copy, one wait.
+            alone = scores.mass is scores.importance
+            both = there.device.fetch(scores.mass[None] if alone else torch.stack(scores))
+            scores = ChunkScores(both[0], both[-1])
         selected = choose_chunks(scores.importance, self.keep, self.config.keep_first, self.config.keep_last)
         mass = scores.mass.detach().numpy().sum(0)
         if self.timeline is not None:
@@ -271,7 +291,17 @@ class PrefixRequest:
         found = self._row_of.get(device)
         if found is None:
             rows = torch.arange(batch) if self.rows is None else self.rows.of_batch
-            found = self._row_of[device] = rows.to(device, non_blocking=True)
+            found = self._row_of[device] = send(rows, device)
+        return found
+
+    def _asking_on(self, device: torch.device) -> AskingRows:
+        """What a leader layer on `device` must know of the rows; copied there once."""
+        found = self._asking.get(device)
+        if found is None:
+            assert self.rows is not None
+            voters = send(torch.cat(self._voters), device).split([len(one) for one in self._voters])
+            some = None if self.rows.in_order else send(self.rows.representatives, device)
+            found = self._asking[device] = AskingRows(some, list(voters), send(self.rows.visible, device))
         return found
 
     def load_full(
@@ -357,13 +387,11 @@ class PrefixRequest:
             self._ahead.need(layer)
             self._wanted[layer] = np.arange(self.prefix.chunks)
         elif self._is_leader(layer) and layer not in self._wanted:
-            if not self.rows.in_order:
-                some = self.rows.representatives.to(query.device)
-                query, suffix_keys = query[some], suffix_keys[some]
-            visible = self.rows.visible.to(query.device)
-            voters = [positions.to(query.device) for positions in self._voters]
-            softcap = options.get("softcap")
-            self._identify(layer, SelectionInput(query, suffix_keys, voters, visible, options["scaling"], softcap))
+            asking = self._asking_on(query.device)
+            if asking.representatives is not None:
+                query, suffix_keys = query[asking.representatives], suffix_keys[asking.representatives]
+            scaling, softcap = options["scaling"], options.get("softcap")
+            self._identify(layer, SelectionInput(query, suffix_keys, asking.voters, asking.visible, scaling, softcap))
         if not self.keeps_all:
             self._speculate(layer)
 

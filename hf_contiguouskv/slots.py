@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .device import send
 from .memory.blocks import neighbours
 from .prefix import AttachedPrefix, Chunks
 from .residency import Batch
@@ -57,7 +58,7 @@ def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> Non
     if neighbours(positions):
         destination.narrow(2, int(positions[0]), len(positions)).copy_(turned)
     else:
-        where = torch.from_numpy(positions).to(destination.device, non_blocking=True)
+        where = send(torch.from_numpy(positions), destination.device)
         destination.index_copy_(2, where, turned)
 
 
@@ -125,7 +126,7 @@ def _put_values(
     if places is None:
         destination.copy_(values[None, :, :, : destination.shape[3]])
     else:
-        where = torch.from_numpy(places).to(destination.device, non_blocking=True)
+        where = send(torch.from_numpy(places), destination.device)
         destination[0].index_copy_(1, where, values)
 
 

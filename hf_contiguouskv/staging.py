@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import torch
 
+from .device import send
 from .memory import Buffer, MemoryTiers
 from .memory.device_tier import DeviceTier
 from .prefix import AttachedPrefix, Chunks
@@ -103,7 +104,7 @@ class StagedBatch:
         rows = self._target.data[: count * self._size].view(count, self._size)
         if take is None:
             return rows
-        return rows.index_select(0, torch.from_numpy(take).to(rows.device, non_blocking=True))
+        return rows.index_select(0, send(torch.from_numpy(take), rows.device))
 
     def release(self) -> None:
         """See `residency.Batch`."""

@@ -130,6 +130,8 @@ def require_support(model: nn.Module) -> ModelSupport:
 class _ProbeLayer(CacheLayerMixin):
     """Hands its K/V to attention and remembers what happened to them."""
 
+    plain = False
+
     def __init__(self) -> None:
         super().__init__()
         self.updates = 0

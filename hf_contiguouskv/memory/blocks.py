@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..device import send
 from ..store.pread import PAGE, as_memoryview
 
 Slots = npt.NDArray[np.int64]
@@ -179,8 +180,7 @@ class TensorBlocks:
 
 
 def _index(positions: Slots, like: torch.Tensor) -> torch.Tensor:
-    # From pageable memory this copy would be waited for; numbers this small travel with the launch of a kernel.
-    return torch.from_numpy(positions).to(like.device, non_blocking=True)
+    return send(torch.from_numpy(positions), like.device)
 
 
 def neighbours(slots: Slots) -> bool:

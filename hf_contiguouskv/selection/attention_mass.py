@@ -35,7 +35,7 @@ class AttentionMass:
         voters = inputs.voters[row]
         group = inputs.queries.shape[1] // kv_heads
         # All query heads of a KV head are rows of one matrix product: (kv_heads, group * voters, head_dim).
-        queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, head_dim) * inputs.scaling
+        queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, head_dim)
         suffix_keys = inputs.suffix_keys[row].float()
         length = suffix_keys.shape[1]
         causal = voters[:, None] >= torch.arange(length, device=voters.device)[None, :]
@@ -49,8 +49,9 @@ class AttentionMass:
             for start in range(0, queries.shape[1], step):
                 block = queries[head, start : start + step]
                 logits = scratch[: block.shape[0]]
-                torch.mm(block, prefix_keys[head].T, out=logits[:, :tokens])
-                torch.mm(block, suffix_keys[head].T, out=logits[:, tokens:])
+                for keys, part in ((prefix_keys, logits[:, :tokens]), (suffix_keys, logits[:, tokens:])):
+                    # Scaled afterwards: 16-bit queries and keys, as they are, lose nothing in a TF32 product.
+                    torch.addmm(part, block, keys[head].T, beta=0, alpha=inputs.scaling, out=part)
                 logits = squash(logits, inputs.softcap)
                 logits[:, tokens:].masked_fill_(hidden[start : start + step], float("-inf"))
                 weights = torch.softmax(logits, dim=-1, out=logits)

@@ -12,6 +12,7 @@ import torch
 
 from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
+from .device_products import device_product
 from .integer_products import IntegerProduct, fastest_product
 from .scratch import Scratch
 
@@ -56,20 +57,26 @@ class IndexedKeys:
         whole_chunks: how many chunks at the beginning are candidates (a partial last one is not).
         concentration: exponent on a chunk's share per head and query.
         scratch: to be shared by the layers of a request, on a CPU.
+        on_device: whether the work is done as an accelerator does it; by default, where the parts are on one.
     """
 
     def __init__(
-        self, parts: list[Part], whole_chunks: int, concentration: float, scratch: Scratch | None = None
+        self,
+        parts: list[Part],
+        whole_chunks: int,
+        concentration: float,
+        scratch: Scratch | None = None,
+        on_device: bool | None = None,
     ) -> None:
         self.parts = parts
         self.whole_chunks = whole_chunks
         self.concentration = concentration
         self._scratch = Scratch() if scratch is None else scratch
+        self._on_device = parts[0][0].device.type != "cpu" if on_device is None else on_device
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
         """See `ChunkScorer`. A chunk's mass is the share of its strongest token among those of all chunks."""
-        on_cpu = self.parts[0][0].device.type == "cpu"
-        score = self._row_on_cpu if on_cpu else self._row_on_device
+        score = self._row_on_device if self._on_device else self._row_on_cpu
         return scores_of_rows([score(inputs, row) for row in range(inputs.queries.shape[0])])
 
     def _row_on_cpu(self, inputs: SelectionInput, row: int) -> ChunkScores:
@@ -104,7 +111,7 @@ class IndexedKeys:
 
     def _row_on_device(self, inputs: SelectionInput, row: int) -> ChunkScores:
         kv_heads = self.parts[0][0].shape[0]
-        queries = inputs.queries[row][:, inputs.voters[row]].reshape(kv_heads, -1, self._head_dim)
+        queries = inputs.queries[row][:, inputs.voters[row]].detach().float().reshape(kv_heads, -1, self._head_dim)
         peaks = [peaks_on_device(queries, part, inputs.scaling) for part in self.parts]
         best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
         share = torch.softmax(squash(best[..., : self.whole_chunks], inputs.softcap), dim=-1).flatten(0, 1)
@@ -162,10 +169,10 @@ def peaks_on_cpu(
 
 
 def peaks_on_device(queries: torch.Tensor, part: Part, scaling: float) -> torch.Tensor:
-    """The largest `q . k` in each chunk, by a product in bfloat16.
+    """The largest `q . k` in each chunk, by an integer product: the numbers of `peaks_on_cpu`, operation by operation.
 
     Args:
-        queries: `(kv_heads, n, head_dim)`, any float dtype.
+        queries: float32 `(kv_heads, n, head_dim)`.
         part: index and scale.
         scaling: factor on every product.
 
@@ -173,7 +180,9 @@ def peaks_on_device(queries: torch.Tensor, part: Part, scaling: float) -> torch.
         float32 `(kv_heads, n, chunks)`.
     """
     index, scale = part
-    kv_heads, c, chunks, head_dim = index.shape
-    scaled = (queries.float() * scale[:, None]).to(torch.bfloat16)
-    products = torch.bmm(scaled, index.view(kv_heads, -1, head_dim).to(torch.bfloat16).mT)
-    return products.view(kv_heads, -1, c, chunks).amax(2).float() * scaling
+    scaled = queries * scale[:, None]
+    peak = scaled.abs().amax(-1, keepdim=True).clamp_min_(1e-20)
+    # (Not `127.0 / peak`, which torch computes as a product with a reciprocal.)
+    rounded = scaled.mul_(torch.full_like(peak, 127.0).div_(peak)).round_().to(torch.int8)
+    best = device_product(index.device, index.shape[-1]).maxima(index, rounded)
+    return best.float().mul_(peak.mul_(float(np.float32(scaling / 127.0))))

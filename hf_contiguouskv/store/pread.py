@@ -19,6 +19,10 @@ BOUNCE_BYTES = MAX_PART + 2 * PAGE
 # key indexes of a cold prefix take a fiftieth of the page faults (8 instead of 20 ms for 47 MB).
 _HUGE = 2**18
 
+# What the system says where it cannot read straight into this memory: it is not aligned as the device wants it, or its
+# pages (registered with a GPU's driver, say) cannot be handed to the device. Ordinary memory of this process can.
+NOT_DIRECTLY = (errno.EINVAL, errno.EFAULT)
+
 _of_thread = threading.local()
 
 
@@ -71,7 +75,7 @@ def read_range(direct: int | None, buffered: int, offset: int, into: memoryview)
         try:
             got = os.preadv(direct, (into if whole_pages == nbytes else into[:whole_pages],), offset)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in NOT_DIRECTLY:
                 raise
             got = 0
         physical = got & -PAGE
@@ -90,7 +94,7 @@ def read_scattered(direct: int | None, buffered: int, offset: int, into: list[me
             if os.preadv(direct, into, offset) == nbytes:
                 return nbytes
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in NOT_DIRECTLY:
                 raise
     # Misaligned, or the storage delivered less at once: one by one, which also finds out what is wrong.
     physical = 0
@@ -117,7 +121,7 @@ def _read_bounced(direct: int, buffered: int, offset: int, into: memoryview) -> 
         try:
             got = os.preadv(direct, (aligned[:span],), begin)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in NOT_DIRECTLY:
                 raise
             # The file system let the file be opened for direct reads but does not serve them like this.
             _read_buffered(buffered, offset, into)

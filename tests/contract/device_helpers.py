@@ -113,9 +113,12 @@ class HostWaits(TorchFunctionMode):
 
     @staticmethod
     def _moves(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-        """A copy to a device, from memory that is not pinned, that the host waits for."""
+        """A copy to a device from memory that is not pinned: the host may wait for it, whatever it was told.
+
+        `device.send` is the way to move a small tensor.
+        """
         to_device = any(isinstance(value, torch.device) for value in (*args[1:], *kwargs.values()))
-        return name == "to" and to_device and not kwargs.get("non_blocking")
+        return name == "to" and to_device
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self._hooks:

@@ -161,6 +161,7 @@ KINDS: dict[str, tuple[str, int | str, Callable[[Any], bool], bool]] = {
     "read: short": ("preadv", "short", is_segment, False),
     "read: end of file": ("preadv", "end", is_segment, False),  # (A single one is like a short read.)
     "read: EINVAL": ("preadv", errno.EINVAL, is_segment, False),
+    "read: EFAULT": ("preadv", errno.EFAULT, is_segment, False),
     "read back: EIO": ("pread", errno.EIO, is_of_store, True),
     "read back: short": ("pread", "short", is_of_store, False),
     "read back: end of file": ("pread", "end", is_of_store, True),
@@ -360,7 +361,7 @@ def test_one_failing_call(bench: Bench, calls: dict[tuple[str, Case], int], figu
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith(("short", "EINVAL"))])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith(("short", "EINVAL", "EFAULT"))])
 def test_every_call_fails(bench: Bench, figures: Figures, kind: str, case: Case) -> None:
     name, what, concerns, _ = KINDS[kind]
     fault = Fault(name, what, lambda _: True, concerns)

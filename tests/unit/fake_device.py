@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit.device_log import HOST, Entry, Touch, races
 
-from hf_contiguouskv import keys, staging
+from hf_contiguouskv import device, keys, staging
 from hf_contiguouskv.memory import blocks, tiers
 from hf_contiguouskv.store import reader
 from hf_contiguouskv.store.pread import PAGE, as_memoryview
@@ -322,6 +322,8 @@ class FakeDevice:
         self.name = name
         # Which memory has run out: that for copies (True), or all other (False).
         self.full: bool | None = None
+        # What the device says that nobody has taken.
+        self.free: int | None = None
         self._machine = machine
 
     @property
@@ -371,6 +373,21 @@ class FakeDevice:
         assert owner is not None
         owner.pending.append(done)
         return done
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        self._machine.add("send", self._compute, detail=f"of {values.nbytes} bytes")
+        return values.clone()
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        found = values.clone()
+        self._machine.add("fetch", self._compute, event=None, detail=f"of {values.nbytes} bytes")
+        return found
+
+    def free_bytes(self) -> int | None:
+        return self.free
+
+    def let_go(self) -> None:
+        pass
 
     def wait(self, event: FakeEvent) -> None:
         with self._machine._lock:
@@ -428,7 +445,8 @@ def accelerated(schedule: str | int = LATE, *, piece: int | None = None) -> Iter
 
 def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """From now on, every CPU device is one of the machine's accelerators, for stores that are opened from now on."""
-    patch.setattr(tiers, "device_of", machine.device_of)
+    for module in (tiers, device):
+        patch.setattr(module, "device_of", machine.device_of)
     patch.setattr(tiers, "pinned_buffer", machine.pinned)
     for module in (staging, keys):
         patch.setattr(module, "as_memoryview", machine.into_host)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_contiguouskv import attention
-from hf_contiguouskv.attention import _grouped_sdpa
+from hf_contiguouskv.attention import attend
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
@@ -51,8 +51,7 @@ def test_with_a_mask(monkeypatch: pytest.MonkeyPatch, folds: bool, batch: int, n
     seen = causal(batch, 5, 20, padding=3)
     mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if numbers else seen
     for _ in range(2):  # The second layer gets the mask that was prepared for the first.
-        found, weights = _grouped_sdpa(query, key, value, mask, {"scaling": 0.3})
-        assert weights is None
+        found = attend(query, key, value, mask, {"scaling": 0.3})
         assert found.is_contiguous()
         torch.testing.assert_close(found, by_loops(query, key, value, seen), rtol=1e-5, atol=1e-5)
 
@@ -62,13 +61,13 @@ def test_a_mask_of_its_own_for_each_head_is_not_folded() -> None:
     seen = causal(2, 5, 20).repeat(1, HEADS, 1, 1)
     for head in range(HEADS):
         seen[:, head, :, head] = False
-    found, _ = _grouped_sdpa(query, key, value, seen, {"scaling": 0.3})
+    found = attend(query, key, value, seen, {"scaling": 0.3})
     torch.testing.assert_close(found, by_loops(query, key, value, seen), rtol=1e-5, atol=1e-5)
 
 
 def test_one_query_without_a_mask() -> None:
     query, key, value = states(2, 1, 20)
-    found, _ = _grouped_sdpa(query, key, value, None, {"scaling": 0.3})
+    found = attend(query, key, value, None, {"scaling": 0.3})
     everything = torch.ones(2, 1, 1, 21, dtype=torch.bool)
     torch.testing.assert_close(found, by_loops(query, key, value, everything), rtol=1e-5, atol=1e-5)
 
@@ -76,7 +75,64 @@ def test_one_query_without_a_mask() -> None:
 def test_a_prepared_mask_is_prepared_anew_for_another_dtype() -> None:
     query, key, value = states(1, 5, 20)
     mask: Any = causal(1, 5, 20)
-    full, _ = _grouped_sdpa(query, key, value, mask, {"scaling": 0.3})
-    half, _ = _grouped_sdpa(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, {"scaling": 0.3})
+    full = attend(query, key, value, mask, {"scaling": 0.3})
+    half = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, {"scaling": 0.3})
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("heads", [KV_HEADS, HEADS])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_plain_mask_is_left_out_where_there_is_a_flash_kernel(
+    monkeypatch: pytest.MonkeyPatch, heads: int, batch: int
+) -> None:
+    monkeypatch.setattr(attention, "_flash", lambda *_: True)
+    monkeypatch.setattr(attention, "_prepared", None)  # Nobody makes a mask.
+    query, key, value = states(batch, 5, 20)
+    query = query[:, :heads]
+    seen = causal(batch, 5, 20)
+    found = attend(query, key, value, seen, {"scaling": 0.3}, plain=True)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, by_loops(query, key, value, seen), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [32, 25])
+def test_the_kernel_for_masks_gets_rows_that_it_can_read(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Without a GPU the kernel cannot run, but it can be asked what it would return."""
+    asked = []
+
+    def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor, dropout: float) -> bool:
+        asked.append((query.shape, added.shape))
+        assert query.shape[1] == key.shape[1] == KV_HEADS
+        assert added.stride(-1) == 1
+        assert all(stride % 16 == 0 for stride in added.stride()[:-1])
+        return True
+
+    monkeypatch.setattr(attention, "_efficient", fits)
+    query, key, value = (one.to("meta") for one in states(2, 5, columns - 5))
+    mask = torch.ones(2, 1, 5, columns, dtype=torch.bool, device="meta")
+    found = attend(query, key, value, mask, {"scaling": 0.3})
+    assert found.shape == (2, 5, HEADS, HEAD_DIM)
+    assert asked == [((2, KV_HEADS, 15, HEAD_DIM), (2, 1, 15, columns))]
+
+
+class _Module(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = torch.nn.Module()  # Anything that can be referred to weakly.
+
+
+def test_the_first_mask_of_a_model_is_looked_at() -> None:
+    query, key, _ = states(1, 5, 20)
+    plain, other = causal(1, 5, 20), causal(1, 5, 20, padding=1)
+    usual, unusual = _Module(), _Module()
+    for _ in range(2):
+        assert attention._is_lower_right(usual, query, key, plain)
+        assert not attention._is_lower_right(unusual, query, key, other)
+    assert not attention._is_lower_right(unusual, query, key, plain)
+    # A mask of another shape is no mask of these tokens, and a module without a config says nothing.
+    assert not attention._is_lower_right(usual, query[:, :, :4], key, plain)
+    assert not attention._is_lower_right(torch.nn.Module(), query, key, plain)
+    known = len(attention._lower_right)
+    del usual, unusual
+    assert len(attention._lower_right) == known - 2

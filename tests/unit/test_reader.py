@@ -151,8 +151,9 @@ def test_a_deleted_file_can_still_be_read_through_an_open_segment(tmp_path: Path
         assert buffer.numpy().tobytes() == content
 
 
+@pytest.mark.parametrize("refusal", ["EINVAL", "EFAULT"])
 def test_where_direct_reads_are_refused_later_the_page_cache_serves(
-    file: Path, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch
+    file: Path, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch, refusal: str
 ) -> None:
     import errno
     import os
@@ -162,13 +163,44 @@ def test_where_direct_reads_are_refused_later_the_page_cache_serves(
 
     def refuse(fd: int, buffers: object, offset: int) -> int:
         if fd == segment.blob.fd_direct:
-            raise OSError(errno.EINVAL, "refused")
+            raise OSError(getattr(errno, refusal), "refused")
         return real(fd, buffers, offset)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "preadv", refuse)
     buffer = aligned_buffer(3 * PAGE)
     reader.submit([Read(segment, PAGE, 3 * PAGE, as_memoryview(buffer))]).wait()
     assert buffer.numpy().tobytes() == file.read_bytes()[PAGE : 4 * PAGE]
+    segment.close()
+
+
+def test_memory_that_direct_reads_cannot_reach_is_filled_through_memory_that_they_can(
+    file: Path, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that are registered with a GPU's driver may be refused (EFAULT), others of the process are not."""
+    import ctypes
+    import errno
+    import os
+
+    segment, buffer = open_segment(file), aligned_buffer(8 * PAGE)
+    if segment.blob.fd_direct is None:
+        pytest.skip("the file system refuses O_DIRECT")
+    begin, real, refused = buffer.data_ptr(), os.preadv, []
+
+    def refuse(fd: int, buffers: list[memoryview], offset: int) -> int:
+        for one in buffers:
+            if begin <= ctypes.addressof(ctypes.c_char.from_buffer(one)) < begin + 8 * PAGE:
+                assert fd == segment.blob.fd_direct, "the page cache was asked"
+                refused.append(offset)
+                raise OSError(errno.EFAULT, "Bad address")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    octets = as_memoryview(buffer)
+    reads = [Read(segment, (1 + 2 * i) * PAGE, 2 * PAGE, octets[2 * i * PAGE :][: 2 * PAGE]) for i in range(3)]
+    reader.submit(reads).wait()  # In one call, scattered.
+    reader.submit([Read(segment, 7 * PAGE, 100, octets[6 * PAGE :][:100])]).wait()
+    assert refused
+    assert buffer.numpy()[: 6 * PAGE + 100].tobytes() == file.read_bytes()[PAGE : 7 * PAGE + 100]
     segment.close()
 
 

@@ -13,8 +13,10 @@ from hf_contiguouskv.selection import (
     SelectionInput,
     build_key_index,
     choose_chunks,
+    device_products,
     voting_queries,
 )
+from hf_contiguouskv.selection.device_products import FloatUnits, IntegerUnits
 from hf_contiguouskv.selection.indexed_keys import Scratch, peaks_on_cpu, peaks_on_device
 
 
@@ -162,17 +164,80 @@ def test_chunk_peaks_come_close_to_the_exact_maximum():
         assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize(("head_dim", "votes"), [(8, 3), (64, 16), (96, 1), (128, 16), (1100, 2)])
+def test_a_device_finds_the_very_peaks_of_a_cpu(head_dim, votes):
+    generator = torch.Generator().manual_seed(head_dim)
+    keys = torch.randn(2, 333, head_dim, generator=generator) * torch.rand(head_dim, generator=generator) * 9
+    queries = torch.randn(2, 7 * votes, head_dim, generator=generator).exp()
+    queries[0, 0] = 0
+    part = build_key_index(keys, 16)
+    expected = torch.empty(21, 2, 7 * votes)
+    peaks_on_cpu(queries.numpy(), part, 0.0883, Scratch(), expected.numpy())
+    assert torch.equal(peaks_on_device(queries, part, 0.0883), expected.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("product", [IntegerUnits(), FloatUnits(torch.float32), FloatUnits(torch.float64)])
+@pytest.mark.parametrize("chunks", [1, 37])
+@pytest.mark.parametrize("at_once", [2**26, 2**12])
+def test_a_devices_products_are_whole_numbers_and_right(monkeypatch, product, chunks, at_once):
+    monkeypatch.setattr(device_products, "BYTES_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(chunks)
+    index = torch.randint(-127, 128, (2, 16, chunks, 64), dtype=torch.int8, generator=generator)
+    queries = torch.randint(-127, 128, (2, 13, 64), dtype=torch.int8, generator=generator)
+    products = torch.einsum("hcnd,hqd->hqcn", index.long(), queries.long())
+    found = product.maxima(index, queries)
+    assert torch.equal(found.long(), products.amax(2))
+    assert torch.equal(found, found.round())
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_product_that_is_not_exact_is_not_used(monkeypatch, wrong):
+    product = IntegerUnits()
+    if wrong:
+        right = product.maxima
+        monkeypatch.setattr(product, "maxima", lambda index, queries: right(index, queries) // 2 * 2)
+    assert device_products._is_exact(product, torch.device("cpu"), 64) is not wrong
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_a_cpu_and_a_device_score_alike(power, softcap):
+@pytest.mark.parametrize("scaling", [0.35, 6.0])
+def test_a_cpu_and_a_device_choose_the_chunks_that_float64_chooses(power, softcap, scaling):
     voters = [torch.tensor([1, 2, 4]), torch.tensor([3])]
-    inputs, keys = some_input(voters=voters, softcap=softcap), keys_of(67)
+    inputs, keys = some_input(voters=voters, softcap=softcap, scaling=scaling), keys_of(67)
     parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
     scorer = IndexedKeys(parts, 16, power)
     for row, (importance, mass) in enumerate(zip(*scorer(inputs), strict=True)):
         other = scorer._row_on_device(inputs, row)
-        torch.testing.assert_close(importance, other.importance, rtol=0.05, atol=0.01)
-        torch.testing.assert_close(mass, other.mass, rtol=0.05, atol=0.01)
+        torch.testing.assert_close(importance, other.importance, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(mass, other.mass, rtol=1e-5, atol=1e-7)
+        exact = slow_indexed_importance(inputs, row, parts, 16, power)
+        torch.testing.assert_close(importance.double(), exact, rtol=1e-4, atol=1e-7)
+        for keep in (1, 4, 11):
+            chosen = [choose_chunks(one[None], keep, 0, 0) for one in (importance, other.importance, exact)]
+            assert torch.equal(chosen[0], chosen[1])
+            assert torch.equal(chosen[0], chosen[2])
+
+
+def slow_indexed_importance(inputs, row, parts, whole, power):
+    """From the rounded queries and keys on, in float64 and in loops."""
+    heads, kv_heads = inputs.queries.shape[1], parts[0][0].shape[0]
+    result = torch.zeros(whole, dtype=torch.float64)
+    for head in range(heads):
+        for voter in inputs.voters[row].tolist():
+            peaks = []
+            for index, scale in parts:
+                own = head // (heads // kv_heads)
+                query = inputs.queries[row, head, voter] * scale[own]
+                step = query.abs().max() / 127
+                rounded = (query / step).round().double()
+                products = torch.einsum("cnd,d->cn", index[own].double(), rounded)
+                peaks.append(products.amax(0) * step.double() * inputs.scaling)
+            logits = torch.cat(peaks)[:whole]
+            if inputs.softcap is not None:
+                logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
+            result += torch.softmax(logits, 0) ** power
+    return result / (heads if power == 1.0 else 1)
 
 
 def test_queries_that_require_a_gradient_are_scored_all_the_same():
