@@ -200,8 +200,8 @@ class PayloadReads:
         while len(left):
             piece, left = self._asked.residency(reads.device).bring_piece(layer, left)
             try:
-                assert piece.ticket is not None
-                wait(piece.ticket, self._stats, self.timeline, layer)
+                if piece.ticket is not None:  # Else all of it is in the host's tier.
+                    wait(piece.ticket, self._stats, self.timeline, layer)
                 yield piece
             finally:
                 self._abandon([piece])

@@ -279,7 +279,10 @@ class PrefixRequest:
                 octets = self._store.memory.workspace(math.prod(shape) * like.dtype.itemsize)
                 if octets is not None:
                     return octets.view(like.dtype).view(shape)
-            return like.new_empty(shape)
+            tier = self._store.memory.devices.get(like.device)
+            if tier is None:
+                return like.new_empty(shape)
+            return tier.where_it_fits(math.prod(shape) * like.dtype.itemsize, lambda: like.new_empty(shape))
 
     def _begun(self, batch: int, q_length: int) -> None:
         """The model was called past the cache's hook (its base model, say): nothing is known of the rows."""

@@ -36,7 +36,10 @@ class DeviceSlotBatch:
 
     def extents(self, take: Chunks | None) -> torch.Tensor:
         """See `residency.Batch`."""
-        return self._tier.blocks(self._size).select(self._slots if take is None else self._slots[take])
+        slots = self._slots if take is None else self._slots[take]
+        return self._tier.where_it_fits(
+            len(slots) * self._size, lambda: self._tier.blocks(self._size).select(slots)
+        )
 
     def release(self) -> None:
         """See `residency.Batch`: whoever gets these slots next writes behind what has been queued."""
@@ -122,13 +125,12 @@ class StagedBatch:
     def _stay(self) -> None:
         """Put the chunks into the device's slots, as far as these can be had; what was read into the host's, if not."""
         order = np.argsort(self.chunks)
-        try:
-            slots = self._tier.take(self._size, len(order))
-        except torch.OutOfMemoryError:
-            slots = order[:0]  # The model needs it more: what is here is used, and then forgotten.
+        slots = self._tier.take(self._size, len(order))
         if len(slots):
             try:
                 self._put(order[: len(slots)], slots)
+            except torch.OutOfMemoryError:
+                pass  # The model needs it more: what is here was used, and is forgotten.
             finally:
                 self._tier.release(slots, self._size)
         else:

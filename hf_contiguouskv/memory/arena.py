@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .blocks import Blocks, Slots, distinct
 
@@ -52,13 +53,16 @@ class Arena:
     # -- having and giving slots --------------------------------------------------------------------------------------
 
     def grow(self, blocks: int) -> int:
-        """Have up to `blocks` more blocks; how many slots that made."""
+        """Have up to `blocks` more blocks, as far as there is memory for them; how many slots that made."""
         room = self.blocks.max_blocks - self._top + len(self._returned)
         numbers: list[int] = []
         try:
             for _ in range(min(blocks, room)):
                 number = self._returned[-1] if self._returned else self._top
-                self.blocks.take(number)  # May raise: there is no such memory.
+                try:
+                    self.blocks.take(number)  # May raise, and then nothing has changed.
+                except torch.OutOfMemoryError:
+                    break  # The limit was more than there is.
                 if self._returned:
                     self._returned.pop()
                 else:

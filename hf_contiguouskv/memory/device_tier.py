@@ -114,6 +114,11 @@ class DeviceTier(Tier):
     def _buffer_of(self, nbytes: int) -> torch.Tensor:
         return self.device.empty(nbytes, for_copies=True)
 
+    def give_way(self, nbytes: int) -> None:
+        """See `Lender`; torch, which keeps what is returned to it, returns that to the device."""
+        super().give_way(nbytes)
+        self.device.let_go()
+
     def limit(self, max_bytes: int) -> None:
         """Another limit from now on; what is too much goes now, what is in use when it is released."""
         with self._lock:
@@ -146,8 +151,10 @@ class DeviceTier(Tier):
         try:
             content = arena.blocks.select(slots)
             copied = self.device.copy_out(content, buffer.data[: content.numel()].view_as(content))
-        except BaseException:
+        except BaseException as error:
             self._host.give_back(buffer)
+            if isinstance(error, torch.OutOfMemoryError):
+                return  # There is not even room to gather them: they are dropped.
             raise
         buffer.busy = copied
         self._demotions.append(_Demotion(table, arena.place[slots].copy(), buffer, copied))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from .entries import Buffer, buffer_capacity
 from .workspace import Workspace, workspace_capacity
 
+T = TypeVar("T")
 # Buffers that are kept for the next read, as a share of the limit.
 _IDLE_SHARE = 8
 # Memory that attention reads from, in use or not, as a share of the limit.
@@ -40,6 +42,10 @@ class Lender(ABC):
     @abstractmethod
     def make_room(self, nbytes: int) -> bool:
         """Let go of what may go until `nbytes` more fit; whether they do."""
+
+    @abstractmethod
+    def give_way(self, nbytes: int) -> None:
+        """Return `nbytes` of what is kept and not in use to the system, or all of it if that is less."""
 
     @abstractmethod
     def _fits(self, nbytes: int) -> bool:
@@ -75,11 +81,26 @@ class Lender(ABC):
             self._note_peak()
         try:
             with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
-                return Buffer(self._make_buffer(capacity), counted)
-        except BaseException:
+                return Buffer(self.where_it_fits(capacity, lambda: self._make_buffer(capacity)), counted)
+        except BaseException as error:
             with self._lock:
                 self._buffer_bytes -= counted
+            if isinstance(error, torch.OutOfMemoryError) and not must:
+                return None  # The limit was more than there is.
             raise
+
+    def where_it_fits(self, nbytes: int, action: Callable[[], T]) -> T:
+        """What `action` returns, which needs `nbytes` of this memory; where it runs out, what is kept goes first.
+
+        Raises:
+            OutOfMemoryError: there is not so much, even if nothing is kept that nobody uses.
+        """
+        for wanted in (nbytes, self.max_bytes):
+            try:
+                return action()
+            except torch.OutOfMemoryError:
+                self.give_way(wanted)
+        return action()
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a leased buffer that nothing reads or writes any more."""

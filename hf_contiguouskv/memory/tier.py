@@ -259,6 +259,18 @@ class Tier(Lender):
                 self._workspace.drop(self._missing(nbytes))
             return self._fits(nbytes)
 
+    def give_way(self, nbytes: int) -> None:
+        """See `Lender`: the memory is needed elsewhere, whatever the limit says."""
+        with self._lock:
+            before = self.held_bytes
+            self.drop_idle()
+            self._workspace.drop(nbytes)
+            for arena in self._arenas.values():
+                arena.return_blocks(-(-nbytes // arena.block_bytes))
+            missing = nbytes - (before - self.held_bytes)
+            if missing > 0:
+                self._reclaim(missing, None)
+
     def could_fit(self, nbytes: int) -> bool:
         """Whether `nbytes` more would fit if everything went that nobody uses."""
         with self._lock:

@@ -35,6 +35,10 @@ _RESERVE_SHARE = 8
 _SMOOTHING = 0.1
 
 
+# An accelerator's memory that is free when it is first used belongs to the tier by so much; and if nobody can tell.
+FREE_SHARE, UNKNOWN_DEVICE_BYTES = 4, 2**30
+
+
 class Tables(Protocol):
     """The tables of a prefix's segments, and which chunk is where in them (`residency.PrefixTables`)."""
 
@@ -81,19 +85,20 @@ class MemoryTiers:
 
     Args:
         host_bytes: limit of the host's tier; 0: chunks are read from disk each time.
-        device_bytes: limit of all accelerators' tiers together; they get equal shares.
+        device_bytes: limit of all accelerators' tiers together; they get equal shares. `None`: of each a quarter of
+            what is free when it is first used (`FREE_SHARE`).
         eviction: a policy, or its name.
 
     Raises:
         ConfigError: a limit is negative, or there is no policy of that name.
     """
 
-    def __init__(self, host_bytes: int, device_bytes: int, eviction: str | EvictionPolicy) -> None:
-        if device_bytes < 0:
+    def __init__(self, host_bytes: int, device_bytes: int | None, eviction: str | EvictionPolicy) -> None:
+        if device_bytes is not None and device_bytes < 0:
             raise ConfigError(f"device_bytes must be 0 or more, got {device_bytes}")
         self.policy = policy_named(eviction)
         self.clock = Clock()
-        self.device_bytes = device_bytes
+        self._device_limit = device_bytes
         self.lock = threading.RLock()
         self._tables: dict[int, SegmentTable] = {}
         self._by_identity: OrderedDict[Hashable, SegmentTable] = OrderedDict()
@@ -135,9 +140,12 @@ class MemoryTiers:
                 self._pinned = True
                 self.host.drop_idle()  # They are not pinned.
                 self.host.drop_workspace()
-                share = self.device_bytes // (len(self.devices) + 1)
-                for tier in self.devices.values():
-                    tier.limit(share)
+                if self._device_limit is None:
+                    share = _share_of(opened)
+                else:
+                    share = self._device_limit // (len(self.devices) + 1)
+                    for tier in self.devices.values():
+                        tier.limit(share)
                 self.devices[device] = DeviceTier(
                     str(device), share, self.policy, opened, self.host, self.lock, self._tables, self.clock
                 )
@@ -145,6 +153,11 @@ class MemoryTiers:
                     table.slots_in(str(device))
                     self._count_table(table)
             return self.devices[device]
+
+    @property
+    def device_bytes(self) -> int:
+        """Limit of the tiers of all accelerators that are used."""
+        return sum(tier.max_bytes for tier in self.devices.values())
 
     @property
     def tiers(self) -> list[Tier]:
@@ -159,7 +172,7 @@ class MemoryTiers:
         extent_bytes = segment.extents(form).nbytes
         if getattr(segment.blob, "in_memory", False) or segment.retired:
             return None  # It is in memory already, or nobody will ask for it again.
-        if max(self.host.max_bytes, self.device_bytes if self.devices else 0) < extent_bytes:
+        if max(self.host.max_bytes, self.device_bytes) < extent_bytes:
             return None
         with self.lock:
             table = self._by_identity.get(identity)
@@ -177,7 +190,7 @@ class MemoryTiers:
         for tier in self.tiers:
             if tier.max_bytes:
                 table.slots_in(tier.name)
-        limit = (self.host.max_bytes + (self.device_bytes if self.devices else 0)) // _TABLE_SHARE
+        limit = (self.host.max_bytes + self.device_bytes) // _TABLE_SHARE
         counted = table.nbytes if self.host.max_bytes else 0
         if table.nbytes > limit or not self.host.could_fit(counted):
             return None
@@ -296,7 +309,7 @@ class MemoryTiers:
         """Let go of everything; requests that are still running go on without."""
         self.catch_up()
         with self.lock:
-            self.device_bytes = 0
+            self._device_limit = 0
             for tier in self.tiers:
                 tier.close()
             for table in self._tables.values():
@@ -304,3 +317,8 @@ class MemoryTiers:
                 table.resident = 0
             self._by_identity.clear()
             self._tables.clear()
+
+
+def _share_of(device: Device) -> int:
+    free = device.free_bytes()
+    return UNKNOWN_DEVICE_BYTES if free is None else free // FREE_SHARE

@@ -61,7 +61,8 @@ class PrefixStore(Upkeep):
         host_bytes: hard limit on what this process keeps in host memory for all prefixes and requests, buffers of
             reads under way included; 0: disk only. Where attention runs on a CPU, this is the one tier there is, and
             up to an eighth of it is the memory that attention reads from, kept from one request to the next.
-        device_bytes: the same for the memory of accelerators; several share it equally.
+        device_bytes: the same for the memory of accelerators; several share it equally. `None`: a quarter of what is
+            free on each when a model on it is first served. Where memory runs out, what is kept there gives way.
         eviction: which chunk goes first when memory is full: the name of one of `memory.POLICIES`, or a policy.
         salt: tenants with different salts do not see each other's prefixes.
         create: whether a missing store may be created.
@@ -86,7 +87,7 @@ class PrefixStore(Upkeep):
         max_disk_bytes: int | None = None,
         ttl_s: float | None = None,
         host_bytes: int = 2 * 2**30,
-        device_bytes: int = 2**30,
+        device_bytes: int | None = None,
         eviction: str | EvictionPolicy = "expected-use",
         salt: str | bytes = b"",
         create: bool = True,

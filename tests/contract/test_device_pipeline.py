@@ -18,7 +18,7 @@ import torch
 from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVConfig, staging
 
 from .device_helpers import (
     CONFIGS,
@@ -34,7 +34,7 @@ from .device_helpers import (
 )
 from .models import token_ids
 from .references import assert_close, forward, prefilled
-from .subject import ContiguousKVCache, write_prefix
+from .subject import ContiguousKVCache, PrefixStore, write_prefix
 from .test_recovery import damage, files
 
 pytestmark = pytest.mark.needs_library
@@ -313,7 +313,7 @@ def test_a_device_that_has_no_memory_left_leaves_nothing_in_use(model, store_pat
     # Small enough that the second request needs more memory for slots than the first.
     with accelerated(LATE, piece=CHUNK) as machine, opened(store_path, device=64 * CHUNK) as store:
         ask(model, store, CONFIGS["paper"])
-        (device,) = machine.devices.values()
+        (device,) = set(machine.devices.values())
         device.full = failing == "buffers"
         # Without slots the request is answered all the same: what it brings is used, and stays nowhere.
         with pytest.raises(torch.OutOfMemoryError) if failing == "buffers" else nullcontext():
@@ -321,6 +321,55 @@ def test_a_device_that_has_no_memory_left_leaves_nothing_in_use(model, store_pat
         device.full = None
         assert_idle(store.memory)
         assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_device_with_less_memory_than_the_limit_says_is_one_with_less_room(model, store_path, config, monkeypatch):
+    """What does not fit crosses in pieces, as if the limit had forbidden it."""
+    monkeypatch.setattr(staging, "PIECE_BYTES", 4 * CHUNK)
+    expected = on_a_cpu(model, store_path, CONFIGS[config])
+    with accelerated(EARLY, piece=CHUNK) as machine, opened(store_path) as store:
+        device = machine.device_of(torch.device("cpu"))
+        device.most = 6 * CHUNK
+        for _ in range(3):
+            assert_close(ask(model, store, CONFIGS[config])[0], expected)
+            assert_idle(store.memory)
+        assert device.refused > 0 or config in ("paper", "index")
+
+
+@pytest.mark.parametrize("free", [None, 64 * MEBIBYTE, 0])
+def test_a_device_lends_a_quarter_of_what_is_free(model, store_path, free):
+    expected = on_a_cpu(model, store_path, CONFIGS["exact"])
+    with accelerated(EARLY) as machine, PrefixStore(store_path, host_bytes=8 * MEBIBYTE) as store:
+        machine.device_of(torch.device("cpu")).free = free
+        assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
+        assert store.memory.device_bytes == {None: 2**30, 64 * MEBIBYTE: 16 * MEBIBYTE, 0: 0}[free]
+        assert_idle(store.memory)
+
+
+def test_what_is_kept_gives_way_where_memory_runs_out(model, store_path):
+    with accelerated(EARLY, piece=CHUNK), opened(store_path) as store:
+        ask(model, store, CONFIGS["exact"])
+        (tier,) = store.memory.devices.values()
+        held, attempts = tier.held_bytes, []
+
+        def action() -> int:
+            attempts.append(tier.held_bytes)
+            if len(attempts) < 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return 7
+
+        assert tier.where_it_fits(2 * CHUNK, action) == 7
+        assert attempts[0] == held > attempts[1] > attempts[2] == 0
+        assert_idle(store.memory)
+        expected = forward(model, SUFFIX, prefilled(model, PREFIX))
+        assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
+        with pytest.raises(torch.OutOfMemoryError):
+            tier.where_it_fits(CHUNK, _no_memory)
+
+
+def _no_memory() -> None:
+    raise torch.OutOfMemoryError("out of memory")
 
 
 def test_the_books_of_a_segment_that_is_gone_take_no_room(model, store_path):

@@ -322,6 +322,9 @@ class FakeDevice:
         self.name = name
         # Which memory has run out: that for copies (True), or all other (False).
         self.full: bool | None = None
+        # The most that can be had at a time, and how often more was asked for.
+        self.most: int | None = None
+        self.refused = 0
         # What the device says that nobody has taken.
         self.free: int | None = None
         self._machine = machine
@@ -331,7 +334,8 @@ class FakeDevice:
         return f"{self.name}/{self._machine.current}"
 
     def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
-        if for_copies == self.full:
+        if for_copies == self.full or (self.most is not None and nbytes > self.most):
+            self.refused += 1
             raise torch.OutOfMemoryError("out of memory")
         return self._machine.allocate(nbytes, self.name, f"{self.name}/in" if for_copies else self._compute)
 
