@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,16 +27,76 @@ from .store.pread import as_memoryview
 from .store.reader import Read, Ticket
 
 
-@dataclass
 class _Pending:
-    """One tensor of one segment on its way from disk, `nbytes` of it; `which` is as in `KeptKeys`."""
+    """One tensor of one segment on its way: from disk, from the host's memory to a device, or from disk to a device.
 
-    name: str
-    which: int
-    span: SegmentSpan
-    buffer: Buffer
-    nbytes: int
-    ticket: Ticket
+    Whoever ends the read queues the copy to the device, while the model computes layers before this one. Reader threads
+    work on this, so it must not keep `KeySource` alive.
+
+    Args:
+        name, which: as in `KeptKeys`.
+        span: of the segment.
+        nbytes: its length.
+        host: the host's tier.
+        buffer: where the read ends, of that tier; `None`: it is in the host's memory, at `source`.
+        source: uint8 `(n,)` in the host's memory.
+        there, target: the device's tier and where the copy ends, of that tier; `None`: it is used on the host.
+
+    Attributes:
+        ticket: of the read, if there is one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        which: int,
+        span: SegmentSpan,
+        nbytes: int,
+        host: Tier,
+        buffer: Buffer | None,
+        source: torch.Tensor,
+        there: DeviceTier | None,
+        target: Buffer | None,
+    ) -> None:
+        self.name = name
+        self.which = which
+        self.span = span
+        self.nbytes = nbytes
+        self.ticket: Ticket | None = None
+        self.buffer = buffer
+        self.there = there
+        self.target = target
+        self._host = host
+        self._source = source
+        self._lock = threading.Lock()
+
+    def upload(self) -> None:
+        """Queue the copy to the device, unless it has been queued."""
+        if self.there is None or self.target is None:
+            return
+        with self._lock:
+            if self.target.ready is None:
+                copied = self.there.device.copy_in(
+                    self._source[: self.nbytes], self.target.data[: self.nbytes], after=self.target.busy
+                )
+                self.target.ready = self.target.busy = copied
+                if self.buffer is not None:
+                    self.buffer.busy = copied
+
+    @property
+    def bytes_read(self) -> int:
+        """From disk, so far."""
+        return 0 if self.ticket is None else self.ticket.bytes_read
+
+    def give_up(self) -> None:
+        """Nobody needs these bytes any more."""
+        if self.ticket is not None:
+            with suppress(Exception):
+                self.ticket.wait()
+        if self.buffer is not None:
+            self._host.give_back(self.buffer)
+        if self.there is not None and self.target is not None:
+            self.there.give_back(self.target)
 
 
 @dataclass
@@ -80,7 +141,7 @@ class KeySource:
         self._indexed = prefix.layers_with("indexed_layers") if config.selection == "indexed_keys" else frozenset()
         self._leading = prefix.layers_with("leader_layers")
         self._taken = _Taken()
-        give_up = partial(_give_up, self._taken, self._memory.host, stats)
+        give_up = partial(_give_up, self._taken, stats)
         self._finalizer = weakref.finalize(self, self._memory.defer, give_up)
         self._finalizer.atexit = False
 
@@ -100,15 +161,16 @@ class KeySource:
         """Name of a segment's tensor in the memory tiers."""
         return self._names[id(span)] + tensor
 
-    def nbytes(self, layer: int) -> int:
-        """Bytes that `ask` would read for this layer."""
+    def nbytes(self, layer: int, device: torch.device | None = None) -> int:
+        """Bytes of the keys of this layer; with a `device`, those that `ask` would bring to where it finds them."""
         if self.reads_payload(layer):
             return self._prefix.chunks * self._prefix.geometry.extent_bytes
         first = self._tensors(layer)[0]
+        near = None if device is None else self._memory.on(device) or self._memory.host
         return sum(
             span.segment.tensor_extent(first)[1]
             for span in self._prefix.spans
-            if not any(tier.has_keys(self._key(span, first)) for tier in self._memory.tiers)
+            if near is None or not near.has_keys(self._key(span, first))
         )
 
     def ask(self, layer: int, device: torch.device, must: bool = True) -> bool:
@@ -124,41 +186,67 @@ class KeySource:
         if self.reads_payload(layer):
             return self._payload.ask_ahead(layer, np.arange(self._prefix.chunks), device, must)
         there = self._memory.on(device)
-        tiers = [tier for tier in (there, self._memory.host) if tier is not None]
         for span in self._prefix.spans:
             for number, tensor in enumerate(self._tensors(layer)):
                 name = self._key(span, tensor)
-                if any(self._hold(layer, name, tier) for tier in tiers):
+                if there is not None and self._hold(layer, name, there) is not None:
                     continue
-                pending = self._start(span, tensor, 2 * layer + number, must)
+                known = self._hold(layer, name, self._memory.host)
+                if known is not None and there is None:
+                    continue
+                pending = self._start(span, tensor, 2 * layer + number, must, there, known)
                 if pending is None:
-                    _give_up_layer(self._taken, layer, self._memory.host, self._stats)
+                    _give_up_layer(self._taken, layer, self._stats)
                     return False
                 self._taken.pending.setdefault(layer, []).append(pending)
         return True
 
-    def _hold(self, layer: int, name: str, tier: Tier) -> bool:
+    def _hold(self, layer: int, name: str, tier: Tier) -> torch.Tensor | None:
         keys = tier.hold_keys(name)
         if keys is None:
-            return False
+            return None
         self._taken.held.setdefault(layer, []).append((tier, keys))
         self._taken.data.setdefault(layer, {})[name] = keys.buffer.data
-        return True
+        return keys.buffer.data
 
-    def _start(self, span: SegmentSpan, tensor: str, which: int, must: bool) -> _Pending | None:
-        segment = span.segment
+    def _start(
+        self,
+        span: SegmentSpan,
+        tensor: str,
+        which: int,
+        must: bool,
+        there: DeviceTier | None,
+        known: torch.Tensor | None,
+    ) -> _Pending | None:
+        """Start reading a tensor, unless it is `known` (in the host's memory), and bring it `there`, if it must be."""
+        segment, host = span.segment, self._memory.host
         offset, length = segment.tensor_extent(tensor)
-        # There is one checksum for all of it, so all of it is read, whatever part the prefix needs.
-        checks = ((0, length, segment.tensor_checksum(tensor)),) if self._config.verify else ()
-        buffer = self._memory.host.lease(length, must=must, exact=True)
-        if buffer is None:
+        buffer = host.lease(length, must=must, exact=True) if known is None else None
+        source = known if buffer is None else buffer.data
+        if source is None:
             return None
         try:
-            read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
-            return _Pending(self._key(span, tensor), which, span, buffer, length, self._store.reader.submit([read]))
+            target = None if there is None else there.lease(length, must=must, exact=True)
         except BaseException:
-            self._memory.host.give_back(buffer)
+            if buffer is not None:
+                host.give_back(buffer)
             raise
+        pending = _Pending(self._key(span, tensor), which, span, length, host, buffer, source, there, target)
+        try:
+            if there is not None and target is None:
+                pending.give_up()
+                return None
+            if buffer is None:
+                pending.upload()
+            else:
+                # There is one checksum for all of it, so all of it is read, whatever part the prefix needs.
+                checks = ((0, length, segment.tensor_checksum(tensor)),) if self._config.verify else ()
+                read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
+                pending.ticket = self._store.reader.submit([read], then=pending.upload)
+        except BaseException:
+            pending.give_up()
+            raise
+        return pending
 
     def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
         """Wait for the keys of a layer, and make its scorer. `used` gives them back."""
@@ -193,73 +281,56 @@ class KeySource:
     def close(self) -> None:
         """Give back what was asked for and not used."""
         for pending in self._taken.pending.values():
-            self._stats.prefetch_wasted_bytes += sum(one.nbytes for one in pending)
-        _give_up(self._taken, self._memory.host, self._stats)
+            self._stats.prefetch_wasted_bytes += sum(one.nbytes for one in pending if one.ticket is not None)
+        _give_up(self._taken, self._stats)
 
     # -- from disk to where the scorer runs ---------------------------------------------------------------------------
 
     def _collect(self, layer: int, device: torch.device) -> None:
         """Wait for what comes from disk; afterwards all keys of the layer are in `data`, on `device`."""
-        there = self._memory.on(device)
-        held = list(self._taken.held.get(layer, []))
+        there, host = self._memory.on(device), self._memory.host
+        for tier, kept in self._taken.held.get(layer, []):
+            if there is not None and tier is there:
+                # Another stream may have brought them.
+                there.device.wait(kept.buffer.ready)
+                there.device.uses(kept.buffer.data)
         waiting = self._taken.pending.get(layer, [])
         while waiting:  # One by one: what is left here when one fails is given back by `close`.
             pending = waiting[0]
-            try:
+            if pending.ticket is not None:
                 wait(pending.ticket, self._stats, self._payload.timeline, layer, "read keys")
-            finally:
-                self._stats.bytes_read += pending.ticket.bytes_read
-                self._stats.bytes_identified += pending.ticket.bytes_read
+                self._stats.bytes_read += pending.bytes_read
+                self._stats.bytes_identified += pending.bytes_read
+            pending.upload()
             del waiting[0]
-            buffer, host, keys = pending.buffer, self._memory.host, (pending.name, pending.which)
-            if there is None or not self._upload(layer, *keys, pending.span, buffer.data, there, buffer):
-                self._keep(layer, *keys, pending.span, buffer, host)
-            else:
-                host.give_back(buffer)
-        if there is not None:
-            for tier, kept in held:
-                if tier is there:
-                    # Another stream may have brought them.
-                    there.device.wait(kept.buffer.ready)
-                    there.device.uses(kept.buffer.data)
+            if there is None or pending.target is None:
+                assert pending.buffer is not None
+                self._keep(layer, pending, pending.buffer, host)
+                continue
+            there.device.wait(pending.target.ready)
+            there.device.uses(pending.target.data)
+            if pending.buffer is not None:
+                # Where the device has no room to keep them, the host may.
+                if self._keep(layer, pending, pending.target, there):
+                    host.give_back(pending.buffer)
                 else:
-                    span = next(span for span in self._prefix.spans if kept.name.startswith(self._key(span, "")))
-                    self._upload(layer, kept.name, kept.which, span, kept.buffer.data, there)
+                    self._keep(layer, pending, pending.buffer, host)
+            else:
+                self._keep(layer, pending, pending.target, there)
 
-    def _keep(self, layer: int, name: str, which: int, span: SegmentSpan, buffer: Buffer, tier: Tier) -> bool:
+    def _keep(self, layer: int, pending: _Pending, buffer: Buffer, tier: Tier) -> bool:
         """Keys that have just arrived in `buffer` stay in `tier`, if there is room; if not, until they are used."""
         data = self._taken.data.setdefault(layer, {})
-        if tier.on_device or name not in data:
-            data[name] = buffer.data
+        if tier.on_device or pending.there is None:
+            data[pending.name] = buffer.data
         # What was not compared with its checksum must not reach a request that wants that.
-        table = self._memory.table(span.segment, self._prefix.form)
-        kept = tier.keep_keys(name, which, buffer, table) if self._config.verify else None
+        table = self._memory.table(pending.span.segment, self._prefix.form)
+        kept = tier.keep_keys(pending.name, pending.which, buffer, table) if self._config.verify else None
         if kept is not None:
             self._taken.held.setdefault(layer, []).append((tier, kept))
         else:
             self._taken.buffers.setdefault(layer, []).append((tier, buffer))
         return kept is not None
-
-    def _upload(
-        self,
-        layer: int,
-        name: str,
-        which: int,
-        span: SegmentSpan,
-        source: torch.Tensor,
-        there: DeviceTier,
-        source_buffer: Buffer | None = None,
-    ) -> bool:
-        """Copy keys to the device, where attention's stream waits for them; whether they stay there."""
-        buffer = there.lease(source.numel(), exact=True)
-        assert buffer is not None
-        copied = there.device.copy_in(source, buffer.data, after=buffer.busy)
-        buffer.ready = copied
-        there.device.wait(copied)
-        there.device.uses(buffer.data)
-        if source_buffer is not None:
-            source_buffer.busy = copied
-        return self._keep(layer, name, which, span, buffer, there)
 
     def _index_parts(self, layer: int) -> list[Part]:
         g = self._prefix.geometry
@@ -294,17 +365,15 @@ class KeySource:
         return kv[0].flatten(1, 2)[:, : self._prefix.tokens]
 
 
-def _give_up(taken: _Taken, host: Tier, stats: RequestStats) -> None:
+def _give_up(taken: _Taken, stats: RequestStats) -> None:
     for layer in {*taken.pending, *taken.held, *taken.buffers, *taken.data}:
-        _give_up_layer(taken, layer, host, stats)
+        _give_up_layer(taken, layer, stats)
 
 
-def _give_up_layer(taken: _Taken, layer: int, host: Tier, stats: RequestStats) -> None:
+def _give_up_layer(taken: _Taken, layer: int, stats: RequestStats) -> None:
     for pending in taken.pending.pop(layer, []):
-        with suppress(Exception):  # Nobody needs these bytes any more.
-            pending.ticket.wait()
-        stats.bytes_read += pending.ticket.bytes_read
-        host.give_back(pending.buffer)
+        pending.give_up()
+        stats.bytes_read += pending.bytes_read
     _let_go(taken, layer)
 
 

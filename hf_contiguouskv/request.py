@@ -197,7 +197,7 @@ class PrefixRequest:
                 self._ahead.add(layer, len(chunks) * exact, partial(self._payload.ask_ahead, layer, chunks, device))
                 continue
             if self._packed or (self._is_leader(layer) and layer not in self._wanted):
-                self._ahead.add(layer, self._keys.nbytes(layer), partial(self._keys.ask, layer, device))
+                self._ahead.add(layer, self._keys.nbytes(layer, device), partial(self._keys.ask, layer, device))
             if layer in self._wanted:
                 self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
             elif whole:
