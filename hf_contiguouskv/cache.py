@@ -319,8 +319,10 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._before = None
         if self._text_so_far or self._in_generate:
             forget_shift(self._shifted)  # `generate` would add it to another prompt, before it asks what is cached.
-        if self._attached is not None and self._attached.request.timeline is not None:
-            self._attached.request.timeline.model_done()
+        if self._attached is not None:
+            self._attached.request.count()
+            if self._attached.request.timeline is not None:
+                self._attached.request.timeline.model_done()
         return None if self._automatic is None else self._automatic.after_forward(self, output)
 
     def update(
@@ -366,6 +368,8 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     @property
     def stats(self) -> RequestStats:
         """What the current request read, used and waited for."""
+        if self._attached is not None:
+            self._attached.request.count()
         return self._stats
 
     @property

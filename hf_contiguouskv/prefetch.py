@@ -74,6 +74,11 @@ class _Asked:
             )
         return found
 
+    def settle(self) -> None:
+        """See `residency.Residency`."""
+        for place in list(self._places.values()):
+            place.settle()
+
     def issue(
         self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool, alone: bool
     ) -> None:
@@ -119,7 +124,7 @@ class PayloadReads:
         self._layers = self._asked.layers
         self._tasks: dict[int, Task] = {}
         # For caches that are dropped without `close`: what they have taken from memory is given back all the same.
-        self._finalizer = weakref.finalize(self, memory.defer, partial(_give_up, self._tasks, self._layers, stats))
+        self._finalizer = weakref.finalize(self, memory.defer, partial(_give_up, self._tasks, self._asked, stats))
         self._finalizer.atexit = False
 
     def ask(self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool = False) -> None:
@@ -217,7 +222,11 @@ class PayloadReads:
                 task.wait()  # What it asks for must be seen here.
         for reads in self._layers.values():
             self._stats.prefetch_wasted_bytes += sum(batch.from_disk * size for batch in reads.batches)
-        _give_up(self._tasks, self._layers, self._stats)
+        _give_up(self._tasks, self._asked, self._stats)
+
+    def settle(self) -> None:
+        """The first token is out: do what could wait for that."""
+        self._asked.settle()
 
 
 def _abandon(batches: Sequence[Batch], stats: RequestStats) -> None:
@@ -230,13 +239,14 @@ def _abandon(batches: Sequence[Batch], stats: RequestStats) -> None:
         batch.release()
 
 
-def _give_up(tasks: dict[int, Task], layers: dict[int, _LayerReads], stats: RequestStats) -> None:
+def _give_up(tasks: dict[int, Task], asked: _Asked, stats: RequestStats) -> None:
     for task in set(tasks.values()):
         with suppress(Exception):  # Nobody needs these reads any more.
             task.wait()
     tasks.clear()
-    while layers:
-        _abandon(layers.popitem()[1].batches, stats)
+    while asked.layers:
+        _abandon(asked.layers.popitem()[1].batches, stats)
+    asked.settle()
 
 
 def wait(

@@ -89,6 +89,7 @@ class PrefixRequest:
         self._ordinal = {layer: ordinal for ordinal, layer in enumerate(self._full)}
         self._wanted: dict[int, Chunks] = {}
         self._loaded: set[int] = set()
+        self._uncounted: list[tuple[int, Sequence[Batch]]] = []
         self._voters: list[torch.Tensor] = []
         self._row_of: dict[torch.device, torch.Tensor] = {}
         self._asking: dict[torch.device, AskingRows] = {}
@@ -171,6 +172,7 @@ class PrefixRequest:
         raise AssertionError  # `count` does not end.
 
     def _replace_prefix(self, error: SegmentCorruptError | SegmentReadError, attempt: int) -> None:
+        self.count()
         self._close_reads()
         self.damaged = True
         if self._recover is None or attempt > MAX_RECOVERIES:
@@ -329,7 +331,7 @@ class PrefixRequest:
         if self.timeline is not None:
             self.timeline.layer_reached(layer)
         batches = self._recovering(partial(self._fill, layer, query, suffix_keys, options, destination))
-        self._count(layer, batches)
+        self._uncounted.append((layer, batches))
         self._loaded.add(layer)
         if self.keeps_all:
             self._ahead.used(layer)
@@ -430,13 +432,25 @@ class PrefixRequest:
         self.stats.bytes_used += whole * size + tail * self.served.token_bytes()
         self.stats.chunks_used.append(self.keep + (1 if tail else 0))
 
+    def count(self) -> None:
+        """Count what layers have used, since the last time; they do not wait for that."""
+        while self._uncounted:
+            self._count(*self._uncounted.pop(0))
+
     def settle(self) -> None:
         """The first token is out: tell the memory tiers what was used (once per request)."""
         if self.timeline is not None:
             self.timeline.model_done()
         if self._loaded and self._settled.alive:
+            self.count()
+            self._settle_reads()
             self._settled()
             self._store.memory.catch_up()
+
+    def _settle_reads(self) -> None:
+        self._payload.settle()
+        if self._tails.payload is not self._payload:
+            self._tails.payload.settle()
 
     def twin(self, stats: RequestStats, recover: Recover | None) -> PrefixRequest:
         """The same request for a copy of the cache: selections are kept, reads under way are not."""
@@ -453,6 +467,7 @@ class PrefixRequest:
 
     def close(self) -> None:
         """Wait for reads under way and give their buffers back."""
+        self.count()
         self._close_reads()
         self._settled()
         self._store.memory.catch_up()

@@ -221,6 +221,10 @@ class Residency(Protocol):
         """Start reading the first few of `chunks` beside the limits; what is left of them."""
         ...
 
+    def settle(self) -> None:
+        """The first token is out, or the request is over: do what could wait for that."""
+        ...
+
 
 class HostResidency:
     """Where attention runs on the CPU: the host's slots are what it reads."""
@@ -290,6 +294,9 @@ class HostResidency:
             piece.release()
             raise
         return piece, chunks[count:]
+
+    def settle(self) -> None:
+        """See `Residency`: chunks were read into the slots in which they stay."""
 
 
 def residency_for(

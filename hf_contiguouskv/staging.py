@@ -2,13 +2,14 @@
 
 In time order, for one layer: reads land in the host buffer (chunks of the host's tier are packed in front of them);
 when the last one has ended, whoever ended it queues the copy on the side stream; when attention needs the layer, its
-stream waits for the copy's event, gathers, and puts what stays into the device's slots. The host waits for the disk,
-never for the device.
+stream waits for the copy's event, and gathers. What stays is put into the device's slots when the first token is out.
+The host waits for the disk, never for the device.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ from .prefix import AttachedPrefix, Chunks
 from .residency import PIECE_BYTES, Batch, PrefixTables
 from .store.pread import as_memoryview
 from .store.reader import ExtentReader, Ticket
+
+
+# What waits to be put into the tiers may take up so much of the smaller limit.
+ARRIVALS_SHARE = 4
 
 
 class DeviceSlotBatch:
@@ -53,7 +58,8 @@ class StagedBatch:
         layer, chunks, from_host: what; the others are read.
         host: pinned, has room for all chunks.
         target: on the device, has room for all chunks.
-        stays: whether chunks may stay in the tiers (their checksums are compared).
+        arrivals: gets the batch when attention's buffer is filled, if chunks may stay in the tiers (their checksums are
+            compared).
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class StagedBatch:
         tables: PrefixTables,
         extent_bytes: int,
         speculative: bool,
-        stays: bool,
+        arrivals: Arrivals | None,
     ) -> None:
         self.chunks = chunks
         self.from_host, self.from_disk = from_host, len(chunks) - from_host
@@ -81,8 +87,9 @@ class StagedBatch:
         self._tier = tier
         self._tables = tables
         self._size = extent_bytes
-        self._stays = stays
+        self._arrivals = arrivals
         self._copied: object = None
+        self._used: object = None
         self._waited = False
         self._lock = threading.Lock()
 
@@ -110,17 +117,36 @@ class StagedBatch:
         return rows.index_select(0, send(torch.from_numpy(take), rows.device))
 
     def release(self) -> None:
-        """See `residency.Batch`."""
+        """See `residency.Batch`: what stays is put in its place when the first token is out."""
+        if not self._waited:
+            self._target.busy = self._copied or self._target.busy
+            self._give_back()
+            return
+        self._target.busy = self._used = self._tier.device.mark()
+        if self._arrivals is None:
+            self._give_back()
+        else:
+            self._arrivals.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Of each of its two buffers."""
+        return len(self.chunks) * self._size
+
+    def arrive(self) -> None:
+        """Put into the tiers what stays, on whatever stream is current, and give the buffers back."""
+        device = self._tier.device
         try:
-            if self._waited and self._stays:
-                self._stay()
+            device.wait(self._used)
+            device.uses(self._target.data)
+            self._stay()
         finally:
-            if self._waited:
-                self._target.busy = self._tier.device.mark()
-            elif self._copied is not None:
-                self._target.busy = self._copied
-            self._tier.give_back(self._target)
-            self._memory.host.give_back(self._host)
+            self._target.busy = device.mark()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._tier.give_back(self._target)
+        self._memory.host.give_back(self._host)
 
     def _stay(self) -> None:
         """Put the chunks into the device's slots, as far as these can be had; what was read into the host's, if not."""
@@ -167,6 +193,40 @@ class StagedBatch:
                     )
 
 
+class Arrivals:
+    """Batches that attention has used and whose chunks are going to stay: sorted, booked and copied to their slots once
+    the first token is out, so that it does not wait for that.
+
+    Their buffers count towards the limits until then, and may take up a share of them. Thread-safe.
+    """
+
+    def __init__(self, memory: MemoryTiers, tier: DeviceTier) -> None:
+        limits = [one.max_bytes for one in (memory.host, tier) if one.max_bytes]
+        self._limit = min(limits, default=0) // ARRIVALS_SHARE
+        self._waiting: deque[StagedBatch] = deque()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, batch: StagedBatch) -> None:
+        """Attention's buffer was filled from `batch`."""
+        with self._lock:
+            self._waiting.append(batch)
+            self._nbytes += batch.nbytes
+        self.settle(self._limit)
+
+    def settle(self, left: int = 0) -> bool:
+        """Put batches into the tiers until at most `left` bytes wait; whether there was one."""
+        found = False
+        while True:
+            with self._lock:
+                if self._nbytes <= left or not self._waiting:
+                    return found
+                batch = self._waiting.popleft()
+                self._nbytes -= batch.nbytes
+            found = True
+            batch.arrive()
+
+
 class DeviceResidency:
     """Where attention runs on an accelerator. See `residency.Residency`."""
 
@@ -185,6 +245,7 @@ class DeviceResidency:
         self._reader = reader
         self._tables = tables
         self._verify = verify
+        self.arrivals = Arrivals(memory, tier)
 
     def bring(
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
@@ -204,6 +265,8 @@ class DeviceResidency:
                 for batch in batches:
                     batch.release()
                 raise
+            if staged is None and self.arrivals.settle():
+                staged = self._stage(layer, missing, speculative, alone, must=False)
             if staged is None:
                 return batches, missing
             batches.append(staged)
@@ -211,10 +274,15 @@ class DeviceResidency:
 
     def bring_piece(self, layer: int, chunks: Chunks) -> tuple[Batch, Chunks]:
         """See `residency.Residency`."""
+        self.arrivals.settle()
         count = max(1, PIECE_BYTES // self._prefix.extent_bytes)
         piece = self._stage(layer, chunks[:count], False, True, must=True)
         assert piece is not None
         return piece, chunks[count:]
+
+    def settle(self) -> None:
+        """See `residency.Residency`."""
+        self.arrivals.settle()
 
     def _stage(self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool) -> StagedBatch | None:
         """Start gathering chunks in a host buffer; `None`: there is no room for it in the tiers."""
@@ -243,7 +311,7 @@ class DeviceResidency:
             self._tables,
             size,
             speculative,
-            self._verify,
+            self.arrivals if self._verify else None,
         )
         try:
             if len(packed):

@@ -7,8 +7,10 @@ test ends with a proof over the log of what happened. What needs a real one is i
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 
 from hf_contiguouskv import ContiguousKVConfig, staging
+from hf_contiguouskv.request import KEYS_AHEAD
+from hf_contiguouskv.store.fingerprint import model_fingerprint
 
 from .device_helpers import (
     CONFIGS,
@@ -268,6 +272,60 @@ def test_the_host_waits_for_no_device_to_know_its_rows(model, store_path):
     with accelerated(LATE), opened(store_path) as store, HostWaits(model) as waits:
         ask(model, store, CONFIGS["exact"])
     assert not waits.found
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("device", [8 * MEBIBYTE, 20 * CHUNK])
+def test_what_stays_is_put_in_its_place_behind_the_first_token(model, store_path, config, device):
+    def chunks(store: Any) -> int:
+        (tier,) = store.memory.devices.values()
+        return tier.bytes_by_use["chunks"]
+
+    following = token_ids(1, seed=1211)
+    with accelerated(LATE, piece=CHUNK) as machine, opened(store_path, device=device) as store:
+        with ContiguousKVCache(model, PREFIX, store=store, config=CONFIGS[config]) as cache:
+            forward(model, SUFFIX, cache)
+            first = chunks(store)
+            assert first == 0 or device < MEBIBYTE  # A small device has no room for what waits.
+            assert cache.stats.hits["disk"] > 0
+            assert cache.stats.bytes_used > 0
+            forward(model, following, cache)
+            assert chunks(store) >= first
+            assert chunks(store) > 0
+            (tier,) = store.memory.devices.values()
+            assert tier._buffer_bytes <= (0 if device > MEBIBYTE else device)
+        assert_idle(store.memory)
+        machine.run_all()
+
+
+@pytest.mark.parametrize("config", ["index", "paper"])
+def test_keys_cross_before_their_layer_is_reached(tiny_model, store_path, config):
+    model = tiny_model("llama", "sdpa", layers=10)
+    write_prefix(model, PREFIX, store_path)
+    settings = replace(CONFIGS[config], period=2, subperiod=1) if config == "paper" else CONFIGS[config]
+    tensor = "key_index.8" if config == "index" else "leader_keys.8"
+    begun: dict[int, int] = {}
+    with accelerated(EARLY) as machine, opened(store_path) as store:
+        stored = store.lookup(model_fingerprint(model), PREFIX[0].numpy(), 16)
+        size = stored.spans[0].segment.tensor_extent(tensor)[1]
+
+        def crossed(layer: int) -> None:
+            time.sleep(0.05)  # Reads need no more, and whoever ends one queues the copy.
+            begun[layer] = sum(entry.detail == f"of {size} bytes" for entry in machine.copies())
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda *_, number=number: crossed(number))
+            for number, layer in enumerate(model.model.layers)
+        ]
+        ask(model, store, settings)
+        for hook in hooks:
+            hook.remove()
+        assert_idle(store.memory)
+    if config == "index":
+        assert all(begun[layer] >= min(10, layer + KEYS_AHEAD) for layer in range(10))
+    else:  # Only layers 0 and 8 have leader keys. The next leader's are read while this one's are used.
+        assert begun[0] == 1
+        assert begun[8] == 2
 
 
 # ---- what goes wrong ----

@@ -100,7 +100,11 @@ def faults(model: Any, path: Path, streams: tuple[str, ...], schedule: str, room
             for turn in range(6):
                 with machine.on_stream(streams[turn % len(streams)]):
                     logits, _ = ask(model, store, CONFIGS["exact"], token_ids(6, seed=1210 + turn % 3))
-                found += bool(logits.isnan().any())
+                    found += bool(logits.isnan().any())
+                    # The second of these reads what is there; the next stream writes what is not.
+                    for _ in range(2):
+                        logits, _ = ask(model, store, CONFIGS["paper"], token_ids(6, seed=1210))
+                    found += bool(logits.isnan().any())
                 if room > MEBIBYTE:  # All that is forgotten is read again, into buffers that were used before.
                     for table in list(store.memory._tables.values()):
                         for tier in store.memory.tiers:
