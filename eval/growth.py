@@ -15,17 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from hf_contiguouskv import ContiguousKVConfig, PrefixStore
-from hf_contiguouskv.prefill import geometry_of, persist_rows
-from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.support import require_support
 
 from .dtypes import DtypeOption, choose_dtype, dtype_name
@@ -65,17 +64,16 @@ class Measured:
         }
 
 
-def store_random_prefix(model: Any, ids: torch.Tensor, folder: Path) -> None:
-    """Put a prefix of random K and V, the same in every layer, where systems of `folder` look for it."""
-    support = require_support(model)
-    geometry = geometry_of(support, ContiguousKVConfig().chunk_size)
-    shape = (2, geometry.kv_heads, len(ids), geometry.head_dim)
-    keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(geometry.dtype)
-    rows = [(ids.numpy().astype(np.int64), [(keys, values, 0)] * geometry.num_layers)]
-    with PrefixStore(folder) as store:
-        persist_rows(rows, store, model_fingerprint(model), geometry)
-        if store.match(model, ids) < len(ids):
-            raise OSError(f"the prefix of {len(ids)} tokens could not be stored in {folder}")
+def random_states(model: Any, tokens: int) -> DynamicCache:
+    """Random K and V of so many tokens, the same in every layer: for `System.store`."""
+    geometry = geometry_of(require_support(model), ContiguousKVConfig().chunk_size)
+    shape = (2, 1, geometry.kv_heads, tokens, geometry.head_dim)
+    keys, values = torch.randn(shape, generator=_generator()).to(geometry.dtype)
+    layer = DynamicLayer()
+    layer.update(keys, values)
+    states = DynamicCache()
+    states.layers = [layer] * geometry.num_layers
+    return states
 
 
 def run(
@@ -107,11 +105,11 @@ def run(
     with ExitStack() as stack:
         systems: dict[tuple[int, str], tuple[System, Request]] = {}
         for length in lengths:
-            store_random_prefix(model, words[:length], folder / str(length) / "chunks")
+            states = random_states(model, length)
             for name in names:
                 make = system_named(name).make
                 system = stack.enter_context(make(model, folder / str(length), kept_tokens / length))
-                system.store(words[:length])
+                system.store(words[:length], states)
                 systems[length, name] = system, Request("growth", 0, words[:length], length, suffix, ())
                 found[length, name] = Measured()
         order = interleave(list(systems), rounds + 1)

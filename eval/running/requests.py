@@ -13,7 +13,6 @@ from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, layer_windows, require_support
 
 from .. import streams
-from ..systems import system_named
 from ..tasks import Request, task_named
 from .config import RunConfig
 
@@ -96,23 +95,16 @@ def token_bytes(model: Any) -> int:
     return 2 * geometry.num_layers * geometry.kv_heads * geometry.head_dim * geometry.itemsize
 
 
-def require_served(model: Any, config: RunConfig, asked: Asked) -> None:
+def require_served(model: Any, asked: Asked) -> None:
     """Raise if something that was asked for cannot be done, before anything is stored.
 
     Raises:
         NotServedError: a prompt with its answer is longer than the model's context; the model has sliding windows
-            (caches cannot go back behind them, which judging needs); a system needs the model on the CPU.
+            (caches cannot go back behind them, which judging needs).
     """
     lm = innermost_causal_lm(model)
     if any(window is not None for window in layer_windows(lm)):
         raise NotServedError("models with sliding-window layers cannot be evaluated yet")
-    if model.device.type != "cpu":
-        only = list(dict.fromkeys(one.system for one in config.settings() if system_named(one.system).cpu_only))
-        if only:
-            raise NotServedError(
-                f"{', '.join(only)} run on the CPU only, and the model is on {model.device}: name the other systems "
-                "(--system), or put the model on the CPU (--device cpu)"
-            )
     context = getattr(decoder_config(lm), "max_position_embeddings", None)
     for name, requests in asked.by_name().items():
         longest = max(map(_length, requests), default=0)

@@ -225,7 +225,7 @@ def run(
         asked = asked_of(config, tokenizer)
     if loaded is None and progress and state.is_main_process:
         print(f"runs in {choice.name} on {model.device} ({choice.reason})", file=sys.stderr)
-    require_served(model, config, asked)
+    require_served(model, asked)
     folder = RunFolder(out, state.process_index)
     if state.is_main_process:
         name = config.model or (DEFAULT_MODEL if loaded is None else model.config._name_or_path)

@@ -11,7 +11,7 @@ import torch
 
 from hf_contiguouskv import RequestStats
 
-from ..systems import System
+from ..systems import State, System, departure
 from ..tasks import Request
 from ..timing import drop_page_cache, resident_pages, time_to_first_token
 from .phases import Stopwatch, attention_timed, phases_of
@@ -27,6 +27,7 @@ class Timed:
         first_token: its id.
         cold: whether none of the system's files was in the page cache; `None`: it has no files.
         resident_pages: how many pages of them were.
+        departure: what speaks against the request having found the state that it was to find; known when it is over.
         stats: what it did; known when the request is over.
         phases: where the time went, see `phases_of`; known when the request is over.
     """
@@ -36,6 +37,7 @@ class Timed:
     first_token: int
     cold: bool | None
     resident_pages: int
+    departure: str | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -57,7 +59,9 @@ def prompt_of(request: Request) -> torch.Tensor:
 
 
 @contextmanager
-def timed_request(model: Any, system: System, request: Request, *, forget: bool = True) -> Iterator[Timed]:
+def timed_request(
+    model: Any, system: System, request: Request, *, forget: bool = True, state: State | None = None
+) -> Iterator[Timed]:
     """Drop the system's files from the page cache, and time one request to its first token.
 
     Inside, its cache may be used on; afterwards the request is over.
@@ -67,11 +71,15 @@ def timed_request(model: Any, system: System, request: Request, *, forget: bool 
         system: has stored the request's prefix.
         request: which.
         forget: whether the system forgets first what earlier requests left in this process.
+        state: the system is brought there instead, as far as the request needs it (see `System.enter`).
     """
-    if forget:
+    if state is not None:
+        system.enter(state, request.prefix_ids, request.suffix_ids)
+    elif forget:
         system.forget()
     files = system.files()
-    drop_page_cache(files)
+    if state is None:
+        drop_page_cache(files)
     resident = sum(resident_pages(file) for file in files)
     looking, attending = Stopwatch(), Stopwatch()
 
@@ -90,4 +98,6 @@ def timed_request(model: Any, system: System, request: Request, *, forget: bool 
     finally:
         timed.cache = None
         timed.stats = system.finish(cache)
+        if state is not None:
+            timed.departure = departure(state, timed.stats)
         timed.phases = phases_of(seconds, looking.seconds, attending.seconds, timed.stats.io_wait_s, spans)

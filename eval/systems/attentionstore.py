@@ -1,25 +1,25 @@
 """AttentionStore (ATC'24): the whole prefix KV loaded layer by layer.
 
 Same files, same layout, same reader and threads as the library. With overlap (as it deserves) all layers are asked for
-at once, in order, and a layer's attention waits for that layer alone; without (as papers that compare with it run it) a
-layer is asked for when attention gets there.
+at once, in order (as far as memory has room for them), and a layer's attention waits for that layer alone; without (as
+papers that compare with it run it) a layer is asked for when attention gets there.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
 from hf_contiguouskv.memory import Usage
-from hf_contiguouskv.prefetch import PayloadReads
+from hf_contiguouskv.prefetch import Lookahead, PayloadReads
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.slots import copy_in_order
 from hf_contiguouskv.store import PrefixStore
@@ -27,6 +27,7 @@ from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.support import innermost_causal_lm, require_support
 from hf_contiguouskv.timeline import Timeline
 
+from .attention import GroupedAttention, GroupedLayer
 from .base import NotStoredError
 from .stored import Stored
 
@@ -41,22 +42,33 @@ class Loading:
         stats: receives `bytes_read`, `bytes_used`, `hits` and `io_wait_s`.
         timeline: receives reads, waits and copies.
         usage: what memory is to be told once the request is over (`MemoryTiers.finished`).
+        reads: of the request, to be closed with it.
     """
 
     stats: RequestStats = field(default_factory=RequestStats)
     timeline: Timeline = field(default_factory=Timeline)
     usage: Usage = field(default_factory=Usage)
+    reads: PayloadReads | None = None
 
 
-class _LoadedLayer(DynamicLayer):
-    """A layer whose prefix is on its way from disk until the first update; `ask`: it is asked for only then."""
+class _LoadedLayer(GroupedLayer):
+    """A layer whose prefix is on its way from disk until the first update.
 
-    def __init__(self, layer: int, prefix: AttachedPrefix, reads: PayloadReads, ask: bool, loading: Loading) -> None:
+    Args:
+        layer: index.
+        prefix, reads: of the prefix.
+        ahead: what is read before attention gets there; it may be nothing.
+        loading: see `Loading`.
+    """
+
+    def __init__(
+        self, layer: int, prefix: AttachedPrefix, reads: PayloadReads, ahead: Lookahead, loading: Loading
+    ) -> None:
         super().__init__()
         self._layer = layer
         self._prefix = prefix
         self._reads: PayloadReads | None = reads
-        self._ask = ask
+        self._ahead = ahead
         self._loading = loading
         self._buffers: list[torch.Tensor] = []
         self._length = 0
@@ -73,14 +85,15 @@ class _LoadedLayer(DynamicLayer):
             buffer[:, :, self._length : end] = states
         self._length = end
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
+        return self.shown()
 
     def _load(self, key_states: torch.Tensor) -> None:
         assert self._reads is not None
         self.lazy_initialization(key_states, key_states)
         g = self._prefix.geometry
         count = self._prefix.chunks
-        if self._ask:
+        self._ahead.need(self._layer)
+        if not self._reads.asked(self._layer):
             self._reads.ask([self._layer], np.arange(count), key_states.device)
         # One copy, from the chunks' order on disk to the order that attention wants.
         both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + key_states.shape[2] + ROOM, g.head_dim)
@@ -96,6 +109,7 @@ class _LoadedLayer(DynamicLayer):
         self._loading.usage.used(self._reads.tables, self._layer, np.arange(count))
         self._buffers = [both[0], both[1]]
         self._reads = None
+        self._ahead.used(self._layer)
         self._length = self._prefix.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -134,13 +148,18 @@ def full_load(
         raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
     prefix = AttachedPrefix.of(stored, len(ids))
     reads = PayloadReads(prefix, store.reader, store.memory, loading.stats, True, loading.timeline)
+    loading.reads = reads
+    # What is under way takes up memory in all tiers that it goes through, and what finds no room is read late.
+    ahead = Lookahead(min(tier.max_bytes for tier in store.memory.tiers) // 2)
     cache = DynamicCache()
     layers = range(prefix.geometry.num_layers)
-    cache.layers = [_LoadedLayer(layer, prefix, reads, not overlap, loading) for layer in layers]
+    cache.layers = [_LoadedLayer(layer, prefix, reads, ahead, loading) for layer in layers]
     cache.layer_class_to_replicate = None
     if overlap:
+        nbytes, chunks = prefix.chunks * prefix.extent_bytes, np.arange(prefix.chunks)
         for layer, device in enumerate(require_support(innermost_causal_lm(model)).plan.devices):
-            reads.ask([layer], np.arange(prefix.chunks), device)
+            ahead.add(layer, nbytes, partial(reads.ask_ahead, layer, chunks, device))
+        ahead.pump()
     loading.stats.bytes_used = len(layers) * prefix.tokens * prefix.token_bytes()
     return cache
 
@@ -161,10 +180,12 @@ class AttentionStore(Stored):
         super().__init__(name, model, folder, ContiguousKVConfig(budget=1.0), **options)
         self._overlap = overlap
         self._loading = Loading()
+        self._attention = GroupedAttention(model)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
         self._loading = Loading()
+        self._attention.begin()
         return full_load(self._model, prefix_ids, self.opened(), self._loading, self._overlap)
 
     def timeline(self, cache: Any) -> Timeline:
@@ -173,6 +194,9 @@ class AttentionStore(Stored):
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
+        self._attention.end()
+        if self._loading.reads is not None:
+            self._loading.reads.close()
         memory = self.opened().memory
         memory.finished(self._loading.usage)
         memory.catch_up()

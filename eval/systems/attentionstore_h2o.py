@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .choices import Chosen, best_on_device, held_by
+from .moving import fetch
 from .token_request import TokenRequest
 from .token_scores import best_tokens, column_sums
 from .token_system import TokenSystem
@@ -22,27 +24,38 @@ class H2ORequest(TokenRequest):
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
         """See `TokenRequest`."""
-        nodes, u = self.nodes, self.layout.unit_tokens
+        nodes = self.nodes
         stored_keys, stored_values = self.layout.keys_of(layer), self.layout.values_of(layer)
         heads, tokens = self.prefix.geometry.kv_heads, self.prefix.tokens
         all_keys = nodes.keys_apart()
         keys = nodes.joined(self.take(stored_keys, all_keys, identifies=True))
         with self.timed("identify", layer):
-            mass = column_sums(queries, self.of_tokens(keys), suffix_keys, scaling)
-            chosen = self.places_of(best_tokens(mass.view(heads, -1, tokens).sum(1), self.kept))
-        # Which unit of the values each token is in; and the units, each once.
-        unit_of = chosen // u * heads + np.arange(heads)[:, None]
-        units = np.unique(unit_of)
+            mass = column_sums(queries, self.of_tokens(keys, layer), suffix_keys, scaling, self.on_device(layer))
+            chosen = self._chosen(layer, mass.view(heads, -1, tokens).sum(1))
+        units = chosen.units
         self.ask(stored_values, units)
         with self.timed("copy", layer):
-            for head, own in enumerate(torch.from_numpy(chosen)):
+            for head, own in enumerate(chosen.places):
                 torch.index_select(keys[head], 0, own, out=destination[0, head])
         values = self.take(stored_values, units).flatten(0, 1)
         with self.timed("copy", layer):
-            for head, own in enumerate(torch.from_numpy(np.searchsorted(units, unit_of) * u + chosen % u)):
+            u = self.layout.unit_tokens
+            for head, own in enumerate(chosen.ranks() * u + chosen.places % u):
                 torch.index_select(values, 0, own, out=destination[1, head])
         self.used(stored_keys, all_keys)
         self.used(stored_values, units)
+
+    def _chosen(self, layer: int, mass: torch.Tensor) -> Chosen:
+        """The best tokens of each KV head, and which unit of the values each is in; `mass` is `(kv_heads, n)`."""
+        u, heads = self.layout.unit_tokens, len(mass)
+        units = self.nodes.blocks * heads
+        if not self.on_device(layer):
+            places = self.places_of(best_tokens(mass, self.kept))
+            return Chosen.on_host(places, places // u * heads + np.arange(heads)[:, None], units)
+        there = self.places_on_device(best_on_device(mass, self.kept), layer)
+        unit_of = there // u * heads + torch.arange(heads, device=there.device)[:, None]
+        held = held_by(unit_of, units)
+        return Chosen(there, unit_of, held, fetch(held, self.plan.devices[layer]))
 
 
 class AttentionStoreH2O(TokenSystem):

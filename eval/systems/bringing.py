@@ -54,7 +54,7 @@ class Parts(Protocol):
         ...
 
     def lacks_keys(self) -> bool:
-        """Whether some of that is in no tier."""
+        """Whether some of that is not in the tier of its device."""
         ...
 
     def close(self) -> None:
@@ -70,7 +70,10 @@ def bring(parts: Parts, memory: MemoryTiers, named: Named | None) -> None:
             payload.reads.ask([layer], chunks, payload.device)
             with closing(payload.reads.take(layer)) as arriving:
                 for batch in arriving:
-                    batch.extents(_NONE)  # Only what was waited for stays.
+                    if memory.on(payload.device) is not None and batch.from_disk + batch.from_host:
+                        batch.extents(None)  # Only what was waited for stays on a device. (A view: nothing is copied.)
+    for reads in {payload.reads for payload in parts.payload().values()}:
+        reads.close()  # Whatever arrived is in its place afterwards.
     memory.catch_up()
 
 
@@ -82,7 +85,7 @@ def resident(parts: Parts) -> Named:
 def lacking(parts: Parts, memory: MemoryTiers, named: Named | None) -> int:
     """How many chunks (of the named ones, or all) are not in the tier of their device."""
     return sum(
-        len(np.setdiff1d(_wanted(payload, layer, named), _resident(layer, payload, _tier(memory, payload))))
+        len(np.setdiff1d(_wanted(payload, layer, named), _resident(layer, payload, _tier(memory, payload.device))))
         for layer, payload in parts.payload().items()
     )
 
@@ -125,8 +128,8 @@ def _wanted(payload: Payload, layer: int, named: Named | None) -> Chunks:
     return payload.chunks if named is None else named.get(layer, _NONE)
 
 
-def _tier(memory: MemoryTiers, payload: Payload) -> Tier:
-    return memory.on(payload.device) or memory.host
+def _tier(memory: MemoryTiers, device: torch.device) -> Tier:
+    return memory.on(device) or memory.host
 
 
 def _resident(layer: int, payload: Payload, tier: Tier | None) -> Chunks:
@@ -186,7 +189,12 @@ class ChunkParts(PrefixRequest):
 
     def lacks_keys(self) -> bool:
         """See `Parts`."""
-        return any(self._keys.nbytes(layer) for layer in self._key_layers())
+        return any(not self._has_keys(layer) for layer in self._key_layers())
+
+    def _has_keys(self, layer: int) -> bool:
+        tier = _tier(self._store.memory, self.plan.devices[layer])
+        keys = self._keys
+        return all(tier.has_keys(keys._key(span, name)) for span in self.served.spans for name in keys._tensors(layer))
 
 
 class UnitParts:

@@ -24,8 +24,10 @@ import torch
 
 from hf_contiguouskv.memory.history import Floats, Uses
 
+from .choices import Chosen, best_on_device, held_by, voted_on_device
+from .moving import fetch, send
 from .token_request import TokenRequest
-from .token_scores import Tokens, best_tokens, column_sums, similar_enough, similarity, voted
+from .token_scores import Tokens, best_tokens, column_sums, mean_jaccard, similar_enough, similarity, voted
 from .token_system import TokenSystem
 
 PROBES = ("first", "groups")
@@ -76,24 +78,22 @@ class ImpressRequest(TokenRequest):
         first_keys = nodes.keys_apart()
         keys = nodes.joined(self.take(stored_keys, first_keys, identifies=True))
         if layout.others:
-            all_heads = torch.empty(kv_heads, *keys.shape[1:], dtype=keys.dtype)
-            all_heads[list(layout.apart)] = keys
+            all_heads = keys.new_empty(kv_heads, *keys.shape[1:])
+            for head, own in zip(layout.apart, keys, strict=True):
+                all_heads[head] = own
             keys = all_heads
         with self.timed("identify", layer):
-            mass = self._of_probes(queries, keys, suffix_keys, scaling)
-            by_probe = best_tokens(mass, self.kept)
-            agree = similarity(by_probe) >= similar_enough(self.prefix.tokens, self.kept)
-            chosen = voted(by_probe, mass, self.kept)
+            alike, chosen = self._voted(layer, self._of_probes(layer, queries, keys, suffix_keys, scaling))
+        agree = alike >= similar_enough(self.prefix.tokens, self.kept)
         if agree:
             self.agreed += 1
         else:
             self._bring_blocks_of_keys(layer, np.arange(nodes.blocks), keys, identifies=True)
             with self.timed("identify", layer):
-                mass = column_sums(queries, self.of_tokens(keys), suffix_keys, scaling)
-                chosen = best_tokens(mass.sum(0, keepdim=True), self.kept)[0]
-        chosen = self.places_of(chosen)
-        blocks = np.unique(chosen // u)
-        share = np.bincount(chosen // u, minlength=nodes.blocks) / u
+                mass = column_sums(queries, self.of_tokens(keys, layer), suffix_keys, scaling, self.on_device(layer))
+                chosen = self._best(layer, mass.sum(0, keepdim=True))
+        blocks = chosen.units
+        share = chosen.counts / u
         value_units, value_share = nodes.values(blocks), share.repeat(kv_heads)
         self._payload.tables.mass[stored_values] = value_share.astype(np.float32)
         if agree:  # Only blocks that hold a chosen token.
@@ -102,13 +102,41 @@ class ImpressRequest(TokenRequest):
         if agree:
             self._bring_blocks_of_keys(layer, blocks, keys)
         with self.timed("copy", layer):
-            torch.index_select(keys, 1, torch.from_numpy(chosen), out=destination[0])
+            torch.index_select(keys, 1, chosen.places, out=destination[0])
         values = self.take(stored_values, value_units).view(len(blocks), kv_heads, u, -1)
         with self.timed("copy", layer):
-            block = torch.from_numpy(np.searchsorted(blocks, chosen // u))
-            destination[1] = values[block, :, torch.from_numpy(chosen % u)].transpose(0, 1)
+            destination[1] = values[chosen.ranks(), :, chosen.places % u].transpose(0, 1)
         self._note(layer, share, blocks if agree else np.arange(nodes.blocks))
         self.used(stored_values, value_units, value_share)
+
+    def _voted(self, layer: int, mass: torch.Tensor) -> tuple[float, Chosen]:
+        """How alike the choices of the probe heads are, and what they vote for; `mass` is `(probe heads, n)`."""
+        if not self.on_device(layer):
+            by_probe = best_tokens(mass, self.kept)
+            return similarity(by_probe), self._on_host(voted(by_probe, mass, self.kept))
+        tokens, common = voted_on_device(best_on_device(mass, self.kept), mass, self.kept)
+        chosen, (pairs,) = self._on_device(layer, tokens, common)
+        return mean_jaccard(pairs[np.triu_indices(len(mass), 1)].tolist(), self.kept), chosen
+
+    def _best(self, layer: int, mass: torch.Tensor) -> Chosen:
+        """The tokens with the most `mass` `(1, n)`."""
+        if not self.on_device(layer):
+            return self._on_host(best_tokens(mass, self.kept)[0])
+        return self._on_device(layer, best_on_device(mass, self.kept)[0])[0]
+
+    def _on_host(self, tokens: Tokens) -> Chosen:
+        places = self.places_of(tokens)
+        return Chosen.on_host(places, places // self.layout.unit_tokens, self.nodes.blocks)
+
+    def _on_device(self, layer: int, tokens: torch.Tensor, *more: torch.Tensor) -> tuple[Chosen, list[Tokens]]:
+        """Chosen tokens; and other numbers (int32), which come to the host with the number of tokens in each block."""
+        places = self.places_on_device(tokens, layer)
+        block_of = places // self.layout.unit_tokens
+        held = held_by(block_of, self.nodes.blocks)
+        came = fetch(torch.cat([held, *(one.flatten() for one in more)]), self.plan.devices[layer])
+        counts, *others = np.split(came, np.cumsum([len(held), *(one.numel() for one in more)])[:-1])
+        shaped = [other.reshape(one.shape) for other, one in zip(others, more, strict=True)]
+        return Chosen(places, block_of, held, counts), shaped
 
     def _bring_blocks_of_keys(self, layer: int, blocks: Tokens, keys: torch.Tensor, identifies: bool = False) -> None:
         """Put the keys of the other heads in `blocks` into their places in `keys` `(kv_heads, places, head_dim)`."""
@@ -119,7 +147,9 @@ class ImpressRequest(TokenRequest):
         self.ask(self.layout.keys_of(layer), units)
         found = self.take(self.layout.keys_of(layer), units, identifies).view(len(blocks), len(others), u, -1)
         with self.timed("copy", layer):
-            keys.view(len(keys), -1, u, keys.shape[-1])[others[:, None], blocks] = found.transpose(0, 1)
+            device = self.plan.devices[layer]
+            heads, where = self.sent("other heads", others, layer), send(blocks, device)
+            keys.view(len(keys), -1, u, keys.shape[-1])[heads[:, None], where] = found.transpose(0, 1)
 
     def _note(self, layer: int, share: npt.NDArray[np.float64], blocks: Tokens) -> None:
         """Tell memory what share of each unit of keys was important, and which were used."""
@@ -132,20 +162,27 @@ class ImpressRequest(TokenRequest):
         self.used(self.layout.keys_of(layer), np.sort(np.concatenate([first, nodes.other_keys(blocks)])), shares)
 
     def _of_probes(
-        self, queries: torch.Tensor, keys: torch.Tensor, suffix_keys: torch.Tensor, scaling: float
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, suffix_keys: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Column sums of the probe heads, float32 `(probe heads, n)`."""
         probing = probe_heads(len(queries), len(keys), self.probes)
         head_of = probing // (len(queries) // len(keys))
+        # KV heads with their probe heads (which are neighbours); one for each KV head: all at once.
+        steps = len(queries) // len(keys)
+        parts = [(slice(None), slice(None, None, steps))] if self.probes == "groups" else []
+        for head in () if parts else self.layout.apart:
+            own = probing[head_of == head]
+            parts.append((slice(head, head + 1), slice(int(own[0]), int(own[-1]) + 1)))
         return torch.cat(
             [
                 column_sums(
-                    queries[probing[head_of == head]],
-                    self.of_tokens(keys[head : head + 1]),
-                    suffix_keys[head : head + 1],
+                    queries[some],
+                    self.of_tokens(keys[head], layer),
+                    suffix_keys[head],
                     scaling,
+                    self.on_device(layer),
                 )
-                for head in self.layout.apart
+                for head, some in parts
             ]
         )
 

@@ -13,6 +13,7 @@ from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.support import innermost_causal_lm, require_support
 from hf_contiguouskv.transformers_internals import cache_argument
 
+from .attention import GroupedAttention, grouped_cache
 from .base import NotStoredError, key_of, require_states
 from .states import State, on_accelerator, require_state
 
@@ -34,7 +35,7 @@ def copied(model: Any, states: DynamicCache, tokens: int) -> DynamicCache:
     """
     support = require_support(innermost_causal_lm(model))
     require_states(states, tokens, geometry_of(support, ContiguousKVConfig().chunk_size))
-    cache = DynamicCache(config=model.config)
+    cache = grouped_cache(model)
     for number, (layer, device) in enumerate(zip(states.layers, support.plan.devices, strict=True)):
         cache.update(layer.keys.to(device), layer.values.to(device), number)  # Which copies them.
     return cache
@@ -50,6 +51,7 @@ class InMemory:
         self._model = model
         self._caches: dict[bytes, DynamicCache] = {}
         self._lengths: dict[int, int] = {}
+        self._attention = GroupedAttention(model)
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -63,7 +65,8 @@ class InMemory:
             return
         before = max((one for one in self._caches if key.startswith(one)), key=len, default=b"")
         if states is None:
-            cache = prefill(self._model, prefix_ids, self._caches.pop(before, None))
+            known = self._caches.pop(before, None)
+            cache = prefill(self._model, prefix_ids, grouped_cache(self._model) if known is None else known)
         else:
             self._caches.pop(before, None)
             cache = copied(self._model, states, len(prefix_ids))
@@ -80,7 +83,13 @@ class InMemory:
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """See `System`: it always is where it is."""
         require_state(self.name, state, self.states)
-        self.cache(prefix_ids)
+        self._kept(prefix_ids)
+
+    def _kept(self, prefix_ids: torch.Tensor) -> DynamicCache:
+        found = self._caches.get(key_of(prefix_ids))
+        if found is None:
+            raise NotStoredError(f"a prefix of {len(prefix_ids)} tokens was not stored")
+        return found
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`.
@@ -88,9 +97,8 @@ class InMemory:
         Raises:
             NotStoredError: the prefix was not stored.
         """
-        found = self._caches.get(key_of(prefix_ids))
-        if found is None:
-            raise NotStoredError(f"a prefix of {len(prefix_ids)} tokens was not stored")
+        found = self._kept(prefix_ids)
+        self._attention.begin()
         return found
 
     def timeline(self, cache: Any) -> None:
@@ -98,6 +106,7 @@ class InMemory:
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
+        self._attention.end()
         cache.crop(self._lengths[id(cache)] - cache.get_seq_length())  # A negative number: so many go.
         return RequestStats()
 

@@ -32,7 +32,6 @@ class SystemKind:
         exact: whether it attends to the whole prefix, so that there is only a budget of 1.0.
         answers_as: the system that gives the same answers, and is quicker or slower: quality is measured once.
         in_streams: it differs from that one in what it keeps in memory, so only streams of requests tell them apart.
-        cpu_only: whether it needs the model on the CPU.
         only_if_named: it is a variant of another system, and left out where all are asked for.
     """
 
@@ -40,7 +39,6 @@ class SystemKind:
     exact: bool = False
     answers_as: str | None = None
     in_streams: bool = False
-    cpu_only: bool = False
     only_if_named: bool = False
 
 
@@ -78,14 +76,12 @@ SYSTEMS: dict[str, SystemKind] = {
     "reload": SystemKind(lambda model, folder, budget, **options: Reload(model, folder / "whole"), exact=True),
     "attentionstore": SystemKind(_whole(overlap=False), exact=True),
     "attentionstore_overlapped": SystemKind(_whole(overlap=True), exact=True),
-    "attentionstore_h2o": SystemKind(_h2o(), cpu_only=True),
-    "attentionstore_h2o_lfu": SystemKind(
-        _h2o(eviction="lfu"), answers_as="attentionstore_h2o", in_streams=True, cpu_only=True
-    ),
-    "attentionstore_h2o_overlapped": SystemKind(_h2o(overlap=True), answers_as="attentionstore_h2o", cpu_only=True),
-    "impress": SystemKind(_impress(), cpu_only=True),
-    "impress_groups": SystemKind(_tokens(Impress, "impress_groups", probes="groups"), cpu_only=True),
-    "impress_overlapped": SystemKind(_impress(overlap=True), answers_as="impress", cpu_only=True),
+    "attentionstore_h2o": SystemKind(_h2o()),
+    "attentionstore_h2o_lfu": SystemKind(_h2o(eviction="lfu"), answers_as="attentionstore_h2o", in_streams=True),
+    "attentionstore_h2o_overlapped": SystemKind(_h2o(overlap=True), answers_as="attentionstore_h2o"),
+    "impress": SystemKind(_impress()),
+    "impress_groups": SystemKind(_tokens(Impress, "impress_groups", probes="groups")),
+    "impress_overlapped": SystemKind(_impress(overlap=True), answers_as="impress"),
     "contiguouskv_paper": SystemKind(_chunks("contiguouskv_paper", ContiguousKVConfig.paper)),
     "contiguouskv": SystemKind(_chunks("contiguouskv", ContiguousKVConfig)),
     "contiguouskv_paper_resident": SystemKind(

@@ -17,6 +17,7 @@ from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.support import innermost_causal_lm, require_support
 
 from ..timing import drop_page_cache, storage_bytes_read
+from .attention import GroupedAttention, grouped_cache
 from .base import NotStoredError, key_of, require_states
 from .in_memory import prefill
 from .states import State, require_state
@@ -40,6 +41,7 @@ class Reload:
         self._folder = folder
         self._stats = RequestStats()
         self._stored: dict[bytes, Path] = {}
+        self._attention = GroupedAttention(model)
         folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, prefix_ids: torch.Tensor) -> Path:
@@ -95,8 +97,9 @@ class Reload:
             NotStoredError: the prefix was not stored.
         """
         path = self._stored_file(prefix_ids)
+        self._attention.begin()
         started, before = time.perf_counter(), storage_bytes_read()
-        cache = DynamicCache(config=self._model.config)
+        cache = grouped_cache(self._model)
         with safe_open(path, framework="pt", device=str(self._model.device)) as file:
             for layer in range(len(file.keys()) // 2):
                 cache.update(file.get_tensor(f"keys.{layer}"), file.get_tensor(f"values.{layer}"), layer)
@@ -112,6 +115,7 @@ class Reload:
 
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
+        self._attention.end()
         return self._stats
 
     def __enter__(self) -> Reload:

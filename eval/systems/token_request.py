@@ -24,16 +24,17 @@ from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.request import PrefixRequest
 from hf_contiguouskv.residency import Batch
 
+from .moving import send
+from .states import on_accelerator
 from .token_scores import Tokens, tokens_kept
 from .units import Nodes
 
-_CPU = torch.device("cpu")
 # Layers whose keys are read ahead of compute, as in the library.
 AHEAD = 3
 
 
 class TokenRequest(PrefixRequest):
-    """A request that chooses tokens instead of chunks, in every layer. One row, full attention, on the CPU.
+    """A request that chooses tokens instead of chunks, in every layer. One row, full attention.
 
     Args:
         units: the prefix in units.
@@ -65,6 +66,7 @@ class TokenRequest(PrefixRequest):
         self.kept = tokens_kept(prefix.tokens, config.budget)
         self._layers_ahead = ahead
         self._asked: set[int] = set()
+        self._sent: dict[tuple[str, torch.device], torch.Tensor] = {}
         super().__init__(prefix, config, plan, store, stats)
 
     @property
@@ -100,15 +102,32 @@ class TokenRequest(PrefixRequest):
                 self._asked.add(layer)
                 self.ask(self.layout.keys_of(layer), self.nodes.keys_apart())
 
-    def of_tokens(self, states: torch.Tensor) -> torch.Tensor:
+    def on_device(self, layer: int) -> bool:
+        """Whether a layer is on an accelerator."""
+        return on_accelerator(self.plan.devices[layer])
+
+    def sent(self, name: str, numbers: Tokens, layer: int) -> torch.Tensor:
+        """`numbers`, the same in all of a request, on the device of a layer; sent there once."""
+        device = self.plan.devices[layer]
+        found = self._sent.get((name, device))
+        if found is None:
+            found = self._sent[name, device] = send(numbers, device)
+        return found
+
+    def of_tokens(self, states: torch.Tensor, layer: int) -> torch.Tensor:
         """`(heads, places, head_dim)` without padding: `(heads, n, head_dim)`."""
         places = self.nodes.places
-        return states[:, : self.prefix.tokens] if places is None else states[:, torch.from_numpy(places)]
+        return states[:, : self.prefix.tokens] if places is None else states[:, self.sent("places", places, layer)]
 
     def places_of(self, tokens: Tokens) -> Tokens:
         """Where tokens are, padding counted."""
         places = self.nodes.places
         return tokens if places is None else places[tokens]
+
+    def places_on_device(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        """As `places_of`, on the device of a layer."""
+        places = self.nodes.places
+        return tokens if places is None else self.sent("places", places, layer)[tokens]
 
     @abstractmethod
     def choose(
@@ -124,6 +143,7 @@ class TokenRequest(PrefixRequest):
             destination: where attention looks.
         """
 
+    @torch.no_grad()
     def _fill(
         self,
         layer: int,
@@ -144,16 +164,16 @@ class TokenRequest(PrefixRequest):
 
     def ask(self, stored_layer: int, units: Tokens) -> None:
         """Start reading units of one stored layer (int64, ascending)."""
-        self._payload.ask([stored_layer], units, _CPU)
+        self._payload.ask([stored_layer], units, self.plan.devices[stored_layer // 2])
 
     def take(self, stored_layer: int, units: Tokens, identifies: bool = False) -> torch.Tensor:
-        """Units that were asked for, in the order of `units`: `(len(units), u, head_dim)`.
+        """Units that were asked for, in the order of `units`, where attention runs: `(len(units), u, head_dim)`.
 
         `identifies`: they serve to choose tokens (counted as `bytes_identified`).
         """
-        g, size = self.prefix.geometry, self.layout.unit_bytes
+        g, size, device = self.prefix.geometry, self.layout.unit_bytes, self.plan.devices[stored_layer // 2]
         before = self.stats.bytes_read
-        found = torch.empty(len(units), self.layout.unit_tokens, g.head_dim, dtype=g.dtype)
+        found = torch.empty(len(units), self.layout.unit_tokens, g.head_dim, dtype=g.dtype, device=device)
         rows = found.view(torch.uint8).view(len(units), size)
         with closing(self._payload.take(stored_layer)) as arriving:
             for batch in arriving:
@@ -162,7 +182,7 @@ class TokenRequest(PrefixRequest):
                     if neighbours(positions):
                         rows[positions[0] : positions[0] + len(positions)] = batch.extents(None)
                     else:
-                        rows.index_copy_(0, torch.from_numpy(positions), batch.extents(None))
+                        rows.index_copy_(0, send(positions, device), batch.extents(None))
                     if not identifies:  # As in the library: hits are of what attention uses.
                         count_hits(self.stats, self._usage, batch, self.units.extent_bytes)
         if identifies:
@@ -183,11 +203,11 @@ class TokenRequest(PrefixRequest):
         if share is not None:
             self._usage.mass.append(([stored_layer], share.astype(np.float32)))
 
-    def close(self) -> None:
-        """See `PrefixRequest`."""
+    def _settle_reads(self) -> None:
+        self._payload.settle()
+
+    def _close_reads(self) -> None:
         self._payload.close()
-        self._settled()
-        self._store.memory.catch_up()
 
 
 # Makes a request from `(prefix, config, plan, store, stats)`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from hf_contiguouskv.selection import choose_chunks
 from hf_contiguouskv.selection.attention_mass import LOGITS_AT_ONCE
 
+# Logits held at once (float32) on an accelerator: 256 MiB.
+DEVICE_LOGITS_AT_ONCE = 2**26
 Tokens = npt.NDArray[np.int64]
 
 
@@ -21,21 +25,29 @@ def tokens_kept(tokens: int, budget: float) -> int:
 
 
 def column_sums(
-    queries: torch.Tensor, prefix_keys: torch.Tensor, suffix_keys: torch.Tensor, scaling: float
+    queries: torch.Tensor,
+    prefix_keys: torch.Tensor,
+    suffix_keys: torch.Tensor,
+    scaling: float,
+    on_device: bool | None = None,
 ) -> torch.Tensor:
     """Attention that each prefix token gets from all suffix queries, per query head, in float32.
 
-    The softmax is over prefix and suffix (causal).
+    The softmax is over prefix and suffix (causal). Products are in float32. Those of 16-bit models lose nothing where
+    the user lets torch multiply in TF32; those of float32 models are then as inexact as the model's own.
 
     Args:
         queries: `(heads, q, head_dim)` after RoPE, of the suffix.
         prefix_keys: `(kv_heads, n, head_dim)`; heads are groups of equal size, one for each KV head.
         suffix_keys: `(kv_heads, q, head_dim)`.
         scaling: factor on `q @ k`.
+        on_device: whether the work is done as an accelerator does it; by default, where the keys are on one.
 
     Returns:
-        float32 `(heads, n)`.
+        float32 `(heads, n)`, on the device of the keys.
     """
+    if prefix_keys.device.type != "cpu" if on_device is None else on_device:
+        return _sums_on_device(queries, prefix_keys, suffix_keys, scaling)
     kv_heads, tokens, head_dim = prefix_keys.shape
     heads, length, _ = queries.shape
     group = heads // kv_heads
@@ -60,6 +72,35 @@ def column_sums(
     return sums
 
 
+def _sums_on_device(
+    queries: torch.Tensor, prefix_keys: torch.Tensor, suffix_keys: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """As `column_sums`, all KV heads at once: few large kernels, and bounded memory for suffixes of any length."""
+    kv_heads, tokens, head_dim = prefix_keys.shape
+    heads, length, _ = queries.shape
+    group = heads // kv_heads
+    grouped = queries.float().reshape(kv_heads, group, length, head_dim)
+    keys = grouped.new_empty(kv_heads, tokens + length, head_dim)
+    keys[:, :tokens], keys[:, tokens:] = prefix_keys, suffix_keys
+    later = torch.ones(length, length, dtype=torch.bool, device=keys.device).triu(1)
+    sums = keys.new_zeros(kv_heads, group, tokens)
+    rows = max(1, DEVICE_LOGITS_AT_ONCE // (kv_heads * (tokens + length)))
+    some_heads, some_queries = max(1, min(group, rows // length)), min(length, rows)
+    scratch = keys.new_empty(kv_heads * some_heads * some_queries * (tokens + length))
+    for first in range(0, group, some_heads):
+        for begin in range(0, length, some_queries):
+            block = grouped[:, first : first + some_heads, begin : begin + some_queries]
+            shape = (kv_heads, block.shape[1] * block.shape[2], tokens + length)
+            logits = scratch[: math.prod(shape)].view(shape)
+            # Scaled afterwards: 16-bit queries and keys, as they are, are exact in TF32.
+            torch.baddbmm(logits, block.flatten(1, 2), keys.mT, beta=0, alpha=scaling, out=logits)
+            logits = logits.unflatten(1, block.shape[1:3])
+            logits[..., tokens:].masked_fill_(later[begin : begin + some_queries], float("-inf"))
+            weights = torch.softmax(logits, dim=-1)
+            sums[:, first : first + some_heads] += weights[..., :tokens].sum(2)
+    return sums.flatten(0, 1)
+
+
 def best_tokens(mass: torch.Tensor, keep: int) -> Tokens:
     """The `keep` tokens with the most mass, per row: int64 `(rows, keep)`, ascending; ties go to the earlier token."""
     return choose_chunks(mass, keep, 0, 0).numpy()
@@ -68,7 +109,11 @@ def best_tokens(mass: torch.Tensor, keep: int) -> Tokens:
 def similarity(chosen: Tokens) -> float:
     """Mean Jaccard index of all pairs of rows of `(rows, keep)`; 1.0 for a single row."""
     pairs = [len(np.intersect1d(one, other, assume_unique=True)) for one, other in combinations(chosen, 2)]
-    keep = chosen.shape[1]
+    return mean_jaccard(pairs, chosen.shape[1])
+
+
+def mean_jaccard(pairs: Sequence[int], keep: int) -> float:
+    """Mean Jaccard index of pairs of sets of `keep` tokens that have so many in common; 1.0 without a pair."""
     return float(np.mean([common / (2 * keep - common) for common in pairs])) if pairs else 1.0
 
 

@@ -45,7 +45,7 @@ def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCa
     """A prefilled cache, and per layer the attention that its tokens get from the last `OBSERVED` ones.
 
     Args:
-        model: with `sdpa` attention, on the CPU.
+        model: with `sdpa` attention.
         prefix_ids: int64 `(n,)`.
 
     Returns:
@@ -61,7 +61,7 @@ def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCa
         return attend(query, *arguments, **options)
 
     with torch.no_grad(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
-        rest = prefix_ids[None, split:]
+        rest = prefix_ids[None, split:].to(model.device)
         model(input_ids=rest, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     importance = []
     for layer, (query, scaling) in zip(cache.layers, queries, strict=True):
@@ -98,14 +98,11 @@ class TokenSystem(Stored):
     """A system that chooses tokens.
 
     Args:
-        model: whose prefixes, with `sdpa` attention, on the CPU.
+        model: whose prefixes, with `sdpa` attention.
         folder: of the store.
         budget: share of tokens that attention uses.
         overlap: whether keys are read ahead of compute: as the system deserves, not as papers run it.
         store_options: of `PrefixStore`.
-
-    Raises:
-        ValueError: the model is on another device.
 
     Attributes:
         published: name of the system as published, without overlap.
@@ -130,8 +127,6 @@ class TokenSystem(Stored):
         lfu = "_lfu" if options["eviction"] == "lfu" else ""
         name = self.published + lfu + ("_overlapped" if overlap else "")
         super().__init__(name, model, folder, ContiguousKVConfig(budget=budget, timeline=timeline), **options)
-        if model.device.type != "cpu":
-            raise ValueError(f"{name} runs on the CPU only, the model is on {model.device}")
         self._ahead = AHEAD if overlap else 0
         lm = innermost_causal_lm(model)
         geometry = geometry_of(require_support(lm), self._config.chunk_size)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from eval.growth import report, run, store_random_prefix
+from eval.growth import random_states, report, run
 from eval.random_models import CONFIGS, random_model
-from hf_contiguouskv import PrefixStore
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -35,18 +34,17 @@ def test_an_unknown_architecture_is_refused() -> None:
         random_model("gpt9")
 
 
-def test_a_random_prefix_is_stored_once_for_its_model(model: Any, tmp_path: Path) -> None:
-    ids = torch.arange(100) % 64
-    for _ in range(2):
-        store_random_prefix(model, ids, tmp_path)
-    with PrefixStore(tmp_path) as store:
-        assert store.match(model, ids) == 100
-        assert store.stats.segments == 1
-        assert store.verify() == []
+def test_random_states_are_those_of_the_model_and_the_same_each_time(model: Any) -> None:
+    states = random_states(model, 100)
+    assert len(states.layers) == 3
+    for layer, again in zip(states.layers, random_states(model, 100).layers, strict=True):
+        assert layer.keys.shape == layer.values.shape == (1, 2, 100, 16)
+        assert torch.equal(layer.keys, again.keys)
+        assert not torch.equal(layer.keys, layer.values)
 
 
 def test_all_lengths_and_systems_are_measured_and_shown(model: Any, tmp_path: Path) -> None:
-    names = ("attentionstore_overlapped", "contiguouskv", "contiguouskv_resident")
+    names = ("attentionstore_overlapped", "contiguouskv", "contiguouskv_resident", "impress_overlapped", "in_memory")
     found = run(model, tmp_path, [96, 192], 32, 5, rounds=2, names=names)
     assert [(row["tokens"], row["system"]) for row in found["rows"]] == [
         (length, name) for length in (96, 192) for name in names
