@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 
+from .pinned import PinnedPool, available_bytes, register_with_cuda
 from .store.pread import PAGE, aligned_buffer
 
 # Sizes of the pinned blocks that small tensors cross in, and how many of each are had when a device is opened.
@@ -65,6 +67,10 @@ class Device(Protocol):
 
     def let_go(self) -> None:
         """Return memory to the device that was taken from it and is not in use."""
+        ...
+
+    def copies_so_far(self) -> list[Any]:
+        """Events for the end of all copies, in and out, that have been queued so far."""
         ...
 
     def wait(self, event: Any) -> None:
@@ -169,6 +175,10 @@ class Accelerator:
         if empty_cache is not None:
             empty_cache()
 
+    def copies_so_far(self) -> list[Any]:
+        """See `Device`."""
+        return [self._incoming.record_event(), self._outgoing.record_event()]
+
     def wait(self, event: Any) -> None:
         """See `Device`."""
         torch.accelerator.current_stream(self._device).wait_event(event)
@@ -206,18 +216,51 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values if opened is None else opened.send(values)
 
 
+def _marks() -> list[Any]:
+    return [event for device in tuple(_opened.values()) for event in device.copies_so_far()]
+
+
+@cache
+def _pool() -> PinnedPool | None:
+    """Registered memory, where the driver can register ordinary memory."""
+    return PinnedPool(register_with_cuda, _marks, available_bytes) if torch.cuda.is_available() else None
+
+
+def reserve_pinned(nbytes: int) -> None:
+    """A store that may hold `nbytes` in the host's memory uses an accelerator from now on."""
+    pool = _pool()
+    if pool is not None:
+        pool.reserve(nbytes)
+
+
+def release_pinned(nbytes: int) -> None:
+    """That store was closed."""
+    pool = _pool()
+    if pool is not None:
+        pool.release(nbytes)
+
+
 def pinned_buffer(nbytes: int) -> torch.Tensor:
-    """Page-aligned uint8 `(nbytes,)` in host memory that copies to an accelerator run from without the host."""
+    """Page-aligned uint8 `(nbytes,)` in host memory that copies to an accelerator run from without the host.
+
+    From what was reserved, if there is room; else torch pins it now. Where nobody can pin so much it is ordinary
+    memory: copies are right all the same, but wait.
+    """
     if not torch.accelerator.is_available():
         return aligned_buffer(nbytes)
-    with torch.inference_mode(False):
+    pool = _pool()
+    found = None if pool is None else pool.take(nbytes)
+    if found is not None:
+        return found
+    with torch.inference_mode(False), suppress(RuntimeError):
         # Pinned memory comes in whole pages, and in powers of two: a byte more may cost as much again.
-        raw = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        raw = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         if raw.data_ptr() % PAGE == 0:
             return raw
-        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
+        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu", pin_memory=True)
         start = -raw.data_ptr() % PAGE
         return raw[start : start + nbytes]
+    return aligned_buffer(nbytes)
 
 
 class StreamOrder:

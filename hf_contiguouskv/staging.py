@@ -22,7 +22,6 @@ from .residency import PIECE_BYTES, Batch, PrefixTables
 from .store.pread import as_memoryview
 from .store.reader import ExtentReader, Ticket
 
-
 # What waits to be put into the tiers may take up so much of the smaller limit.
 ARRIVALS_SHARE = 4
 
@@ -42,9 +41,7 @@ class DeviceSlotBatch:
     def extents(self, take: Chunks | None) -> torch.Tensor:
         """See `residency.Batch`."""
         slots = self._slots if take is None else self._slots[take]
-        return self._tier.where_it_fits(
-            len(slots) * self._size, lambda: self._tier.blocks(self._size).select(slots)
-        )
+        return self._tier.where_it_fits(len(slots) * self._size, lambda: self._tier.blocks(self._size).select(slots))
 
     def release(self) -> None:
         """See `residency.Batch`: whoever gets these slots next writes behind what has been queued."""

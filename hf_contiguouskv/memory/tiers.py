@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..device import Device, device_of, pinned_buffer
+from ..device import Device, device_of, pinned_buffer, release_pinned, reserve_pinned
 from ..errors import ConfigError
 from ..store.extents import Form
 from ..store.pread import aligned_buffer
@@ -107,6 +107,7 @@ class MemoryTiers:
         self._reserve = 0.0
         self._deferred: deque[Callable[[], None]] = deque()
         self._pinned = False
+        self._reserved = 0
         self.host = Tier(
             "host", host_bytes, self.policy, self._host_blocks, self._host_buffer, self.lock, self._tables, self.clock
         )
@@ -137,7 +138,10 @@ class MemoryTiers:
     def _add_device(self, device: torch.device, opened: Device) -> DeviceTier:
         with self.lock:
             if device not in self.devices:
-                self._pinned = True
+                if not self._pinned:
+                    self._pinned = True
+                    self._reserved = self.host.max_bytes
+                    reserve_pinned(self._reserved)
                 self.host.drop_idle()  # They are not pinned.
                 self.host.drop_workspace()
                 if self._device_limit is None:
@@ -310,6 +314,9 @@ class MemoryTiers:
         self.catch_up()
         with self.lock:
             self._device_limit = 0
+            if self._reserved:
+                release_pinned(self._reserved)
+                self._reserved = 0
             for tier in self.tiers:
                 tier.close()
             for table in self._tables.values():
