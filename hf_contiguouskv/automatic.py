@@ -11,6 +11,7 @@ import torch
 
 from .adapters import adapters_of_rows
 from .config import ContiguousKVConfig
+from .device import after_this
 from .fitting import FEWEST_VOTERS, voters_wanted
 from .forward import Prompt, cut_cached, ordinary_prompt
 from .layers import ContiguousLayer, ContiguousSlidingLayer
@@ -162,7 +163,13 @@ class AutomaticPrefix:
         store, fingerprint = self._store, cache._fingerprint
         seconds = time.perf_counter() - self._began
         prompts = [ids for ids, _ in rows]
-        store.submit_background(lambda: persist_rows(rows, store, fingerprint, geometry, seconds), prompts)
+        follow = after_this(states for _, layers in rows for keys, values, _ in layers for states in (keys, values))
+
+        def persist() -> None:
+            follow()
+            persist_rows(rows, store, fingerprint, geometry, seconds)
+
+        store.submit_background(persist, prompts)
 
 
 def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerStates:

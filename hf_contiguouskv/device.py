@@ -16,7 +16,7 @@ A CPU needs none of this: what was read is where attention wants it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Protocol
@@ -71,6 +71,10 @@ class Device(Protocol):
 
     def copies_so_far(self) -> list[Any]:
         """Events for the end of all copies, in and out, that have been queued so far."""
+        ...
+
+    def finish(self, event: Any) -> None:
+        """Block this thread until `event` has happened. For threads that write to disk; a model's never does."""
         ...
 
     def wait(self, event: Any) -> None:
@@ -179,6 +183,10 @@ class Accelerator:
         """See `Device`."""
         return [self._incoming.record_event(), self._outgoing.record_event()]
 
+    def finish(self, event: Any) -> None:
+        """See `Device`."""
+        event.synchronize()
+
     def wait(self, event: Any) -> None:
         """See `Device`."""
         torch.accelerator.current_stream(self._device).wait_event(event)
@@ -214,6 +222,24 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small CPU tensor where `device` can use it at once: itself, or a copy that nobody waits for."""
     opened = device_of(device)
     return values if opened is None else opened.send(values)
+
+
+def after_this(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """For a thread that is going to use these tensors: what it calls first, so that its stream waits until they are
+    computed, and their memory until it is through with them."""
+    known = list(tensors)
+    devices = {tensor.device: device_of(tensor.device) for tensor in known}
+    marks = [(device, device.mark()) for device in devices.values() if device is not None]
+
+    def follow() -> None:
+        for device, event in marks:
+            device.wait(event)
+        for tensor in known:
+            used_on = devices[tensor.device]
+            if used_on is not None:
+                used_on.uses(tensor)
+
+    return follow
 
 
 def _marks() -> list[Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
+from .attention import attend
 from .config import ContiguousKVConfig
 from .prefix import AttachedPrefix
 from .selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index, voting_queries
@@ -155,8 +155,10 @@ def _attend(model: nn.Module, support: ModelSupport, layer: int, tokens: int) ->
     heads, device = _query_heads(model, support), support.plan.devices[layer]
     numbers = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
     seen = numbers[:, : support.kv_heads, :1].repeat(1, 1, tokens + SUFFIX_TOKENS, 1)
-    mask = torch.zeros(1, 1, SUFFIX_TOKENS, tokens + SUFFIX_TOKENS, dtype=support.dtype, device=device)
-    return lambda: _wait(scaled_dot_product_attention(numbers, seen, seen, attn_mask=mask, enable_gqa=True))
+    mask = torch.ones(SUFFIX_TOKENS, tokens + SUFFIX_TOKENS, dtype=torch.bool, device=device).tril(tokens)[None, None]
+    options = {"scaling": support.head_dim**-0.5}
+    plain = device.type != "cpu"
+    return lambda: _wait(attend(numbers, seen, seen, mask, options, plain=plain))
 
 
 def _copy(support: ModelSupport, layer: int) -> Callable[[], None]:
@@ -180,7 +182,7 @@ def _choose(model: nn.Module, support: ModelSupport, layer: int, config: Contigu
     voters = voting_queries(visible[0], config.suffix_queries, config.recent_queries)
     inputs = SelectionInput(queries, queries[:, : support.kv_heads], [voters], visible, support.head_dim**-0.5)
     if config.selection == "indexed_keys":
-        index, scale = (part.to(device) for part in build_key_index(keys, c))
+        index, scale = build_key_index(keys.to(device), c)
         indexed = IndexedKeys([(index, scale)], CONSIDERED_TOKENS // c, config.concentration)
         return lambda: _wait(indexed(inputs).importance)
     exact = AttentionMass(keys.to(device, support.dtype), c, config.concentration)

@@ -48,8 +48,11 @@ class SegmentOutput:
     def start(self, name: str) -> int:
         return self.data_start + self.header.places[name].start
 
-    def write_chunks(self, layer: int, first: int, kv: torch.Tensor) -> None:
-        """Write `kv` `[chunks, 2, kv_heads, c, head_dim]` and its checksums; what is past the last token becomes 0."""
+    def write_chunks(self, layer: int, first: int, kv: torch.Tensor, packed: torch.Tensor | None = None) -> None:
+        """Write `kv` `[chunks, 2, kv_heads, c, head_dim]` and its checksums; what is past the last token becomes 0.
+
+        `packed`: its values, packed already; uint8 `[chunks, packed_bytes]`.
+        """
         geometry, header = self.header.geometry, self.header
         chunks = kv.shape[0]
         valid = header.num_tokens - (header.num_chunks - 1) * geometry.chunk_size
@@ -57,12 +60,12 @@ class SegmentOutput:
             tail = kv[-1:].clone()
             tail[:, :, :, valid:] = 0
             if chunks > 1:
-                self._write_extents(layer, first, kv[:-1])
-            self._write_extents(layer, first + chunks - 1, tail)
+                self._write_extents(layer, first, kv[:-1], None if packed is None else packed[:-1])
+            self._write_extents(layer, first + chunks - 1, tail, None if packed is None else packed[-1:])
         else:
-            self._write_extents(layer, first, kv)
+            self._write_extents(layer, first, kv, packed)
 
-    def _write_extents(self, layer: int, first: int, kv: torch.Tensor) -> None:
+    def _write_extents(self, layer: int, first: int, kv: torch.Tensor, packed_values: torch.Tensor | None) -> None:
         geometry = self.header.geometry
         extent, chunks = geometry.extent_bytes, kv.shape[0]
         octets = as_memoryview(kv)
@@ -79,7 +82,8 @@ class SegmentOutput:
             keys = kv[:, 0].contiguous()
             self.blob.write(self.start(f"leader_keys.{layer}") + first * geometry.keys_bytes, as_memoryview(keys))
         if layer in geometry.packed_layers:
-            packed, size = as_memoryview(pack_values(kv[:, 1])), geometry.packed_bytes
+            values = pack_values(kv[:, 1]) if packed_values is None else packed_values
+            packed, size = as_memoryview(values), geometry.packed_bytes
             self.blob.write(self.start(f"values4.{layer}") + first * size, packed)
             row = geometry.packed_layers.index(layer)
             self.packed_checksums[row, first : first + chunks] = _digests(packed, size)

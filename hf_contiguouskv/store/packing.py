@@ -22,16 +22,18 @@ def pack_values(values: torch.Tensor) -> torch.Tensor:
     """Round values to 4 bits.
 
     Args:
-        values: `(chunks, kv_heads, c, head_dim)`, any float dtype, on the CPU; `head_dim` is even.
+        values: `(chunks, kv_heads, c, head_dim)`, any float dtype, on any device; `head_dim` is even.
 
     Returns:
-        uint8 `(chunks, packed_bytes)`, contiguous.
+        uint8 `(chunks, packed_bytes)`, contiguous, on that device: the same bytes on each.
     """
     head_dim = values.shape[-1]
     groups = values.float().unflatten(-1, (-1, channels_per_scale(head_dim)))
     lowest = groups.amin(-1).bfloat16()
     # Above zero, or what is alike in all channels would be divided by nothing.
-    step = ((groups.amax(-1) - lowest.float()) / _LARGEST_CODE).bfloat16()
+    # (Divided by a tensor: by a number, a GPU multiplies with its reciprocal.)
+    largest = torch.full((), float(_LARGEST_CODE), device=values.device)
+    step = ((groups.amax(-1) - lowest.float()) / largest).bfloat16()
     step = torch.where(step > 0, step, torch.ones_like(step))
     # As codes are multiplied with what is stored, they are found with what is stored.
     codes = (groups - lowest.float()[..., None]) / step.float()[..., None]

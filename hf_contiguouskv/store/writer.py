@@ -118,7 +118,15 @@ class SegmentWriter:
         """Bytes of the finished segment."""
         return self.header.nbytes
 
-    def write_chunks(self, layer: int, first: int, kv: KVSource) -> None:
+    def write_chunks(
+        self,
+        layer: int,
+        first: int,
+        kv: KVSource,
+        *,
+        packed: torch.Tensor | None = None,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
         """Queue K and V of consecutive chunks of one layer; waits while too many bytes are queued.
 
         Args:
@@ -127,20 +135,33 @@ class SegmentWriter:
             kv: `[chunks, 2, kv_heads, c, head_dim]`, contiguous, on the CPU, in the dtype of the geometry; must not be
                 changed until `commit`. Or a callable that returns it, called on the writer thread. In a partial last
                 chunk, what lies past the last token is written as zeros.
+            packed: their values as `packing.pack_values` makes them, uint8 `[chunks, packed_bytes]`, on the CPU, where
+                that is known already (of a partial last chunk: with those zeros).
+            ready: called on the writer thread before it looks at these tensors; returns once they are there.
 
         Raises:
             InputError: wrong layer, position, shape, dtype or device (for a callable: raised by `commit`).
             StoreError: the writer was committed or aborted.
         """
-        output, check = self._output, self._check_chunks
+        output, check, header = self._output, self._check_chunks, self.header
         if not 0 <= layer < self.header.geometry.num_layers:
             raise InputError(f"layer must be from 0 to {self.header.geometry.num_layers - 1}, got {layer}")
         if isinstance(kv, torch.Tensor):
-            check(self.header, first, kv)
-            tensor = kv.detach()
-            self._jobs.put(tensor.nbytes, lambda: output.write_chunks(layer, first, tensor))
+            check(header, first, kv)
+            tensor, octets = kv.detach(), packed
+            if octets is not None and (
+                octets.shape != (len(tensor), header.geometry.packed_bytes) or octets.dtype != torch.uint8
+            ):
+                raise InputError(f"packed values: expected uint8 [{len(tensor)}, {header.geometry.packed_bytes}]")
+
+            def write() -> None:
+                if ready is not None:
+                    ready()
+                output.write_chunks(layer, first, tensor, octets)
+
+            self._jobs.put(tensor.nbytes + (0 if octets is None else octets.nbytes), write)
             return
-        source, header = kv, self.header
+        source = kv
 
         def compute_and_write() -> None:
             result = source()
@@ -149,13 +170,16 @@ class SegmentWriter:
 
         self._jobs.put(0, compute_and_write)
 
-    def write_index(self, layer: int, index: torch.Tensor, scale: torch.Tensor) -> None:
+    def write_index(
+        self, layer: int, index: torch.Tensor, scale: torch.Tensor, *, ready: Callable[[], None] | None = None
+    ) -> None:
         """Queue the key index of one layer.
 
         Args:
             layer: one of the geometry's `indexed_layers`.
             index: int8 `[kv_heads, c, chunks, head_dim]` of all chunks of the segment, on the CPU.
             scale: float32 `[kv_heads, head_dim]`, on the CPU.
+            ready: see `write_chunks`.
 
         Raises:
             InputError: wrong layer, shape, dtype or device.
@@ -170,7 +194,13 @@ class SegmentWriter:
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
         output = self._output
-        self._jobs.put(index.nbytes + scale.nbytes, lambda: output.write_index(layer, index.detach(), scale.detach()))
+
+        def write() -> None:
+            if ready is not None:
+                ready()
+            output.write_index(layer, index.detach(), scale.detach())
+
+        self._jobs.put(index.nbytes + scale.nbytes, write)
 
     def commit(self, compute_s: float = 0.0) -> StoredPrefix:
         """Wait for the queue, make the segment durable and publish it.

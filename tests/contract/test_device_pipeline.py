@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 
@@ -37,7 +38,7 @@ from .device_helpers import (
     opened,
 )
 from .models import token_ids
-from .references import assert_close, forward, prefilled
+from .references import assert_close, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, write_prefix
 from .test_recovery import damage, files
 
@@ -146,6 +147,48 @@ def test_requests_in_and_out_of_inference_mode_share_a_store(model, store_path, 
             for inference in (first, not first, first):
                 with torch.inference_mode(inference):
                     assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
+
+
+# ---- what is stored ----
+
+
+def _stored_bytes(path: Path) -> dict[str, bytes]:
+    (file,) = path.rglob("*.safetensors")
+    with safe_open(file, "pt") as segment:
+        return {name: segment.get_tensor(name).view(torch.uint8).numpy().tobytes() for name in segment.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [64, 8192])
+def test_an_accelerator_stores_what_a_cpu_stores(tiny_model, store_path, schedule, dtype, block):
+    model = tiny_model("llama", "sdpa").to(dtype)
+    config = ContiguousKVConfig(prefill_block=block)
+    other = store_path.with_name("other")
+    with PrefixStore(other) as store, ContiguousKVCache(model, PREFIX, store=store, config=config):
+        pass
+    with accelerated(schedule) as machine, opened(store_path) as store:
+        with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
+            assert cache.stats.tokens_prefilled == PREFIX.shape[1]
+        # One copy brings all that is new of a layer, one more its index.
+        blocks = -(-PREFIX.shape[1] // block)
+        assert len(machine.copies("copy out")) == LAYERS * (blocks + 1)
+        assert_idle(store.memory)
+    assert _stored_bytes(store_path) == _stored_bytes(other)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_prompt_is_stored_from_an_accelerator_behind_its_answer(tiny_model, store_path, schedule):
+    model = tiny_model("llama", "sdpa")
+    other = store_path.with_name("other")
+    with PrefixStore(other) as store:
+        generate(model, PREFIX, ContiguousKVCache(model, store=store))
+    with accelerated(schedule) as machine, opened(store_path) as store:
+        generate(model, PREFIX, ContiguousKVCache(model, store=store))
+        store.flush()
+        assert len(machine.copies("copy out")) == 2 * LAYERS
+        assert store.match(model, PREFIX) == PREFIX.shape[1]
+    assert _stored_bytes(store_path) == _stored_bytes(other)
 
 
 # ---- which tier ----

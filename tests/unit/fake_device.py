@@ -393,6 +393,11 @@ class FakeDevice:
     def let_go(self) -> None:
         pass
 
+    def finish(self, event: FakeEvent) -> None:
+        with self._machine._lock:
+            event.force()
+            self._machine.add("seen", HOST, after=[event])
+
     def wait(self, event: FakeEvent) -> None:
         with self._machine._lock:
             event.force()  # What is computed from now on sees it.
@@ -404,8 +409,8 @@ class FakeDevice:
 
     def uses(self, tensor: torch.Tensor) -> None:
         block = self._machine.block_of(tensor)
-        assert block is not None
-        block.recorded.add(self._compute)
+        if block is not None:  # (What a model computes is not tracked.)
+            block.recorded.add(self._compute)
 
     def stream(self) -> str:
         return self._machine.current
@@ -451,7 +456,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """From now on, every CPU device is one of the machine's accelerators, for stores that are opened from now on."""
     for module in (tiers, device):
         patch.setattr(module, "device_of", machine.device_of)
-    patch.setattr(tiers, "pinned_buffer", machine.pinned)
+        patch.setattr(module, "pinned_buffer", machine.pinned)
     for module in (staging, keys):
         patch.setattr(module, "as_memoryview", machine.into_host)
     work = reader._work
