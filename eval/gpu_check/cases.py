@@ -1,0 +1,126 @@
+"""Which requests are timed: systems, budgets, and where the prefix is when a request begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..systems import System, system_named
+from ..systems.states import State
+from .prefixes import kv_bytes
+from .settings import Settings
+
+FLOOR = "floor"
+SPARE_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A system as it is measured.
+
+    Attributes:
+        system: its name in `eval.systems`.
+        budget: share of the prefix that attention uses.
+        folder: where it keeps prefixes, below that of a length; systems may share one. `None`: it keeps none.
+        scales: whether it is measured on prefixes of every length.
+        exact: whether it answers as `in_memory` does.
+    """
+
+    system: str
+    budget: float
+    folder: str | None
+    scales: bool = False
+    exact: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        if self.system == "contiguouskv" and self.budget == 1.0:
+            return "exact"
+        names = {"contiguouskv": "default", "contiguouskv_paper": "published"}
+        share = "" if self.exact else f" {self.budget:.0%}"
+        return names.get(self.system, self.system) + share
+
+
+# In the order in which they are stored: where room or time is short, the last ones are left out.
+MEASURED = (
+    Measured("in_memory", 1.0, None, scales=True, exact=True),
+    Measured("contiguouskv", 0.25, "chunks", scales=True),
+    Measured("contiguouskv", 0.05, "chunks", scales=True),
+    Measured("contiguouskv_paper", 0.05, "chunks", scales=True),
+    Measured("contiguouskv", 1.0, "chunks", scales=True, exact=True),
+    Measured("attentionstore_overlapped", 1.0, "chunks", scales=True, exact=True),
+    Measured("attentionstore", 1.0, "chunks", exact=True),
+    Measured("impress", 0.05, "impress"),
+    Measured("attentionstore_h2o", 0.05, "h2o"),
+    Measured("reload", 1.0, "whole", exact=True),
+    Measured("recompute", 1.0, None),
+)
+# What a folder takes up, as a multiple of the prefix's K and V: chunks have an index, 4-bit values and the exact keys
+# of some layers besides.
+FOLDER_SIZES = {"chunks": 1.5, "impress": 1.05, "h2o": 1.05, "whole": 1.0}
+IN_STORES = ("chunks", "impress", "h2o")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One system in one state.
+
+    Attributes:
+        measured: the system.
+        state: where the prefix is; `None`: the system has no such thing.
+    """
+
+    measured: Measured
+    state: State | None
+
+    @property
+    def name(self) -> str:
+        """For people, and in keys."""
+        return self.measured.label + ("" if self.state is None else f" {self.state}")
+
+
+def cases_of(settings: Settings, tokens: int, measured: Measured, system: System) -> list[Case]:
+    """The states in which a system is measured on a prefix of this length."""
+    if not system.states:
+        return [Case(measured, None)]
+    complete = tokens in settings.complete_lengths
+    # Chunks that are in host memory cross once more than they do from the device; a long prefix shows nothing new.
+    wanted = [state for state in system.states if complete or state is not State.WARM_HOST]
+    return [Case(measured, state) for state in wanted or system.states]
+
+
+def measured_at(settings: Settings, tokens: int) -> list[Measured]:
+    """The systems that are measured on a prefix of this length."""
+    found = [one for one in MEASURED if one.scales or tokens in settings.complete_lengths]
+    return [one for one in found if one.system != "recompute" or tokens in settings.recompute_lengths]
+
+
+def make_system(settings: Settings, model: Any, case: Case, folder: Path, tokens: int) -> System:
+    """A system for one case: its own memory, the files of all that share its folder.
+
+    Args:
+        settings, model: of the run.
+        case: which.
+        folder: for prefixes of this length.
+        tokens: of the prefix.
+    """
+    one = case.measured
+    options = memory_limits(settings, tokens, case) if one.folder in IN_STORES else {}
+    return system_named(one.system).make(model, folder, one.budget, **options)
+
+
+def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]:
+    """`host_bytes` and `device_bytes` that hold what requests on one prefix use, and as much again under way.
+
+    Not what a server would have: host memory is registered with the device, by the MiB, where a store is opened.
+    """
+    # What is chosen, and all keys (half of K and V) or an index of them (a quarter).
+    share = 1.0 if case.measured.exact else min(1.0, 0.55 + case.measured.budget)
+    room = kv_bytes(settings, tokens) * share * 1.2
+    stays_on_host = case.state is State.WARM_HOST
+    return {
+        "host_bytes": int(room * (2 if stays_on_host else 1)) + SPARE_BYTES,
+        "device_bytes": int(room * 2) + SPARE_BYTES,
+    }

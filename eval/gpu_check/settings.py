@@ -1,0 +1,120 @@
+"""What a check does: sizes, rounds and deadlines, for a GPU and for its rehearsal on a CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+# Whatever happens, the command ends after so many seconds.
+TOTAL_S = 480.0
+# What a process may take before its deadline begins: importing torch for the first time reads gigabytes.
+START_S = 20.0
+# Seconds that each stage may take.
+DEADLINES_S = {"where": 20.0, "tests": 90.0, "time": 270.0, "trace": 40.0, "table": 5.0}
+STAGES = tuple(DEADLINES_S)
+
+QWEN2_5_7B = {
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152_064,
+    "max_position_embeddings": 131_072,
+}
+TINY = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 1024,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run.
+
+    Attributes:
+        out: folder of the results.
+        folder: for stores and scratch files; removed at the end.
+        rehearse: on a CPU, with a stand-in for the device.
+        scale: factor on all deadlines.
+        device: of the model: "cuda", or "cpu" in a rehearsal.
+        dtype: of weights and KV.
+        shape: of the model (fields of a `Qwen2Config`).
+        lengths: of the prefixes, in tokens, ascending.
+        shares: of the time that is left, for each length.
+        complete_lengths: lengths at which every system is measured; at others, those that scale.
+        recompute_lengths: lengths at which the prefix is computed anew as well.
+        trace_length: of the prefix whose requests are traced; one of `lengths`.
+        suffix_tokens: of every request.
+        varied_suffixes: shortest and longest suffix of the run in which every request has another.
+        rounds: measured rounds; one more comes first.
+        fewest_rounds: what may be left of them where time is short, at complete lengths (one at others).
+        disk_probe_bytes: size of the file that reads are timed on.
+        any_file_system: go on where stores lie in memory.
+    """
+
+    out: str
+    folder: str
+    rehearse: bool = False
+    scale: float = 1.0
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    shape: tuple[tuple[str, int], ...] = tuple(QWEN2_5_7B.items())
+    # 128K less 128: with the suffix, positions stay within what the model was made for.
+    lengths: tuple[int, ...] = (8192, 32_768, 130_944)
+    shares: tuple[float, ...] = (0.25, 0.6, 1.0)
+    complete_lengths: tuple[int, ...] = (8192, 32_768)
+    recompute_lengths: tuple[int, ...] = (8192, 32_768)
+    trace_length: int = 32_768
+    suffix_tokens: int = 32
+    varied_suffixes: tuple[int, int] = (17, 48)
+    rounds: int = 5
+    fewest_rounds: int = 3
+    disk_probe_bytes: int = 2**30
+    any_file_system: bool = False
+
+    @classmethod
+    def rehearsal(cls, out: str, folder: str, **more: Any) -> Self:
+        """Tiny, on a CPU."""
+        tiny: dict[str, Any] = {
+            "rehearse": True,
+            "device": "cpu",
+            "shape": tuple(TINY.items()),
+            "lengths": (128, 256, 512),
+            "complete_lengths": (128, 256),
+            "recompute_lengths": (128,),
+            "trace_length": 256,
+            "suffix_tokens": 8,
+            "varied_suffixes": (3, 6),
+            "rounds": 2,
+            "fewest_rounds": 1,
+            "disk_probe_bytes": 2**22,
+        }
+        return cls(out, folder, **(tiny | more))
+
+    def deadline(self, stage: str) -> float:
+        """Seconds that a stage may take."""
+        return DEADLINES_S[stage] * self.scale
+
+    @property
+    def total_s(self) -> float:
+        """Seconds that all stages may take."""
+        return TOTAL_S * self.scale
+
+    def save(self, path: Path) -> None:
+        """Write it down for a stage's process."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """As it was saved."""
+        found = json.loads(path.read_text())
+        lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+        return cls(**(found | lists | {"shape": tuple((name, size) for name, size in found["shape"])}))
