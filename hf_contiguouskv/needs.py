@@ -6,9 +6,10 @@ from .config import ContiguousKVConfig
 from .plan import LayerPlan
 from .prefix import AttachedPrefix
 from .store.pread import PAGE
+from .store.reader import DEFAULT_GAP
 
-# Storage delivers this much in the time that one more request costs (1.7 GB/s, 10 us of processor time: measured).
-WORTH_READING_BYTES = 16 * 1024
+# Storage delivers this much in the time that one more read costs (1.7 GB/s, 10 us of processor time: measured).
+WORTH_READING_BYTES = DEFAULT_GAP
 # Where a CPU computes, packed layers up to this size are read whole, ahead of the model: the same storage delivers them
 # in less time than a layer takes to compute, and asking for chunks by name costs processor time that reading does not
 # (docs/research.md). On storage that is many times slower this costs time instead.

@@ -325,7 +325,9 @@ class DeviceResidency:
 
                 order = np.arange(len(packed), len(chunks))
                 reads = self._prefix.reads(layer, chunks[rest], order, into, self._verify)
-                batch.ticket = self._reader.submit(reads, threads=None if alone else 1, then=batch.start_copy)
+                batch.ticket = self._reader.submit(
+                    reads, threads=None if alone else 1, then=batch.start_copy, joins=True
+                )
             else:
                 batch.start_copy()
         except BaseException:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import SegmentMissingError
 from .backend import BlobInfo, Extent, Leftovers, checked_key
-from .pread import PAGE, aligned_buffer, as_memoryview, read_range, read_scattered
+from .pread import PAGE, aligned_buffer, as_memoryview, read_joined, read_range, read_scattered
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SUFFIX = ".safetensors"
@@ -71,11 +71,14 @@ class FileBlob:
 
     def read_into(self, extents: Sequence[Extent]) -> int:
         """See `backend.Blob.read_into`."""
-        if len(extents) > 1 and all(
-            one[0] + one[1].nbytes == next_one[0] for one, next_one in itertools.pairwise(extents)
-        ):
-            buffers = [into for _, into in extents]
-            return read_scattered(self.fd_direct, self.fd_buffered, extents[0][0], buffers)
+        if len(extents) > 1:
+            gaps = [two[0] - one[0] - one[1].nbytes for one, two in itertools.pairwise(extents)]
+            pages = all(offset % PAGE == into.nbytes % PAGE == 0 for offset, into in extents)
+            if pages and not any(gaps):
+                buffers = [into for _, into in extents]
+                return read_scattered(self.fd_direct, self.fd_buffered, extents[0][0], buffers)
+            if min(gaps) >= 0:
+                return read_joined(self.fd_direct, self.fd_buffered, extents)
         physical = 0
         for offset, into in extents:
             physical += read_range(self.fd_direct, self.fd_buffered, offset, into)

@@ -27,6 +27,11 @@ from .segment import Segment
 __all__ = ["Check", "ExtentReader", "Read", "Ticket", "aligned_buffer", "as_memoryview"]
 
 Check = tuple[int, int, int]
+# What a read by itself costs under the interpreter's lock (measured), and the bytes between two reads that are read
+# instead: of a disk whose speed is not known yet, and at most.
+SECONDS_PER_READ, DEFAULT_GAP, MAX_GAP = 10e-6, 16 * 1024, 128 * 1024
+# From this size on a ticket says something of the disk's speed.
+TELLING_BYTES = 2**20
 
 
 @dataclass(slots=True)
@@ -93,26 +98,28 @@ class _Batch:
         self.offset = parts[0].offset
 
     @classmethod
-    def grouped(cls, parts: list[Read | _Part]) -> list[Read | _Part | _Batch]:
+    def grouped(cls, parts: list[Read | _Part], gap: int) -> list[Read | _Part | _Batch]:
         """Neighbours in `parts` put together, where their backend wants that."""
         found: list[Read | _Part | _Batch] = []
         for segment, group in itertools.groupby(parts, key=lambda part: part.segment):
             own, size = list(group), segment.blob.extents_per_read
             if size <= 1:
-                found += cls.joined(own)
+                found += cls.joined(own, gap)
             else:
                 found += [cls(own[start : start + size]) for start in range(0, len(own), size)]
         return found
 
     @classmethod
-    def joined(cls, parts: list[Read | _Part]) -> list[Read | _Part | _Batch]:
-        """What follows each other in a segment put together, up to 1 MiB: one read that goes to several places."""
+    def joined(cls, parts: list[Read | _Part], gap: int) -> list[Read | _Part | _Batch]:
+        """What follows each other in a segment, with at most `gap` bytes between, put together, up to 1 MiB: one read
+        that goes to several places."""
         found: list[Read | _Part | _Batch] = []
         begin = 0
         for end in range(1, len(parts) + 1):
             if end < len(parts):
                 before, part = parts[end - 1], parts[end]
-                follows = part.offset == before.offset + before.nbytes and part.segment is before.segment
+                between = part.offset - before.offset - before.nbytes
+                follows = 0 <= between <= gap and part.segment is before.segment
                 if follows and part.offset + part.nbytes - parts[begin].offset <= MAX_PART:
                     continue
             found.append(parts[begin] if end == begin + 1 else cls(parts[begin:end]))
@@ -216,6 +223,7 @@ class Ticket:
                 self._error = error
         self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
         self.ended = time.perf_counter()
+        total.note_speed(self.bytes_read, self.ended - self.started)
         self._missing = 0
         self._gate.release()
 
@@ -250,13 +258,21 @@ class Task:
 
 
 class _Total:
-    """Bytes read by all tickets of a reader."""
+    """Bytes read by all tickets of a reader, and how fast (`None`: no ticket was long enough to tell)."""
 
-    __slots__ = ("_lock", "nbytes")
+    __slots__ = ("_lock", "bytes_per_second", "nbytes")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.nbytes = 0
+        self.bytes_per_second: float | None = None
+
+    def note_speed(self, nbytes: int, seconds: float) -> None:
+        if nbytes >= TELLING_BYTES and seconds > 0:
+            with self._lock:
+                known = self.bytes_per_second
+                now = nbytes / seconds
+                self.bytes_per_second = now if known is None else known + (now - known) / 4
 
     def add(self, nbytes: int) -> None:
         with self._lock:
@@ -302,8 +318,20 @@ class ExtentReader:
         """Bytes read since the reader was made, page rounding included."""
         return self._total.nbytes
 
+    @property
+    def gap_bytes(self) -> int:
+        """What storage delivers in the time that a read by itself costs: so much between two reads is read as well, if
+        they may be joined. By the speed of the long reads so far."""
+        speed = self._total.bytes_per_second
+        return DEFAULT_GAP if speed is None else min(MAX_GAP, int(speed * SECONDS_PER_READ))
+
     def submit(
-        self, reads: Sequence[Read], *, threads: int | None = None, then: Callable[[], None] | None = None
+        self,
+        reads: Sequence[Read],
+        *,
+        threads: int | None = None,
+        then: Callable[[], None] | None = None,
+        joins: bool = False,
     ) -> Ticket:
         """Queue `reads` behind everything that was submitted before.
 
@@ -314,6 +342,8 @@ class ExtentReader:
 
             then: called by the thread that ends the last read, before the ticket is done, if all went well. What it
                 raises, the ticket raises.
+            joins: read what is between reads that are close together (`gap_bytes`), so that there are fewer. It is
+                worth more bytes where the time of the interpreter is what the model waits for.
 
         Raises:
             InputError: a buffer has another length than its read.
@@ -328,7 +358,8 @@ class ExtentReader:
             else:
                 parts.extend(_cut(read))
         batched = any(part.segment.blob.extents_per_read > 1 for part in parts)
-        ticket = Ticket(_Batch.grouped(parts) if batched else _Batch.joined(parts), then)
+        gap = self.gap_bytes if joins else 0
+        ticket = Ticket(_Batch.grouped(parts, gap) if batched else _Batch.joined(parts, gap), then)
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")

@@ -204,6 +204,112 @@ def test_memory_that_direct_reads_cannot_reach_is_filled_through_memory_that_the
     segment.close()
 
 
+class Calls:
+    """Notes every positioned read of the process: `(offset, bytes asked for)`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import os
+
+        self.made: list[tuple[int, int]] = []
+        real = os.preadv
+
+        def noted(fd: int, buffers: list[memoryview], offset: int) -> int:
+            self.made.append((offset, sum(memoryview(one).nbytes for one in buffers)))
+            return real(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", noted)
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, 3000])
+@pytest.mark.parametrize("distance", [1, 2, 5])
+def test_reads_that_are_close_together_are_one_if_they_may_be(
+    file: Path, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch, nbytes: int, distance: int
+) -> None:
+    segment, content = open_segment(file), file.read_bytes()
+    if segment.blob.fd_direct is None:
+        pytest.skip("the file system refuses O_DIRECT")
+    calls = Calls(monkeypatch)
+    offsets = [PAGE + i * distance * nbytes for i in range(6)]
+    for joins in (False, True):
+        calls.made.clear()
+        buffer = aligned_buffer(6 * nbytes)
+        octets = as_memoryview(buffer)
+        reads = [Read(segment, at, nbytes, octets[i * nbytes : (i + 1) * nbytes]) for i, at in enumerate(offsets)]
+        ticket = reader.submit(reads, joins=joins)
+        ticket.wait()
+        expected = b"".join(content[at : at + nbytes] for at in offsets)
+        assert buffer.numpy().tobytes() == expected
+        if joins or distance == 1:
+            first, end = PAGE, -(-(offsets[-1] + nbytes) // PAGE) * PAGE
+            assert calls.made == [(first, end - first)]
+            assert ticket.bytes_read == end - first
+        else:
+            assert len(calls.made) == 6
+    segment.close()
+
+
+def test_reads_that_are_far_apart_stay_apart(file: Path, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, calls = open_segment(file), Calls(monkeypatch)
+    buffer = aligned_buffer(3 * PAGE)
+    octets = as_memoryview(buffer)
+    offsets = [0, 5 * PAGE, 11 * PAGE]  # Between them: 4 and 5 pages.
+    reads = [Read(segment, at, PAGE, octets[i * PAGE : (i + 1) * PAGE]) for i, at in enumerate(offsets)]
+    with ExtentReader(threads=4) as reader:
+        assert reader.gap_bytes == 16 * 1024
+        reader.submit(reads, joins=True).wait()
+    content = file.read_bytes()
+    assert buffer.numpy().tobytes() == b"".join(content[at : at + PAGE] for at in offsets)
+    assert sorted(calls.made) == [(0, 6 * PAGE), (11 * PAGE, PAGE)]
+    segment.close()
+
+
+def test_how_much_lies_between_joined_reads_goes_by_the_speed_of_the_disk() -> None:
+    with ExtentReader(threads=1) as reader:
+        total = reader._total
+        total.note_speed(1000, 1.0)  # Too short to tell.
+        assert reader.gap_bytes == 16 * 1024
+        total.note_speed(2**20, 2**20 / 1e9)
+        assert reader.gap_bytes == 10_000
+        for _ in range(50):
+            total.note_speed(2**24, 2**24 / 7e9)
+        assert 69_000 < reader.gap_bytes <= 70_000
+        total.note_speed(2**20, 0.0)
+        for _ in range(50):
+            total.note_speed(2**24, 2**24 / 100e9)
+        assert reader.gap_bytes == 128 * 1024
+
+
+def test_a_long_read_tells_how_fast_the_disk_is(file: Path) -> None:
+    segment = open_segment(file)
+    with ExtentReader(threads=2) as reader:
+        assert reader._total.bytes_per_second is None
+        buffer = aligned_buffer(2 * 2**20)
+        reader.submit([Read(segment, 0, 2 * 2**20, as_memoryview(buffer))]).wait()
+        speed = reader._total.bytes_per_second
+        assert speed is not None
+        assert speed > 0
+    segment.close()
+
+
+def test_each_of_the_joined_reads_is_compared_by_itself(file: Path, reader: ExtentReader) -> None:
+    segment, content = open_segment(file), file.read_bytes()
+    for wrong in (None, 0, 1):
+        buffer = aligned_buffer(2 * PAGE)
+        octets, reads = as_memoryview(buffer), []
+        for number, at in enumerate((PAGE, 3 * PAGE)):
+            checksum = xxhash.xxh3_64_intdigest(content[at : at + PAGE]) ^ (number == wrong)
+            into = octets[number * PAGE : (number + 1) * PAGE]
+            reads.append(Read(segment, at, PAGE, into, ((0, PAGE, checksum),)))
+        ticket = reader.submit(reads, joins=True)
+        if wrong is None:
+            ticket.wait()
+            assert buffer.numpy().tobytes() == content[PAGE : 2 * PAGE] + content[3 * PAGE : 4 * PAGE]
+        else:
+            with pytest.raises(SegmentCorruptError):
+                ticket.wait()
+    segment.close()
+
+
 def test_short_reads_are_continued(segment: Segment, reader: ExtentReader, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
