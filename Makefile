@@ -12,6 +12,8 @@
 # make policies        which chunks to keep in memory: every eviction policy on a recorded trace (POLICIES_ARGS=...)
 # make timeline        what one request does when, as pictures in docs/pictures
 # make warm-bench      requests whose chunks are in memory, beside a DynamicCache of the kept tokens (WARM_ARGS=...)
+# make gpu             on a machine with CUDA: are answers right, how long do requests take, where does the time go (eight
+#                      minutes; results in GPU_OUT; GPU_ARGS=--rehearse on any machine, in a minute)
 # make clean           remove the virtual environment, the demo's store and the tools' caches
 #
 # The first call makes .venv; later calls install nothing. PYTHON=python3.12 picks the interpreter (3.11 to 3.13).
@@ -28,6 +30,8 @@ BENCH_ARGS ?=
 STORE_BENCH_ARGS ?=
 WARM_ARGS ?=
 POLICIES_ARGS ?=
+GPU_ARGS ?=
+GPU_OUT ?= .cache/gpu
 EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 16 \
   --timed-requests 3 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
@@ -45,7 +49,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test compat faults lint eval eval-streams bench store-bench warm-bench policies timeline clean
+.PHONY: demo test compat faults lint eval eval-streams bench store-bench warm-bench policies timeline gpu clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
@@ -99,6 +103,9 @@ timeline: $(VENV)/.eval
 	for name in published default warm; do \
 	  $(BIN)/python -m eval.timeline draw .cache/timeline-$$name.json docs/pictures/timeline-$$name.png || exit 1; \
 	done
+
+gpu: $(VENV)/.dev
+	PYTHON=$(BIN)/python scripts/gpu_session.sh $(GPU_OUT) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -60,6 +60,8 @@ MEASURED = (
 # What a folder takes up, as a multiple of the prefix's K and V: chunks have an index, 4-bit values and the exact keys
 # of some layers besides.
 FOLDER_SIZES = {"chunks": 1.5, "impress": 1.05, "h2o": 1.05, "whole": 1.0}
+# What a system keeps of a prefix besides the chosen share, as a multiple of K and V: an index, or keys.
+KEPT_SHARES = {"contiguouskv": 0.3, "contiguouskv_paper": 0.15, "impress": 0.55, "attentionstore_h2o": 0.55}
 IN_STORES = ("chunks", "impress", "h2o")
 
 
@@ -112,15 +114,16 @@ def make_system(settings: Settings, model: Any, case: Case, folder: Path, tokens
 
 
 def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]:
-    """`host_bytes` and `device_bytes` that hold what requests on one prefix use, and as much again under way.
+    """`host_bytes` and `device_bytes` that hold what requests on one prefix use, and what is under way.
 
-    Not what a server would have: host memory is registered with the device, by the MiB, where a store is opened.
+    Not what a server would have: as much host memory as all open stores may hold is registered with the device.
     """
-    # What is chosen, and all keys (half of K and V) or an index of them (a quarter).
-    share = 1.0 if case.measured.exact else min(1.0, 0.55 + case.measured.budget)
-    room = kv_bytes(settings, tokens) * share * 1.2
-    stays_on_host = case.state is State.WARM_HOST
+    whole = kv_bytes(settings, tokens)
+    used = 1.0 if case.measured.exact else KEPT_SHARES[case.measured.system] + case.measured.budget
+    under_way = 1.0 if case.measured.system == "attentionstore_overlapped" else 0.25
+    host = {State.COLD: 0.25 + under_way, State.WARM_HOST: 1.25 + under_way}.get(case.state, 0.5)
     return {
-        "host_bytes": int(room * (2 if stays_on_host else 1)) + SPARE_BYTES,
-        "device_bytes": int(room * 2) + SPARE_BYTES,
+        "host_bytes": int(whole * used * host) + SPARE_BYTES,
+        # The run with many suffixes has all of a prefix there.
+        "device_bytes": int(whole * 2.5) + SPARE_BYTES,
     }

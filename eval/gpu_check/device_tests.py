@@ -46,7 +46,8 @@ class Group:
 # What answers wrongly comes before what waits too often, and both before what only may be a race.
 GROUPS = (
     Group("methods", ("tests/contract/test_cuda_methods.py",), 0.5),
-    Group("pipeline", ("tests/contract/test_cuda.py",), 0.7),
+    Group("pipeline", ("tests/contract/test_cuda.py",), 0.6),
+    Group("rivals", ("tests/eval/test_systems_on_device.py", "-k", "real_accelerator"), 0.6),
     Group(
         "sanitizer",
         (
@@ -58,14 +59,19 @@ GROUPS = (
         {"TORCH_CUDA_SANITIZER": "1"},
     ),
 )
-# On a CPU the same tests of methods, and some of the stand-in's own.
+# On a CPU a handful of the same tests, and of the stand-in's own.
 REHEARSED = (
-    Group("methods", ("tests/contract/test_cuda_methods.py",), 0.7, {"CUDA_METHODS_DEVICE": "cpu"}),
     Group(
-        "pipeline",
-        ("tests/contract/test_device_pipeline.py", "-k", "test_a_whole_prefix or test_a_warm_request"),
-        1.0,
+        "methods",
+        (
+            "tests/contract/test_cuda_methods.py",
+            "-k",
+            "(index_on_the_device and 4-4-64-1-16) or masked_one and index-165-2 or scores_of_leaders and warm-paper",
+        ),
+        0.7,
+        {"CUDA_METHODS_DEVICE": "cpu"},
     ),
+    Group("pipeline", ("tests/contract/test_device_pipeline.py", "-k", "several_tiers or one_copy_brings"), 1.0),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 # Whatever happens, the command ends after so many seconds.
 TOTAL_S = 480.0
 # What a process may take before its deadline begins: importing torch for the first time reads gigabytes.
-START_S = 20.0
+START_S = 40.0
 # Seconds that each stage may take.
 DEADLINES_S = {"where": 20.0, "tests": 90.0, "time": 270.0, "trace": 40.0, "table": 5.0}
 STAGES = tuple(DEADLINES_S)

@@ -1,4 +1,4 @@
-"""The stage `table`: `table.md`, from what other stages have written. By hand: `python -m eval.gpu_check.table FOLDER`."""
+"""The stage `table`: `table.md`, from what others have written. By hand: `python -m eval.gpu_check.table FOLDER`."""
 
 from __future__ import annotations
 
