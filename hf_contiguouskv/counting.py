@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import numpy.typing as npt
 
 from .memory import Usage
+from .prefix import Chunks
 from .residency import Batch
 from .stats import RequestStats
 
 
+class Arrived(Protocol):
+    """Chunks that came from one place; see `residency.Batch`."""
+
+    @property
+    def chunks(self) -> Chunks: ...
+
+    @property
+    def from_disk(self) -> int: ...
+
+    @property
+    def from_host(self) -> int: ...
+
+
+class Noted(NamedTuple):
+    """What is to be counted of a batch, without the memory that the batch holds."""
+
+    chunks: Chunks
+    from_disk: int
+    from_host: int
+    speculative: bool
+
+    @classmethod
+    def of(cls, batch: Batch) -> Noted:
+        """Of a batch that has arrived."""
+        return cls(batch.chunks, batch.from_disk, batch.from_host, batch.speculative)
+
+
 def count_hits(
-    stats: RequestStats, usage: Usage, batch: Batch, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
+    stats: RequestStats, usage: Usage, batch: Arrived, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
 ) -> int:
     """Count the chunks of a batch that were used by the tier they came from.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .config import ContiguousKVConfig
-from .counting import count_hits
+from .counting import Noted, count_hits
 from .device import send
 from .errors import InputError, SegmentCorruptError, SegmentReadError
 from .keys import KeySource
@@ -26,7 +26,6 @@ from .packed import place_keys
 from .plan import LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
-from .residency import Batch
 from .selection import ChunkScores, SelectionInput, choose_chunks
 from .slots import assemble
 from .stats import RequestStats
@@ -89,7 +88,7 @@ class PrefixRequest:
         self._ordinal = {layer: ordinal for ordinal, layer in enumerate(self._full)}
         self._wanted: dict[int, Chunks] = {}
         self._loaded: set[int] = set()
-        self._uncounted: list[tuple[int, Sequence[Batch]]] = []
+        self._uncounted: list[tuple[int, Sequence[Noted]]] = []
         self._voters: list[torch.Tensor] = []
         self._row_of: dict[torch.device, torch.Tensor] = {}
         self._asking: dict[torch.device, AskingRows] = {}
@@ -345,7 +344,7 @@ class PrefixRequest:
         suffix_keys: torch.Tensor,
         options: Mapping[str, Any],
         destination: torch.Tensor,
-    ) -> list[Batch]:
+    ) -> list[Noted]:
         """Select, if this layer leads a period; then put each batch in its place as soon as it is there."""
         self._bring(layer, query, suffix_keys, options)
         wanted = self._wanted[layer]
@@ -363,7 +362,7 @@ class PrefixRequest:
                 assemble(self.served, batch, selected, self.keep, destination, selected_only=alike)
                 if self.timeline is not None:
                     self.timeline.add("copy", layer, began, perf_counter())
-                batches.append(batch)
+                batches.append(Noted.of(batch))
         if not exactly and not among(wanted, _chunks_of(batches)).all():
             raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
         return batches
@@ -413,7 +412,7 @@ class PrefixRequest:
         self._ahead.used(layer)
         return found
 
-    def _count(self, layer: int, batches: Sequence[Batch]) -> None:
+    def _count(self, layer: int, batches: Sequence[Noted]) -> None:
         wanted = self._wanted[layer]
         size = self.served.extent_bytes
         exactly = sum(len(batch.chunks) for batch in batches) == len(wanted)
@@ -473,5 +472,5 @@ class PrefixRequest:
         self._store.memory.catch_up()
 
 
-def _chunks_of(batches: Sequence[Batch]) -> Chunks:
+def _chunks_of(batches: Sequence[Noted]) -> Chunks:
     return np.concatenate([batch.chunks for batch in batches]) if batches else np.zeros(0, dtype=np.int64)
