@@ -26,7 +26,7 @@ from .packed import place_keys
 from .plan import LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
-from .selection import ChunkScores, SelectionInput, choose_chunks
+from .selection import ChunkScores, SelectionInput, choose_chunks, device_product
 from .slots import assemble
 from .stats import RequestStats
 from .store import PrefixStore
@@ -96,7 +96,8 @@ class PrefixRequest:
         self.damaged = False
         self.timeline = Timeline() if config.timeline else None
         for device in set(plan.devices):
-            store.memory.on(device)
+            if store.memory.on(device) is not None and config.selection == "indexed_keys":
+                device_product(device, prefix.geometry.head_dim)  # Found out now, not in the first layer.
         # What the memory tiers are told of this request once its first token is out.
         self._usage, self._tail_usage = Usage(), Usage()
         self._settled = weakref.finalize(self, store.memory.finished, self._usage, self._tail_usage)

@@ -2,6 +2,7 @@
 
 from .attention_mass import AttentionMass
 from .base import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, voting_queries
+from .device_products import device_product
 from .indexed_keys import IndexedKeys, build_key_index
 from .integer_products import chosen_products
 from .scratch import Scratch
@@ -16,5 +17,6 @@ __all__ = [
     "build_key_index",
     "choose_chunks",
     "chosen_products",
+    "device_product",
     "voting_queries",
 ]

@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from hf_contiguouskv.attention import attend
 from hf_contiguouskv.device import Accelerator, pinned_buffer
-from hf_contiguouskv.store.pread import PAGE
+from hf_contiguouskv.pinned import PinnedPool, available_bytes, register_with_cuda
+from hf_contiguouskv.prefill import geometry_of, persist_rows
+from hf_contiguouskv.store.local_disk import FileBlob
+from hf_contiguouskv.store.pread import PAGE, as_memoryview
+from hf_contiguouskv.support import require_support
 
 from .device_helpers import CONFIGS, MEBIBYTE, PREFIX, PRUNED, SUFFIX, ask, assert_idle, on_a_cpu, opened
 from .models import build, token_ids
 from .references import assert_close, assert_same_generation, forward, generate, prefilled
-from .subject import ContiguousKVCache, write_prefix
+from .subject import ContiguousKVCache, PrefixStore, write_prefix
 
 AVAILABLE = torch.accelerator.is_available()
 pytestmark = [
@@ -153,6 +159,118 @@ def test_pinned_buffers_are_pinned_and_begin_with_a_page():
         assert buffer.data_ptr() % PAGE == 0
 
 
+@CUDA
+def test_reserved_host_memory_is_pinned_read_into_and_used_again(tmp_path):
+    """What the system says about direct reads into registered pages does not matter: others are bounced."""
+    pool, size = PinnedPool(register_with_cuda, lambda: [], available_bytes), 8 * MEBIBYTE
+    pool.reserve(size)
+    assert pool.nbytes == size
+    content = torch.arange(size // 8, dtype=torch.int64).view(torch.uint8)
+    (tmp_path / "file").write_bytes(content.numpy().tobytes())
+    blob = FileBlob(tmp_path / "file")
+    for _ in range(3):
+        piece = pool.take(size)
+        assert piece is not None
+        assert piece.is_pinned()
+        assert blob.read_into([(0, as_memoryview(piece))]) == size
+        assert torch.equal(piece.to("cuda", non_blocking=True).cpu(), content)
+        piece.zero_()
+        del piece
+    blob.close()
+
+
+@CUDA
+def test_a_device_says_what_is_free_and_gets_memory_back():
+    device = Accelerator(accelerator())
+    before = device.free_bytes()
+    assert before is not None
+    memory = device.empty(256 * MEBIBYTE)
+    assert before - device.free_bytes() >= 200 * MEBIBYTE
+    del memory
+    assert before - device.free_bytes() < 100 * MEBIBYTE  # Torch keeps it, and it is free all the same.
+    reserved = torch.cuda.memory_reserved()
+    device.let_go()
+    assert torch.cuda.memory_reserved() < reserved
+
+
+@CUDA
+def test_small_tensors_cross_without_a_wait_and_scores_come_back():
+    device = Accelerator(accelerator())
+    for values in (torch.arange(20_000), torch.tensor([True, False]), torch.zeros(0, dtype=torch.int64)):
+        with torch.inference_mode():
+            torch.cuda.set_sync_debug_mode("error")
+            there = device.send(values)
+            torch.cuda.set_sync_debug_mode("default")
+        assert there.device.type == "cuda"
+        assert not there.is_inference()
+        assert torch.equal(device.fetch(there), values)
+
+
+@CUDA
+def test_memory_that_runs_out_is_no_room(llama, store_path):
+    model, prefix, suffix = llama
+    expected = forward(model, suffix, prefilled(model, prefix))
+    with opened(store_path) as store:
+        ask(model, store, EXACT, suffix)
+        (tier,) = store.memory.devices.values()
+        assert tier.held_bytes > 0
+        with pytest.raises(torch.OutOfMemoryError):
+            tier.where_it_fits(2**50, lambda: torch.empty(2**50, dtype=torch.uint8, device="cuda"))
+        assert tier.bytes_by_use["chunks"] == 0
+        tier.max_bytes = 2**51
+        assert tier.lease(2**50, must=False) is None
+        tier.max_bytes = 8 * MEBIBYTE
+        assert_close(ask(model, store, EXACT, suffix)[0], expected)
+        assert_idle(store.memory)
+
+
+# ---- what is computed there ----
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_same_bytes_are_stored_from_both_places(tmp_path, dtype):
+    """Arranged, packed and indexed on the device as on the CPU."""
+    model = build("llama").to(dtype)
+    geometry, chance = geometry_of(require_support(model), 16), torch.Generator().manual_seed(7)
+    shape = (geometry.num_layers, 2, geometry.kv_heads, 165, geometry.head_dim)
+    states = (torch.randn(shape, generator=chance) * torch.rand(shape[-1], generator=chance) * 5).to(dtype)
+    found = []
+    for place in ("cpu", "cuda"):
+        there = states.to(place)
+        rows = [(PREFIX[0].numpy(), [(keys, values, 0) for keys, values in there])]
+        with PrefixStore(tmp_path / place) as store:
+            persist_rows(rows, store, "of nobody", geometry)
+        (file,) = (tmp_path / place).rglob("*.safetensors")
+        with safe_open(file, "pt") as segment:
+            found.append({name: segment.get_tensor(name) for name in segment.keys()})  # noqa: SIM118
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.view(torch.uint8), found[1][name].view(torch.uint8)), name
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4)])
+@pytest.mark.parametrize(("length", "keys"), [(1, 33), (9, 100), (40, 1039), (17, 17)])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_attention_is_that_of_the_masked_reference(dtype, heads, kv_heads, length, keys, padding):
+    chance = torch.Generator().manual_seed(keys)
+    query = torch.randn(2, length, heads, 64, generator=chance).transpose(1, 2)
+    key, value = (torch.randn(2, kv_heads, keys, 64, generator=chance) for _ in range(2))
+    mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length).expand(2, 1, -1, -1).clone()
+    mask[1, :, :, :padding] = False
+    repeated = [one.to(dtype).double().repeat_interleave(heads // kv_heads, 1) for one in (key, value)]
+    logits = (query.to(dtype).double() @ repeated[0].mT * 0.125).masked_fill(~mask, float("-inf"))
+    expected = (logits.softmax(-1).nan_to_num() @ repeated[1]).transpose(1, 2)
+    there = [one.to("cuda", dtype) for one in (query, key, value)]
+    found = attend(*there, mask.cuda(), {"scaling": 0.125}, plain=padding == 0)
+    seen = mask.any(-1).expand(2, heads, -1).transpose(1, 2)  # What sees nothing is padding itself.
+    limit = 2e-4 if dtype is torch.float32 else 0.02
+    difference = (found.cpu().double() - expected).abs().amax(-1)
+    assert float(difference[seen].max()) < limit
+
+
 # ---- streams ----
 
 
@@ -177,6 +295,8 @@ def no_host_waits() -> Iterator[Any]:
 def test_the_host_waits_for_no_device_between_the_layers(llama, store_path, no_host_waits, warm):
     model, prefix, suffix = llama
     expected = forward(model, suffix, prefilled(model, prefix))
+    with opened(store_path) as store:
+        ask(model, store, EXACT, suffix)  # The first mask of each model is looked at.
     with opened(store_path) as store:
         if warm:
             ask(model, store, EXACT, suffix)
