@@ -85,12 +85,17 @@ def _make_attention(base: str) -> Callable[..., Any]:
                 options["scaling"] = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
             key, value = source.visible_kv(query, attention_mask, options)
             if base == "sdpa" and _is_ours(query, key, attention_mask, kwargs):
-                on_device = query.device.type != "cpu"
-                plain = on_device and source.plain and _is_lower_right(module, query, key, attention_mask)
+                accelerated = uses_our_attention(query.device)
+                plain = accelerated and source.plain and _is_lower_right(module, query, key, attention_mask)
                 return attend(query, key, value, attention_mask, options, plain=plain), None
         return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
     return attention  # type: ignore[no-any-return]
+
+
+def uses_our_attention(device: torch.device) -> bool:
+    """Whether `attend` is the better way wherever there is a mask, grouped heads or not."""
+    return device.type != "cpu"
 
 
 def _is_ours(
@@ -104,7 +109,7 @@ def _is_ours(
     """
     if options.get("position_bias") is not None or options.get("softcap") is not None:
         return False
-    if query.device.type != "cpu":
+    if uses_our_attention(query.device):
         return attention_mask is not None
     return query.shape[1] != key.shape[1] and (attention_mask is not None or query.shape[2] == 1)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -205,6 +204,7 @@ class Accelerator:
 
 
 _opened: dict[torch.device, Device] = {}
+_pools: list[PinnedPool] = []
 _lock = threading.Lock()
 
 
@@ -246,10 +246,14 @@ def _marks() -> list[Any]:
     return [event for device in tuple(_opened.values()) for event in device.copies_so_far()]
 
 
-@cache
 def _pool() -> PinnedPool | None:
     """Registered memory, where the driver can register ordinary memory."""
-    return PinnedPool(register_with_cuda, _marks, available_bytes) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    with _lock:
+        if not _pools:
+            _pools.append(PinnedPool(register_with_cuda, _marks, available_bytes))
+        return _pools[0]
 
 
 def reserve_pinned(nbytes: int) -> None:

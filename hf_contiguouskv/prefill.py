@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from . import device as hardware
+from .attention import Installation, tagged, uses_our_attention
 from .config import ContiguousKVConfig
 from .device import Device
 from .errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
@@ -31,7 +33,7 @@ from .store.hashing import TokenIds
 from .store.packing import pack_values
 from .store.segment import Segment
 from .store.writer import SegmentWriter
-from .support import ModelSupport, input_device, run_forward
+from .support import ModelSupport, decoder_config, input_device, run_forward
 
 # Prefilling more tokens than this shows a progress bar.
 PROGRESS_TOKENS = 2048
@@ -144,12 +146,32 @@ def _to_extents(keys: torch.Tensor, values: torch.Tensor, chunk_size: int) -> to
     return out
 
 
-class _WriteThroughCache(DynamicCache):
-    """Tells of each layer's K/V as soon as they are known, while the model goes on with the layers behind."""
+@dataclass(frozen=True)
+class _Everything:
+    """K and V of a layer, all of which the tokens of a block see. See `attention.KVSource`."""
 
-    def __init__(self) -> None:
+    keys: torch.Tensor
+    values: torch.Tensor
+    plain: bool = True
+
+    def visible_kv(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
+
+
+class _WriteThroughCache(DynamicCache):
+    """Tells of each layer's K/V as soon as they are known, while the model goes on with the layers behind.
+
+    Args:
+        tagged_layers: those that attend through our function (`attention.attend`): behind the first block there is a
+            mask, and on an accelerator that costs a copy of K and V for each query head, and the flash kernel.
+    """
+
+    def __init__(self, tagged_layers: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.layer_done: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+        self._tagged_layers = tagged_layers
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -157,6 +179,8 @@ class _WriteThroughCache(DynamicCache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self.layer_done is not None:
             self.layer_done(layer_idx, keys, values)
+        if layer_idx in self._tagged_layers:
+            return tagged(keys, _Everything(keys, values)), values
         return keys, values
 
 
@@ -237,7 +261,7 @@ class Prefill:
     ) -> tuple[StoredPrefix, bool]:
         """Compute all of `ids` that `known` lacks; the prefix, and whether its end could only be kept in memory."""
         # Without a config every layer keeps all tokens, so that sliding-window layers can be stored in full as well.
-        cache = _WriteThroughCache()
+        cache = _WriteThroughCache(_tagged_layers(self._support))
         done = 0 if known is None else known.tokens
         if known is not None:
             load_exactly(AttachedPrefix.of(known, done), self._store, self._support, cache)
@@ -292,12 +316,23 @@ class Prefill:
                 bar.update()
 
             cache.layer_done = layer_done
-            # A request that runs under autocast finds out in the middle of it that it must compute this.
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                for start in starts:
-                    part = ids[start : start + block][None].to(device)
-                    run_forward(self._model, part, cache, start)
+            installation = Installation(decoder_config(self._model))
+            try:
+                if _tagged_layers(self._support):
+                    installation.activate()
+                # A request that runs under autocast finds out in the middle of it that it must compute this.
+                with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                    for start in starts:
+                        part = ids[start : start + block][None].to(device)
+                        run_forward(self._model, part, cache, start)
+            finally:
+                installation.release()
             cache.layer_done = None
+
+
+def _tagged_layers(support: ModelSupport) -> frozenset[int]:
+    plan = support.plan
+    return frozenset(layer for layer in plan.full_layers if uses_our_attention(plan.devices[layer]))
 
 
 def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSupport, cache: DynamicCache) -> None:

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 
-from hf_contiguouskv import ContiguousKVConfig, staging
+from hf_contiguouskv import ContiguousKVConfig, attention, prefill, staging
 from hf_contiguouskv.request import KEYS_AHEAD
 from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.support import require_support
 
 from .device_helpers import (
     CONFIGS,
@@ -37,7 +38,7 @@ from .device_helpers import (
     on_a_cpu,
     opened,
 )
-from .models import token_ids
+from .models import PAD, token_ids
 from .references import assert_close, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, write_prefix
 from .test_recovery import damage, files
@@ -189,6 +190,58 @@ def test_a_prompt_is_stored_from_an_accelerator_behind_its_answer(tiny_model, st
         assert len(machine.copies("copy out")) == 2 * LAYERS
         assert store.match(model, PREFIX) == PREFIX.shape[1]
     assert _stored_bytes(store_path) == _stored_bytes(other)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("flash", [False, True])
+def test_blocks_of_a_prefill_attend_as_an_accelerator_does(tiny_model, store_path, monkeypatch, family, flash):
+    """On a CPU, by the function that an accelerator's layers use: without a mask where there is a flash kernel."""
+    model = tiny_model(family, "sdpa")
+    expected = forward(model, SUFFIX, prefilled(model, PREFIX))
+    reached = []
+
+    def noted(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        reached.append((query.shape[2], options["plain"]))
+        return attend(query, *others, **options)
+
+    attend = attention.attend
+    for module in (attention, prefill):
+        monkeypatch.setattr(module, "uses_our_attention", lambda device: True)
+    monkeypatch.setattr(attention, "_flash", lambda *_: flash)
+    monkeypatch.setattr(attention, "attend", noted)
+    with PrefixStore(store_path) as store:
+        config = ContiguousKVConfig(budget=1.0, prefill_block=64)
+        with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
+            assert_close(forward(model, SUFFIX, cache), expected)
+    lengths = {length for length, _ in reached}
+    assert lengths == {64, 37, SUFFIX.shape[1]}
+    assert all(plain for _, plain in reached)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_without_a_mask_answers_as_with_it(tiny_model, store_path, monkeypatch, family, config, padded):
+    """What the flash kernel of an accelerator computes, on a CPU; with padding there is a mask all the same."""
+    model = tiny_model(family, "sdpa")
+    if padded and any(require_support(model).plan.windows):
+        pytest.skip("windows count columns: such a batch is computed in full")
+    suffixes = torch.cat([token_ids(9, seed=1205), token_ids(9, seed=1206)])
+    if padded:
+        suffixes[1, :4] = PAD
+    ids = torch.cat([PREFIX.expand(2, -1), suffixes], dim=1)
+    mask = (ids != PAD).long()
+
+    def answers(path: Path) -> list[torch.Tensor]:
+        with PrefixStore(path) as store, ContiguousKVCache(model, PREFIX, store=store, config=CONFIGS[config]) as cache:
+            return list(generate(model, ids, cache, attention_mask=mask).logits)
+
+    expected, flash = answers(store_path), []
+    monkeypatch.setattr(attention, "uses_our_attention", lambda device: True)
+    monkeypatch.setattr(attention, "_flash", lambda *_: flash.append(1) or True)
+    for found, wanted in zip(answers(store_path), expected, strict=True):
+        assert_close(found, wanted)
+    assert bool(flash) is not padded
 
 
 # ---- which tier ----
