@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.counting import count_hits
+from hf_contiguouskv.counting import Noted, count_hits
 from hf_contiguouskv.errors import SegmentCorruptError, SegmentReadError
 from hf_contiguouskv.memory.blocks import neighbours
 from hf_contiguouskv.plan import LayerPlan
@@ -22,7 +22,6 @@ from hf_contiguouskv.prefetch import PayloadReads
 from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.request import PrefixRequest
-from hf_contiguouskv.residency import Batch
 
 from .moving import send
 from .states import on_accelerator
@@ -151,14 +150,14 @@ class TokenRequest(PrefixRequest):
         suffix_keys: torch.Tensor,
         options: Mapping[str, Any],
         destination: torch.Tensor,
-    ) -> list[Batch]:
+    ) -> list[Noted]:
         if query.shape[0] != 1 or options.get("softcap") is not None:
             raise ValueError("these systems serve one row, of models without a soft cap on attention")
         self._ask_keys(range(layer, layer + 1 + self._layers_ahead))
         self.choose(layer, query[0], suffix_keys[0], options["scaling"], destination[:, 0])
         return []
 
-    def _count(self, layer: int, batches: Sequence[Batch]) -> None:
+    def _count(self, layer: int, batches: Sequence[Noted]) -> None:
         # Batches were counted when they were taken; of each, attention uses but some tokens.
         self.stats.bytes_used += self.kept * self.prefix.token_bytes()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 
 import numpy as np
@@ -33,8 +34,8 @@ def column_sums(
 ) -> torch.Tensor:
     """Attention that each prefix token gets from all suffix queries, per query head, in float32.
 
-    The softmax is over prefix and suffix (causal). Products are in float32. Those of 16-bit models lose nothing where
-    the user lets torch multiply in TF32; those of float32 models are then as inexact as the model's own.
+    The softmax is over prefix and suffix (causal). Sums are in float32, and products exact, except that those of a
+    float32 model on a GPU are rounded to TF32 if the user has the model's own products rounded so.
 
     Args:
         queries: `(heads, q, head_dim)` after RoPE, of the suffix.
@@ -92,13 +93,28 @@ def _sums_on_device(
             block = grouped[:, first : first + some_heads, begin : begin + some_queries]
             shape = (kv_heads, block.shape[1] * block.shape[2], tokens + length)
             logits = scratch[: math.prod(shape)].view(shape)
-            # Scaled afterwards: 16-bit queries and keys, as they are, are exact in TF32.
-            torch.baddbmm(logits, block.flatten(1, 2), keys.mT, beta=0, alpha=scaling, out=logits)
+            with _tf32_where_exact(queries.dtype):  # Scaled afterwards: scaled numbers would be rounded.
+                torch.baddbmm(logits, block.flatten(1, 2), keys.mT, beta=0, alpha=scaling, out=logits)
             logits = logits.unflatten(1, block.shape[1:3])
             logits[..., tokens:].masked_fill_(later[begin : begin + some_queries], float("-inf"))
             weights = torch.softmax(logits, dim=-1)
             sums[:, first : first + some_heads] += weights[..., :tokens].sum(2)
     return sums.flatten(0, 1)
+
+
+@contextmanager
+def _tf32_where_exact(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a GPU multiplies in TF32, which holds every number of a 16-bit `dtype` and is many times as fast."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def best_tokens(mass: torch.Tensor, keep: int) -> Tokens:

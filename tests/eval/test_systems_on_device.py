@@ -6,6 +6,7 @@ one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from unit.fake_device import EARLY, LATE, SCHEDULES, Machine, accelerated
 
@@ -192,6 +194,50 @@ def test_tokens_are_right_in_the_smallest_memory(
             machine.run_all()
 
 
+class Waits(TorchFunctionMode):
+    """Notes where a system makes the host wait for a device, or moves pageable memory there."""
+
+    CALLS = (
+        "cpu",
+        "item",
+        "tolist",
+        "numpy",
+        "to",
+        "nonzero",
+        "equal",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, code = getattr(function, "__name__", ""), sys._getframe(1).f_code
+        place = Path(code.co_filename)
+        # `moving.fetch` is where the host waits: it is counted by another test.
+        if place.parent.name == "systems" and place.name != "moving.py" and name in self.CALLS:
+            self.found.append(f"{place.name} {code.co_name}: {name}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nodes", [(200,), (100, 200)], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("name", [name for name in TIERED if not name.startswith("contiguouskv")])
+def test_the_host_waits_nowhere_else(model: Any, tmp_path: Path, name: str, nodes: tuple[int, ...]) -> None:
+    with on_fake(LATE), TIERED[name](model, tmp_path) as system:
+        for tokens in nodes:
+            system.store(PREFIX[:tokens])
+        for _ in range(2):
+            cache = system.cache(PREFIX)
+            with torch.no_grad(), Waits() as waits:
+                model(input_ids=SUFFIX[None], **{cache_argument(model): cache})
+            system.finish(cache)
+            assert waits.found == []
+
+
 # ---- scores and choices ----
 
 
@@ -312,6 +358,30 @@ def test_a_real_accelerator_answers_as_a_cpu_from_every_state(twin: Any, tmp_pat
                 torch.testing.assert_close(logits, expected, **close)
                 if on_cpu.dtype == torch.float32:
                     assert alike == agreed
+
+
+@REAL
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, which tells where the host waits")
+@pytest.mark.parametrize("name", list(TIERED))
+def test_on_cuda_the_host_waits_for_choices_only(twin: Any, tmp_path: Path, name: str) -> None:
+    """CUDA raises where the host waits in any other way than `moving.fetch` and the library's own do: for an event."""
+    _, model = twin
+    first, last = model.model.layers[0], model.model.layers[-1]
+    with TIERED[name](model, tmp_path) as system:
+        system.store(PREFIX)
+        ask(model, system)  # The first mask of a model is looked at.
+        for state in (State.COLD, State.WARM_HOST, State.WARM_DEVICE):
+            system.enter(state, PREFIX)
+            hooks = [
+                first.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error")),
+                last.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default")),
+            ]
+            try:
+                ask(model, system)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                for hook in hooks:
+                    hook.remove()
 
 
 @REAL
