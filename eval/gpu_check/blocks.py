@@ -91,14 +91,15 @@ class Block:
     def predicted(self, tokens: int) -> float:
         """Seconds to store a prefix of another length and make two rounds of requests, going by this one."""
         others = measured_at(self._settings, tokens)
-        labels = {one.label for one in others}
-        folders = {one.folder for one in others}
+        labels, folders = {one.label for one in others}, {one.folder for one in others}
+        complete = tokens in self._settings.complete_lengths
         stored = sum(one["seconds"] for name, one in self.own["stored"].items() if name in folders)
-        first = [one for one in self.own["requests"] if one["round"] == 0 and one["label"] in labels]
-        if tokens not in self._settings.complete_lengths:
-            first = [one for one in first if one["state"] != State.WARM_HOST]
-        again = [self._wall(case) or 0.0 for case in self.systems if case.measured.label in labels]
-        seconds = stored + sum(one["wall_s"] for one in first) + sum(again)
+        rounds: tuple[dict[Any, float], dict[Any, float]] = {}, {}
+        for one in self.own["requests"]:
+            if one["label"] in labels and (complete or one["state"] != State.WARM_HOST):
+                rounds[one["round"] > 0][one["label"], one["state"]] = one["wall_s"]
+        first, later = rounds
+        seconds = stored + sum(first.values()) + sum((first | later).values())
         return seconds * tokens / self._tokens
 
     def close(self, keep: tuple[str, ...] = ()) -> None:

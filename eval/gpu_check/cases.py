@@ -39,7 +39,7 @@ class Measured:
         if self.system == "contiguouskv" and self.budget == 1.0:
             return "exact"
         names = {"contiguouskv": "default", "contiguouskv_paper": "published"}
-        share = "" if self.exact else f" {self.budget:.0%}"
+        share = "" if self.budget == 1.0 else f" {self.budget:.0%}"
         return names.get(self.system, self.system) + share
 
 

@@ -6,6 +6,7 @@ import faulthandler
 import json
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -145,7 +146,7 @@ class Record:
         if name in self.failed:
             return None
         self._marker.write_text(name)
-        faulthandler.dump_traceback_later(limit_s, exit=True)
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
         try:
             return action()
         except Exception as error:

@@ -106,7 +106,7 @@ class Settings:
     @property
     def total_s(self) -> float:
         """Seconds that all stages may take."""
-        return TOTAL_S * self.scale
+        return TOTAL_S * max(1.0, self.scale)
 
     def save(self, path: Path) -> None:
         """Write it down for a stage's process."""
