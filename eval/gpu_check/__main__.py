@@ -132,7 +132,9 @@ def is_well(content: dict[str, Any], stages: list[str]) -> bool:
     if any(found.get(stage, {}).get("status") != "complete" or found[stage].get("failed") for stage in stages):
         return False
     groups = found.get("tests", {}).get("found", {}).values()
-    if any(one.get("killed") or one.get("counts", {}).get("failed") or one.get("exit_code") for one in groups):
+    if any(
+        one["killed"] or one["not_ended"] or one["counts"].get("failed") or one["exit_codes"] != [0] for one in groups
+    ):
         return False
     rows = found.get("table", {}).get("found", {}).get("rows", [])
     return not any(row.get("wrong_answers") for row in rows)

@@ -21,8 +21,9 @@ from .requests import Answers, LastLogits, prefix_effect, timed_floor, timed_req
 from .results import Clock, Record
 from .settings import Settings
 
-# A request that takes longer than this, and than ten times what it took before, counts as hung.
+# What takes longer than this, than ten times what it took before, and than a very slow disk would, counts as hung.
 HUNG_S = 25.0
+SLOWEST_BYTES_PER_S = 5e7
 # Of the free room on the disk, what a length may take at most; and what must be left, as a share of what is needed.
 DISK_SHARE = 0.9
 
@@ -65,6 +66,7 @@ class Block:
         self._last = last
         self._stack = ExitStack()
         self._request = request(settings, tokens)
+        self._patience = HUNG_S + 2 * kv_bytes(settings, tokens) / SLOWEST_BYTES_PER_S
         self._answers = Answers()
         self.write_speed = write_speed
         self.systems: dict[Case, System] = {}
@@ -81,8 +83,10 @@ class Block:
         self._first_round()
         self.own["seconds_to_first_rounds"] = time.time() - began
         self.own["memory"] = memory_in_use(self._settings)
-        cases, rounds = self._planned()
-        for number in range(1, rounds + 1):
+        # An earlier process may have made some, and died.
+        done = max((one["round"] for one in self.own["requests"]), default=0)
+        cases, rounds = self._planned(self._settings.rounds - done)
+        for number in range(done + 1, done + 1 + rounds):
             if not self._round(number, cases):
                 break
         self.own |= {"status": "complete", "seconds": time.time() - began}
@@ -121,7 +125,8 @@ class Block:
         for measured in measured_at(self._settings, self._tokens):
             why = self._no_room(measured)
             if why is None:
-                self._record.attempt(f"{self._tokens} store {measured.label}", partial(self._put, measured, states))
+                name = f"{self._tokens} store {measured.label}"
+                self._record.attempt(name, partial(self._put, measured, states), self._patience)
             else:
                 self._skip(measured.label, why)
         del states
@@ -178,13 +183,13 @@ class Block:
                 self._timed(0, case)
         self._floor(0)
 
-    def _planned(self) -> tuple[list[Case], int]:
-        """Which cases take part in the rounds that count, and how many of these there are."""
+    def _planned(self, wanted: int) -> tuple[list[Case], int]:
+        """Which cases take part in the rounds that count, and how many of these there are: `wanted`, or fewer."""
         settings = self._settings
         walls = {case: self._wall(case) for case in self.systems}
         cases = [case for case, wall in walls.items() if wall is not None]
         left = self._clock.left
-        fewest = settings.fewest_rounds if self._tokens in settings.complete_lengths else 1
+        fewest = min(wanted, settings.fewest_rounds if self._tokens in settings.complete_lengths else 1)
         # The slowest go first.
         for case in sorted(cases, key=lambda one: -(walls[one] or 0.0)):
             if fewest * sum(walls[one] or 0.0 for one in cases) <= left:
@@ -192,10 +197,10 @@ class Block:
             cases.remove(case)
             self._skip(case.name, f"a request takes {walls[case]:.1f} s with its preparation, too long for the rest")
         each = sum(walls[one] or 0.0 for one in cases)
-        rounds = min(settings.rounds, int(left / each)) if each else 0
-        self.own["rounds"] = rounds
-        if rounds < settings.rounds:
-            self._skip("rounds", f"{rounds} of {settings.rounds}: one takes {each:.1f} s, and {left:.0f} s were left")
+        rounds = min(wanted, int(max(0.0, left) / each)) if each else 0
+        self.own["rounds"] = settings.rounds - wanted + rounds
+        if rounds < wanted:
+            self._skip("rounds", f"{rounds} of {wanted}: one takes {each:.1f} s, and {left:.0f} s were left")
         return cases, rounds
 
     def _round(self, number: int, cases: list[Case]) -> bool:
@@ -213,7 +218,7 @@ class Block:
         return True
 
     def _timed(self, number: int, case: Case) -> None:
-        limit = max(HUNG_S, 10 * (self._wall(case) or 0.0))
+        limit = max(self._patience, 10 * (self._wall(case) or 0.0))
         found = self._record.attempt(
             f"{self._tokens} {case.name}",
             lambda: timed_request(self._model, self.systems[case], case, self._request, self._last, self._answers),
@@ -224,6 +229,8 @@ class Block:
             key = {"round": number, "label": case.measured.label, "state": state}
             self.own["requests"].append(key | found)
             self._record.results.flush()
+        else:
+            free_memory(self._settings)  # It may have run out.
 
     def _floor(self, number: int) -> None:
         found = self._record.attempt(

@@ -15,39 +15,51 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import pytest_recorder
+from .pytest_recorder import HUNG_S as HUNG_S_NAME
+from .pytest_recorder import RECORD, WANTED, read_lines
 from .results import Clock, Record, Results
 from .run_stage import die_with_parent
 from .settings import Settings
 from .stages import ROOT
 
 LOG = "tests.txt"
-# Stacks of a test that takes so long are printed; pytest itself goes on.
-SLOW_TEST_S = 25
+# Seconds after which a test counts as hung, and how many processes tests may use up.
+HUNG_S, PROCESSES = 25.0, 6
+# A process that has less time left would do nothing but start.
+WORTH_A_PROCESS_S = 12.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tests that one pytest runs.
+    """Tests that one pytest runs, in this order.
 
     Attributes:
         name: in results.
         arguments: of pytest.
         share: of the time that is left.
+        wanted: of some files, a part that names of tests must have.
         environment: besides what there is.
     """
 
     name: str
     arguments: tuple[str, ...]
     share: float
+    wanted: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
 
-# What answers wrongly comes before what waits too often, and both before what only may be a race.
+# What answers wrongly comes before what only may be a race. One process for many: each takes seconds to start.
 GROUPS = (
-    Group("methods", ("tests/contract/test_cuda_methods.py",), 0.5),
-    Group("pipeline", ("tests/contract/test_cuda.py",), 0.6),
-    Group("rivals", ("tests/eval/test_systems_on_device.py", "-k", "real_accelerator"), 0.6),
+    Group(
+        "device",
+        (
+            "tests/contract/test_cuda_methods.py",
+            "tests/contract/test_cuda.py",
+            "tests/eval/test_systems_on_device.py",
+        ),
+        0.75,
+        {"test_systems_on_device.py": "real_accelerator"},
+    ),
     Group(
         "sanitizer",
         (
@@ -56,7 +68,7 @@ GROUPS = (
             "answers_as_a_dynamic_cache or warm_request or select_as_on_a_cpu",
         ),
         1.0,
-        {"TORCH_CUDA_SANITIZER": "1"},
+        environment={"TORCH_CUDA_SANITIZER": "1"},
     ),
 )
 # On a CPU a handful of the same tests, and of the stand-in's own.
@@ -69,52 +81,62 @@ REHEARSED = (
             "(index_on_the_device and 4-4-64-1-16) or masked_one and index-165-2 or scores_of_leaders and warm-paper",
         ),
         0.7,
-        {"CUDA_METHODS_DEVICE": "cpu"},
+        environment={"CUDA_METHODS_DEVICE": "cpu"},
     ),
-    Group("pipeline", ("tests/contract/test_device_pipeline.py", "-k", "several_tiers or one_copy_brings"), 1.0),
+    Group("pipeline", ("tests/contract/test_device_pipeline.py",), 1.0, {"test_device_pipeline.py": "one_copy_brings"}),
 )
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:
-    """Each group in a process of its own; what it has found is kept whatever becomes of it."""
+    """Each group by itself; what it has found is kept whatever becomes of it."""
     record = Record(results, "tests", clock, settings.folder)
     for group in REHEARSED if settings.rehearse else GROUPS:
         own_clock = clock.share(group.share)
-        record.step(group.name, partial(run_group, settings, group, own_clock), own_clock.left + 30)
-    groups = [one for one in record.found.values() if isinstance(one, dict) and "counts" in one]
-    totals: dict[str, int] = {}
-    for one in groups:
+        record.step(group.name, partial(run_group, settings, group, own_clock), max(1.0, own_clock.left) + 30)
+    counts: dict[str, int] = {}
+    for one in record.found.values():
         for outcome, count in one["counts"].items():
-            totals[outcome] = totals.get(outcome, 0) + count
-    results.stage("tests")["counts"] = totals
+            counts[outcome] = counts.get(outcome, 0) + count
+    results.stage("tests")["counts"] = counts
     results.flush()
 
 
 def run_group(settings: Settings, group: Group, clock: Clock) -> dict[str, Any]:
-    """Run pytest until the clock is over; what it found, ready for JSON."""
+    """Run pytest until all tests have ended, or the clock is over; what they said, ready for JSON."""
     scratch = Path(settings.folder)
-    lines, junit = scratch / f"{group.name}.jsonl", scratch / f"{group.name}.xml"
-    lines.unlink(missing_ok=True)
+    lines = scratch / f"{group.name}.jsonl"
+    environment = os.environ | group.environment
+    environment |= {RECORD: str(lines), HUNG_S_NAME: str(HUNG_S), WANTED: json.dumps(group.wanted)}
+    environment["HF_HUB_OFFLINE"] = "1"
+    began, codes = time.time(), []
+    for number in range(PROCESSES):
+        code = _pytest(settings, group, environment, clock, scratch / f"{group.name}-{number}")
+        codes.append(code)
+        if any("finished" in row for row in read_lines(lines)) or clock.left < WORTH_A_PROCESS_S:
+            break
+    killed = codes[-1] is None
+    return summary(read_lines(lines)) | {"exit_codes": codes, "killed": killed, "seconds": time.time() - began}
+
+
+def _pytest(settings: Settings, group: Group, environment: dict[str, str], clock: Clock, scratch: Path) -> int | None:
+    """The exit code of one pytest; `None`: it was killed when the clock was over."""
+    junit = scratch.with_suffix(".xml")
     command = [
         *(sys.executable, "-m", "pytest", *group.arguments),
         *("-vv", "--tb=short", "--color=no", "--durations=5", "-p", "eval.gpu_check.pytest_recorder"),
-        *("-p", "no:cacheprovider", "-o", f"faulthandler_timeout={SLOW_TEST_S}"),
-        *(f"--junitxml={junit}", f"--basetemp={scratch / group.name}"),
+        *("-p", "no:cacheprovider", "--continue-on-collection-errors"),
+        *(f"--junitxml={junit}", f"--basetemp={scratch}"),
     ]
-    environment = os.environ | {pytest_recorder.VARIABLE: str(lines), "HF_HUB_OFFLINE": "1"} | group.environment
-    began = time.time()
-    log = Path(settings.out) / LOG
+    began, log = time.time(), Path(settings.out) / LOG
     with log.open("ab") as out:
         out.write(f"\n=== {group.name}: {' '.join(group.arguments)} {group.environment or ''}\n".encode())
         out.flush()
         code = _until(command, environment, out, clock)
-        if code is None:
-            out.write(f"\n=== {group.name} was killed after {time.time() - began:.0f} s\n".encode())
-    found = summary(read_lines(lines))
-    if junit.exists():
-        with log.open("ab") as out:
+        if junit.exists():
             out.write(b"\n" + junit.read_bytes() + b"\n")
-    return found | {"exit_code": code, "killed": code is None, "seconds": time.time() - began}
+        said = "killed" if code is None else f"ended with {code}"
+        out.write(f"\n=== {group.name}: {said} after {time.time() - began:.0f} s\n".encode())
+    return code
 
 
 def _until(command: Sequence[str], environment: dict[str, str], out: Any, clock: Clock) -> int | None:
@@ -139,21 +161,16 @@ def _until(command: Sequence[str], environment: dict[str, str], out: Any, clock:
         process.wait()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `pytest_recorder` has written; a line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts by outcome, failures with their messages, why tests were skipped, what tests noted, and what hung."""
     counts: dict[str, int] = {}
     begun: dict[str, bool] = {}
-    failures, skipped, noted = [], {}, {}
+    failures: list[dict[str, str]] = []
+    skipped: dict[str, int] = {}
+    noted: dict[str, Any] = {}
     for row in rows:
+        if "finished" in row:
+            continue
         if row.get("begins"):
             begun[row["test"]] = True
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ from .results import Clock, Record, Results
 from .settings import Settings
 from .trace_summary import Event, summarise
 
+# An escape, or a backslash that begins none.
+_ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
 HUNG_S = 25.0
 # Requests before the one that is traced.
 BEFORE = 2
@@ -108,9 +111,18 @@ def _profiled(settings: Settings, action: Callable[[], Any]) -> tuple[Any, list[
             torch.cuda.synchronize()
     path = Path(settings.folder) / "trace.json"
     profiler.export_chrome_trace(str(path))
-    events: list[Event] = json.loads(path.read_text(errors="replace"))["traceEvents"]
-    path.unlink()
-    return value, events
+    return value, read_events(path)
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events of an exported trace; the profiler writes names that JSON does not allow as they are."""
+    text = path.read_text(errors="replace")
+    try:
+        events: list[Event] = json.loads(text, strict=False)["traceEvents"]
+    except json.JSONDecodeError:
+        mended = _ESCAPE.sub(lambda found: found[0] if found[1] else "\\\\", text)
+        events = json.loads(mended, strict=False)["traceEvents"]
+    return events
 
 
 def write_trace(events: list[Event], path: Path, limit: int = LARGEST_FILE) -> dict[str, Any]:

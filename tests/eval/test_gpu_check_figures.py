@@ -12,8 +12,9 @@ import pytest
 
 from eval.gpu_check import figures, table, traces
 from eval.gpu_check.__main__ import is_well
-from eval.gpu_check.device_tests import read_lines, summary
+from eval.gpu_check.device_tests import summary
 from eval.gpu_check.outputs import LARGEST_FILE, MOST_FILES, tidy
+from eval.gpu_check.pytest_recorder import read_lines
 from eval.gpu_check.results import Results
 from eval.gpu_check.settings import STAGES
 from eval.gpu_check.trace_summary import covered, own_time, summarise
@@ -144,7 +145,10 @@ def test_a_whole_check_is_well_and_any_failure_is_not(content):
     for name in STAGES:
         assert not is_well({"stages": stages | {name: {"status": "killed", "found": {}}}}, list(STAGES))
     assert not is_well({"stages": stages | {"where": {"status": "complete", "failed": {"card": "no"}}}}, list(STAGES))
-    for group in ({"counts": {"failed": 1}}, {"killed": True, "counts": {}}, {"counts": {}, "exit_code": 2}):
+    good = {"counts": {"passed": 1}, "killed": False, "not_ended": [], "exit_codes": [0]}
+    assert is_well({"stages": stages | {"tests": {"status": "complete", "found": {"g": good}}}}, list(STAGES))
+    for bad in ({"counts": {"failed": 1}}, {"exit_codes": [None]}, {"exit_codes": [70, 0]}, {"not_ended": ["a.py::b"]}):
+        group = good | bad
         assert not is_well({"stages": stages | {"tests": {"status": "complete", "found": {"g": group}}}}, list(STAGES))
     wrong = {"status": "complete", "found": {"rows": figures.rows_of(content)}}
     assert not is_well({"stages": stages | {"table": wrong}}, list(STAGES))
@@ -222,6 +226,14 @@ def test_a_trace_that_is_too_large_loses_what_matters_least(tmp_path):
     path.unlink()
     assert traces.write_trace(events, path, limit=10)["name"] is None
     assert not path.exists()
+
+
+def test_names_that_json_does_not_allow_are_read_all_the_same(tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text('{"traceEvents": [{"name": "a\\z\\n\tb", "args": {"file": "c:\\\\d"}}]}')
+    assert traces.read_events(path) == [{"name": "a\\z\n\tb", "args": {"file": "c:\\d"}}]
+    path.write_text('{"traceEvents": []}')
+    assert traces.read_events(path) == []
 
 
 # ---- tests, files ----

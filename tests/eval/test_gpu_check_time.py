@@ -244,7 +244,7 @@ def test_a_round_ends_where_the_next_request_would_take_too_long(stage: Stage) -
     block = stage.block()
     block._store()
     block._first_round()
-    cases, _ = block._planned()
+    cases, _ = block._planned(4)
     block._clock = stage.clock(5.5)
     assert not block._round(1, cases)
     assert sum(one["round"] == 1 for one in block.own["requests"]) == 5
@@ -290,9 +290,13 @@ def test_what_was_stored_goes_and_what_is_traced_stays(stage: Stage) -> None:
 
 def test_a_block_goes_on_where_an_earlier_process_died(stage: Stage) -> None:
     stage.block().run()
-    before = len(stage.block().own["requests"])
+    # As if it had died in the third round.
+    own = stage.block().own
+    own["requests"] = [one for one in own["requests"] if one["round"] < 3]
+    before = len(own["requests"])
     marker = stage.folder / "time.running"
     marker.write_text("100 exact cold")
+    stage.results.flush()
     stage.record = Record(Results(stage.folder), "time", stage.clock(1e6), stage.folder)
     stage.asked.clear()
     block = stage.block()
@@ -300,6 +304,8 @@ def test_a_block_goes_on_where_an_earlier_process_died(stage: Stage) -> None:
     block.run()
     assert ("exact", "cold") not in stage.asked
     assert "100 exact cold" in stage.record.failed
+    rounds = [one["round"] for one in block.own["requests"] if (one["label"], one["state"]) == ("exact", "warm_host")]
+    assert rounds == [0, 1, 2, 0, 3, 4]
 
 
 @pytest.mark.parametrize("seconds", [1e6, 260.0])
