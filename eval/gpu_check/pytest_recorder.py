@@ -18,6 +18,14 @@ from typing import Any
 RECORD, HUNG_S, WANTED = "GPU_CHECK_TEST_RECORD", "GPU_CHECK_TEST_HUNG_S", "GPU_CHECK_TEST_WANTED"
 BROKEN = 70
 _LONGEST = 1500
+# What pytest does not capture.
+_errors: Any = sys.__stderr__
+
+
+def pytest_addoption(parser: Any) -> None:
+    """The first hook of all, before anything is captured."""
+    global _errors
+    _errors = os.fdopen(os.dup(2), "w")
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -38,7 +46,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
     """A test begins."""
     _write({"test": nodeid, "begins": True})
-    faulthandler.dump_traceback_later(float(os.environ.get(HUNG_S, "60")), exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(float(os.environ.get(HUNG_S, "60")), exit=True, file=_errors)
 
 
 def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
@@ -61,7 +69,7 @@ def pytest_runtest_logreport(report: Any) -> None:
     if report.outcome == "failed" and _is_broken():
         print(
             f"{report.nodeid}: {_message(report)}\nnothing works on the device any more",
-            file=sys.__stderr__,
+            file=_errors,
             flush=True,
         )
         os._exit(BROKEN)
