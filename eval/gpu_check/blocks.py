@@ -103,7 +103,7 @@ class Block:
             if one["label"] in labels and (complete or one["state"] != State.WARM_HOST):
                 rounds[one["round"] > 0][one["label"], one["state"]] = one["wall_s"]
         first, later = rounds
-        seconds = stored + sum(first.values()) + sum((first | later).values())
+        seconds: float = stored + sum(first.values()) + sum((first | later).values())
         return seconds * tokens / self._tokens
 
     def close(self, keep: tuple[str, ...] = ()) -> None:

@@ -121,7 +121,7 @@ def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]
     whole = kv_bytes(settings, tokens)
     used = 1.0 if case.measured.exact else KEPT_SHARES[case.measured.system] + case.measured.budget
     under_way = 1.0 if case.measured.system == "attentionstore_overlapped" else 0.25
-    host = {State.COLD: 0.25 + under_way, State.WARM_HOST: 1.25 + under_way}.get(case.state, 0.5)
+    host = {State.COLD: 0.25 + under_way, State.WARM_HOST: 1.25 + under_way}.get(case.state or State.COLD, 0.5)
     return {
         "host_bytes": int(whole * used * host) + SPARE_BYTES,
         # The run with many suffixes has all of a prefix there.

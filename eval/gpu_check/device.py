@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,7 +48,7 @@ def stand_in() -> Iterator[Any]:
     tests = str(Path(__file__).resolve().parents[2] / "tests")
     if tests not in sys.path:
         sys.path.insert(0, tests)
-    from unit.fake_device import accelerated
+    accelerated = importlib.import_module("unit.fake_device").accelerated
 
     host = torch.device("cpu", 1)
     with accelerated() as machine, ExitStack() as patches:

@@ -152,7 +152,7 @@ def _backend(query: torch.Tensor, states: torch.Tensor, mask: Any, grouped: bool
     """Which implementation torch chooses."""
     try:
         if not isinstance(mask, CausalBias):
-            chosen = torch._fused_sdp_choice(query, states, states, attn_mask=mask, enable_gqa=grouped)  # type: ignore[attr-defined]
+            chosen = torch._fused_sdp_choice(query, states, states, attn_mask=mask, enable_gqa=grouped)
             return BACKENDS.get(int(chosen), str(chosen))
         # A bias chooses by itself, and never cuDNN.
         parameters = torch.backends.cuda.SDPAParams(query, states, states, None, 0.0, False, grouped)

@@ -67,5 +67,5 @@ def kv_bytes(settings: Settings, tokens: int) -> int:
     """What K and V of a prefix take up, in the model's dtype."""
     shape = dict(settings.shape)
     head_dim = shape["hidden_size"] // shape["num_attention_heads"]
-    size = getattr(torch, settings.dtype).itemsize
+    size: int = getattr(torch, settings.dtype).itemsize
     return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * size * tokens

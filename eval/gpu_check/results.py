@@ -146,7 +146,7 @@ class Record:
         if name in self.failed:
             return None
         self._marker.write_text(name)
-        faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__ or 2)
         try:
             return action()
         except Exception as error:

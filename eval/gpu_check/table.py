@@ -55,10 +55,9 @@ def _about(content: dict[str, Any]) -> str:
     if machine:
         lines.append(f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB.")
     if disk:
-        sure = {True: "lets go of pages", False: "does not let go of pages: nothing proves that a request is cold"}
-        lines.append(
-            f"Stores on {disk.get('kind')} ({disk.get('device')}), {sure.get(disk.get('lets go of pages'), '')}."
-        )
+        sure = disk.get("lets go of pages")
+        said = "lets go of pages" if sure is True else f"keeps pages ({sure}): nothing proves that a request is cold"
+        lines.append(f"Stores on {disk.get('kind')} ({disk.get('device')}), which {said}.")
     return "\n\n".join(line for line in lines if line)
 
 

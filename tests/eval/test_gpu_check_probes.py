@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.gpu_check import copy_probes, device, disk_probes, file_system, kernel_probes, where
+from eval.gpu_check import copy_probes, device, disk_probes, file_system, kernel_probes, traces, where
 from eval.gpu_check.file_system import InMemoryError, choose_folder, memory_behind, mount_of, read_mounts
 from eval.gpu_check.results import Clock, FatalError, Results
 from eval.gpu_check.settings import Settings
@@ -232,6 +232,14 @@ def test_a_device_says_whether_it_works_and_what_is_free(cuda, tmp_path):
     assert "empty_cache" in cuda.calls
     assert device.memory_in_use(settings) == {"free": 60 * 2**30, "total": 80 * 2**30, "peak_allocated": 7}
     assert device.memory_in_use(Settings.rehearsal("o", "f")) is None
+
+
+def test_a_request_is_profiled_on_a_device_too(cuda, tmp_path):
+    settings = Settings(str(tmp_path), str(tmp_path), device="cpu")
+    value, events = traces._profiled(settings, lambda: float(torch.ones(3).sum()))
+    assert value == 3.0
+    assert "synchronize" in cuda.calls
+    assert any(one.get("name") == "aten::sum" for one in events)
 
 
 # ---- file systems ----
