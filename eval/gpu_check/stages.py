@@ -75,7 +75,7 @@ class Runner:
     def _left_for(self, stage: str) -> float:
         """What is left of the total, less what the last stage needs: a run without a table is of little use."""
         last = STAGES[-1]
-        reserved = 0.0 if stage == last else self._settings.deadline(last)
+        reserved = 0.0 if stage == last else self._settings.deadline(last) + START_S / 2
         return self._until - reserved - time.time()
 
     def _to_the_end(self, stage: str, limit: float) -> tuple[str, int | None]:

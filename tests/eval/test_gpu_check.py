@@ -232,7 +232,11 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_was_found_survives_being_killed(tmp_path: Path, number: int) -> None:
-    process = started("--rehearse", "--any-file-system", "--stages", "time,table", "--out", str(tmp_path))
+    store = tmp_path / "store"
+    store.mkdir()
+    tmp_path = tmp_path / "out"
+    stages = ("--stages", "time,table", "--store", str(store))
+    process = started("--rehearse", "--any-file-system", *stages, "--out", str(tmp_path))
     try:
         until(lambda: len(requests_in(tmp_path)) >= 5)
         (child,) = children_of(process.pid)
