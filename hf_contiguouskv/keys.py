@@ -69,16 +69,18 @@ class _Pending:
         self._host = host
         self._source = source
         self._lock = threading.Lock()
+        self._queued = False
 
     def upload(self) -> None:
         """Queue the copy to the device, unless it has been queued."""
         if self.there is None or self.target is None:
             return
         with self._lock:
-            if self.target.ready is None:
+            if not self._queued:
                 copied = self.there.device.copy_in(
                     self._source[: self.nbytes], self.target.data[: self.nbytes], after=self.target.busy
                 )
+                self._queued = True  # (The buffer may know of an earlier copy.)
                 self.target.ready = self.target.busy = copied
                 if self.buffer is not None:
                     self.buffer.busy = copied

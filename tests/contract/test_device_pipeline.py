@@ -30,6 +30,7 @@ from .device_helpers import (
     CONFIGS,
     MEBIBYTE,
     PREFIX,
+    PRUNED,
     SUFFIX,
     HostWaits,
     ask,
@@ -392,6 +393,26 @@ def test_what_stays_is_put_in_its_place_behind_the_first_token(model, store_path
             assert tier._buffer_bytes <= (0 if device > MEBIBYTE else device)
         assert_idle(store.memory)
         machine.run_all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("config", PRUNED)
+def test_keys_that_do_not_stay_are_copied_for_each_request(tiny_model, store_path, config, schedule):
+    """What is not compared with its checksum is kept nowhere, but its buffers are used again."""
+    settings, others = replace(CONFIGS[config], verify=False), token_ids(165, seed=1212)
+    model = tiny_model("llama", "sdpa")
+    for prefix in (PREFIX, others):
+        write_prefix(model, prefix, store_path)
+    expected = {}
+    with PrefixStore(store_path) as store:
+        for prefix in (PREFIX, others):
+            with ContiguousKVCache(model, prefix, store=store, config=settings) as cache:
+                expected[id(prefix)] = forward(model, SUFFIX, cache)
+    with accelerated(schedule), opened(store_path) as store:
+        for prefix in (PREFIX, others, PREFIX, others):
+            with ContiguousKVCache(model, prefix, store=store, config=settings) as cache:
+                assert_close(forward(model, SUFFIX, cache), expected[id(prefix)])
+            assert_idle(store.memory)
 
 
 @pytest.mark.parametrize("config", ["index", "paper"])
