@@ -8,6 +8,7 @@ times 67 MB in each layer of a 7B model behind 32K tokens. Caches made here go p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_contiguouskv.attention import Installation, tagged
+from hf_contiguouskv.errors import UnsupportedModelError
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
 
 from .states import on_accelerator
@@ -45,8 +47,10 @@ class GroupedLayer(DynamicLayer):
 
 def grouped_cache(model: Any) -> DynamicCache:
     """An empty `DynamicCache` for `model`, of such layers where they are of use."""
+    if not on_accelerator(model.device):
+        return DynamicCache(config=model.config)
     plan = require_support(innermost_causal_lm(model)).plan
-    if not on_accelerator(model.device) or len(plan.full_layers) < len(plan.windows):
+    if len(plan.full_layers) < len(plan.windows):
         return DynamicCache(config=model.config)
     cache = DynamicCache()
     cache.layers = [GroupedLayer() for _ in plan.windows]
@@ -58,7 +62,7 @@ class GroupedAttention:
     """Has a model use the library's attention while a request runs.
 
     Args:
-        model: whose requests. On a CPU, nothing is changed.
+        model: whose requests. On a CPU nothing is changed, nor where it does not use torch's own attention.
     """
 
     def __init__(self, model: Any) -> None:
@@ -69,8 +73,9 @@ class GroupedAttention:
         """A request begins; one that was given up is over."""
         self.end()
         if on_accelerator(self._model.device):
-            self._installation = Installation(decoder_config(innermost_causal_lm(self._model)))
-            self._installation.activate()
+            with suppress(UnsupportedModelError):
+                self._installation = Installation(decoder_config(innermost_causal_lm(self._model)))
+                self._installation.activate()
 
     def end(self) -> None:
         """The request is over."""

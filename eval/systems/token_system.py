@@ -69,23 +69,20 @@ def observed_importance(model: Any, prefix_ids: torch.Tensor) -> tuple[DynamicCa
     return cache, importance
 
 
-def random_importance(states: DynamicCache, heads: int, scaling: float) -> list[torch.Tensor]:
-    """As the importance of `observed_importance`, for K that belong to no text: from random queries, always the same.
+def random_importance(keys: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
+    """As one layer's importance of `observed_importance`, for K that belong to no text: from random queries.
+
+    They are always the same, standard normal numbers.
 
     Args:
-        states: `(1, kv_heads, n, head_dim)` in every layer.
+        keys: `(kv_heads, n, head_dim)`.
         heads: query heads.
         scaling: factor on `q @ k`.
     """
-    chance = torch.Generator().manual_seed(0)
-    importance = []
-    for layer in states.layers:
-        keys = layer.keys[0]
-        tokens = keys.shape[1]
-        observed = min(OBSERVED, tokens)
-        queries = torch.randn(heads, observed, keys.shape[2], generator=chance).to(keys.device, keys.dtype)
-        importance.append(_importance(queries, keys, tokens - observed, scaling))
-    return importance
+    _, tokens, head_dim = keys.shape
+    observed = min(OBSERVED, tokens)
+    queries = torch.randn(heads, observed, head_dim, generator=torch.Generator().manual_seed(0))
+    return _importance(queries.to(keys.device, keys.dtype), keys, tokens - observed, scaling)
 
 
 def _importance(queries: torch.Tensor, keys: torch.Tensor, split: int, scaling: float) -> torch.Tensor:
@@ -168,13 +165,16 @@ class TokenSystem(Stored):
             # Several systems store the same prefix, one after the other.
             cache, importance = _observed(weakref.ref(self._model), key)
         else:
-            geometry = self.layout.geometry
-            require_states(states, len(prefix_ids), geometry)
-            heads = decoder_config(innermost_causal_lm(self._model)).num_attention_heads
-            cache, importance = states, random_importance(states, heads, geometry.head_dim**-0.5)
+            require_states(states, len(prefix_ids), self.layout.geometry)
+            cache, importance = states, None
+        heads = decoder_config(innermost_causal_lm(self._model)).num_attention_heads
 
         def arranged(layer: int, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            order = self.order(importance[layer][tokens])
+            if importance is not None:
+                found = importance[layer]
+            else:
+                found = random_importance(cache.layers[layer].keys[0], heads, self.layout.geometry.head_dim**-0.5)
+            order = self.order(found[tokens])
             keys, values = (
                 states[0, :, tokens][:, order] for states in (cache.layers[layer].keys, cache.layers[layer].values)
             )
