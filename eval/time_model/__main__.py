@@ -1,0 +1,39 @@
+"""`python -m eval.time_model`: predicted times to first token on machines that nobody has measured yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .counting import count_all, load, save
+from .page import print_tables, rewrite
+from .record import CountError
+
+
+def main(
+    count: Annotated[
+        bool, typer.Option(help="First count anew what requests of this version do, into counts.json (some minutes).")
+    ] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Rewrite the generated part of this page, and the picture beside it.")
+    ] = None,
+) -> None:
+    """Print the tables."""
+    console = Console()
+    if count:
+        save(count_all())
+    try:
+        counts = load()
+    except CountError as error:
+        raise typer.BadParameter(str(error)) from error
+    print_tables(counts, console)
+    if markdown is not None:
+        rewrite(counts, markdown)
+        console.print(f"written to {markdown}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,119 @@
+"""Where requests are recorded: a library that finds a pretended device, and readers without threads."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+from hf_contiguouskv import device as devices
+from hf_contiguouskv import keys, prefetch, residency, staging
+from hf_contiguouskv.store import reader
+
+from . import pretend
+from .recording import Queue, Recorder
+
+
+class Stage:
+    """Where requests are recorded: within, the library finds a pretended device and reads without threads.
+
+    Args:
+        flash: whether the device has flash attention (from compute capability 8.0 on).
+    """
+
+    def __init__(self, flash: bool = True) -> None:
+        self.recorder = Recorder()
+        self._flash = flash
+        self._stack = ExitStack()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recorder, name)
+
+    def __enter__(self) -> Stage:
+        patch = self._patch
+        patch(reader.ExtentReader, "_start", self._start_reader)
+        patch(reader.ExtentReader, "submit", lambda original: self._bound("submitted", original))
+        patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
+        patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
+        for kind in ("add", "pump", "need", "used"):
+            patch(prefetch.Lookahead, kind, partial(self._bound, "ahead", kind))
+        for method in ("ask", "index", "scorer"):
+            patch(keys.KeySource, method, lambda original: self._bound("targeting", original))
+        for owner in (staging.DeviceResidency, residency.HostResidency):
+            for method in ("bring", "bring_piece"):
+                patch(owner, method, lambda original: self._bound("targeting", original))
+        kernels = {
+            "SDPAParams": _Params,
+            "causal_lower_right": lambda queries, keys: None,  # Its class cannot be made while operations are watched.
+            "looks_ahead": lambda states: False,  # Models whose answers are made up would not stand this test.
+            "can_use_flash_attention": lambda params: bool(params) and self._flash,
+            "can_use_efficient_attention": bool,
+        }
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("hf_contiguouskv"):
+                for name, value in kernels.items():
+                    if hasattr(module, name):
+                        self._stack.enter_context(mock.patch.object(module, name, value))
+        self._stack.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+        self._stack.enter_context(mock.patch.object(torch.accelerator, "is_available", return_value=False))
+        self._stack.enter_context(mock.patch.dict(devices._opened, {pretend.DEVICE: self}))
+        self._stack.enter_context(pretend.noted_in(self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _patch(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        self._stack.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
+
+    def _bound(self, maker: str, *arguments: Any) -> Callable[..., Any]:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return getattr(self.recorder, maker)(*arguments)(*args, **kwargs)
+
+        return method
+
+    def _start_reader(self, original: Any) -> Callable[[Any], None]:
+        def start(this: Any) -> None:
+            this._pid = os.getpid()
+            this._workers = []
+            this._queue = Queue()
+            this._finalizer = weakref.finalize(this, lambda: None)
+
+        return start
+
+    @contextmanager
+    def recording(self, layers: Any, stored_per_layer: int = 1) -> Iterator[Recorder]:
+        """What happens inside is recorded, by layer of the model (the modules `layers`, in order)."""
+        self.recorder = recorder = Recorder(stored_per_layer)
+        hooks = [
+            layer.register_forward_pre_hook(lambda *_, number=number: recorder.reached(number))
+            for number, layer in enumerate(layers)
+        ]
+        hooks.append(layers[-1].register_forward_hook(lambda *_: recorder.reached(len(layers))))
+        assert threading.current_thread() is threading.main_thread()
+        sys.setprofile(recorder.called)
+        try:
+            yield recorder
+        finally:
+            sys.setprofile(None)
+            for hook in hooks:
+                hook.remove()
+            self.recorder = Recorder()
+
+
+class _Params:
+    """In place of `SDPAParams`: whether the tensors are on the device."""
+
+    def __init__(self, query: Any, *others: Any) -> None:
+        self._there = isinstance(query, pretend.Pretend)
+
+    def __bool__(self) -> bool:
+        return self._there

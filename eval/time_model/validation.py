@@ -1,0 +1,116 @@
+"""How near predictions come where there are measurements: on a CPU of this project, and in the published paper."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_contiguouskv import ContiguousKVConfig
+
+from ..report.paper import SPEED_UPS
+from ..systems import State
+from .counting import CPU_LENGTHS, CPU_SYSTEMS, FLOOR, METHODS, Counts, Method, method_named
+from .machines import MACHINES, OURS_CPU
+from .predict import SHAPE_OF, predict
+from .replay import Timing, replay
+
+GROWTH = Path(__file__).parents[2] / "docs" / "results" / "growth-smollm2-135m.json"
+_MEASURED_AS = {
+    ("attentionstore_overlapped", State.COLD): "attentionstore_overlapped",
+    ("contiguouskv_paper", State.COLD): "contiguouskv_paper",
+    ("contiguouskv", State.KEYS_RESIDENT): "contiguouskv_resident",
+    ("contiguouskv", State.COLD): "contiguouskv",
+}
+TITLES = {
+    "attentionstore_overlapped": "AttentionStore, overlapped, cold",
+    "contiguouskv_paper": "published, 416 tokens used, cold",
+    "contiguouskv_resident": "default, 416 tokens used, index in memory",
+    "contiguouskv": "default, 416 tokens used, cold",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A prediction beside a measurement, both in seconds.
+
+    Attributes:
+        name: of the system, or `FLOOR`.
+        tokens: of the prefix; 0 for the floor.
+        predicted: what the model says.
+        measured: median.
+        timing: of the prediction.
+    """
+
+    name: str
+    tokens: int
+    predicted: float
+    measured: float
+    timing: Timing
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+
+def on_cpu(counts: Counts, growth: Path = GROWTH) -> list[Compared]:
+    """Every figure of `eval.growth` on SmolLM2-135M, predicted.
+
+    The floor and the speed of memory were fitted to each other; nothing else was.
+    """
+    found = json.loads(growth.read_text())
+    measured = {(row["system"], row["tokens"]): row["seconds"]["median"] for row in found["rows"]}
+    compared = []
+    lookahead = ContiguousKVConfig().lookahead_bytes
+    for lengths in CPU_LENGTHS:
+        records = counts.records[f"cpu {lengths[0]}-{lengths[1]}"]
+        for system, state in CPU_SYSTEMS:
+            record = records[f"{system} / {state}"]
+            for tokens in lengths if system != FLOOR else lengths[:1]:
+                timing = replay(record, OURS_CPU, tokens, lookahead)
+                if system != FLOOR:
+                    name = _MEASURED_AS[system, state]
+                    compared.append(Compared(name, tokens, timing.ttft, measured[name, tokens], timing))
+                elif lengths == CPU_LENGTHS[0]:
+                    median = found["floor"]["seconds"]["median"]
+                    compared.append(Compared(FLOOR, 0, timing.ttft, median, timing))
+    return compared
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times faster the published method is than a baseline, in the same state.
+
+    Attributes:
+        baseline: its title.
+        paper: what the paper says.
+        cold: predicted where everything is on disk, by length of the prefix.
+        longest: predicted at the longest of these, by state.
+    """
+
+    baseline: str
+    paper: float
+    cold: dict[int, float]
+    longest: dict[State, float]
+
+
+# The paper's prefixes have some thousand tokens.
+PAPER_LENGTHS = (2048, 4096, 8192)
+
+
+def beside_paper(counts: Counts) -> list[SpeedUp]:
+    """The paper's ratios at 5% beside predicted ones, on its machine."""
+    machine, ours = MACHINES[0], method_named("published 5%")
+    shape = SHAPE_OF[machine.name]
+    found = []
+    for baseline, paper in SPEED_UPS.items():
+        other = next(method for method in METHODS if method.system == baseline)
+
+        def ratio(tokens: int, state: State, other: Method = other) -> float:
+            slow, fast = (predict(counts, machine, shape, method, state, tokens) for method in (other, ours))
+            return slow.timing.ttft / fast.timing.ttft
+
+        cold = {tokens: ratio(tokens, State.COLD) for tokens in PAPER_LENGTHS}
+        longest = {state: ratio(PAPER_LENGTHS[-1], state) for state in other.states}
+        found.append(SpeedUp(other.title, paper, cold, longest))
+    return found
