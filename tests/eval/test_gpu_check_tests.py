@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -114,3 +117,11 @@ def test_groups_name_files_that_are_there() -> None:
         for name, part in group.wanted.items():
             (file,) = [one for one in files if one.endswith(name)]
             assert re.search(rf"def test_\w*{part}", (ROOT / file).read_text())
+
+
+def test_the_tests_of_methods_pass_on_the_stand_in_for_a_device() -> None:
+    """They are written for a GPU, which is rarely at hand: here at least every line of them runs."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contract/test_cuda_methods.py"]
+    environment = os.environ | {"CUDA_METHODS_DEVICE": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
