@@ -18,6 +18,7 @@ from hf_contiguouskv.plan import LayerPlan
 from hf_contiguouskv.prefill import geometry_of
 from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.store.hashing import TokenIds
 from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
 from hf_contiguouskv.transformers_internals import cache_argument
 
@@ -132,6 +133,8 @@ class TokenSystem(Stored):
         self._fingerprint = self.layout.fingerprint_of(model_fingerprint(lm), self.method)
         # Which prefixes were stored, and in which nodes: the prefix tree of such a system.
         self._nodes: dict[bytes, Nodes] = {}
+        # What stands for a prefix in the store.
+        self._ids: dict[tuple[bytes, tuple[int, ...]], TokenIds] = {}
 
     @property
     def method(self) -> str:
@@ -184,8 +187,13 @@ class TokenSystem(Stored):
         self._nodes[key] = nodes
 
     def _found(self, prefix_ids: torch.Tensor) -> tuple[Nodes, AttachedPrefix]:
-        nodes = self._nodes.get(key_of(prefix_ids), Nodes(self.layout, (len(prefix_ids),)))
-        return nodes, find_nodes(self.opened(), nodes, self._fingerprint, prefix_ids.numpy())
+        key = key_of(prefix_ids)
+        nodes = self._nodes.get(key, Nodes(self.layout, (len(prefix_ids),)))
+        ids = self._ids.get((key, nodes.tokens))
+        if ids is None:
+            # Once: a system with a file format of its own would look up the prefix itself.
+            ids = self._ids[key, nodes.tokens] = nodes.ids(prefix_ids.numpy())
+        return nodes, find_nodes(self.opened(), nodes, self._fingerprint, ids)
 
     @property
     def states(self) -> tuple[State, ...]:

@@ -209,14 +209,14 @@ def write_nodes(
             writer.commit(0.0)
 
 
-def find_nodes(store: PrefixStore, nodes: Nodes, fingerprint: str, prefix_ids: TokenIds) -> AttachedPrefix:
-    """A prefix that `write_nodes` has stored; its chunks are units.
+def find_nodes(store: PrefixStore, nodes: Nodes, fingerprint: str, ids: TokenIds) -> AttachedPrefix:
+    """A prefix that `write_nodes` has stored; its chunks are units. `ids`: `nodes.ids` of it.
 
     Raises:
         NotStoredError: it is not stored.
     """
-    ids, stored = nodes.ids(prefix_ids), nodes.layout.stored
+    stored = nodes.layout.stored
     found = store.lookup(fingerprint, ids, stored.chunk_size, geometry=stored)
     if found is None or found.tokens < len(ids):
-        raise NotStoredError(f"a prefix of {len(prefix_ids)} tokens is not stored")
+        raise NotStoredError(f"a prefix of {sum(nodes.tokens)} tokens is not stored")
     return AttachedPrefix.of(found, len(ids))
