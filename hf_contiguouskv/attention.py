@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from .errors import AttentionNotActiveError, UnsupportedModelError
 from .transformers_internals import (
@@ -34,6 +33,8 @@ _TAG = "_contiguouskv_source"
 _PREPARED = "_contiguouskv_prepared"
 # Numbers of a mask that is repeated for each query head of a group, at most.
 _FOLDED_MASK, _FOLDED_MASK_ON_DEVICE = 2**22, 2**27
+# The flash kernel wants channels in groups of so many.
+_FLASH_CHANNELS = 8
 # The rows of a mask begin at multiples of so many numbers: a GPU's kernel wants that.
 _ROW_NUMBERS = 16
 
@@ -138,11 +139,7 @@ def attend(
     dropout, scale = options.get("dropout", 0.0), options["scaling"]
     groups = query.shape[1] // key.shape[1]
     if plain and _flash(query, key, value, dropout, groups > 1):
-        causal = causal_lower_right(query.shape[2], key.shape[2])
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=causal, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
-        )
-        return output.transpose(1, 2).contiguous()
+        return _flash_sdpa(query, key, value, dropout, scale).transpose(1, 2).contiguous()
     batch, heads, length, head_dim = query.shape
     added, folds = _prepared(mask, query, groups)
     if folds:
@@ -159,7 +156,22 @@ def attend(
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, grouped: bool) -> bool:
     """Whether there is a flash kernel for this (never on a CPU). It takes any number of tokens without preparation."""
+    if query.shape[-1] % _FLASH_CHANNELS:
+        return False
     return bool(can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, grouped)))
+
+
+def _flash_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float
+) -> torch.Tensor:
+    """That kernel, by its name: its causal mask ends at the last key, and its heads may be grouped.
+
+    (`causal_lower_right` leads here as well, by a tensor subclass that costs as much as a launch.)
+    """
+    found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, True, scale=scale
+    )[0]
+    return found
 
 
 def _efficient(
@@ -174,7 +186,7 @@ def _efficient_sdpa(
 ) -> torch.Tensor:
     """That kernel, by its name: `sdpa_kernel` would choose it for all threads of the process."""
     gradient = any(one.requires_grad for one in (query, key, value, added)) and torch.is_grad_enabled()
-    bias = added.expand(-1, query.shape[1], -1, -1)
+    bias = added.expand(query.shape[0], query.shape[1], -1, -1)
     found: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, gradient, dropout, False, scale=scale
     )[0]

@@ -166,8 +166,8 @@ class AutomaticPrefix:
         follow = after_this(states for _, layers in rows for keys, values, _ in layers for states in (keys, values))
 
         def persist() -> None:
-            follow()
-            persist_rows(rows, store, fingerprint, geometry, seconds)
+            with follow():
+                persist_rows(rows, store, fingerprint, geometry, seconds)
 
         store.submit_background(persist, prompts)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from .pinned import PinnedPool, available_bytes, register_with_cuda
 from .store.pread import PAGE, aligned_buffer
 
 # Sizes of the pinned blocks that small tensors cross in, and how many of each are had when a device is opened.
-SMALL_BYTES, SMALL_BLOCKS = tuple(2**power for power in range(9, 19)), 4
+SMALL_BYTES, SMALL_BLOCKS = tuple(2**power for power in range(3, 19)), 8
 
 
 class Device(Protocol):
@@ -72,6 +72,10 @@ class Device(Protocol):
         """Events for the end of all copies, in and out, that have been queued so far."""
         ...
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside, this thread computes on a stream that no request waits for."""
+        ...
+
     def finish(self, event: Any) -> None:
         """Block this thread until `event` has happened. For threads that write to disk; a model's never does."""
         ...
@@ -102,6 +106,7 @@ class Accelerator:
         # One for each direction: a copy in does not queue behind a copy out.
         self._incoming = torch.Stream(device=device)
         self._outgoing = torch.Stream(device=device)
+        self._aside = torch.Stream(device=device)
         # Small pinned blocks for `send` and `fetch`: torch keeps them when they are free, so no request waits for one.
         blocks = [
             torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -182,6 +187,10 @@ class Accelerator:
         """See `Device`."""
         return [self._incoming.record_event(), self._outgoing.record_event()]
 
+    def aside(self) -> AbstractContextManager[None]:
+        """See `Device`."""
+        return self._on(self._aside)
+
     def finish(self, event: Any) -> None:
         """See `Device`."""
         event.synchronize()
@@ -205,7 +214,8 @@ class Accelerator:
 
 _opened: dict[torch.device, Device] = {}
 _pools: list[PinnedPool] = []
-_lock = threading.Lock()
+# A collector of garbage may close a store in the middle of anything that this thread does.
+_lock = threading.RLock()
 
 
 def device_of(device: torch.device) -> Device | None:
@@ -224,20 +234,24 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values if opened is None else opened.send(values)
 
 
-def after_this(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
-    """For a thread that is going to use these tensors: what it calls first, so that its stream waits until they are
+def after_this(tensors: Iterable[torch.Tensor]) -> Callable[[], AbstractContextManager[None]]:
+    """For a thread that is going to use these tensors aside: what it enters first. Its stream waits until they are
     computed, and their memory until it is through with them."""
     known = list(tensors)
     devices = {tensor.device: device_of(tensor.device) for tensor in known}
     marks = [(device, device.mark()) for device in devices.values() if device is not None]
 
-    def follow() -> None:
-        for device, event in marks:
-            device.wait(event)
-        for tensor in known:
-            used_on = devices[tensor.device]
-            if used_on is not None:
-                used_on.uses(tensor)
+    @contextmanager
+    def follow() -> Iterator[None]:
+        with ExitStack() as streams:
+            for device, event in marks:
+                streams.enter_context(device.aside())
+                device.wait(event)
+            for tensor in known:
+                used_on = devices[tensor.device]
+                if used_on is not None:
+                    used_on.uses(tensor)
+            yield
 
     return follow
 

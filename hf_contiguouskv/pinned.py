@@ -89,7 +89,8 @@ class PinnedPool:
         self._register = register
         self._marks = marks
         self._available = available
-        self._lock = threading.Lock()
+        # A collector of garbage may close a store in the middle of anything that this thread does.
+        self._lock = threading.RLock()
         self._regions: list[_Region] = []
         self._wanted = 0
         # Filled by finalizers, which take no lock: they may run in the middle of anything.
@@ -157,7 +158,11 @@ def register_with_cuda(memory: torch.Tensor) -> bool:
     """Have CUDA (or ROCm) pin and map a CPU tensor for all devices."""
     portable = 1
     cudart: Any = torch.cuda.cudart()
-    return bool(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, portable) == cudart.cudaError.success)
+    if cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, portable) == cudart.cudaError.success:
+        return True
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")  # The next launch is told of the refusal: let it be this one.
+    return False
 
 
 def available_bytes() -> int:

@@ -221,6 +221,8 @@ class Prefill:
         Returns:
             The prefix, covering all of `ids`. Parts of it may be in memory, if they could not be stored.
         """
+        for device in set(self._support.plan.devices):
+            self._store.memory.on(device)  # From now on host memory is pinned.
         numbers = ids.cpu().numpy().astype(np.int64)
         for _ in range(_MAX_LOST_SEGMENTS):
             try:

@@ -36,6 +36,8 @@ from .timeline import Timeline
 # Leader layers whose keys are read ahead, where every layer leads. (In a longer period the next leader's keys are read
 # once this one's are used: there is time.)
 KEYS_AHEAD = 3
+# Whole layers that are read ahead at least where they cross to an accelerator: one read, one hashed, one copied.
+LAYERS_AHEAD = 3
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
 MAX_RECOVERIES = 20
 
@@ -132,10 +134,12 @@ class PrefixRequest:
     def _ahead_bytes(self) -> int:
         """How far ahead of compute to read. Reads are served in order, so keys that are far from being needed must
         not stand in the way of the chunks that a selection has just named."""
-        if self.keeps_all or not self._full:
-            return self.config.lookahead_bytes
-        if self._reads_whole_layers:
-            return self.config.lookahead_bytes  # Nothing that a selection names is going to wait for them.
+        if self.keeps_all or not self._full or self._reads_whole_layers:
+            # Nothing that a selection names is going to wait for them. Where a layer crosses to an accelerator, the
+            # next one is read meanwhile, however large they are.
+            layer_bytes = self.prefix.chunks * self.served.extent_bytes
+            crosses = any(self._store.memory.on(device) is not None for device in self.plan.devices)
+            return max(self.config.lookahead_bytes, LAYERS_AHEAD * layer_bytes if crosses else 0)
         layers_ahead = KEYS_AHEAD if self.config.period == 1 else 1
         return min(self.config.lookahead_bytes, layers_ahead * self._keys.nbytes(self._full[0]))
 

@@ -16,6 +16,7 @@ import torch
 
 from .device import send
 from .memory import Buffer, MemoryTiers
+from .memory.blocks import neighbours
 from .memory.device_tier import DeviceTier
 from .prefix import AttachedPrefix, Chunks
 from .residency import PIECE_BYTES, Batch, PrefixTables
@@ -111,6 +112,8 @@ class StagedBatch:
         rows = self._target.data[: count * self._size].view(count, self._size)
         if take is None:
             return rows
+        if neighbours(take):
+            return rows[int(take[0]) : int(take[0]) + len(take)]
         return rows.index_select(0, send(torch.from_numpy(take), rows.device))
 
     def release(self) -> None:

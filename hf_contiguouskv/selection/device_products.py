@@ -10,14 +10,14 @@ Which of the two a device has is found out once per device, by a sample whose su
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .integer_products import FLOAT32, FLOAT64
 
-# Products held at once: a long suffix does not need gigabytes.
-BYTES_AT_ONCE = 2**26
+# Products held at once, and keys that were converted for them: a long suffix does not need gigabytes.
+BYTES_AT_ONCE = 2**27
 # `torch._int_mm` on CUDA wants this of its shapes.
 _MULTIPLE, _FEWEST_ROWS = 8, 17
 
@@ -73,27 +73,33 @@ def _tall(keys: torch.Tensor) -> torch.Tensor:
 
 
 class FloatUnits:
-    """Keys are converted, some chunks at a time, and multiplied as floating-point numbers.
+    """Keys are converted, some chunks at a time, and multiplied as floating-point numbers, all KV heads at once.
 
-    A lower precision of float32 products (TF32) changes nothing: factors up to 127 have 7 bits, and sums stay float32.
+    A lower precision of the factors (16 bits, TF32) changes nothing: up to 127 they have 7 bits.
+
+    Args:
+        dtype: of the factors.
+        sums: of the products, if another.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, sums: torch.dtype | None = None) -> None:
         self.dtype = dtype
+        self._sums = dtype if sums is None else sums
         self.name = str(dtype).removeprefix("torch.")
 
     def maxima(self, index: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """See `DeviceProduct`."""
-        kv_heads, c, chunks, head_dim = index.shape
+        kv_heads, c, _, head_dim = index.shape
         rows = queries.shape[1]
         factors = queries.to(self.dtype)
-        out = torch.empty(kv_heads, rows, chunks, dtype=self.dtype, device=index.device)
-        step = max(1, BYTES_AT_ONCE // (kv_heads * c * (head_dim + rows) * self.dtype.itemsize))
-        for begin in range(0, chunks, step):
-            some = index[:, :, begin : begin + step].to(self.dtype)
-            products = torch.bmm(factors, some.reshape(kv_heads, -1, head_dim).mT)
-            torch.amax(products.view(kv_heads, rows, c, -1), 2, out=out[:, :, begin : begin + step])
-        return out
+        more: dict[str, Any] = {} if self._sums is self.dtype else {"out_dtype": self._sums}
+        step = max(1, BYTES_AT_ONCE // (kv_heads * c * (head_dim * self.dtype.itemsize + rows * self._sums.itemsize)))
+        parts = []
+        for some in index.split(step, 2):
+            keys = some.to(self.dtype).reshape(kv_heads, -1, head_dim)
+            products: torch.Tensor = torch.bmm(factors, keys.mT, **more)
+            parts.append(products.view(kv_heads, rows, c, -1).amax(2))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 _chosen: dict[tuple[torch.device, int], DeviceProduct] = {}
@@ -110,9 +116,15 @@ def device_product(device: torch.device, head_dim: int) -> DeviceProduct:
 
 
 def _first_exact(device: torch.device, head_dim: int) -> DeviceProduct:
-    floats = FloatUnits((FLOAT32 if FLOAT32.is_exact(head_dim) else FLOAT64).dtype)
-    usable = head_dim % _MULTIPLE == 0 and device.type == "cuda"
-    return IntegerUnits() if usable and _is_exact(IntegerUnits(), device, head_dim) else floats
+    if not FLOAT32.is_exact(head_dim):
+        return FloatUnits(FLOAT64.dtype)
+    if device.type == "cuda" and head_dim % _MULTIPLE == 0:
+        # (Sums of bfloat16 products are never kept in 16 bits; those of float16 may be, where a user asks for it.)
+        half = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        for product in (FloatUnits(half, torch.float32), IntegerUnits()):
+            if _is_exact(product, device, head_dim):
+                return product
+    return FloatUnits(FLOAT32.dtype)
 
 
 def _is_exact(product: DeviceProduct, device: torch.device, head_dim: int) -> bool:
@@ -121,7 +133,7 @@ def _is_exact(product: DeviceProduct, device: torch.device, head_dim: int) -> bo
     A third of the queries and half of the keys are all 127 or all -127, where sums are largest.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    index = torch.randint(-127, 128, (2, 16, 12, head_dim), dtype=torch.int8, device="cpu", generator=generator)
+    index = torch.randint(-127, 128, (2, 16, 300, head_dim), dtype=torch.int8, device="cpu", generator=generator)
     queries = torch.randint(-127, 128, (2, 21, head_dim), dtype=torch.int8, device="cpu", generator=generator)
     index[:, ::4], index[:, 1::4] = 127, -127
     queries[:, ::6], queries[:, 3::6] = 127, -127

@@ -177,6 +177,10 @@ def test_reserved_host_memory_is_pinned_read_into_and_used_again(tmp_path):
         piece.zero_()
         del piece
     blob.close()
+    # The library's own pool lives as long as the process; this one must not leave its pages with the driver.
+    (region,) = pool._regions
+    cudart = torch.cuda.cudart()
+    assert cudart.cudaHostUnregister(region.memory.data_ptr()) == cudart.cudaError.success
 
 
 @CUDA

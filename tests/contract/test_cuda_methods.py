@@ -334,7 +334,7 @@ def waits_counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
         switch(False)
         for hook in hooks:
             hook.remove()
-    found["hidden"] = [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing" in str(one.message)]
+    found["hidden"] = [f"{one.filename}:{one.lineno}" for one in caught if "called a synchronizing" in str(one.message)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -344,6 +344,8 @@ def test_the_host_waits_for_the_scores_of_leaders_and_for_nothing_else(
 ):
     model = on_device(dtype=torch.bfloat16)
     write_prefix(model, PREFIX, store_path)
+    with opened(store_path) as store:
+        ask(model, store, CONFIGS["exact"], SUFFIX.to(DEVICE))  # The first mask of each model is looked at.
     with opened(store_path) as store:
         for _ in range(warm):
             ask(model, store, CONFIGS[config], SUFFIX.to(DEVICE))

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
+from unit.test_grouped_attention import flash_on_a_cpu
 
 from hf_contiguouskv import ContiguousKVConfig, attention, prefill, staging
 from hf_contiguouskv.request import KEYS_AHEAD
@@ -39,7 +40,7 @@ from .device_helpers import (
     on_a_cpu,
     opened,
 )
-from .models import PAD, token_ids
+from .models import PAD, build, token_ids
 from .references import assert_close, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, write_prefix
 from .test_recovery import damage, files
@@ -163,8 +164,8 @@ def _stored_bytes(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [64, 8192])
-def test_an_accelerator_stores_what_a_cpu_stores(tiny_model, store_path, schedule, dtype, block):
-    model = tiny_model("llama", "sdpa").to(dtype)
+def test_an_accelerator_stores_what_a_cpu_stores(store_path, schedule, dtype, block):
+    model = build("llama").to(dtype)  # (Not the one that tests share.)
     config = ContiguousKVConfig(prefill_block=block)
     other = store_path.with_name("other")
     with PrefixStore(other) as store, ContiguousKVCache(model, PREFIX, store=store, config=config):
@@ -209,6 +210,7 @@ def test_blocks_of_a_prefill_attend_as_an_accelerator_does(tiny_model, store_pat
     for module in (attention, prefill):
         monkeypatch.setattr(module, "uses_our_attention", lambda device: True)
     monkeypatch.setattr(attention, "_flash", lambda *_: flash)
+    monkeypatch.setattr(attention, "_flash_sdpa", flash_on_a_cpu)
     monkeypatch.setattr(attention, "attend", noted)
     with PrefixStore(store_path) as store:
         config = ContiguousKVConfig(budget=1.0, prefill_block=64)
@@ -240,6 +242,7 @@ def test_attention_without_a_mask_answers_as_with_it(tiny_model, store_path, mon
     expected, flash = answers(store_path), []
     monkeypatch.setattr(attention, "uses_our_attention", lambda device: True)
     monkeypatch.setattr(attention, "_flash", lambda *_: flash.append(1) or True)
+    monkeypatch.setattr(attention, "_flash_sdpa", flash_on_a_cpu)
     for found, wanted in zip(answers(store_path), expected, strict=True):
         assert_close(found, wanted)
     assert bool(flash) is not padded

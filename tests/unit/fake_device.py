@@ -393,6 +393,9 @@ class FakeDevice:
     def let_go(self) -> None:
         pass
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        return self._machine.on_stream("aside")
+
     def finish(self, event: FakeEvent) -> None:
         with self._machine._lock:
             event.force()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 from hf_contiguouskv import attention
 from hf_contiguouskv.attention import attend
@@ -81,12 +82,39 @@ def test_a_prepared_mask_is_prepared_anew_for_another_dtype() -> None:
     torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
 
 
+def flash_on_a_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float
+) -> torch.Tensor:
+    """What the flash kernel computes: causal, ending at the last key, heads grouped."""
+    causal = causal_lower_right(query.shape[2], key.shape[2])
+    grouped = query.shape[1] != key.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def test_the_flash_kernel_is_called_as_it_wants_to_be() -> None:
+    """Without a GPU it cannot run, but it can be asked what it would return, for grouped heads too."""
+    query, key, value = (one.to("meta") for one in states(2, 5, 20))
+    found = attention._flash_sdpa(query.bfloat16(), key.bfloat16(), value.bfloat16(), 0.0, 0.3)
+    assert found.shape == query.shape
+
+
+def test_there_is_no_flash_kernel_on_a_cpu_or_for_odd_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = states(1, 5, 20)
+    assert not attention._flash(query, key, value, 0.0, True)
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda parameters: True)
+    assert attention._flash(query, key, value, 0.0, True)
+    assert not attention._flash(query[..., :6], key[..., :6], value[..., :6], 0.0, True)
+
+
 @pytest.mark.parametrize("heads", [KV_HEADS, HEADS])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_plain_mask_is_left_out_where_there_is_a_flash_kernel(
     monkeypatch: pytest.MonkeyPatch, heads: int, batch: int
 ) -> None:
     monkeypatch.setattr(attention, "_flash", lambda *_: True)
+    monkeypatch.setattr(attention, "_flash_sdpa", flash_on_a_cpu)
     monkeypatch.setattr(attention, "_prepared", None)  # Nobody makes a mask.
     query, key, value = states(batch, 5, 20)
     query = query[:, :heads]
@@ -97,7 +125,10 @@ def test_a_plain_mask_is_left_out_where_there_is_a_flash_kernel(
 
 
 @pytest.mark.parametrize("columns", [32, 25])
-def test_the_kernel_for_masks_gets_rows_that_it_can_read(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["a mask per row", "one mask"])
+def test_the_kernel_for_masks_gets_rows_that_it_can_read(
+    monkeypatch: pytest.MonkeyPatch, columns: int, shared: bool
+) -> None:
     """Without a GPU the kernel cannot run, but it can be asked what it would return."""
     asked = []
 
@@ -108,12 +139,21 @@ def test_the_kernel_for_masks_gets_rows_that_it_can_read(monkeypatch: pytest.Mon
         assert all(stride % 16 == 0 for stride in added.stride()[:-1])
         return True
 
+    real = torch.ops.aten._scaled_dot_product_efficient_attention
+
+    def kernel(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, *rest: Any, **more: Any
+    ):
+        assert bias.shape == (2, KV_HEADS, 15, columns)  # It does not broadcast.
+        return real(query, key, value, bias, *rest, **more)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernel)
     monkeypatch.setattr(attention, "_efficient", fits)
     query, key, value = (one.to("meta") for one in states(2, 5, columns - 5))
-    mask = torch.ones(2, 1, 5, columns, dtype=torch.bool, device="meta")
+    mask = torch.ones(1 if shared else 2, 1, 5, columns, dtype=torch.bool, device="meta")
     found = attend(query, key, value, mask, {"scaling": 0.3})
     assert found.shape == (2, 5, HEADS, HEAD_DIM)
-    assert asked == [((2, KV_HEADS, 15, HEAD_DIM), (2, 1, 15, columns))]
+    assert asked == [((2, KV_HEADS, 15, HEAD_DIM), (1 if shared else 2, 1, 15, columns))]
 
 
 class _Module(torch.nn.Module):

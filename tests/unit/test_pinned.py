@@ -176,8 +176,16 @@ class Cudart:
 def test_cuda_is_asked_for_all_devices(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
     cudart = Cudart(answer)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    memory = torch.empty(PAGE, dtype=torch.uint8)
+    memory, launched = torch.empty(PAGE, dtype=torch.uint8), []
+
+    def told(*_: object, **options: object) -> None:
+        launched.append(options["device"])
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", told)
     assert pinned.register_with_cuda(memory) is (answer == 0)
+    # CUDA tells the next launch of a refusal, whoever launches: it must not be a model.
+    assert launched == ([] if answer == 0 else ["cuda"])
     assert cudart.calls == [(memory.data_ptr(), PAGE, 1)]
 
 

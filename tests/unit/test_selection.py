@@ -190,6 +190,35 @@ def test_a_devices_products_are_whole_numbers_and_right(monkeypatch, product, ch
     assert torch.equal(found, found.round())
 
 
+def test_the_matrix_units_are_asked_for_float32_sums(monkeypatch):
+    """A CPU has no such product; what would be called is replaced by what it computes."""
+    asked, real = [], torch.bmm
+
+    def bmm(factors, keys, out_dtype):
+        asked.append((factors.dtype, keys.dtype, out_dtype))
+        return real(factors.float(), keys.float())
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    product = FloatUnits(torch.bfloat16, torch.float32)
+    assert device_products._is_exact(product, torch.device("cpu"), 128)
+    assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+@pytest.mark.parametrize("exact", ["matrix units", "integer units", "neither"])
+def test_the_first_product_that_is_exact_is_used(monkeypatch, capability, exact):
+    def is_exact(product, device, head_dim):
+        return exact == ("integer units" if isinstance(product, IntegerUnits) else "matrix units")
+
+    monkeypatch.setattr(device_products, "_is_exact", is_exact)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = device_products._first_exact(torch.device("cuda", 0), 128)
+    half = "bfloat16" if capability >= (8, 0) else "float16"
+    assert found.name == {"matrix units": half, "integer units": "int8", "neither": "float32"}[exact]
+    assert device_products._first_exact(torch.device("cpu"), 128).name == "float32"
+    assert device_products._first_exact(torch.device("cuda", 0), 1100).name == "float64"
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_product_that_is_not_exact_is_not_used(monkeypatch, wrong):
     product = IntegerUnits()
