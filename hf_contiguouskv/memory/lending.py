@@ -78,12 +78,10 @@ class Lender(ABC):
             if not counted and not must:
                 return None
             self._buffer_bytes += counted
+            self._note_peak()
         try:
             with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
-                data = self.where_it_fits(capacity, lambda: self._make_buffer(capacity))
-            with self._lock:
-                self._note_peak()
-            return Buffer(data, counted)
+                return Buffer(self.where_it_fits(capacity, lambda: self._make_buffer(capacity)), counted)
         except BaseException as error:
             with self._lock:
                 self._buffer_bytes -= counted
