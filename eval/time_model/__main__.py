@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from .counting import count_all, load, save
-from .page import print_tables, rewrite
+from .page import print_probed, print_tables, rewrite
 from .record import CountError
 
 
@@ -17,12 +17,20 @@ def main(
     count: Annotated[
         bool, typer.Option(help="First count anew what requests of this version do, into counts.json (some minutes).")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option(help="Instead of all that, measure what calls and operations cost on this processor.")
+    ] = False,
     markdown: Annotated[
         Path | None, typer.Option(help="Rewrite the generated part of this page, and the picture beside it.")
     ] = None,
 ) -> None:
     """Print the tables."""
     console = Console()
+    if probe:
+        from .probe import probe as measure
+
+        print_probed(measure(), console)
+        return
     if count:
         save(count_all())
     try:

@@ -22,9 +22,10 @@ from ..systems import State, departure, system_named
 from ..systems.token_system import TokenSystem
 from ..timing import time_to_first_token
 from . import pretend
+from .machines import MACHINES, OURS_CPU
 from .record import CountError, Record
 from .recording import AMOUNTS, Event, Recorder
-from .shapes import QWEN_7B, QWEN_HALF, SMOLLM2, Shape
+from .shapes import QWEN_7B, QWEN_HALF, SMOLLM2, Shape, shape_of
 from .stage import Stage
 
 COUNTS = Path(__file__).with_name("counts.json")
@@ -91,6 +92,11 @@ def method_named(name: str) -> Method:
     raise ValueError(f"method must be one of {[method.label for method in METHODS]}, got {name!r}")
 
 
+def slowest_disk(shape: Shape) -> float:
+    """Of the machines that a model runs on, in bytes per second: it decides which reads are joined."""
+    return min(machine.disk.bytes_s for machine in (*MACHINES, OURS_CPU) if shape_of(machine) is shape)
+
+
 @contextmanager
 def counting(shape: Shape, device: torch.device, lengths: Sequence[int]) -> Iterator[Counter]:
     """A model of this shape, and prefixes of these lengths stored for it, until the end.
@@ -107,7 +113,7 @@ def counting(shape: Shape, device: torch.device, lengths: Sequence[int]) -> Iter
     try:
         with (
             tempfile.TemporaryDirectory(prefix="contiguouskv-count-") as folder,
-            Stage(shape.flash) as stage,
+            Stage(shape.flash, slowest_disk(shape)) as stage,
             torch.no_grad(),
         ):
             yield Counter(shape, device, tuple(lengths), Path(folder), stage)

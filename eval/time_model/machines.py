@@ -32,7 +32,7 @@ class Host:
         name: for tables.
         call_s: seconds of one call of a Python or C function.
         operation_s: seconds that torch needs to hand out one operation, without launching a kernel.
-        memory_s: bytes per second of a copy by one thread, read and written counted.
+        memory_s: bytes per second of torch's copies in host memory, on all its threads, read and written counted.
         f32_s, f16_s, i8_s: multiplications and additions per second, by precision; 0: no model runs on it.
         threads: that share the work of the model and of readers.
         source: of these figures.
@@ -116,50 +116,49 @@ OUR_DISK = Disk(
     bytes_s=1.7e9,
     reads_s=94e3,
     latency_s=85e-6,
-    source="measured here with fio: 1.5 to 2.0 GB/s; 4 KiB reads 85 us alone, so 94,000 a second by 8 threads",
+    source="measured here: 1.5 to 2.0 GB/s; 4 KiB reads 85 us alone, so 94,000 a second by 8 threads",
 )
 
 # -- processors -------------------------------------------------------------------------------------------------------
 
 EPYC = Host(
     "EPYC (Zen 4), 2 cores",
-    call_s=0.52e-6,
-    operation_s=2.9e-6,
-    memory_s=16e9,
+    call_s=0.51e-6,
+    operation_s=3.0e-6,
+    memory_s=17.7e9,
     f32_s=150e9,
     f16_s=500e9,
     i8_s=1000e9,
     threads=2,
-    source="calls and operations: measured here (seven kinds of requests of a tiny model, processor time); memory "
-    "and arithmetic: measured here",
+    source="calls, operations, memory: measured here (--probe); arithmetic: assumed, three quarters of AVX-512's best",
 )
 SERVER = Host(
     "server",
-    call_s=0.52e-6,
-    operation_s=2.0e-6,
-    memory_s=10e9,
+    call_s=0.51e-6,
+    operation_s=3.0e-6,
+    memory_s=30e9,
     f32_s=100e9,
     f16_s=100e9,
     i8_s=100e9,
     threads=16,
-    source="calls: as measured on our EPYC; operations: the same less what their computing takes; memory: assumed",
+    source="calls and operations: as measured on our EPYC (where they compute, here they allocate); memory: assumed",
 )
 DESKTOP = Host(
     "desktop",
     call_s=0.32e-6,
-    operation_s=1.3e-6,
-    memory_s=16e9,
+    operation_s=1.8e-6,
+    memory_s=30e9,
     f32_s=100e9,
     f16_s=100e9,
     i8_s=100e9,
     threads=16,
-    source="assumed: 1.6 times the clock of the server",
+    source="assumed: 1.6 times as fast as the server",
 )
 COLAB_HOST = Host(
     "Colab's Xeon, 2 threads",
     call_s=0.9e-6,
-    operation_s=3.5e-6,
-    memory_s=6e9,
+    operation_s=4.9e-6,
+    memory_s=10e9,
     f32_s=50e9,
     f16_s=50e9,
     i8_s=50e9,

@@ -15,12 +15,14 @@ from ..gpu_check.figures import rows_of
 from ..report.cells import table
 from ..systems import State
 from . import totals, validation
-from .counting import Counts, Method
+from .counting import FLOOR, SUFFIX_TOKENS, Counts, Method, method_named
 from .influence import influences
 from .machines import MACHINES, Disk, Gpu, Host, Machine
-from .predict import LENGTHS, SHAPE_OF, Prediction, predict_all
+from .predict import LENGTHS, Prediction, predict_all
+from .probe import Probed
 from .record import CountError
 from .replay import READERS
+from .shapes import QWEN_7B, shape_of
 
 BEGIN, END = "<!-- begin: python -m eval.time_model --markdown -->", "<!-- end -->"
 PICTURE = "gpu-predicted.png"
@@ -61,8 +63,9 @@ def measured_times(folder: Path) -> tuple[str, dict[tuple[str, str, int], float]
 
 
 def is_card(machine: Machine, card: str) -> bool:
-    """Whether `card`, as its driver calls it, is that of `machine`."""
-    return machine.gpu is not None and machine.gpu.name.split()[-1 if "RTX" in machine.gpu.name else 0] in card
+    """Whether `card`, as its driver calls it, is that of `machine`, and runs the model that the check runs there."""
+    gpu = machine.gpu
+    return gpu is not None and shape_of(machine) is QWEN_7B and gpu.name.removesuffix(" 80GB") in card
 
 
 def _ms(seconds: float) -> str:
@@ -74,7 +77,7 @@ def times(predictions: Sequence[Prediction], card: str, measured: dict[tuple[str
     sections = []
     for machine in MACHINES:
         own = [one for one in predictions if one.machine is machine]
-        shape, here = SHAPE_OF[machine.name], is_card(machine, card)
+        shape, here = shape_of(machine), is_card(machine, card)
         head = ["method", "prefix is", *(f"{length_name(tokens)}, ms (x floor)" for tokens in LENGTHS)]
         head += [f"MB from disk at {length_name(_MIDDLE)}", f"what matters most at {length_name(_MIDDLE)}"]
         if here:
@@ -83,7 +86,7 @@ def times(predictions: Sequence[Prediction], card: str, measured: dict[tuple[str
         for method, state in dict.fromkeys((one.method, one.state) for one in own):
             by_length = {one.tokens: one for one in own if (one.method, one.state) == (method, state)}
             middle = by_length[_MIDDLE]
-            row = [method.title, "" if method.label == "floor" else STATES[state]]
+            row = [method.title, "" if method.label == FLOOR else STATES[state]]
             row += [_cell(by_length[tokens], method) for tokens in LENGTHS]
             row += [f"{middle.timing.disk_bytes / 1e6:,.0f}", _most(middle)]
             if here:
@@ -94,8 +97,21 @@ def times(predictions: Sequence[Prediction], card: str, measured: dict[tuple[str
     return sections
 
 
+def measured_alone(card: str, measured: dict[tuple[str, str, int], float]) -> list[Section]:
+    """What was measured on a card that nothing is computed for; nothing otherwise."""
+    if not card or any(is_card(machine, card) for machine in MACHINES):
+        return []
+    lengths = sorted({tokens for *_, tokens in measured})
+    rows = []
+    for label, state in dict.fromkeys((label, state) for label, state, _ in measured):
+        row = [label, "" if label == FLOOR else STATES[State(state)]]
+        rows.append(row + [_found(measured.get((label, state, tokens))) for tokens in lengths])
+    head = ["method", "prefix is", *(f"{length_name(tokens)}, ms" for tokens in lengths)]
+    return [(f"{card}: {QWEN_7B.name} (measured)", head, rows, 2)]
+
+
 def _cell(one: Prediction, method: Method) -> str:
-    return _ms(one.timing.ttft) + ("" if method.label == "floor" else f" ({one.over_floor:.1f})")
+    return _ms(one.timing.ttft) + ("" if method.label == FLOOR else f" ({one.over_floor:.1f})")
 
 
 def _found(seconds: float | None) -> str:
@@ -109,18 +125,20 @@ def _most(one: Prediction) -> str:
 
 def counts_table(counts: Counts) -> Section:
     """What a layer does beside the floor's."""
-    head = ["method", "prefix is", "kernels", "operations", "calls", "host waits for GPU", "copies in", "reads"]
-    head += ["before the first layer: calls", "host waits"]
+    head = ["method", "prefix is", "kernels", "added", "operations", "calls", "host waits for GPU", "copies in"]
+    head += ["reads", "before the first layer: calls", "host waits for GPU"]
     rows = []
-    shape = SHAPE_OF[MACHINES[0].name]
+    shape = shape_of(MACHINES[0])
+    floor = totals.per_layer(counts.record(shape.name, FLOOR, State.COLD), _MIDDLE).kernels
     for name, record in counts.records[shape.name].items():
         label, state = name.split(" / ")
         layer, before = totals.per_layer(record, _MIDDLE), totals.before(record, _MIDDLE)
         rows.append(
             [
-                label,
-                "" if label == "floor" else STATES[State(state)],
+                method_named(label).title,
+                "" if label == FLOOR else STATES[State(state)],
                 f"{layer.kernels:,.0f}",
+                f"{layer.kernels - floor:+,.0f}",
                 f"{layer.operations:,.0f}",
                 f"{layer.calls:,.0f}",
                 f"{layer.waits:.1f}",
@@ -148,16 +166,16 @@ def validation_table(counts: Counts) -> Section:
 def paper_table(counts: Counts) -> Section:
     """The paper's ratios beside predicted ones."""
     head = ["published method, 5%, is faster than", "the paper, x"]
-    head += [f"predicted, all cold, {length_name(tokens)}" for tokens in validation.PAPER_LENGTHS]
+    head += [f"cold, {length_name(tokens)}" for tokens in validation.PAPER_LENGTHS]
     warm = [state for state in STATES if state != State.COLD]
-    head += [f"all {STATES[state]}, {length_name(validation.PAPER_LENGTHS[-1])}" for state in warm]
+    head += [f"{STATES[state]}, {length_name(validation.WARM_LENGTH)}" for state in warm]
     rows = []
     for one in validation.beside_paper(counts):
         row = [one.baseline, f"{one.paper:.2f}"]
         row += [f"{one.cold[tokens]:.2f}" for tokens in validation.PAPER_LENGTHS]
-        row += [f"{one.longest[state]:.2f}" if state in one.longest else "" for state in warm]
+        row += [f"{one.warm[state]:.2f}" if state in one.warm else "" for state in warm]
         rows.append(row)
-    return f"{MACHINES[0].name}, {SHAPE_OF[MACHINES[0].name].name}", head, rows, 1
+    return f"{MACHINES[0].name}, {shape_of(MACHINES[0]).name}", head, rows, 1
 
 
 def speeds_tables() -> list[Section]:
@@ -205,11 +223,11 @@ def _quantity(name: str, value: Any) -> str:
     if name in _PER_SECOND:
         return f"{value / 1e9:,.4g} GB/s"
     if name in _FLOPS:
-        return f"{value / 1e12:,.3g} T/s"
+        return f"{value / 1e12:,.4g} T/s"
     if name == "reads_s":
         return f"{value:,.0f}/s"
     if name.endswith("_s"):
-        return f"{value * 1e6:.3g} us"
+        return f"{value * 1e6:,.4g} us"
     return f"{value:g}"
 
 
@@ -224,6 +242,18 @@ def print_tables(counts: Counts, console: Console) -> None:
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
+
+
+def print_probed(found: Probed, console: Console) -> None:
+    """Print what a processor's costs are, and how well they explain what was timed."""
+    shown = Table("request", "ms of the processor", "explained", title="Requests of a tiny model", title_justify="left")
+    for name, seconds, explained in found.requests:
+        shown.add_row(name, f"{seconds * 1e3:.1f}", f"{explained * 1e3:.1f}")
+    console.print(shown)
+    console.print(
+        f"a call {found.call_s * 1e6:.2f} us, an operation {found.operation_s * 1e6:.2f} us, "
+        f"memory {found.memory_s / 1e9:.1f} GB/s"
+    )
 
 
 def rewrite(counts: Counts, path: Path) -> None:
@@ -247,9 +277,13 @@ def generated(counts: Counts, folder: Path) -> str:
     """The generated part, as Markdown."""
     card, measured = measured_times(folder)
     made = ", ".join(f"{name} {version}" for name, version in counts.made_with.items())
-    parts = [f"Counted with {made}; suffixes of 32 tokens; {READERS} reader threads.", "### Times to the first token"]
+    parts = [
+        f"**Measured: {f'on {card}, in gpu.json' if card else 'nothing, everything is computed'}.** "
+        f"Counted with {made}; suffixes of {SUFFIX_TOKENS} tokens; {READERS} reader threads.",
+        "### Times to the first token",
+    ]
     parts.append(f"![Predicted times to the first token](../pictures/{PICTURE})")
-    parts += _markdown(times(predict_all(counts), card, measured))
+    parts += _markdown([*measured_alone(card, measured), *times(predict_all(counts), card, measured)])
     parts += _markdown([counts_table(counts)])
     parts += ["### Beside measurements", *_markdown([validation_table(counts)])]
     parts += ["### Beside the paper", *_markdown([paper_table(counts)])]

@@ -9,12 +9,13 @@ import matplotlib
 
 from ..systems import State
 from .machines import MACHINES
-from .predict import LENGTHS, SHAPE_OF, Prediction
+from .predict import LENGTHS, Prediction
+from .shapes import shape_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 _MARKS = {
     State.COLD: ("o", "#2b6ca3", "cold"),
@@ -41,8 +42,10 @@ def draw(predictions: Sequence[Prediction], path: Path, tokens: int = LENGTHS[1]
         axis.set_xscale("log")
         axis.set_xlim(left=floor * 0.8)
         axis.set_yticks(range(len(titles)), titles)
-        axis.set_title(f"{machine.name}: {SHAPE_OF[machine.name].name}", fontsize=10)
+        axis.set_title(f"{machine.name}: {shape_of(machine).name}", fontsize=10)
         axis.grid(True, axis="x", which="both", alpha=0.25)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.set_xlabel("ms to the first token", fontsize=9)
     axes[0][0].invert_yaxis()

@@ -15,12 +15,10 @@ from .counting import METHODS, Counts, Method
 from .machines import MACHINES, Machine
 from .record import Record
 from .replay import Timing, replay
-from .shapes import QWEN_7B, QWEN_HALF, Shape
+from .shapes import Shape, shape_of
 
 LENGTHS = (8192, 32_768, 130_944)
 """Of prefixes, in tokens: those of `eval.gpu_check` (128K less 128)."""
-SHAPE_OF = {machine.name: QWEN_7B for machine in MACHINES} | {"Colab T4": QWEN_HALF}
-"""Which model runs on which machine."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def predict(counts: Counts, machine: Machine, shape: Shape, method: Method, stat
 def predict_all(counts: Counts) -> list[Prediction]:
     """Everything that the tables show."""
     return [
-        predict(counts, machine, SHAPE_OF[machine.name], method, state, tokens)
+        predict(counts, machine, shape_of(machine), method, state, tokens)
         for machine in MACHINES
         for method in METHODS
         for state in method.states

@@ -181,7 +181,11 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return 0
     out: Any = _made_up(inner_args) if name in _PRODUCTS else None
     if there and name.startswith("_scaled_dot_product"):
-        out = (_attended(args[0]), *(torch.empty(0) for _ in function._schema.returns[1:]))
+        others = [str(one.type) == "Tensor" for one in function._schema.returns[1:]]
+        out = (_attended(args[0]), *(torch.empty(0) if tensor else 0 for tensor in others))
+    if there and name == "bmm" and function._overloadname == "dtype":
+        # Products of 16 bits with sums of 32, which a CPU does not have.
+        out = torch.bmm(*(one.to(inner_args[2]) for one in inner_args[:2]))
     if out is None:
         out = function(*inner_args, **inner_kwargs)
     _note(function, name, args, kwargs, inner_args, out, there, result_there)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from hf_contiguouskv.store.geometry import KVGeometry
 
 from . import pretend
+from .machines import Machine
 
 _CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 
@@ -103,3 +104,8 @@ QWEN_7B = Shape("Qwen2.5-7B", "qwen2", 28, 3584, 18944, 28, 4, 128, 152_064, tor
 QWEN_HALF = Shape("Qwen2.5-0.5B", "qwen2", 24, 896, 4864, 14, 2, 64, 151_936, torch.float16, tied=True, flash=False)
 SMOLLM2 = Shape("SmolLM2-135M", "llama", 30, 576, 1536, 9, 3, 64, 49_152, torch.bfloat16, tied=True)
 SHAPES = {shape.name: shape for shape in (QWEN_7B, QWEN_HALF, SMOLLM2)}
+
+
+def shape_of(machine: Machine) -> Shape:
+    """Which model runs on a machine."""
+    return SMOLLM2 if machine.gpu is None else QWEN_HALF if machine.gpu.name == "T4" else QWEN_7B

@@ -27,11 +27,13 @@ class Stage:
 
     Args:
         flash: whether the device has flash attention (from compute capability 8.0 on).
+        disk_bytes_s: the speed that readers are to know of the disk, in bytes per second.
     """
 
-    def __init__(self, flash: bool = True) -> None:
+    def __init__(self, flash: bool = True, disk_bytes_s: float = 1e9) -> None:
         self.recorder = Recorder()
         self._flash = flash
+        self._disk = disk_bytes_s
         self._stack = ExitStack()
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +42,7 @@ class Stage:
     def __enter__(self) -> Stage:
         patch = self._patch
         patch(reader.ExtentReader, "_start", self._start_reader)
+        self._stack.enter_context(mock.patch.object(reader._Total, "note_speed"))
         patch(reader.ExtentReader, "submit", lambda original: self._bound("submitted", original))
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
@@ -52,7 +55,6 @@ class Stage:
                 patch(owner, method, lambda original: self._bound("targeting", original))
         kernels = {
             "SDPAParams": _Params,
-            "causal_lower_right": lambda queries, keys: None,  # Its class cannot be made while operations are watched.
             "looks_ahead": lambda states: False,  # Models whose answers are made up would not stand this test.
             "can_use_flash_attention": lambda params: bool(params) and self._flash,
             "can_use_efficient_attention": bool,
@@ -63,6 +65,8 @@ class Stage:
                     if hasattr(module, name):
                         self._stack.enter_context(mock.patch.object(module, name, value))
         self._stack.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+        capability = (8, 0) if self._flash else (7, 5)
+        self._stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
         self._stack.enter_context(mock.patch.object(torch.accelerator, "is_available", return_value=False))
         self._stack.enter_context(mock.patch.dict(devices._opened, {pretend.DEVICE: self}))
         self._stack.enter_context(pretend.noted_in(self))
@@ -84,6 +88,7 @@ class Stage:
         def start(this: Any) -> None:
             this._pid = os.getpid()
             this._workers = []
+            this._total.bytes_per_second = self._disk
             this._queue = Queue()
             this._finalizer = weakref.finalize(this, lambda: None)
 

@@ -12,8 +12,9 @@ from ..report.paper import SPEED_UPS
 from ..systems import State
 from .counting import CPU_LENGTHS, CPU_SYSTEMS, FLOOR, METHODS, Counts, Method, method_named
 from .machines import MACHINES, OURS_CPU
-from .predict import SHAPE_OF, predict
+from .predict import LENGTHS, predict
 from .replay import Timing, replay
+from .shapes import shape_of
 
 GROWTH = Path(__file__).parents[2] / "docs" / "results" / "growth-smollm2-135m.json"
 _MEASURED_AS = {
@@ -85,23 +86,22 @@ class SpeedUp:
         baseline: its title.
         paper: what the paper says.
         cold: predicted where everything is on disk, by length of the prefix.
-        longest: predicted at the longest of these, by state.
+        warm: predicted at `WARM_LENGTH`, by state.
     """
 
     baseline: str
     paper: float
     cold: dict[int, float]
-    longest: dict[State, float]
+    warm: dict[State, float]
 
 
-# The paper's prefixes have some thousand tokens.
-PAPER_LENGTHS = (2048, 4096, 8192)
+PAPER_LENGTHS, WARM_LENGTH = (4096, *LENGTHS), 32_768
 
 
 def beside_paper(counts: Counts) -> list[SpeedUp]:
     """The paper's ratios at 5% beside predicted ones, on its machine."""
     machine, ours = MACHINES[0], method_named("published 5%")
-    shape = SHAPE_OF[machine.name]
+    shape = shape_of(machine)
     found = []
     for baseline, paper in SPEED_UPS.items():
         other = next(method for method in METHODS if method.system == baseline)
@@ -111,6 +111,6 @@ def beside_paper(counts: Counts) -> list[SpeedUp]:
             return slow.timing.ttft / fast.timing.ttft
 
         cold = {tokens: ratio(tokens, State.COLD) for tokens in PAPER_LENGTHS}
-        longest = {state: ratio(PAPER_LENGTHS[-1], state) for state in other.states}
-        found.append(SpeedUp(other.title, paper, cold, longest))
+        warm: dict[State, float] = {state: ratio(WARM_LENGTH, state) for state in other.states if state != State.COLD}
+        found.append(SpeedUp(other.title, paper, cold, warm))
     return found
