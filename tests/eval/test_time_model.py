@@ -199,7 +199,7 @@ def test_what_is_counted_now_is_what_was_counted(counts: Any) -> None:
             assert getattr(new, name) == getattr(old, name), f"{name}: {advice}"
         # Another version of Python or torch makes a few calls more or less.
         for name in ("calls", "operations"):
-            assert getattr(new, name) == pytest.approx(getattr(old, name), rel=0.2), f"{name}: {advice}"
+            assert getattr(new, name) == pytest.approx(getattr(old, name), rel=0.3), f"{name}: {advice}"
 
 
 def test_everything_was_counted(counts: Any) -> None:
