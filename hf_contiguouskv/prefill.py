@@ -66,8 +66,8 @@ def geometry_of(support: ModelSupport, chunk_size: int) -> KVGeometry:
 class SegmentFeed:
     """Feeds the K/V of one token sequence to a segment writer, chunk by chunk, as they become known.
 
-    What a segment needs is made where K/V are: an accelerator arranges and packs in a thousandth of the time that a
-    CPU takes. It crosses on a side stream to pinned memory, and only the writer's thread waits for that.
+    What a segment needs is arranged, packed and indexed where K/V are. From an accelerator it crosses on a side stream
+    to pinned memory, and only the writer's thread waits for that.
 
     Args:
         writer: a writer for the chunks from `first_chunk` on.
