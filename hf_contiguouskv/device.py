@@ -25,7 +25,7 @@ import torch
 from .pinned import PinnedPool, available_bytes, register_with_cuda
 from .store.pread import PAGE, aligned_buffer
 
-# Sizes of the pinned blocks that small tensors cross in, and how many of each are had when a device is opened.
+# Sizes of the pinned blocks that small tensors cross in, and how many of each are allocated when a device is opened.
 SMALL_BYTES, SMALL_BLOCKS = tuple(2**power for power in range(3, 19)), 8
 
 

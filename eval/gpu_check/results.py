@@ -1,4 +1,4 @@
-"""`gpu.json`: what was found so far, valid at every moment, whoever is killed when."""
+"""`gpu.json`: what was found so far, valid at every moment, even if a stage is killed."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Settings:
         lengths: of the prefixes, in tokens, ascending.
         shares: of the time that is left, for each length.
         complete_lengths: lengths at which every system is measured; at others, those that scale.
-        recompute_lengths: lengths at which the prefix is computed anew as well.
+        recompute_lengths: lengths at which the prefix is also computed again.
         trace_length: of the prefix whose requests are traced; one of `lengths`.
         suffix_tokens: of every request.
         varied_suffixes: shortest and longest suffix of the run in which every request has another.

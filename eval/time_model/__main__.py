@@ -15,7 +15,7 @@ from .record import CountError
 
 def main(
     count: Annotated[
-        bool, typer.Option(help="First count anew what requests of this version do, into counts.json (some minutes).")
+        bool, typer.Option(help="First count again what requests of this version do, into counts.json (some minutes).")
     ] = False,
     probe: Annotated[
         bool, typer.Option(help="Instead of all that, measure what calls and operations cost on this processor.")

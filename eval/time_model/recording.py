@@ -9,7 +9,7 @@ begins with its kind:
 
 | event | what |
 |---|---|
-| `work`, amounts | of whoever does it, see `AMOUNTS` |
+| `work`, amounts | of the one that does it, see `AMOUNTS` |
 | `add`, layer, bytes / `pump` / `need`, layer / `used`, layer | calls of `prefetch.Lookahead` |
 | `submit`, ticket, reads, bytes, threads, amounts | reads are queued; the amounts are the readers' |
 | `task`, events | what a reader thread does next |
@@ -320,7 +320,7 @@ class Recorder:
 
 
 class Queue:
-    """In place of the readers' queue: what is put into it is served by whoever has put it there."""
+    """In place of the readers' queue: what is put into it is served by the thread that put it there."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []

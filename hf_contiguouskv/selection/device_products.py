@@ -1,10 +1,12 @@
 """Products of int8 keys and int8 queries on an accelerator, computed exactly.
 
 What a request chooses must not depend on where it is computed. A product that is returned as bfloat16 keeps 8 bits of a
-logit: at a logit of 12 that is an error of 6% in its exponential. Integers are exact, wherever they are multiplied: on
-the integer units (`torch._int_mm`), or in float32, where every sum stays below 2^24.
+logit: at a logit of 12 that is an error of 6% in its exponential. Integers are exact, wherever they are multiplied, as
+long as sums are kept in float32 (where each stays below 2^24) or int32: as 16-bit factors with float32 sums, on the
+integer units (`torch._int_mm`), or in float32.
 
-Which of the two a device has is found out once per device, by a sample whose sums are known.
+Which of these a device has is found out once per device, by a sample whose sums are known. The one with the fewest
+kernels comes first: launching them is expected to take longer than their arithmetic (docs/results/gpu.md).
 """
 
 from __future__ import annotations
