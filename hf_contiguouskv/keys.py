@@ -30,8 +30,8 @@ from .store.reader import Read, Ticket
 class _Pending:
     """One tensor of one segment on its way: from disk, from the host's memory to a device, or from disk to a device.
 
-    The thread that ends the read queues the copy to the device, while the model computes layers before this one. Reader threads
-    work on this, so it must not keep `KeySource` alive.
+    The thread that ends the read queues the copy to the device, while the model computes layers before this one.
+    Reader threads work on this, so it must not keep `KeySource` alive.
 
     Args:
         name, which: as in `KeptKeys`.

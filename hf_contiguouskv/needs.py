@@ -6,7 +6,7 @@ from .config import ContiguousKVConfig
 from .plan import LayerPlan
 from .prefix import AttachedPrefix
 from .store.pread import PAGE
-from .store.reader import DEFAULT_GAP
+from .store.reads import DEFAULT_GAP
 
 # Storage delivers this much in the time that one more read costs (1.7 GB/s, 10 us of processor time: measured).
 WORTH_READING_BYTES = DEFAULT_GAP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -57,3 +58,17 @@ class Rows:
         """Every row for itself, every token real and voting."""
         real = torch.ones(batch, q_length, dtype=torch.bool)
         return cls(torch.arange(batch), torch.arange(batch), real, real)
+
+
+class AskingRows(NamedTuple):
+    """The distinct rows on one device.
+
+    Attributes:
+        representatives: int64 `(unique,)`, a batch row for each; `None`: they are the batch's rows.
+        voters: per row the positions of the queries that count, int64 `(n,)`.
+        visible: bool `(unique, q)`, the suffix tokens that are no padding.
+    """
+
+    representatives: torch.Tensor | None
+    voters: list[torch.Tensor]
+    visible: torch.Tensor

@@ -9,7 +9,7 @@ from contextlib import closing
 from functools import partial
 from itertools import count, groupby
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .memory import Usage
 from .memory.blocks import among
 from .needs import reads_whole_layers, served_prefix
 from .packed import place_keys
-from .plan import LayerPlan, Rows
+from .plan import AskingRows, LayerPlan, Rows
 from .prefetch import Lookahead, PayloadReads
 from .prefix import AttachedPrefix, Chunks
 from .selection import ChunkScores, SelectionInput, choose_chunks, device_product
@@ -45,20 +45,6 @@ MAX_RECOVERIES = 20
 Result = TypeVar("Result")
 # Gets a readable prefix of the same tokens: from the prefix, the error that showed, and which attempt this is.
 Recover = Callable[[AttachedPrefix, SegmentCorruptError | SegmentReadError, int], AttachedPrefix]
-
-
-class AskingRows(NamedTuple):
-    """The distinct rows on one device.
-
-    Attributes:
-        representatives: int64 `(unique,)`, a batch row for each; `None`: they are the batch's rows.
-        voters: per row the positions of the queries that count, int64 `(n,)`.
-        visible: bool `(unique, q)`, the suffix tokens that are no padding.
-    """
-
-    representatives: torch.Tensor | None
-    voters: list[torch.Tensor]
-    visible: torch.Tensor
 
 
 class PrefixRequest:

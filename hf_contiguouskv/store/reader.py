@@ -7,124 +7,23 @@ few KiB, and the interpreter lock is shared with the model.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 
-import xxhash
-
-from ..errors import InputError, SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
-from .pread import MAX_PART, PAGE, aligned_buffer, as_memoryview
-from .segment import Segment
+from ..errors import InputError, StoreClosedError
+from .pread import MAX_PART, aligned_buffer, as_memoryview
+from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, cut, explain, finish
 
 __all__ = ["Check", "ExtentReader", "Read", "Ticket", "aligned_buffer", "as_memoryview"]
 
-Check = tuple[int, int, int]
-# What a read by itself costs under the interpreter's lock (measured), and the bytes between two reads that are read
-# instead: of a disk whose speed is not known yet, and at most.
-SECONDS_PER_READ, DEFAULT_GAP, MAX_GAP = 10e-6, 16 * 1024, 128 * 1024
 # From this size on a ticket says something of the disk's speed.
 TELLING_BYTES = 2**20
-
-
-@dataclass(slots=True)
-class Read:
-    """One range of one segment file.
-
-    Attributes:
-        segment: the open file.
-        offset: of the first byte in the file.
-        nbytes: length of the range.
-        into: writable bytes, `nbytes` long. Must stay alive and untouched until the ticket is done.
-        checks: `(start, length, checksum)` of parts of the range, `start` counted from its beginning: their xxh3_64
-            is compared when they have been read.
-    """
-
-    segment: Segment
-    offset: int
-    nbytes: int
-    into: memoryview
-    checks: Sequence[Check] = ()
-
-
-class _Part:
-    """A piece of a read that was cut because it is long."""
-
-    __slots__ = ("checks", "into", "nbytes", "offset", "segment", "whole")
-
-    def __init__(self, read: Read, start: int, nbytes: int, checks: list[Check], whole: _Whole) -> None:
-        self.segment = read.segment
-        self.offset = read.offset + start
-        self.nbytes = nbytes
-        self.into = read.into[start : start + nbytes]
-        self.checks = checks
-        self.whole = whole
-
-
-class _Whole:
-    """The read that parts belong to; the checks that cross a cut wait until all of them are there."""
-
-    __slots__ = ("checks", "lock", "missing", "read")
-
-    def __init__(self, read: Read, missing: int) -> None:
-        self.read = read
-        self.missing = missing
-        self.checks: list[Check] = []
-        self.lock = threading.Lock()
-
-    def part_done(self) -> None:
-        with self.lock:
-            self.missing -= 1
-            last = self.missing == 0
-        if last and self.checks:
-            _verify(self.read.segment, self.read.offset, self.read.into, self.checks)
-
-
-class _Batch:
-    """Parts of one segment that its backend takes in one call."""
-
-    __slots__ = ("offset", "parts", "segment")
-
-    def __init__(self, parts: list[Read | _Part]) -> None:
-        self.parts = parts
-        self.segment = parts[0].segment
-        self.offset = parts[0].offset
-
-    @classmethod
-    def grouped(cls, parts: list[Read | _Part], gap: int) -> list[Read | _Part | _Batch]:
-        """Neighbours in `parts` put together, where their backend wants that."""
-        found: list[Read | _Part | _Batch] = []
-        for segment, group in itertools.groupby(parts, key=lambda part: part.segment):
-            own, size = list(group), segment.blob.extents_per_read
-            if size <= 1:
-                found += cls.joined(own, gap)
-            else:
-                found += [cls(own[start : start + size]) for start in range(0, len(own), size)]
-        return found
-
-    @classmethod
-    def joined(cls, parts: list[Read | _Part], gap: int) -> list[Read | _Part | _Batch]:
-        """What follows each other in a segment, with at most `gap` bytes between, put together, up to 1 MiB: one read
-        that goes to several places."""
-        found: list[Read | _Part | _Batch] = []
-        begin = 0
-        for end in range(1, len(parts) + 1):
-            if end < len(parts):
-                before, part = parts[end - 1], parts[end]
-                between = part.offset - before.offset - before.nbytes
-                follows = 0 <= between <= gap and part.segment is before.segment
-                if follows and part.offset + part.nbytes - parts[begin].offset <= MAX_PART:
-                    continue
-            found.append(parts[begin] if end == begin + 1 else cls(parts[begin:end]))
-            begin = end
-        return found
 
 
 class Ticket:
@@ -137,7 +36,7 @@ class Ticket:
 
     __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "_then", "bytes_read", "ended", "started")
 
-    def __init__(self, parts: Sequence[Read | _Part | _Batch], then: Callable[[], None] | None = None) -> None:
+    def __init__(self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None) -> None:
         self.bytes_read = 0
         self.started = self.ended = 0.0
         self._then = then
@@ -195,15 +94,15 @@ class Ticket:
                 continue
             part = parts[position]
             try:
-                if type(part) is _Batch:
+                if type(part) is ReadBatch:
                     physical += part.segment.read_into([(one.offset, one.into) for one in part.parts])
                     for one in part.parts:
-                        _finish(one)
+                        finish(one)
                 else:
                     physical += part.segment.read_into(((part.offset, part.into),))  # type: ignore[union-attr]
-                    _finish(part)  # type: ignore[arg-type]
+                    finish(part)  # type: ignore[arg-type]
             except BaseException as error:
-                self._error = _explain(error, part)
+                self._error = explain(error, part)
         if not served:
             return
         total.add(physical)
@@ -349,17 +248,17 @@ class ExtentReader:
             InputError: a buffer has another length than its read.
             StoreClosedError: the reader is closed.
         """
-        parts: list[Read | _Part] = []
+        parts: list[Read | Part] = []
         for read in reads:
             if read.into.nbytes != read.nbytes:
                 raise InputError(f"buffer of {read.into.nbytes} bytes for a read of {read.nbytes} bytes")
             if read.nbytes <= MAX_PART:
                 parts.append(read)
             else:
-                parts.extend(_cut(read))
+                parts.extend(cut(read))
         batched = any(part.segment.blob.extents_per_read > 1 for part in parts)
         gap = self.gap_bytes if joins else 0
-        ticket = Ticket(_Batch.grouped(parts, gap) if batched else _Batch.joined(parts, gap), then)
+        ticket = Ticket(ReadBatch.grouped(parts, gap) if batched else ReadBatch.joined(parts, gap), then)
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")
@@ -414,50 +313,3 @@ def _work(queue: SimpleQueue[Ticket | Task | None], total: _Total) -> None:
 def _stop(queue: SimpleQueue[Ticket | Task | None], threads: int) -> None:
     for _ in range(threads):
         queue.put(None)
-
-
-def _cut(read: Read) -> list[_Part]:
-    """Pieces of at most 1 MiB: cut at page boundaries of the file, between checks where these are whole pages."""
-    step, skew = MAX_PART, read.offset % PAGE
-    if read.checks and not skew:
-        length = read.checks[0][1]
-        if 0 < length <= MAX_PART and length % PAGE == 0:
-            step = MAX_PART // length * length
-    # Piece i covers [i * step, (i + 1) * step) counted from the page in which the read begins.
-    count = -(-(skew + read.nbytes) // step)
-    whole = _Whole(read, count)
-    begins = [max(0, i * step - skew) for i in range(count)] + [read.nbytes]
-    checks: list[list[Check]] = [[] for _ in range(count)]
-    for start, length, checksum in read.checks:
-        piece = (start + skew) // step
-        if start + length <= begins[piece + 1]:
-            checks[piece].append((start - begins[piece], length, checksum))
-        else:
-            whole.checks.append((start, length, checksum))
-    return [_Part(read, begins[i], begins[i + 1] - begins[i], checks[i], whole) for i in range(count)]
-
-
-def _finish(part: Read | _Part) -> None:
-    if part.checks:
-        _verify(part.segment, part.offset, part.into, part.checks)
-    if type(part) is _Part:
-        part.whole.part_done()
-
-
-def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> None:
-    for start, length, checksum in checks:
-        if xxhash.xxh3_64_intdigest(into[start : start + length]) != checksum:
-            raise SegmentCorruptError(
-                f"{segment.name}: {segment.describe(offset + start)}: bytes do not match their checksum", segment
-            )
-
-
-def _explain(error: BaseException, part: Read | _Part | _Batch) -> BaseException:
-    segment = part.segment
-    if isinstance(error, EOFError):
-        return segment.cut_short(part.offset, error)
-    if not isinstance(error, OSError) or isinstance(error, StoreError):
-        return error
-    if error.errno == errno.EBADF:
-        return StoreClosedError(f"{segment.name}: the segment was closed while it was being read")
-    return SegmentReadError(f"{segment.name}: read failed: {error.strerror or error}", segment, error.errno)
