@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tally import Figures
 from unit.store_helpers import expected_kv, geometry, read_back, write_prefix
 
 from hf_contiguouskv.store import KVGeometry, PrefixStore
@@ -27,30 +28,6 @@ from hf_contiguouskv.store.hashing import TokenIds
 
 # A child that outlives its test by mistake ends after so many seconds.
 _LIFETIME_S = 300
-
-
-class Figures:
-    """Named counts of a whole test run, printed at its end.
-
-    A figure that should be 0 is counted like any other: the code that checks adds 1 where something is wrong and 0
-    where nothing is, so that a 0 in the table means that somebody looked.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-
-    def add(self, name: str, number: int = 1) -> None:
-        """Add to a figure; one that was never added to does not exist."""
-        self._counts[name] = self._counts.get(name, 0) + int(number)
-
-    def __getitem__(self, name: str) -> int:
-        return self._counts[name]
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        return iter(sorted(self._counts.items()))
-
-    def __len__(self) -> int:
-        return len(self._counts)
 
 
 _FIGURES = pytest.StashKey[Figures]()
@@ -67,13 +44,7 @@ def figures(pytestconfig: pytest.Config) -> Figures:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    tally = config.stash.get(_FIGURES, None)
-    if not tally:
-        return
-    terminalreporter.section("fault suite")
-    width = max(len(name) for name, _ in tally)
-    for name, number in tally:
-        terminalreporter.write_line(f"{name:<{width}}  {number:>8}")
+    config.stash.get(_FIGURES, Figures()).print("fault suite", terminalreporter)
 
 
 class Link:
