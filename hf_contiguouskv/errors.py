@@ -6,6 +6,8 @@ Each message names the file or field, what was found, what was expected, and wha
 import errno
 from collections.abc import Hashable
 
+from .wording import in_messages
+
 _LASTING = tuple(
     getattr(errno, name)
     for name in ("EIO", "EILSEQ", "EBADMSG", "EUCLEAN", "EINVAL", "EISDIR", "ELOOP", "ENODATA")
@@ -14,7 +16,14 @@ _LASTING = tuple(
 
 
 class ContiguousKVError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose.
+
+    Messages quote what files and strangers say: whatever is not printable is escaped in them, and each part has at most
+    2,000 characters.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(in_messages(part) for part in parts))
 
 
 class ConfigError(ContiguousKVError, ValueError):
@@ -39,6 +48,17 @@ class StoreError(ContiguousKVError):
 
 class StoreFormatError(StoreError):
     """The folder is not a store, or was written by a newer format of this library."""
+
+
+class SegmentKeyError(StoreError):
+    """A segment was not put into the store by those who have its key; or it has one, and the store was opened without.
+
+    It is not used, and left alone.
+    """
+
+
+class UntrustedOwnerError(StoreError):
+    """A folder or file that another user of this machine owns, or may write; see `trust_owner`."""
 
 
 class StoreClosedError(StoreError):
