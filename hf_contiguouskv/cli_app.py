@@ -14,9 +14,10 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from .cli_output import print_json
+from .cli_output import print_json, say
 from .errors import ContiguousKVError, StoreError
 from .store import PrefixInfo, PrefixStore
+from .wording import MESSAGE_LIMIT, quoted, shown
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _WANTS_JSON = "hf_contiguouskv.json"
@@ -39,6 +40,8 @@ class _Commands(TyperGroup):
         try:
             yield
         except _UsageError as error:
+            if isinstance(words := getattr(error, "message", None), str):
+                error.message = shown(words, MESSAGE_LIMIT)  # type: ignore[attr-defined]  # (It quotes the line.)
             if ctx.meta[_WANTS_JSON]:
                 print_json({"error": described(error)})
             raise  # typer says it on stderr, and ends with status 2.
@@ -89,14 +92,14 @@ def complain(error: Exception, *, as_json: bool = False, **done: Any) -> None:
     """
     if as_json:
         print_json(done | {"error": described(error)})
-    typer.echo(f"contiguouskv: {described(error)['message']}", err=True)
+    say(f"contiguouskv: {described(error)['message']}", err=True)
 
 
 def described(error: Exception) -> dict[str, str]:
     """An error for programs: its `type`, and its `message` in one line."""
     # (Errors of a command line know how to put it.)
     text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    return {"type": type(error).__name__, "message": " ".join(text.split())}
+    return {"type": type(error).__name__, "message": shown(" ".join(text.split()), MESSAGE_LIMIT)}
 
 
 def find_entries(store: PrefixStore, beginnings: list[str]) -> list[PrefixInfo]:
@@ -119,6 +122,8 @@ def find_entry(store: PrefixStore, beginning: str) -> PrefixInfo:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise StoreError(f"no stored prefix has a key that begins with {beginning!r}; `contiguouskv ls` lists them")
+        raise StoreError(
+            f"no stored prefix has a key that begins with {quoted(beginning)}; `contiguouskv ls` lists them"
+        )
     names = ", ".join(entry.key for entry in found[:5]) + (", ..." if len(found) > 5 else "")
-    raise StoreError(f"{len(found)} keys begin with {beginning!r} ({names}); give more digits")
+    raise StoreError(f"{len(found)} keys begin with {quoted(beginning)} ({names}); give more digits")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .cli_app import AsJson, StorePath, app, complain, find_entries, messages_instead_of_tracebacks
-from .cli_output import counted, human_bytes, print_json, progress
+from .cli_output import counted, human_bytes, print_json, progress, say
 from .errors import InputError, StoreError
 from .store import PrefixStore
 from .store.bundle import BundleError, export_bundle, import_bundle, read_manifest
@@ -52,10 +52,10 @@ def export_(
         print_json(report.as_dict())
         return
     for segment in report.segments:
-        typer.echo(f"{segment.key}  {counted(segment.tokens, 'token')}, {human_bytes(segment.bytes)}")
-    typer.echo(f"{report.folder}: {counted(len(report.segments), 'segment')}, {human_bytes(report.bytes)}")
+        say(f"{segment.key}  {counted(segment.tokens, 'token')}, {human_bytes(segment.bytes)}")
+    say(f"{report.folder}: {counted(len(report.segments), 'segment')}, {human_bytes(report.bytes)}")
     if report.salted:
-        typer.echo("only a store with the same salt finds them", err=True)
+        say("only a store with the same salt finds them", err=True)
 
 
 @app.command("import")
@@ -99,15 +99,15 @@ def import_(
         print_json(report.as_dict())
     else:
         for key in report.added:
-            typer.echo(f"added {key}")
+            say(f"added {key}")
         for refused in report.refused:
-            typer.echo(f"refused {refused.key}: {refused.reason}")
-        typer.echo(
+            say(f"refused {refused.key}: {refused.reason}")
+        say(
             f"{counted(len(report.added), 'segment')} added ({human_bytes(report.bytes)}), "
             f"{len(report.already_there):,} there already, {len(report.refused):,} refused"
         )
         if report.other_salt:
-            typer.echo(f"only a store with the same salt finds {len(report.other_salt):,} of them", err=True)
+            say(f"only a store with the same salt finds {len(report.other_salt):,} of them", err=True)
     if report.refused:
         raise typer.Exit(1)
 

@@ -19,7 +19,7 @@ from .cli_app import (
     find_entry,
     messages_instead_of_tracebacks,
 )
-from .cli_output import counted, human_bytes, print_json, progress, seconds_from
+from .cli_output import counted, human_bytes, print_json, progress, say, seconds_from
 from .errors import ContiguousKVError
 from .store import PrefixStore
 
@@ -44,8 +44,8 @@ def verify(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -
         print_json({"bytes": checked, "problems": [asdict(problem) for problem in problems]})
     else:
         for problem in problems:
-            typer.echo(str(problem))
-        typer.echo(counted(len(problems), "problem") if problems else "all checksums match")
+            say(str(problem))
+        say(counted(len(problems), "problem") if problems else "all checksums match")
     if problems:
         raise typer.Exit(1)
 
@@ -85,8 +85,8 @@ def gc(
         ("being written", report.in_use),
     ):
         for name in names:
-            typer.echo(f"{label}: {name}")
-    typer.echo(f"{human_bytes(report.bytes_freed)} {would}freed")
+            say(f"{label}: {name}")
+    say(f"{human_bytes(report.bytes_freed)} {would}freed")
 
 
 @app.command()
@@ -116,7 +116,7 @@ def rm(
     finally:
         if not as_json:
             for key in deleted:  # Also where a later one could not be deleted.
-                typer.echo(f"deleted {key}")
+                say(f"deleted {key}")
     if as_json:
         print_json({"deleted": deleted})
 
@@ -142,6 +142,6 @@ def _set_pinned(store: Path, keys: list[str], pinned: bool, as_json: bool) -> No
         for entry in entries:
             (opened.pin if pinned else opened.unpin)(entry.key)
             if not as_json:
-                typer.echo(f"{done} {entry.key}")
+                say(f"{done} {entry.key}")
     if as_json:
         print_json({done: [entry.key for entry in entries]})

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from .cache import ContiguousKVCache
 from .cli_app import AsJson, StorePath, app, complain, described, messages_instead_of_tracebacks
-from .cli_output import human_bytes, print_json
+from .cli_output import human_bytes, print_json, say
 from .config import ContiguousKVConfig
 from .errors import InputError, StoreError
 from .store import PrefixStore
+from .wording import escaped
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 ModelName = Annotated[
@@ -86,14 +87,14 @@ def warm(
                     warmed = _store(file, ids, loaded, opened, config)
                     found["files"].append(asdict(warmed))
                     if not as_json:
-                        bar.write(str(warmed), file=sys.stdout)
+                        bar.write(escaped(str(warmed)), file=sys.stdout)
                 bar.update()
             numbers = opened.stats
         for name in ("segment_bytes", "disk_bytes", "write_failures"):
             found[name] = getattr(numbers, name)
         if not as_json:
             own = " (the model's own)" if dtype == "auto" else ""
-            typer.echo(f"{opened.path}: {human_bytes(numbers.disk_bytes)}, KV in {found['dtype']}{own}")
+            say(f"{opened.path}: {human_bytes(numbers.disk_bytes)}, KV in {found['dtype']}{own}")
     failure = None
     if found.get("write_failures"):
         failure = StoreError(f"{found['write_failures']} of {len(found['files'])} could not be stored")
@@ -158,7 +159,7 @@ def _load_model(name: str | None, dtype: Dtype) -> tuple[Any, Any]:
     try:
         return load_model(name, dtype="own" if dtype == "auto" else dtype)
     except ModelNotAvailableError as error:
-        raise InputError(str(error)) from error
+        raise InputError(" ".join(str(error).split())) from error
 
 
 @app.command()
@@ -182,4 +183,4 @@ def bench(
     try:
         main(model, prefix_tokens, suffix_tokens, budget, rounds, folder, json_path, dtype)
     except ModelNotAvailableError as error:
-        raise InputError(str(error)) from error
+        raise InputError(" ".join(str(error).split())) from error

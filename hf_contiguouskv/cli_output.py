@@ -1,4 +1,7 @@
-"""How the command prints: tables for people, one JSON document for programs, progress on stderr."""
+"""How the command prints: tables for people, one JSON document for programs, progress on stderr.
+
+Whatever is printed may come from a file or from a stranger: `say`, tables and `facts` escape what is not printable.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,46 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import InputError
+from .wording import encodable, escaped, quoted
 
 _PIPE_WIDTH = 160
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def print_json(content: Any) -> None:
-    """One JSON document, and nothing else, on stdout."""
-    typer.echo(json.dumps(content, indent=2))
+    """One JSON document, and nothing else, on stdout: ASCII, and without halves of characters, which UTF-8 lacks."""
+    typer.echo(json.dumps(_encodable(content), indent=2))
+
+
+def _encodable(content: Any) -> Any:
+    if isinstance(content, str):
+        return encodable(content)
+    if isinstance(content, Mapping):
+        return {_encodable(name): _encodable(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_encodable(value) for value in content]
+    return content
+
+
+def say(words: object, *, err: bool = False) -> None:
+    """One line on stdout (with `err`, on stderr), whatever is in the words."""
+    _write(escaped(str(words)), err=err)
+
+
+def _write(text: str, *, err: bool = False) -> None:
+    # (A pipe may be too narrow for the lines of trees, or for what a name holds.)
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "replace").decode(encoding), err=err)
 
 
 def show(content: RenderableType) -> None:
@@ -36,14 +61,24 @@ def show(content: RenderableType) -> None:
     console = Console(highlight=False, width=_PIPE_WIDTH)
     with console.capture() as captured:
         console.print(content)
-    text = "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    typer.echo(text.encode(encoding, "replace").decode(encoding))  # (A pipe may be too narrow for the lines of trees.)
+    _write("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+
+
+class _Table(Table):
+    """A table whose cells are taken literally: no markup in words, and nothing that moves the cursor."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*(Text(escaped(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """A cell in several styles: words, or `(words, style)`."""
+    return Text.assemble(*(escaped(part) if isinstance(part, str) else (escaped(part[0]), part[1]) for part in parts))
 
 
 def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
     """A table without lines. Cells of `right` are numbers; those of the last column may be long."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=name != names[-1])
     return table
@@ -51,11 +86,11 @@ def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
 
 def facts(pairs: dict[str, str]) -> Table:
     """Names with what there is to say, one a line."""
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = _Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs.items():
-        table.add_row(name, plain(value))
+        table.add_row(name, value)
     return table
 
 
@@ -67,11 +102,6 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*bars, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def plain(text: str) -> str:
-    """`text` as rich prints it literally: no markup, nothing that moves the cursor."""
-    return escape("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
 def counted(number: int, noun: str) -> str:
@@ -120,5 +150,5 @@ def seconds_from(text: str) -> float:
     """
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text.strip())
     if match is None:
-        raise InputError(f"expected a length of time such as 30d, 12h, 90m, 45s or 2w, got {text!r}")
+        raise InputError(f"expected a length of time such as 30d, 12h, 90m, 45s or 2w, got {quoted(text)}")
     return float(match[1]) * _SECONDS[match[2]]

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import typer
-
 from .cli_app import AsJson, OptionalKey, StorePath, app, find_entry, messages_instead_of_tracebacks
 from .cli_output import (
     columns,
@@ -19,13 +17,15 @@ from .cli_output import (
     human_bytes,
     human_seconds,
     human_time,
-    plain,
     print_json,
+    say,
     show,
+    styled,
 )
 from .errors import StoreError
 from .store import PrefixInfo, PrefixStore
 from .store.chains import chains, parents_of_all
+from .wording import shown
 
 _SHORT = 12
 _LARGEST = 5
@@ -47,17 +47,17 @@ def ls(store: StorePath, as_json: AsJson = False) -> None:
         for indent, entry in _as_tree(entries, parents):
             notes = ["pinned"] * entry.pinned + ["parent lost"] * (bool(entry.parent) and entry.key not in parents)
             table.add_row(
-                f"[dim]{indent}[/dim]{entry.key[:_SHORT]}",
+                styled((indent, "dim"), entry.key[:_SHORT]),
                 f"{entry.tokens:,}",
                 human_bytes(entry.bytes),
-                plain(entry.fingerprint[:8]),
+                entry.fingerprint[:8],
                 f"{entry.uses:,}",
                 human_age(entry.last_used, now),
-                f"[yellow]{', '.join(notes)}[/yellow]",
+                styled((", ".join(notes), "yellow")),
             )
         show(table)
     total = sum(entry.bytes for entry in entries)
-    typer.echo(f"{counted(len(entries), 'stored prefix')}, {human_bytes(total)}")
+    say(f"{counted(len(entries), 'stored prefix')}, {human_bytes(total)}")
 
 
 def _as_tree(entries: list[PrefixInfo], parents: dict[str, str]) -> Iterator[tuple[str, PrefixInfo]]:
@@ -136,12 +136,12 @@ def _show_store(content: dict[str, Any]) -> None:
     }
     show(facts(pairs))
     for blob in quarantine:
-        typer.echo(f"  {blob['key']}  {human_bytes(blob['bytes'])}")
+        say(f"  {blob['key']}  {human_bytes(blob['bytes'])}")
     total = max(1, content["segment_bytes"])
     if models:
         table = columns("models", "size", "share", "", right=("size", "share"))
         for model in models:
-            table.add_row(plain(model["fingerprint"]), human_bytes(model["bytes"]), f"{model['bytes'] / total:.0%}")
+            table.add_row(shown(model["fingerprint"]), human_bytes(model["bytes"]), f"{model['bytes'] / total:.0%}")
         show("")
         show(table)
     if content["largest"]:
@@ -187,7 +187,7 @@ def _show_prefix(content: dict[str, Any]) -> None:
         "key": content["key"] + (" (pinned)" if content["pinned"] else ""),
         "tokens": f"{content['tokens']:,}" + (f", {chain[-1]['tokens']:,} of them here" if len(chain) > 1 else ""),
         "size": f"{human_bytes(content['bytes'])} ({content['bytes']:,} bytes), {counted(content['chunks'], 'chunk')}",
-        "model": f"{content['fingerprint']}, {counted(content['layers'], 'layer')}, {content['dtype']}",
+        "model": f"{shown(content['fingerprint'])}, {counted(content['layers'], 'layer')}, {content['dtype']}",
         "to recompute": cost,
         "stored": human_time(content["created"]),
         "last used": f"{human_time(content['last_used'])}, {counted(content['uses'], 'use')}",

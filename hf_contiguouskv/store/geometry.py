@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..wording import quoted
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -136,7 +137,7 @@ class KVGeometry:
         """
         dtype = metadata.get("dtype")
         if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
-            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {dtype!r}")
+            raise InputError(f"geometry: dtype must be one of {sorted(_DTYPE_NAMES)}, got {quoted(dtype)}")
         return cls(
             num_layers=whole_number(metadata, "num_layers"),
             kv_heads=whole_number(metadata, "kv_heads"),
@@ -159,12 +160,12 @@ def whole_number(metadata: Mapping[str, Any], field: str) -> int:
     """
     text = metadata.get(field)
     if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,15}", text):
-        raise InputError(f"{field} must be a whole number, got {text!r}")
+        raise InputError(f"{field} must be a whole number, got {quoted(text)}")
     return int(text)
 
 
 def _layer_numbers(metadata: Mapping[str, Any], field: str) -> tuple[int, ...]:
     text = metadata.get(field)
     if not isinstance(text, str) or not re.fullmatch(r"([0-9]{1,5}(,[0-9]{1,5})*)?", text):
-        raise InputError(f"{field} must be layer numbers separated by commas, got {text!r}")
+        raise InputError(f"{field} must be layer numbers separated by commas, got {quoted(text)}")
     return tuple(int(layer) for layer in text.split(",")) if text else ()
