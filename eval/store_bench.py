@@ -74,11 +74,11 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
     with PrefixStore(folder) as store:
         root = store._finder.root(MODEL, CHUNK)
         for name, (ids, expected) in prompts.items():
-            hashes = chain_hashes(root, ids, CHUNK)
+            hashes = chain_hashes(root, ids, CHUNK, first=True)
             query = partial(longest_match, root=root, hashes=hashes, ids=ids, chunk_size=CHUNK)
             actions: dict[str, Callable[[], object]] = {
                 "first_look_up_ms": partial(_look_up, store, ids, expected),
-                "hashing_ms": partial(chain_hashes, root, ids, CHUNK),
+                "hashing_ms": partial(chain_hashes, root, ids, CHUNK, first=True),
                 "index_query_ms": partial(store._index.read, query),
                 "look_up_of_a_new_prompt_ms": partial(_look_up, store, ids, expected, new=True),
                 "look_up_ms": partial(_look_up, store, ids, expected),

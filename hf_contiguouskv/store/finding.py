@@ -17,7 +17,15 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import SegmentCorruptError, SegmentMissingError, SegmentReadError, StoreError, StoreFormatError
+from ..errors import (
+    SegmentCorruptError,
+    SegmentKeyError,
+    SegmentMissingError,
+    SegmentReadError,
+    StoreError,
+    StoreFormatError,
+    UntrustedOwnerError,
+)
 from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .geometry import KVGeometry
@@ -75,7 +83,7 @@ class _Prompt:
         """The name that a segment has which ends after `tokens` tokens."""
         chunk, rest = divmod(tokens, self.chunk_size)
         before = self.hash_before(chunk)
-        return chunk_hash(before, self.ids[tokens - rest : tokens].tobytes()) if rest else before
+        return chunk_hash(before, self.ids[tokens - rest : tokens].tobytes(), first=chunk == 0) if rest else before
 
     def holds(self, segment: Segment, position: int, chunks: int, tokens: int) -> bool:
         """Whether `segment` holds chunks `position` to `position + chunks` of this prompt, up to `tokens` tokens."""
@@ -130,7 +138,7 @@ class Finder:
 
     def beginning(self, ids: TokenIds, chunk_size: int) -> str:
         """The name of the first chunk for no model in particular, hex."""
-        return segment_hashes(self.root("", chunk_size), ids[:chunk_size], chunk_size)[0].hex()
+        return segment_hashes(self.root("", chunk_size), ids[:chunk_size], chunk_size, first=True)[0].hex()
 
     def find(self, fingerprint: str, ids: TokenIds, chunk_size: int, geometry: KVGeometry | None = None) -> Found:
         """The longest stored beginning of `ids` (int64 `[n]`), whose KV has the shape and dtype of `geometry`.
@@ -211,7 +219,8 @@ class Finder:
         """The open segment of `row`, or why there is none."""
         try:
             return self._opened.get(row), None
-        except StoreFormatError as error:
+        except (StoreFormatError, SegmentKeyError, UntrustedOwnerError) as error:
+            # Not damage, and not ours to take away; what is computed now takes its place.
             logger.warning("skipped: %s", error)
             return None, "corrupt"
         except SegmentReadError as error:

@@ -8,11 +8,13 @@
              key_scale.{l}    [kv_heads, head_dim]                                 float32, one per indexed layer
              values4.{l}      [chunks, bytes]                                      uint8, one per packed layer
              token_ids        [num_tokens]                                         int64, of this segment only
-             checksums.payload [num_layers, chunks]                                uint64, xxh3_64 of each extent
+             checksums.payload [num_layers, chunks]                                uint64, of each extent
              checksums.values4 [packed layers, chunks]                             uint64, the same, if there are any
-             checksums.tensors [k]                                                 uint64, xxh3_64 of whole tensors:
+             checksums.tensors [k]                                                 uint64, of whole tensors:
                               all of the above but the other checksums, in their order
              padding.{i}      [n]   uint8 zeros, so that payload, leader_keys, key_index, values4 start on a page
+
+Checksums are xxh3_64, or made with the key of the store (`key.py`).
 
 Everything follows from the geometry and the number of tokens, so a header is written before any data is known, and a
 header that is read is compared with the one that its own geometry demands. `docs/FORMAT.md` tells the whole.
@@ -30,8 +32,11 @@ from typing import Any
 import xxhash
 
 from ..errors import InputError, SegmentCorruptError, StoreFormatError
+from ..wording import quoted
 from .backend import Blob
 from .geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
+from .hashing import TokenIds, segment_hashes
+from .key import MAC_BYTES, NO_MAC
 from .pread import PAGE
 
 __all__ = [
@@ -45,9 +50,11 @@ __all__ = [
     "read_header",
 ]
 
-# Version 2 has packed values; a segment without them is one of version 1.
-FORMAT_VERSION = 2
-MAX_HEADER_BYTES = 8 * 2**20
+# Versions 1 and 2 named chunks in another way.
+FORMAT_VERSION = 3
+# A hundred layers take 50 KiB. What is parsed takes up to twenty times its length in memory.
+MAX_HEADER_BYTES = 2 * 2**20
+MAX_TOKENS = 2**26
 _FIRST_READ = 64 * 1024
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "U64": 8}
@@ -55,6 +62,9 @@ _HASH = re.compile(r"[0-9a-f]{32}")
 # The header covers itself: its checksum is taken with these digits in the place of the checksum.
 _NO_CHECKSUM = "0" * 16
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{16})"')
+_MAC = re.compile(rb'"mac":"([0-9a-f]{64})"')
+_MAC_DIGITS = re.compile(r"[0-9a-f]{64}")
+_BEGINNING = b'{"__metadata__":'
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,7 @@ class SegmentHeader:
         beginning: name of the first chunk's tokens for no model in particular (same salt, same chunk size), hex; "" for
             a segment that does not begin its prefix. Tells "stored for another model" from "not stored".
         compute_ms: how long the model took to compute it, in milliseconds; 0 is unknown.
+        mac: code of the store's key over header and checksums, hex; zeros: there is no key.
     """
 
     geometry: KVGeometry
@@ -136,11 +147,7 @@ class SegmentHeader:
     salted: bool = False
     beginning: str = ""
     compute_ms: int = 0
-
-    @property
-    def version(self) -> int:
-        """Of the format that it needs."""
-        return FORMAT_VERSION if self.geometry.packed_layers else 1
+    mac: str = NO_MAC
 
     @property
     def num_chunks(self) -> int:
@@ -152,6 +159,15 @@ class SegmentHeader:
         """The chain hash that the first chunk of this segment continues."""
         return bytes.fromhex(self.parent or self.root)
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Length of the whole prefix that ends with this segment."""
+        return self.first_chunk * self.geometry.chunk_size + self.num_tokens
+
+    def hashes(self, ids: TokenIds) -> list[bytes]:
+        """The names of its chunks, if `ids` (int64 `[num_tokens]`) are its own token ids."""
+        return segment_hashes(self.parent_hash, ids, self.geometry.chunk_size, first=self.first_chunk == 0)
+
     @cached_property
     def places(self) -> dict[str, TensorPlace]:
         """The place of every tensor, relative to `data_start`."""
@@ -160,11 +176,15 @@ class SegmentHeader:
     @cached_property
     def encoded(self) -> bytes:
         """Length, JSON and padding: the bytes before the data section, a multiple of 4096."""
+        text = self._text()
+        return len(text).to_bytes(8, "little") + text
+
+    def _text(self) -> bytes:
         content: dict[str, Any] = {"__metadata__": self._metadata()}
         content |= _as_json(self.places)
         text = json.dumps(content, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE)
-        return len(text).to_bytes(8, "little") + _with_checksum(text, _header_checksum(text))
+        return _with_checksum(text, _header_checksum(text))
 
     @cached_property
     def checked_tensors(self) -> tuple[str, ...]:
@@ -189,7 +209,7 @@ class SegmentHeader:
     def _metadata(self) -> dict[str, str]:
         own = {
             "format": "hf_contiguouskv",
-            "version": str(self.version),
+            "version": str(FORMAT_VERSION),
             "fingerprint": self.fingerprint,
             "root": self.root,
             "parent": self.parent,
@@ -200,6 +220,7 @@ class SegmentHeader:
             "beginning": self.beginning,
             # Of fixed width: it is known only when everything else has been written.
             "compute_ms": f"{min(self.compute_ms, 10**12 - 1):012d}",
+            "mac": self.mac,
             "checksum": _NO_CHECKSUM,
         }
         return own | self.geometry.to_metadata()
@@ -221,6 +242,11 @@ def _with_checksum(text: bytes, checksum: str) -> bytes:
     return _CHECKSUM.sub(f'"checksum":"{checksum}"'.encode(), text, count=1)
 
 
+def covered_by_mac(text: bytes) -> bytes:
+    """The JSON and padding of a header as the code of a key covers it: with zeros for that code and the checksum."""
+    return _MAC.sub(f'"mac":"{NO_MAC}"'.encode(), _with_checksum(text, _NO_CHECKSUM), count=1)
+
+
 def read_header(blob: Blob) -> tuple[SegmentHeader, int]:
     """Read and check the header of an open blob.
 
@@ -229,7 +255,7 @@ def read_header(blob: Blob) -> tuple[SegmentHeader, int]:
 
     Raises:
         SegmentCorruptError: truncated, foreign, or a header that contradicts itself or its checksum.
-        StoreFormatError: written by a newer format.
+        StoreFormatError: written by another format.
         OSError: the storage failed.
     """
     size, name = blob.nbytes, blob.name
@@ -244,6 +270,8 @@ def read_header(blob: Blob) -> tuple[SegmentHeader, int]:
                 f"{name}: header of {length} bytes in a file of {size} bytes; not a segment, or cut"
             )
         if 8 + length > len(beginning):
+            if not blob.is_backed(0, 8 + length):
+                raise SegmentCorruptError(f"{name}: its header of {length} bytes is a hole in the file")
             rest = bytearray(8 + length - len(beginning))
             blob.read_into([(len(beginning), memoryview(rest))])
             beginning += rest
@@ -258,6 +286,28 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     Raises:
         SegmentCorruptError, StoreFormatError: see `read_header`.
     """
+    header = _as_written_here(text)
+    if header is None:
+        header = _parse_any(text, file_bytes, name)
+    wanted = 8 + len(text) + header.data_bytes
+    if (8 + len(text)) % PAGE or wanted != file_bytes:
+        raise SegmentCorruptError(f"{name}: {file_bytes} bytes, expected {wanted}; the file was cut or extended")
+    return header
+
+
+def _as_written_here(text: bytes) -> SegmentHeader | None:
+    """The header, if this library would write it just so, as nearly all are: that takes less time than to parse it."""
+    end = text.find(b"}") + 1
+    if not text.startswith(_BEGINNING) or not end:
+        return None
+    try:
+        header = _header_from(json.loads(text[len(_BEGINNING) : end]))
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return header if header._text() == text else None
+
+
+def _parse_any(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     try:
         content = _loads(text)
     except (ValueError, RecursionError) as error:
@@ -265,14 +315,13 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     metadata = content.pop("__metadata__", None) if isinstance(content, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != "hf_contiguouskv":
         raise SegmentCorruptError(f"{name}: not a segment of this library (no format mark in its metadata)")
-    # Of a newer format nothing is known but its number.
-    if _newer(metadata):
-        raise StoreFormatError(
-            f"{name}: segment format {metadata['version']}; this library reads up to {FORMAT_VERSION}. Update it."
-        )
+    # Of another format nothing is known but its number.
+    _require_this_format(metadata, name)
     checksum = _header_checksum(text)
     if metadata.get("checksum") != checksum:
-        raise SegmentCorruptError(f"{name}: checksum {checksum} of its header, expected {metadata.get('checksum')!r}")
+        raise SegmentCorruptError(
+            f"{name}: checksum {checksum} of its header, expected {quoted(metadata.get('checksum'))}"
+        )
     try:
         header = _header_from(metadata)
     except InputError as error:
@@ -283,10 +332,9 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     expected = _as_json(header.places)
     if _exactly(content) != _exactly(expected):
         wrong = next(n for n in [*expected, *content] if _exactly(content.get(n)) != _exactly(expected.get(n)))
-        raise SegmentCorruptError(f"{name}: tensor {wrong!r} is {content.get(wrong)}, expected {expected.get(wrong)}")
-    wanted = 8 + len(text) + header.data_bytes
-    if (8 + len(text)) % PAGE or wanted != file_bytes:
-        raise SegmentCorruptError(f"{name}: {file_bytes} bytes, expected {wanted}; the file was cut or extended")
+        raise SegmentCorruptError(
+            f"{name}: tensor {quoted(wrong)} is {quoted(content.get(wrong))}, expected {expected.get(wrong)}"
+        )
     return header
 
 
@@ -315,9 +363,20 @@ def _exactly(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _newer(metadata: Mapping[str, Any]) -> bool:
+def _require_this_format(metadata: Mapping[str, Any], name: str) -> None:
+    """Raises StoreFormatError where the metadata name another format than ours; what is no number is damage."""
     version = metadata.get("version")
-    return isinstance(version, str) and bool(re.fullmatch(r"[0-9]{1,9}", version)) and int(version) > FORMAT_VERSION
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}", version):
+        return
+    if int(version) > FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{name}: segment format {version}; this library reads format {FORMAT_VERSION}. Update it."
+        )
+    if int(version) < FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{name}: segment format {version}, of an earlier release, which named chunks in another way; this library "
+            f"reads format {FORMAT_VERSION}. Delete it."
+        )
 
 
 def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
@@ -325,11 +384,13 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         value = metadata.get(field)
         optional = field in ("parent", "beginning")
         if not isinstance(value, str) or not (_HASH.fullmatch(value) or (optional and not value)):
-            raise InputError(f"{field} must be 32 hex digits, got {value!r}")
-    fingerprint = metadata.get("fingerprint")
-    printable = isinstance(fingerprint, str) and len(fingerprint) <= 256 and fingerprint.isascii()
-    if not printable or metadata.get("salted") not in ("0", "1"):
+            raise InputError(f"{field} must be 32 hex digits, got {quoted(value)}")
+    fingerprint, mac = metadata.get("fingerprint"), metadata.get("mac")
+    readable = isinstance(fingerprint, str) and fingerprint.isascii() and fingerprint.isprintable()
+    if not readable or len(metadata["fingerprint"]) > 256 or metadata.get("salted") not in ("0", "1"):
         raise InputError("fingerprint or salted is missing, or makes no sense")
+    if not isinstance(mac, str) or not _MAC_DIGITS.fullmatch(mac):
+        raise InputError(f"mac must be {2 * MAC_BYTES} hex digits, got {quoted(mac)}")
     header = SegmentHeader(
         geometry=KVGeometry.from_metadata(metadata),
         fingerprint=metadata["fingerprint"],
@@ -341,10 +402,13 @@ def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:
         salted=metadata["salted"] == "1",
         beginning=metadata["beginning"],
         compute_ms=whole_number(metadata, "compute_ms"),
+        mac=mac,
     )
     for field, text in header._metadata().items():
         if metadata.get(field) != text and field != "checksum":
-            raise InputError(f"{field} must be written as {text!r}, got {metadata.get(field)!r}")
-    if header.num_tokens == 0 or (header.first_chunk == 0) != (header.parent == ""):
-        raise InputError(f"{header.num_tokens} tokens from chunk {header.first_chunk} after parent {header.parent!r}")
+            raise InputError(f"{field} must be written as {quoted(text)}, got {quoted(metadata.get(field))}")
+    if not 0 < header.num_tokens <= MAX_TOKENS or (header.first_chunk == 0) != (header.parent == ""):
+        raise InputError(
+            f"{header.num_tokens} tokens (1 to {MAX_TOKENS}) from chunk {header.first_chunk} after {header.parent!r}"
+        )
     return header

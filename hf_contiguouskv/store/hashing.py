@@ -1,12 +1,15 @@
 """Names of chunks: a chain of BLAKE2b hashes, so that equal beginnings have equal names and share storage.
 
-    root    = H("hf_contiguouskv/1", fingerprint, chunk_size, salt)
-    hash[0] = H(root    + token ids of chunk 0)
-    hash[i] = H(hash[i-1] + token ids of chunk i)
+    root    = Hroot("hf_contiguouskv/1", fingerprint, chunk_size, salt)
+    hash[0] = Hfirst(root      + token ids of chunk 0)
+    hash[i] = Hnext (hash[i-1] + token ids of chunk i)
 
 A hash therefore stands for the whole prefix up to the end of its chunk, for one model, chunk size and tenant. Token
 ids are hashed as little-endian int64. A partial last chunk is hashed the same way; it has fewer bytes, so its name
 differs from that of every whole chunk.
+
+The three functions are one with different personalisation: a segment that calls the name of somebody's chunk its root
+cannot have the names of the chunks that follow there.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import numpy.typing as npt
 from ..errors import InputError
 
 HASH_BYTES = 16
+# (What follows has none: of thousands of small hashes, it would take half of the time.)
+_ROOT, _FIRST = b"hf_ckv root", b"hf_ckv first"
 TokenIds = npt.NDArray[np.int64]
 
 
@@ -40,29 +45,41 @@ def as_token_ids(ids: object) -> TokenIds:
 
 def root_hash(fingerprint: str, chunk_size: int, salt: bytes = b"") -> bytes:
     """The hash before the first chunk: 16 bytes that differ by model, chunk size and salt."""
-    digest = blake2b(digest_size=HASH_BYTES)
+    digest = blake2b(digest_size=HASH_BYTES, person=_ROOT)
     for part in (b"hf_contiguouskv/1", fingerprint.encode(), str(chunk_size).encode(), salt):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
 
 
-def chunk_hash(parent: bytes, token_ids_bytes: bytes | memoryview) -> bytes:
-    """The 16-byte hash of a chunk after `parent`; `token_ids_bytes` are its ids as little-endian int64."""
-    digest = blake2b(parent, digest_size=HASH_BYTES)
+def chunk_hash(before: bytes, token_ids_bytes: bytes | memoryview, *, first: bool) -> bytes:
+    """The 16-byte hash of a chunk.
+
+    Args:
+        before: hash of the chunk before it; for the first chunk of a prefix, the root.
+        token_ids_bytes: its ids as little-endian int64.
+        first: whether it is the first chunk of a prefix.
+    """
+    digest = blake2b(before, digest_size=HASH_BYTES, person=_FIRST if first else b"")
     digest.update(token_ids_bytes)
     return digest.digest()
 
 
-def chain_hashes(root: bytes, ids: TokenIds, chunk_size: int) -> list[bytes]:
-    """Hashes of the whole chunks of `ids` (int64 `[n]`): `n // chunk_size` of them; a partial tail has none here."""
+def chain_hashes(before: bytes, ids: TokenIds, chunk_size: int, *, first: bool) -> list[bytes]:
+    """Hashes of the whole chunks of `ids` (int64 `[n]`): `n // chunk_size` of them; a partial tail has none here.
+
+    `before` and `first`: as for `chunk_hash` of the first one.
+    """
     octets = ids.tobytes()
     step = 8 * chunk_size
     hashes = []
-    parent = root
-    for start in range(0, len(octets) - step + 1, step):
-        parent = blake2b(parent + octets[start : start + step], digest_size=HASH_BYTES).digest()
-        hashes.append(parent)
+    begin = 0
+    if first and len(octets) >= step:
+        before, begin = chunk_hash(before, octets[:step], first=True), step
+        hashes.append(before)
+    for start in range(begin, len(octets) - step + 1, step):
+        before = blake2b(before + octets[start : start + step], digest_size=HASH_BYTES).digest()
+        hashes.append(before)
     return hashes
 
 
@@ -81,7 +98,7 @@ class ChainMemory:
         self._prompts = prompts
 
     def hashes(self, root: bytes, ids: TokenIds, chunk_size: int) -> list[bytes]:
-        """See `chain_hashes`."""
+        """See `chain_hashes`; `ids` begin the prefix."""
         best: list[bytes] = []
         for known_root, known_size, known_ids, known_hashes in self._recent:
             if (known_root, known_size) == (root, chunk_size):
@@ -89,7 +106,7 @@ class ChainMemory:
                 if shared > len(best):
                     best = known_hashes[:shared]
         begin = len(best) * chunk_size
-        found = best + chain_hashes(best[-1] if best else root, ids[begin:], chunk_size)
+        found = best + chain_hashes(best[-1] if best else root, ids[begin:], chunk_size, first=not best)
         if len(found) > len(best):
             self._recent = ((root, chunk_size, ids.copy(), found), *self._recent[: self._prompts - 1])
         return found
@@ -102,10 +119,10 @@ def shared_beginning(left: TokenIds, right: TokenIds) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def segment_hashes(parent: bytes, ids: TokenIds, chunk_size: int) -> list[bytes]:
-    """Hashes of all chunks of `ids`, which continue `parent`; a partial last chunk is included."""
-    hashes = chain_hashes(parent, ids, chunk_size)
+def segment_hashes(before: bytes, ids: TokenIds, chunk_size: int, *, first: bool) -> list[bytes]:
+    """Hashes of all chunks of `ids`, a partial last one included; `before` and `first` as for `chain_hashes`."""
+    hashes = chain_hashes(before, ids, chunk_size, first=first)
     tail = ids[len(hashes) * chunk_size :]
     if tail.size:
-        hashes.append(chunk_hash(hashes[-1] if hashes else parent, tail.tobytes()))
+        hashes.append(chunk_hash(hashes[-1] if hashes else before, tail.tobytes(), first=first and not hashes))
     return hashes

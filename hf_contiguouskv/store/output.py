@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import xxhash
 
 from ..errors import StoreError, StoreFullError
 from .backend import BlobWriter
-from .format import SegmentHeader
+from .finite import NumberPlaces
+from .format import SegmentHeader, covered_by_mac
 from .hashing import TokenIds
+from .key import Checksums, StoreKey
 from .packing import pack_values
 from .pread import as_memoryview
 
@@ -26,13 +27,19 @@ class SegmentOutput:
         header: what the segment will say about itself.
         token_ids: int64 `[num_tokens]`.
         blob: from `SegmentBackend.create`, `header.nbytes` long.
+        key: of the store, if it has one.
     """
 
-    def __init__(self, header: SegmentHeader, token_ids: TokenIds, blob: BlobWriter) -> None:
+    def __init__(
+        self, header: SegmentHeader, token_ids: TokenIds, blob: BlobWriter, key: StoreKey | None = None
+    ) -> None:
         self.header = header
         self.blob = blob
+        self._key = key
+        self._checksums = Checksums() if key is None else key.checksums(header.key)
         geometry = header.geometry
         self.data_start = len(header.encoded)
+        self._numbers = NumberPlaces(header, self.data_start)
         self.written = np.zeros((geometry.num_layers, header.num_chunks), dtype=bool)
         self.checksums = np.zeros((geometry.num_layers, header.num_chunks), dtype="<u8")
         packed = (len(geometry.packed_layers), header.num_chunks)
@@ -69,10 +76,15 @@ class SegmentOutput:
         geometry = self.header.geometry
         extent, chunks = geometry.extent_bytes, kv.shape[0]
         octets = as_memoryview(kv)
-        self.checksums[layer, first : first + chunks] = _digests(octets, extent)
         group, inside = divmod(layer, geometry.layers_per_group)
         stride = geometry.group_layers(group) * extent
         start = self.start(f"payload.{group}") + first * stride + inside * extent
+        if not self._numbers.are_finite(start, octets):
+            raise StoreError(
+                f"segment {self.header.key}: keys or values of layer {layer} are infinite or no numbers, so they are "
+                "not stored; does the model overflow in this dtype?"
+            )
+        self.checksums[layer, first : first + chunks] = self._each(octets, extent)
         if stride == extent:
             self.blob.write(start, octets)
         else:
@@ -86,13 +98,29 @@ class SegmentOutput:
             packed, size = as_memoryview(values), geometry.packed_bytes
             self.blob.write(self.start(f"values4.{layer}") + first * size, packed)
             row = geometry.packed_layers.index(layer)
-            self.packed_checksums[row, first : first + chunks] = _digests(packed, size)
+            self.packed_checksums[row, first : first + chunks] = self._each(packed, size)
         self.written[layer, first : first + chunks] = True
 
     def write_index(self, layer: int, index: torch.Tensor, scale: torch.Tensor) -> None:
         self.blob.write(self.start(f"key_index.{layer}"), as_memoryview(index.contiguous()))
         self.blob.write(self.start(f"key_scale.{layer}"), as_memoryview(scale.contiguous()))
         self.indexed.add(layer)
+
+    def adopt(self) -> None:
+        """Take what lies in the blob already for what was to be written, and make its checksums."""
+        g = self.header.geometry
+        for group in range(g.num_groups):
+            layers = range(group * g.layers_per_group, group * g.layers_per_group + g.group_layers(group))
+            start = self.start(f"payload.{group}")
+            for chunk in range(self.header.num_chunks):
+                octets = memoryview(self.blob.read(start, len(layers) * g.extent_bytes))
+                self.checksums[layers, chunk] = self._each(octets, g.extent_bytes)
+                start += octets.nbytes
+        for row, layer in enumerate(g.packed_layers):
+            octets = memoryview(self.blob.read(self.start(f"values4.{layer}"), self.header.num_chunks * g.packed_bytes))
+            self.packed_checksums[row] = self._each(octets, g.packed_bytes)
+        self.written[:] = True
+        self.indexed = set(g.indexed_layers)
 
     def finish(self, compute_s: float) -> None:
         """Write the checksums and what only the end knows, and make it all durable.
@@ -112,18 +140,20 @@ class SegmentOutput:
         missing = set(self.header.geometry.indexed_layers) - self.indexed
         if missing:
             raise StoreError(f"{self.blob.name}: segment is incomplete, no key index for layers {sorted(missing)}")
-        whole = [self._digest(name) for name in self.header.checked_tensors]
-        self.blob.write(self.start("checksums.payload"), memoryview(self.checksums.tobytes()))
-        if self.packed_checksums.size:
-            self.blob.write(self.start("checksums.values4"), memoryview(self.packed_checksums.tobytes()))
-        self.blob.write(self.start("checksums.tensors"), memoryview(np.array(whole, dtype="<u8").tobytes()))
+        whole = np.array([self._digest(name) for name in self.header.checked_tensors], dtype="<u8")
+        # Neighbours, in this order and without padding.
+        checksums = self.checksums.tobytes() + self.packed_checksums.tobytes() + whole.tobytes()
+        self.blob.write(self.start("checksums.payload"), memoryview(checksums))
         self.header = replace(self.header, compute_ms=round(1000 * compute_s))
+        if self._key is not None:
+            covered = covered_by_mac(self.header.encoded[8:])
+            self.header = replace(self.header, mac=self._key.mac(covered, checksums))
         self.blob.write(0, memoryview(self.header.encoded))
         self.blob.seal()
 
     def _digest(self, name: str) -> int:
         # Chunks may come in any order, so tensors that span all of them are hashed once they are complete.
-        digest = xxhash.xxh3_64()
+        digest = self._checksums.begin()
         start, left = self.start(name), self.header.places[name].nbytes
         while left:
             octets = self.blob.read(start, min(left, 2**22))
@@ -133,10 +163,10 @@ class SegmentOutput:
             start, left = start + len(octets), left - len(octets)
         return int(digest.intdigest())
 
-
-def _digests(octets: memoryview, size: int) -> list[int]:
-    """xxh3_64 of each `size` bytes."""
-    return [xxhash.xxh3_64_intdigest(octets[start : start + size]) for start in range(0, len(octets), size)]
+    def _each(self, octets: memoryview, size: int) -> list[int]:
+        """The checksum of each `size` bytes."""
+        checksum = self._checksums.of
+        return [checksum(octets[start : start + size]) for start in range(0, len(octets), size)]
 
 
 def as_store_error(error: OSError, key: str) -> StoreError:

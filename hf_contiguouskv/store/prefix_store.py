@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, InputError, StoreError
@@ -23,6 +24,7 @@ from .folder import Pins, open_folder
 from .format import KVGeometry
 from .hashing import TokenIds, as_token_ids, chain_hashes, shared_beginning
 from .index import StoreIndex
+from .key import KeySource, StoreKey
 from .local_disk import LocalDisk
 from .opened import OpenSegments
 from .publishing import Publisher
@@ -69,6 +71,9 @@ class PrefixStore(Upkeep):
         direct: read past the operating system's page cache where the file system can.
         reader_threads: reads in flight at once.
         backend: where segments lie, if not in `path`; index and pins are in `path` all the same.
+        key: a secret that those share who may put prefixes into the store: its bytes, a path or `"file:PATH"` of a file
+            that holds it, or `"env:NAME"` of an environment variable. What was stored without it, or with another one,
+            is not used. Without a key, whoever can write to the store decides what is answered.
 
     Raises:
         StoreFormatError: `path` is something else than a store, or newer than this library.
@@ -94,6 +99,7 @@ class PrefixStore(Upkeep):
         direct: bool = True,
         reader_threads: int = 8,
         backend: SegmentBackend | None = None,
+        key: KeySource | None = None,
     ) -> None:
         bounds = {
             "max_disk_bytes": max_disk_bytes,
@@ -104,6 +110,8 @@ class PrefixStore(Upkeep):
         for name, value in bounds.items():
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
+        self._key = StoreKey.of(key)
+        self._opener = partial(Segment, key=self._key)
         self._closed = True  # Until everything below has worked: `__del__` sees half-made stores too.
         try:
             self.path = open_folder(path, create=create)
@@ -124,7 +132,7 @@ class PrefixStore(Upkeep):
         self.counters = StoreCounters()
         salt = salt.encode() if isinstance(salt, str) else bytes(salt)
         index = self._index = StoreIndex(self.path / "index.sqlite", self._refill)
-        opened = self._opened = OpenSegments(self.backend, self.memory.forget)
+        opened = self._opened = OpenSegments(self.backend, self._opener, self.memory.forget)
         self._finder = Finder(
             index, self.backend, opened, salt, ttl_s, self._last_use, lambda: self.counters.add("quarantined")
         )
@@ -132,8 +140,10 @@ class PrefixStore(Upkeep):
             index,
             self.backend,
             opened,
+            self._opener,
             self._finder,
             self.counters,
+            key=self._key,
             salted=bool(salt),
             max_disk_bytes=max_disk_bytes,
             ttl_s=ttl_s,
@@ -234,7 +244,7 @@ class PrefixStore(Upkeep):
 
         Where a segment in the middle of a prefix was lost, only what lies before that chunk needs to be computed.
         """
-        hashes = chain_hashes(self._finder.root(fingerprint, chunk_size), as_token_ids(ids), chunk_size)
+        hashes = chain_hashes(self._finder.root(fingerprint, chunk_size), as_token_ids(ids), chunk_size, first=True)
         try:
             found: int | None = self._read(lambda db: next_stored(db, hashes, first_chunk))
         except StoreError:

@@ -18,11 +18,22 @@ from .folder import Pins
 from .format import KVGeometry, SegmentHeader
 from .hashing import TokenIds, chain_hashes, segment_hashes
 from .index import StoreIndex
+from .key import StoreKey
 from .memory_backend import MemoryBackend
 from .opened import OpenSegments
-from .rows import SegmentRow, drop_segment, find_chunk, insert_segment, mark_used, segment_by_key, stored_chunk_rows
+from .proof import continues, is_superseded, is_the_same
+from .rows import (
+    SegmentRow,
+    drop_segment,
+    find_chunk,
+    insert_segment,
+    mark_used,
+    segment_by_id,
+    segment_by_key,
+    stored_chunk_rows,
+)
 from .search import chain_to
-from .segment import Segment
+from .segment import Segment, SegmentOpener
 from .writer import SegmentWriter
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -32,7 +43,8 @@ class Publisher:
     """Begins segments, and publishes those that are complete.
 
     Args:
-        index, backend, opened, finder, counters: of the store.
+        index, backend, opened, opener, finder, counters: of the store.
+        key: of the store, if it has one.
         salted: whether the store has a tenant salt.
         max_disk_bytes: bound on what all segments take up; `None`: no bound.
         ttl_s: see `PrefixStore`.
@@ -45,9 +57,11 @@ class Publisher:
         index: StoreIndex,
         backend: SegmentBackend,
         opened: OpenSegments,
+        opener: SegmentOpener,
         finder: Finder,
         counters: StoreCounters,
         *,
+        key: StoreKey | None,
         salted: bool,
         max_disk_bytes: int | None,
         ttl_s: float | None,
@@ -57,6 +71,8 @@ class Publisher:
         self._index = index
         self._backend = backend
         self._opened = opened
+        self._opener = opener
+        self._key = key
         self._finder = finder
         self._counters = counters
         self._salted = salted
@@ -71,13 +87,13 @@ class Publisher:
         if not 0 <= begin < len(ids):
             raise InputError(f"first_chunk {first_chunk} leaves nothing to store of {len(ids)} tokens")
         root = self._finder.root(fingerprint, c)
-        before = chain_hashes(root, ids[:begin], c)
+        before = chain_hashes(root, ids[:begin], c, first=True)
         return SegmentHeader(
             geometry=geometry,
             fingerprint=fingerprint,
             root=root.hex(),
             parent=before[-1].hex() if before else "",
-            key=segment_hashes(before[-1] if before else root, ids[begin:], c)[-1].hex(),
+            key=segment_hashes(before[-1] if before else root, ids[begin:], c, first=not before)[-1].hex(),
             first_chunk=first_chunk,
             num_tokens=len(ids) - begin,
             salted=self._salted,
@@ -103,7 +119,7 @@ class Publisher:
             _, segment = self._publish(final, own, blob, False)
             return self._published(final, ids, before, segment)
 
-        return SegmentWriter(header, _own(ids, header), self._backend, publish)
+        return SegmentWriter(header, _own(ids, header), self._backend, self._key, publish)
 
     def begin_in_memory(
         self,
@@ -121,7 +137,7 @@ class Publisher:
             blob.publish()
             return _continued(before, Segment(memory.open(final.key)), len(ids))
 
-        return SegmentWriter(header, _own(ids, header), memory, publish)
+        return SegmentWriter(header, _own(ids, header), memory, None, publish)
 
     def _published(
         self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None, segment: Segment | None
@@ -160,20 +176,19 @@ class Publisher:
     ) -> tuple[bool, Segment | None]:
         in_place = False
         doomed: dict[str, Hashable] = {}
-        evicted = 0
+        evicted, replaced = 0, False
 
         def change(db: sqlite3.Connection) -> tuple[bool, Segment | None]:
-            nonlocal in_place, evicted
+            nonlocal in_place, evicted, replaced
             existing = segment_by_key(db, header.key)
             if not in_place and self._is_there(db, header.key, existing):
-                there = self._opened_now(header.key)
-                # Segments with the same end may begin at different chunks: one that continues nothing is of no use.
-                if there is None or _is_held(db, there.header) or there.first_chunk <= header.first_chunk:
+                there = self._same_there(db, header, ids)
+                if there is not None:
                     # Whoever computed it again uses it: without this, what has expired would never be found again.
                     mark_used(db, [(1, time.time(), key) for key in _chain_keys(db, header)])
                     return False, there
                 existing = segment_by_key(db, header.key)
-            if not _is_held(db, header):
+            if not self._is_held(db, header):
                 raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
             if existing is not None:
                 drop_segment(db, header.key)
@@ -183,9 +198,9 @@ class Publisher:
                 in_place = True
             # A pin outlives a segment that was lost.
             insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned or self._pins.holds(header.key))
-            evicted = len(victims)
+            evicted, replaced = len(victims), existing is not None
             doomed.clear()
-            for row in (*victims, *superseded_by(db, header, ids)):
+            for row in (*victims, *self._superseded(db, header, ids)):
                 drop_segment(db, row.key)
                 doomed[row.key] = self._backend.identity(row.key)
             return True, self._opened_now(header.key)
@@ -200,6 +215,8 @@ class Publisher:
                     self._index.write(lambda db: self._delete_unindexed(db, header.key))
             raise
         self._remove(doomed)
+        if replaced:
+            self._opened.forget([header.key])  # What is kept of it in memory may not be what it holds now.
         if published:
             self._counters.add("published")
             self._counters.add("bytes_written", header.nbytes)
@@ -214,8 +231,41 @@ class Publisher:
     def _opened_now(self, key: str) -> Segment | None:
         """The segment `key`, opened before anybody can delete it."""
         with contextlib.suppress(StoreError, OSError):
-            return Segment(self._backend.open(key))
+            return self._opener(self._backend.open(key))
         return None
+
+    def _same_there(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> Segment | None:
+        """The segment that is stored under this name already, if it is of use; otherwise the new one replaces it.
+
+        It must be possible to open it, and it must prove to be the same: whoever made it may lie. And segments with
+        the same end may begin at different chunks: one that continues nothing is of no use.
+        """
+        there = self._opened_now(header.key)
+        with contextlib.suppress(StoreError):
+            if there is not None and is_the_same(there, header, ids):
+                held = there.first_chunk <= header.first_chunk or self._is_held(db, there.header)
+                return there if held else None
+        return None
+
+    def _is_held(self, db: sqlite3.Connection, header: SegmentHeader) -> bool:
+        """Whether what a segment continues is stored: the index names where, and that segment's own bytes prove it."""
+        if not header.parent:
+            return True
+        place = find_chunk(db, header.parent_hash)
+        if place is None:
+            return False
+        with contextlib.suppress(StoreError):
+            return continues(header, self._opened.get(segment_by_id(db, place[0])), place[1])
+        return False
+
+    def _superseded(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> list[SegmentRow]:
+        """Segments that the new one makes superfluous; what the index says of them is compared with their bytes."""
+        found = []
+        for row in superseded_by(db, header, ids):
+            with contextlib.suppress(StoreError):
+                if is_superseded(self._opened.get(row), header, ids):
+                    found.append(row)
+        return found
 
     def _remove(self, doomed: dict[str, Hashable]) -> None:
         """Delete blobs that the index has forgotten: only now, when that is certain to last."""
@@ -256,7 +306,7 @@ class Publisher:
         if row is not None and len(stored_chunk_rows(db, row.id)) == row.num_chunks:
             return True
         try:
-            segment = Segment(self._backend.open(key))
+            segment = self._opener(self._backend.open(key))
             ids = segment.token_ids
         except (StoreError, OSError):
             return False
@@ -358,11 +408,6 @@ def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:
     """Keys of the segments of the prefix that ends with this one, as far as they are stored."""
     chain = chain_to(db, bytes.fromhex(header.key), header.first_chunk + header.num_chunks)
     return {header.key} if isinstance(chain, int) else {row.key for row, _ in chain}
-
-
-def _is_held(db: sqlite3.Connection, header: SegmentHeader) -> bool:
-    """Whether what this segment continues is stored."""
-    return not header.parent or find_chunk(db, header.parent_hash) is not None
 
 
 def _own(ids: TokenIds, header: SegmentHeader) -> TokenIds:

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from .pread import MAX_PART, PAGE
 from .segment import Segment
@@ -29,8 +27,8 @@ class Read:
         offset: of the first byte in the file.
         nbytes: length of the range.
         into: writable bytes, `nbytes` long. Must stay alive and untouched until the ticket is done.
-        checks: `(start, length, checksum)` of parts of the range, `start` counted from its beginning: their xxh3_64
-            is compared when they have been read.
+        checks: `(start, length, checksum)` of parts of the range, `start` counted from its beginning: they
+            are compared when they have been read, and floating-point numbers in them must be finite.
     """
 
     segment: Segment
@@ -142,11 +140,19 @@ def finish(part: Read | Part) -> None:
 
 
 def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> None:
+    digest = segment.checksum
+    begin = end = -1
     for start, length, checksum in checks:
-        if xxhash.xxh3_64_intdigest(into[start : start + length]) != checksum:
+        if digest(into[start : start + length]) != checksum:
             raise SegmentCorruptError(
                 f"{segment.name}: {segment.describe(offset + start)}: bytes do not match their checksum", segment
             )
+        if start != end:
+            if end > begin:
+                segment.require_finite(offset + begin, into[begin:end])
+            begin = start
+        end = start + length
+    segment.require_finite(offset + begin, into[begin:end])
 
 
 def explain(error: BaseException, part: Read | Part | ReadBatch) -> BaseException:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
-from ..errors import SegmentCorruptError, SegmentReadError
+from ..errors import SegmentCorruptError, SegmentKeyError, SegmentReadError
 from .backend import Blob
 from .extents import ExtentPlaces, Form, exact_extents, packed_extents
-from .format import KVGeometry, read_header
+from .finite import NumberPlaces
+from .format import KVGeometry, covered_by_mac, read_header
 from .hashing import TokenIds
+from .key import NO_MAC, Checksums, StoreKey, same_mac
 
 _TORCH_DTYPES = {
     "F32": torch.float32,
@@ -26,6 +27,10 @@ _TORCH_DTYPES = {
 }
 
 
+# A read of so many bytes is made without asking whether they are there.
+_UNASKED_BYTES = 64 * 1024
+
+
 class Segment:
     """A segment in an open blob.
 
@@ -34,19 +39,23 @@ class Segment:
 
     Args:
         blob: open blob; it is closed when it holds no segment.
+        key: of the store: only segments that were made with it are opened. `None`: only those without a key.
 
     Attributes:
         blob: where the bytes are.
         name: of the blob, for messages.
         header: its header, checked.
+        checksum: the checksum of some bytes, as this segment's are made.
+        numbers: where its floating-point numbers lie.
         retired: it was removed from its store, and lives only as long as somebody has it open.
 
     Raises:
         SegmentCorruptError, StoreFormatError: see `format.read_header`.
+        SegmentKeyError: it was made with another key, or with none; or with one, and `key` is `None`.
         SegmentReadError: the storage failed.
     """
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, key: StoreKey | None = None) -> None:
         self.blob = blob
         self.retired = False
         self.name = blob.name
@@ -58,6 +67,7 @@ class Segment:
         except BaseException:
             blob.close()
             raise
+        self.numbers = NumberPlaces(self.header, self._data_start)
         self.read_into = blob.read_into
         # By form: where extents lie, and their checksums, once these have been read.
         self._extents: dict[Form, ExtentPlaces] = {"exact": exact_extents(self.header, self._data_start)}
@@ -67,6 +77,28 @@ class Segment:
         self._checksums: dict[str, npt.NDArray[np.uint64]] = {}
         self._tensor_checksums: dict[str, int] = {}
         self._token_ids: TokenIds | None = None
+        self.checksums = Checksums() if key is None else key.checksums(self.header.key)
+        self.checksum = self.checksums.of
+        try:
+            self._require_key(key)
+        except BaseException:
+            blob.close()
+            raise
+
+    def _require_key(self, key: StoreKey | None) -> None:
+        told = self.header.mac
+        if key is None:
+            if told != NO_MAC:
+                raise SegmentKeyError(
+                    f"{self.name}: was stored with a key; open the store with it (`PrefixStore(..., key=...)`)"
+                )
+            return
+        if told == NO_MAC:
+            raise SegmentKeyError(f"{self.name}: was stored without a key, and this store has one; it is not used")
+        # What is compared with the code is kept: bytes that change later do not count.
+        header = covered_by_mac(bytes(self.read_bytes(8, self._data_start - 8)))
+        if not same_mac(key.mac(header, self._load_checksums()), told):
+            raise SegmentKeyError(f"{self.name}: was not stored with the key of this store; it is not used")
 
     @property
     def nbytes(self) -> int:
@@ -128,12 +160,12 @@ class Segment:
         return self._data_start + place.start, place.nbytes
 
     def layer_checksum(self, layer: int, form: Form = "exact") -> int | None:
-        """xxh3_64 of all chunks of `layer` together, if they are one range of the file."""
+        """Checksum of all chunks of `layer` together, if they are one range of the file."""
         tensor = self._extents[form].tensors[layer]
         return self.tensor_checksum(tensor) if tensor else None
 
     def run_checksums(self, layer: int, first: int, chunks: int, form: Form = "exact") -> list[int]:
-        """xxh3_64 of each extent of consecutive chunks of `layer`, `first` counted in this segment."""
+        """Checksum of each extent of consecutive chunks of `layer`, `first` counted in this segment."""
         if not self._checksums:
             self._load_checksums()
         extents = self._extents[form]
@@ -142,7 +174,7 @@ class Segment:
         return found
 
     def tensor_checksum(self, name: str) -> int:
-        """xxh3_64 of the whole tensor `name`, one of `header.checked_tensors`."""
+        """Checksum of the whole tensor `name`, one of `header.checked_tensors`."""
         if not self._checksums:
             self._load_checksums()
         return self._tensor_checksums[name]
@@ -157,8 +189,9 @@ class Segment:
         """
         offset, nbytes = self.tensor_extent(name)
         octets = self.read_bytes(offset, nbytes)
-        if name in self.header.checked_tensors and xxhash.xxh3_64_intdigest(octets) != self.tensor_checksum(name):
+        if name in self.header.checked_tensors and self.checksum(octets) != self.tensor_checksum(name):
             raise SegmentCorruptError(f"{self.name}: the bytes of {name} do not match their checksum", self)
+        self.require_finite(offset, memoryview(octets))
         place = self.header.places[name]
         return torch.frombuffer(octets, dtype=_TORCH_DTYPES[place.dtype]).reshape(place.shape)
 
@@ -169,6 +202,9 @@ class Segment:
             SegmentCorruptError: the blob ends before.
             SegmentReadError: the storage failed.
         """
+        if nbytes > _UNASKED_BYTES and not self.blob.is_backed(offset, nbytes):
+            # Memory for it would be taken on the word of whoever made the file.
+            raise SegmentCorruptError(f"{self.name}: {self.describe(offset)} is a hole in the file", self)
         octets = bytearray(nbytes)
         try:
             self.blob.read_into([(offset, memoryview(octets))])
@@ -177,6 +213,19 @@ class Segment:
         except OSError as error:
             raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}", self, error.errno) from error
         return octets
+
+    def require_finite(self, offset: int, octets: memoryview) -> None:
+        """Refuse numbers that are not finite: no model computes them, and one of them spoils a whole answer.
+
+        Args:
+            offset: of `octets` in the file; where they are extents, of the first one.
+            octets: bytes of the file.
+
+        Raises:
+            SegmentCorruptError: there is one.
+        """
+        if not self.numbers.are_finite(offset, octets):
+            raise SegmentCorruptError(f"{self.name}: {self.describe(offset)} holds numbers that are not finite", self)
 
     def cut_short(self, offset: int, error: EOFError) -> SegmentCorruptError:
         """The error for a blob that ends inside what begins at `offset`."""
@@ -199,12 +248,13 @@ class Segment:
                 return f"layer {layer}, chunk {self.first_chunk + chunk}"
         return f"offset {offset}"
 
-    def _load_checksums(self) -> None:
+    def _load_checksums(self) -> bytearray:
         # The tensors of checksums are neighbours at the end of the file: one read.
         offset, _ = self.tensor_extent("checksums.payload")
         last, last_bytes = self.tensor_extent("checksums.tensors")
         octets = self.read_bytes(offset, last + last_bytes - offset)
         index = np.frombuffer(octets, dtype="<u8", offset=last - offset)
+        # (8 bytes each, as the token ids before them: there is no padding between.)
         self._tensor_checksums = dict(zip(self.header.checked_tensors, index.tolist(), strict=True))
         found = {}
         for extents in self._extents.values():
@@ -213,6 +263,7 @@ class Segment:
             sums = np.frombuffer(octets, dtype="<u8", count=nbytes // 8, offset=start - offset)
             found[extents.checksums] = sums.reshape(shape)
         self._checksums = found
+        return octets
 
     def close(self) -> None:
         """Close the blob; reads that are under way must have ended."""
@@ -224,3 +275,7 @@ class Segment:
 
     def __repr__(self) -> str:
         return f"Segment({self.name}, chunks {self.first_chunk}+{self.num_chunks}, {self.num_tokens} tokens)"
+
+
+# Makes a segment of an open blob; knows the key of the store. `functools.partial(Segment, key=...)` is one.
+SegmentOpener = Callable[[Blob], Segment]

@@ -6,15 +6,13 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import xxhash
-
 from ..errors import StoreError
 from .backend import SegmentBackend
+from .derived import derived_problems
 from .entries import StoreProblem
-from .hashing import segment_hashes
 from .index import StoreIndex
 from .rows import SegmentRow, chunk_rows, stored_chunk_rows
-from .segment import Segment
+from .segment import Segment, SegmentOpener
 
 _SCAN_BYTES = 4 * 2**20
 
@@ -27,19 +25,24 @@ def verify_segments(
     *,
     whole_store: bool,
     progress: Callable[[int, int], None] | None,
+    opener: SegmentOpener = Segment,
+    deep: bool = False,
 ) -> list[StoreProblem]:
-    """Everything that is wrong with the segments of `rows`; with `whole_store`, with the rest of the store as well."""
+    """Everything that is wrong with the segments of `rows`; with `whole_store`, with the rest of the store as well.
+
+    `opener`: opens what is in a blob. `deep`: see `segment_problems`.
+    """
     problems: list[StoreProblem] = []
     total, done = sum(row.nbytes for row in rows), 0
     for row in rows:
         try:
-            segment = Segment(backend.open(row.key))
+            segment = opener(backend.open(row.key))
         except (StoreError, OSError) as error:
             problems.append(StoreProblem(row.key, f"segment {row.key}", str(error)))
         else:
             try:
                 read = partial(_tell, progress, total, done)
-                found = segment_problems(segment, row.key, read)
+                found = segment_problems(segment, row.key, read, deep)
                 problems += [StoreProblem(row.key, segment.name, text) for text in found]
                 if not found:
                     wrong = index.read(lambda db, s=segment, r=row: row_problems(db, s, r, r.key in pinned))  # type: ignore[misc]
@@ -59,18 +62,23 @@ def _tell(progress: Callable[[int, int], None] | None, total: int, before: int, 
         progress(min(before + read, total), total)
 
 
-def segment_problems(segment: Segment, key: str, read: Callable[[int], None] | None = None) -> list[str]:
+def segment_problems(
+    segment: Segment, key: str, read: Callable[[int], None] | None = None, deep: bool = False
+) -> list[str]:
     """What is wrong with the bytes of a segment that should be the one named `key`, in words.
 
     Args:
         segment: open.
         key: its name.
         read: called with the bytes of it that have been read so far.
+        deep: make what approximates or repeats the payload again from it, and compare that too.
     """
     if segment.key != key:
         return [f"holds segment {segment.key}, expected {key}"]
     try:
-        return list(_damage(segment, read or (lambda nbytes: None)))
+        problems = list(_damage(segment, read or (lambda nbytes: None)))
+        # (Of a damaged payload everything would be wrong.)
+        return problems or (list(derived_problems(segment)) if deep else [])
     except StoreError as error:
         return [str(error)]
 
@@ -88,14 +96,12 @@ def _damage(segment: Segment, read: Callable[[int], None]) -> Iterator[str]:
             continue
         if kind == "padding" and bool(tensor.any()):
             yield f"{name} holds something"
-        if name == "token_ids":
-            hashes = segment_hashes(header.parent_hash, tensor.numpy(), header.geometry.chunk_size)
-            if hashes[-1].hex() != header.key:
-                yield "token ids do not match the key"
+        if name == "token_ids" and header.hashes(tensor.numpy())[-1].hex() != header.key:
+            yield "token ids do not match the key"
         if kind == "values4":
             # All of them are right, so a difference is one of their own checksums.
             layer = int(name.removeprefix("values4."))
-            sums = [xxhash.xxh3_64_intdigest(row) for row in tensor.numpy()]
+            sums = [segment.checksum(row) for row in tensor.numpy()]
             if sums != segment.run_checksums(layer, 0, segment.num_chunks, "packed"):
                 yield f"{name}: the values are right, but not the checksums of its chunks"
     for group in range(header.geometry.num_groups):
@@ -107,15 +113,18 @@ def _damaged_extents(segment: Segment, group: int, read: Callable[[int], None]) 
     size, layers = geometry.extent_bytes, geometry.group_layers(group)
     offset, nbytes = segment.tensor_extent(f"payload.{group}")
     step = max(1, _SCAN_BYTES // size) * size
-    whole, damaged = xxhash.xxh3_64(), False
+    whole, damaged = segment.checksums.begin(), False
     for start in range(0, nbytes, step):
         octets = memoryview(segment.read_bytes(offset + start, min(step, nbytes - start)))
         whole.update(octets)
+        if not segment.numbers.are_finite(offset + start, octets):
+            yield f"payload.{group} holds numbers that are not finite"
+            return
         read(offset + start)
         for inside in range(0, octets.nbytes, size):
             chunk, place = divmod((start + inside) // size, layers)
             layer = group * geometry.layers_per_group + place
-            checksum = xxhash.xxh3_64_intdigest(octets[inside : inside + size])
+            checksum = segment.checksum(octets[inside : inside + size])
             if checksum != segment.run_checksums(layer, chunk, 1)[0]:
                 damaged = True
                 yield f"layer {layer}, chunk {segment.first_chunk + chunk}: checksum does not match"

@@ -14,6 +14,7 @@ from ..errors import InputError, StoreClosedError, StoreError
 from .backend import BlobWriter, SegmentBackend
 from .format import SegmentHeader
 from .hashing import TokenIds
+from .key import StoreKey
 from .output import SegmentOutput, as_store_error
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class SegmentWriter:
         header: what the segment will say about itself.
         token_ids: int64 `[num_tokens]`.
         backend: where it goes.
+        key: of the store, if it has one.
         publish: called by `commit` with the final header, the token ids and the sealed blob.
         max_queued_bytes: chunks that wait to be written; `write_chunks` waits while there are more.
 
@@ -95,6 +97,7 @@ class SegmentWriter:
         header: SegmentHeader,
         token_ids: TokenIds,
         backend: SegmentBackend,
+        key: StoreKey | None,
         publish: Callable[[SegmentHeader, TokenIds, BlobWriter], StoredPrefix],
         *,
         max_queued_bytes: int = 256 * 2**20,
@@ -103,7 +106,7 @@ class SegmentWriter:
         self._token_ids = token_ids
         self._publish = publish
         try:
-            self._output = SegmentOutput(header, token_ids, backend.create(header.key, header.nbytes))
+            self._output = SegmentOutput(header, token_ids, backend.create(header.key, header.nbytes), key)
         except OSError as error:
             raise as_store_error(error, header.key) from error
         self._jobs = _Jobs(max_queued_bytes)

@@ -21,8 +21,8 @@ KINDS = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF1
 NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I64": "<i8", "U64": "<u8"}
 
 
-def h(octets: bytes) -> bytes:
-    return hashlib.blake2b(octets, digest_size=16).digest()
+def h(octets: bytes, person: bytes = b"") -> bytes:
+    return hashlib.blake2b(octets, digest_size=16, person=person).digest()
 
 
 def field(octets: bytes) -> bytes:
@@ -30,15 +30,41 @@ def field(octets: bytes) -> bytes:
 
 
 def root_of(fingerprint: str, c: int, salt: bytes) -> bytes:
-    return h(b"".join(map(field, (b"hf_contiguouskv/1", fingerprint.encode(), str(c).encode(), salt))))
+    fields = (b"hf_contiguouskv/1", fingerprint.encode(), str(c).encode(), salt)
+    return h(b"".join(map(field, fields)), b"hf_ckv root")
 
 
-def chain(parent: bytes, ids: Array, c: int) -> list[bytes]:
+def chain(before: bytes, ids: Array, c: int, first: bool) -> list[bytes]:
     found = []
     for start in range(0, len(ids), c):
-        parent = h(parent + b"".join(struct.pack("<q", int(token)) for token in ids[start : start + c]))
-        found.append(parent)
+        octets = before + b"".join(struct.pack("<q", int(token)) for token in ids[start : start + c])
+        before = h(octets, b"hf_ckv first" if first and start == 0 else b"")
+        found.append(before)
     return found
+
+
+class Digests:
+    """Checksums of a segment, and its code: XXH3 and zeros without a key, BLAKE2b with one."""
+
+    def __init__(self, secret: bytes | None, name: str) -> None:
+        self.key = b""
+        if secret is not None:
+            self.key = hashlib.blake2b(secret, digest_size=32, person=b"hf_ckv key").digest()
+            own = hashlib.blake2b(name.encode(), digest_size=32, key=self.key, person=b"hf_ckv checks")
+            self.own = own.digest()
+
+    def of(self, octets: bytes) -> int:
+        if not self.key:
+            return xxhash.xxh3_64_intdigest(octets)
+        return int.from_bytes(hashlib.blake2b(octets, digest_size=8, key=self.own).digest(), "little")
+
+    def mac(self, header: bytes, checksums: bytes) -> str:
+        if not self.key:
+            return "0" * 64
+        blank = re.sub(rb'"mac":"[0-9a-f]{64}"', b'"mac":"' + b"0" * 64 + b'"', header)
+        blank = re.sub(rb'"checksum":"[0-9a-f]{16}"', b'"checksum":"' + b"0" * 16 + b'"', blank)
+        octets = struct.pack("<Q", len(blank)) + blank + checksums
+        return hashlib.blake2b(octets, digest_size=32, key=self.key, person=b"hf_ckv mac").hexdigest()
 
 
 def header_checksum(header: bytes) -> str:
@@ -123,18 +149,18 @@ def places(meta: dict[str, str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_segment(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
+def read_segment(path: Path, secret: bytes | None = None) -> tuple[dict[str, str], dict[str, Array]]:
     """Metadata and tensors of a segment; everything that the document tells a reader to check is asserted."""
     content = path.read_bytes()
     n = int.from_bytes(content[:8], "little")
-    assert 2 <= n <= 8 * 2**20
+    assert 2 <= n <= 2 * 2**20
     assert 8 + n <= len(content)
     assert (8 + n) % PAGE == 0
     header = content[8 : 8 + n]
     assert header.rstrip(b" ").endswith(b"}")
     told = json.loads(header)
     meta = told.pop("__metadata__")
-    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "2" if "packed_layers" in meta else "1")
+    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "3")
     assert set(layer_list(meta.get("packed_layers", ""))) <= set(layer_list(meta["indexed_layers"]))
     assert meta["checksum"] == header_checksum(header)
     assert all(re.fullmatch(r"[0-9a-f]{32}", meta[name]) for name in ("root", "key"))
@@ -149,24 +175,30 @@ def read_segment(path: Path) -> tuple[dict[str, str], dict[str, Array]]:
         for name, tensor in safetensors.deserialize(content)
     }
     assert set(tensors) == set(told)
-    check_contents(meta, tensors)
+    digests = Digests(secret, meta["key"])
+    check_contents(meta, tensors, digests)
+    kinds = ("checksums.payload", "checksums.values4", "checksums.tensors")
+    checksums = b"".join(tensors[name].tobytes() for name in kinds if name in tensors)
+    assert meta["mac"] == digests.mac(header, checksums)
     assert path.name == f"{meta['key']}.safetensors"
     return meta, tensors
 
 
-def check_contents(meta: dict[str, str], tensors: dict[str, Array]) -> None:
+def check_contents(meta: dict[str, str], tensors: dict[str, Array], digests: Digests) -> None:
     c, per_group = int(meta["chunk_size"]), int(meta["layers_per_group"])
     names = [name for name, *_ in expected_tensors(meta)]
-    whole = [xxhash.xxh3_64_intdigest(tensors[name].tobytes()) for name in names if not name.startswith("checksums")]
+    whole = [digests.of(tensors[name].tobytes()) for name in names if not name.startswith("checksums")]
     assert tensors["checksums.tensors"].tolist() == whole
     for name, tensor in tensors.items():
         assert not name.startswith("padding") or not tensor.any()
     ids = tensors["token_ids"]
+    assert 1 <= len(ids) <= 2**26
     m = -(-len(ids) // c)
     for layer in range(int(meta["num_layers"])):
         group, inside = divmod(layer, per_group)
         extents = tensors[f"payload.{group}"][:, inside]
-        sums = [xxhash.xxh3_64_intdigest(extents[j].tobytes()) for j in range(m)]
+        assert np.isfinite(as_float(extents)).all()
+        sums = [digests.of(extents[j].tobytes()) for j in range(m)]
         assert tensors["checksums.payload"][layer].tolist() == sums
         assert not extents[m - 1, :, :, len(ids) - (m - 1) * c :].any()
         if layer in layer_list(meta["leader_layers"]):
@@ -174,11 +206,11 @@ def check_contents(meta: dict[str, str], tensors: dict[str, Array]) -> None:
         if layer in layer_list(meta.get("packed_layers", "")):
             rows = tensors[f"values4.{layer}"]
             assert np.array_equal(rows, packed_values(as_float(extents[:, 1])))
-            sums = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows]
+            sums = [digests.of(row.tobytes()) for row in rows]
             row_of_sums = layer_list(meta["packed_layers"]).index(layer)
             assert tensors["checksums.values4"][row_of_sums].tolist() == sums
     parent = bytes.fromhex(meta["parent"] or meta["root"])
-    assert chain(parent, ids, c)[-1].hex() == meta["key"]
+    assert chain(parent, ids, c, not meta["parent"])[-1].hex() == meta["key"]
 
 
 def as_float(array: Array) -> Array:
@@ -200,6 +232,7 @@ def write_segment(
     fingerprint: str,
     salt: bytes = b"",
     compute_ms: int = 0,
+    secret: bytes | None = None,
     **more: str,
 ) -> tuple[str, bytes]:
     """Key and bytes of a segment.
@@ -207,15 +240,16 @@ def write_segment(
     Args:
         kv: `[layers, 2, kv_heads, tokens, head_dim]` of this segment.
         ids: of the whole prefix.
+        secret: the key of the store.
         more: further metadata.
     """  # fmt: skip
     layers, _, heads, tokens, d = kv.shape
     root = root_of(fingerprint, c, salt)
-    names = chain(root, ids, c)
+    names = chain(root, ids, c, True)
     meta = (
         {
             "format": "hf_contiguouskv",
-            "version": "2" if packed else "1",
+            "version": "3",
             "fingerprint": fingerprint,
             "root": root.hex(),
             "parent": names[first_chunk - 1].hex() if first_chunk else "",
@@ -223,8 +257,9 @@ def write_segment(
             "first_chunk": str(first_chunk),
             "num_tokens": str(tokens),
             "salted": "1" if salt else "0",
-            "beginning": "" if first_chunk else chain(root_of("", c, salt), ids[:c], c)[0].hex(),
+            "beginning": "" if first_chunk else chain(root_of("", c, salt), ids[:c], c, True)[0].hex(),
             "compute_ms": f"{compute_ms:012d}",
+            "mac": "0" * 64,
             "checksum": "0" * 16,
             "num_layers": str(layers),
             "kv_heads": str(heads),
@@ -241,8 +276,11 @@ def write_segment(
     told = places(meta)
     header = json.dumps({"__metadata__": meta} | told, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % PAGE)
+    digests = Digests(secret, meta["key"])
+    tensors = contents(meta, kv, ids[first_chunk * c :], digests)
+    checksums = b"".join(tensors[name].tobytes() for name in told if name.startswith("checksums"))
+    header = header.replace(b'"mac":"' + b"0" * 64, f'"mac":"{digests.mac(header, checksums)}'.encode())
     header = header.replace(b'"checksum":"' + b"0" * 16, f'"checksum":"{header_checksum(header)}'.encode())
-    tensors = contents(meta, kv, ids[first_chunk * c :])
     data = b"".join(
         tensors[name].astype(NUMPY[tensor["dtype"]]).tobytes() if name in tensors else bytes(tensor["shape"][0])
         for name, tensor in told.items()
@@ -250,7 +288,7 @@ def write_segment(
     return meta["key"], struct.pack("<Q", len(header)) + header + data
 
 
-def contents(meta: dict[str, str], kv: Array, ids: Array) -> dict[str, Array]:
+def contents(meta: dict[str, str], kv: Array, ids: Array, digests: Digests) -> dict[str, Array]:
     c, per_group = int(meta["chunk_size"]), int(meta["layers_per_group"])
     layers, _, heads, tokens, d = kv.shape
     m = -(-tokens // c)
@@ -277,9 +315,9 @@ def contents(meta: dict[str, str], kv: Array, ids: Array) -> dict[str, Array]:
     for layer in packed:
         tensors[f"values4.{layer}"] = packed_values(as_float(extents[layer][:, 1]))
     tensors["token_ids"] = ids
-    sums = [[xxhash.xxh3_64_intdigest(extents[layer, j].tobytes()) for j in range(m)] for layer in range(layers)]
-    whole = [xxhash.xxh3_64_intdigest(tensor.tobytes()) for tensor in tensors.values()]
+    sums = [[digests.of(extents[layer, j].tobytes()) for j in range(m)] for layer in range(layers)]
+    whole = [digests.of(tensor.tobytes()) for tensor in tensors.values()]
     if packed:
-        own = [[xxhash.xxh3_64_intdigest(row.tobytes()) for row in tensors[f"values4.{layer}"]] for layer in packed]
+        own = [[digests.of(row.tobytes()) for row in tensors[f"values4.{layer}"]] for layer in packed]
         tensors["checksums.values4"] = np.array(own, "<u8")
     return tensors | {"checksums.payload": np.array(sums, "<u8"), "checksums.tensors": np.array(whole, "<u8")}

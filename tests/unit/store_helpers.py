@@ -10,6 +10,7 @@ import torch
 
 from hf_contiguouskv.store import KVGeometry, PrefixStore, StoredPrefix
 from hf_contiguouskv.store.hashing import TokenIds
+from hf_contiguouskv.store.key_index import build_key_index
 from hf_contiguouskv.store.local_disk import FileBlob
 from hf_contiguouskv.store.reader import Read, aligned_buffer, as_memoryview
 from hf_contiguouskv.store.segment import Segment
@@ -69,12 +70,11 @@ def write_prefix(
     g = g or geometry()
     with store.begin_segment(fingerprint, g, ids, first_chunk) as writer:
         own = ids[first_chunk * g.chunk_size :]
-        chunks = writer.header.num_chunks
         for layer in range(g.num_layers):
             writer.write_chunks(layer, 0, expected_kv(g, own, layer))
         for layer in g.indexed_layers:
-            index = torch.full((g.kv_heads, g.chunk_size, chunks, g.head_dim), layer + 1, dtype=torch.int8)
-            writer.write_index(layer, index, torch.full((g.kv_heads, g.head_dim), 0.5))
+            keys = expected_kv(g, own, layer)[:, 0].transpose(0, 1).flatten(1, 2)[:, : len(own)]
+            writer.write_index(layer, *build_key_index(keys, g.chunk_size))
         return writer.commit()
 
 

@@ -66,7 +66,7 @@ def seconds_per_token(all_known: list[Known]) -> Fraction:
 
 def header(ids: tuple[int, ...], first: int, compute_ms: int = 0) -> SegmentHeader:
     root = root_hash(FINGERPRINT, C)
-    names = [root, *segment_hashes(root, np.array(ids), C)]
+    names = [root, *segment_hashes(root, np.array(ids), C, first=True)]
     parent = names[first].hex() if first else ""
     return SegmentHeader(
         G, FINGERPRINT, root.hex(), parent, names[-1].hex(), first, len(ids) - first * C, compute_ms=compute_ms

@@ -47,21 +47,22 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("g", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_what_the_store_writes_is_read_by_the_document(store_path: Path, g: KVGeometry) -> None:
+@pytest.mark.parametrize("secret", [None, b"nobody can guess this"], ids=["no key", "key"])
+def test_what_the_store_writes_is_read_by_the_document(store_path: Path, g: KVGeometry, secret: bytes | None) -> None:
     c = g.chunk_size
     ids = some_tokens(4 * c + 1)
-    with PrefixStore(store_path, salt=b"tenant") as store:
+    with PrefixStore(store_path, salt=b"tenant", key=secret) as store:
         paths = [path_of(write_prefix(store, ids[: 2 * c + 1], g=g).spans[0].segment)]
         paths.append(path_of(write_prefix(store, ids, first_chunk=2, g=g).spans[1].segment))
     for path, first, end in zip(paths, (0, 2), (2 * c + 1, 4 * c + 1), strict=True):
-        meta, tensors = read_segment(path)
+        meta, tensors = read_segment(path, secret)
         own = ids[first * c : end]
         assert tensors["token_ids"].tolist() == own.tolist()
         root = root_of(FINGERPRINT, c, b"tenant")
-        names = [root, *chain(root, ids[:end], c)]
+        names = [root, *chain(root, ids[:end], c, True)]
         assert (meta["root"], meta["key"]) == (root.hex(), names[-1].hex())
         assert meta["parent"] == (names[first].hex() if first else "")
-        assert meta["beginning"] == ("" if first else chain(root_of("", c, b"tenant"), ids[:c], c)[0].hex())
+        assert meta["beginning"] == ("" if first else chain(root_of("", c, b"tenant"), ids[:c], c, True)[0].hex())
         assert (meta["salted"], meta["fingerprint"], int(meta["first_chunk"])) == ("1", FINGERPRINT, first)
         kv = raw_kv(g, own)
         for layer in range(g.num_layers):
@@ -99,9 +100,10 @@ def layers_as_text(layers: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("g", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("secret", [None, b"nobody can guess this"], ids=["no key", "key"])
 @pytest.mark.parametrize("how", ["opening", "gc", "rebuilding"])
 def test_what_the_document_writes_is_served_by_the_store(
-    store_path: Path, g: KVGeometry, how: str, tmp_path: Path
+    store_path: Path, g: KVGeometry, how: str, secret: bytes | None
 ) -> None:
     c = g.chunk_size
     ids = some_tokens(3 * c + c // 2)
@@ -120,12 +122,13 @@ def test_what_the_document_writes_is_served_by_the_store(
             indexed=layers_as_text(g.indexed_layers),
             packed=layers_as_text(g.packed_layers),
             compute_ms=1500,
+            secret=secret,
             fingerprint=FINGERPRINT,
             a_later_field="which readers ignore",
         )
         written.append((key, content))
     if how == "gc":
-        store = PrefixStore(store_path)
+        store = PrefixStore(store_path, key=secret)
     for key, content in written:
         place(store_path, key, content)
     if how == "gc":
@@ -133,8 +136,8 @@ def test_what_the_document_writes_is_served_by_the_store(
         store.close()
     elif how == "rebuilding":
         (store_path / "index.sqlite").unlink()
-    with PrefixStore(store_path) as store:
-        assert store.verify() == []
+    with PrefixStore(store_path, key=secret) as store:
+        assert store.verify(deep=True) == []
         stored = store.lookup(FINGERPRINT, ids, c)
         assert stored is not None
         assert stored.tokens == len(ids)
@@ -159,11 +162,11 @@ def test_what_the_document_writes_is_served_by_the_store(
 def test_a_newer_segment_is_left_alone(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ids, g = some_tokens(8), geometry()
     PrefixStore(store_path).close()
-    key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="3")
+    key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="4")
     place(store_path, key, content)
     with PrefixStore(store_path) as store:
         assert store.lookup(FINGERPRINT, ids, 4) is None
-        assert "segment format 3" in caplog.text
+        assert "segment format 4" in caplog.text
         store.gc()
         assert store.stats.quarantined == 0
     assert (store_path / "segments" / key[:2] / f"{key}.safetensors").read_bytes() == content
@@ -205,7 +208,7 @@ def test_a_bundle_written_by_the_document_is_imported(store_path: Path, tmp_path
         )
         (tmp_path / "bundle" / "segments" / f"{key}.safetensors").write_bytes(content)
         facts_of_it = {"tokens": end, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        parent = chain(root_of(FINGERPRINT, 4, b""), ids[:8], 4)[-1].hex() if first else ""
+        parent = chain(root_of(FINGERPRINT, 4, b""), ids[:8], 4, True)[-1].hex() if first else ""
         listed.append({"key": key, "parent": parent, "file": f"segments/{key}.safetensors"} | facts_of_it)
     manifest = {"format": "hf_contiguouskv bundle", "version": 1, "segments": listed}
     (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
@@ -266,7 +269,7 @@ def facts(key: str, content: bytes) -> dict[str, Any]:
     return {
         "root": meta["root"],
         "beginning": meta["beginning"],
-        "hashes": [name.hex() for name in chain(bytes.fromhex(meta["root"]), np.array(arrays["token_ids"]), 2)],
+        "hashes": [name.hex() for name in chain(bytes.fromhex(meta["root"]), np.array(arrays["token_ids"]), 2, True)],
         "key": key,
         "header_length": n,
         "checksum": meta["checksum"],

@@ -172,27 +172,35 @@ def test_a_geometry_that_makes_no_sense_is_refused(changes: dict[str, object]) -
 
 def test_a_chunk_name_covers_model_chunk_size_salt_and_everything_before() -> None:
     ids = some_tokens(32)
-    base = chain_hashes(root_hash("model", 4), ids, 4)
+    base = chain_hashes(root_hash("model", 4), ids, 4, first=True)
     assert len(base) == 8
-    assert chain_hashes(root_hash("model", 4), ids[:30], 4) == base[:7]
+    assert chain_hashes(root_hash("model", 4), ids[:30], 4, first=True) == base[:7]
     others = [root_hash("other", 4), root_hash("model", 8), root_hash("model", 4, b"tenant"), root_hash("model4", 4)]
     for other in others:
-        assert not set(chain_hashes(other, ids, 4)) & set(base)
+        assert not set(chain_hashes(other, ids, 4, first=True)) & set(base)
     changed = ids.copy()
     changed[0] += 1
-    assert not set(chain_hashes(root_hash("model", 4), changed, 4)) & set(base)
+    assert not set(chain_hashes(root_hash("model", 4), changed, 4, first=True)) & set(base)
 
 
-@given(st.lists(st.integers(0, 3), max_size=20), st.sampled_from([1, 2, 4]))
-def test_chained_hashes_are_the_hashes_of_single_chunks(numbers: list[int], c: int) -> None:
+def test_a_chunk_that_is_called_a_root_gives_no_names_of_what_follows_it() -> None:
+    ids = some_tokens(32)
+    names = chain_hashes(root_hash("model", 4), ids, 4, first=True)
+    for j in range(1, 8):
+        assert chain_hashes(names[j - 1], ids[4 * j :], 4, first=False) == names[j:]
+        assert not set(chain_hashes(names[j - 1], ids[4 * j :], 4, first=True)) & set(names)
+
+
+@given(st.lists(st.integers(0, 3), max_size=20), st.sampled_from([1, 2, 4]), st.booleans())
+def test_chained_hashes_are_the_hashes_of_single_chunks(numbers: list[int], c: int, first: bool) -> None:
     ids = np.array(numbers, dtype=np.int64)
     parent = root = root_hash("model", c)
     expected = []
     for start in range(0, len(ids), c):
-        parent = chunk_hash(parent, ids[start : start + c].tobytes())
+        parent = chunk_hash(parent, ids[start : start + c].tobytes(), first=first and start == 0)
         expected.append(parent)
-    assert segment_hashes(root, ids, c) == expected
-    assert chain_hashes(root, ids, c) == expected[: len(ids) // c]
+    assert segment_hashes(root, ids, c, first=first) == expected
+    assert chain_hashes(root, ids, c, first=first) == expected[: len(ids) // c]
 
 
 @given(
@@ -207,4 +215,4 @@ def test_remembered_hashes_are_the_hashes(prompts: list[tuple[bytes, list[int]]]
     memory = ChainMemory(prompts=3)
     for root, numbers in prompts:
         ids = np.array(numbers, dtype=np.int64)
-        assert memory.hashes(root, ids, c) == chain_hashes(root, ids, c)
+        assert memory.hashes(root, ids, c) == chain_hashes(root, ids, c, first=True)

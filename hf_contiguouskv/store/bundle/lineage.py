@@ -29,7 +29,7 @@ class Lineage:
 
     def accept(self, header: SegmentHeader, ids: TokenIds) -> None:
         """Let later segments continue this one, whose bytes have been verified. `ids`: int64 `[num_tokens]`."""
-        for position, name in enumerate(segment_hashes(header.parent_hash, ids, header.geometry.chunk_size)):
+        for position, name in enumerate(header.hashes(ids)):
             self._accepted[name] = (header.first_chunk + position, header)
 
     def problem(self, header: SegmentHeader, ids: TokenIds) -> str | None:
@@ -70,7 +70,7 @@ class Lineage:
         if not header.salted:
             if header.root != root_hash(header.fingerprint, c).hex():
                 return "its root is not that of its model"
-            beginning = segment_hashes(root_hash("", c), ids[:c], c)[0].hex()
+            beginning = segment_hashes(root_hash("", c), ids[:c], c, first=True)[0].hex()
         elif self.is_findable(header):
             beginning = self._store._finder.beginning(ids, c)
         # (With a salt that is not ours, nothing can be said.)

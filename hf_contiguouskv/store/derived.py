@@ -1,0 +1,55 @@
+"""What a segment says twice must be the same: copies and approximations are made again from the exact keys and values.
+
+Key index, its scales, leader keys and packed values steer what is chosen and what attention gets at budgets below 1.0.
+Their checksums show that they arrived as they were sent, not that they are what the payload gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .key_index import build_key_index
+from .packing import pack_values
+from .segment import Segment
+
+
+def derived_problems(segment: Segment) -> Iterator[str]:
+    """What in a segment, whose checksums match, is not what its payload gives; in words, layer by layer.
+
+    Memory for one layer group at a time is taken: `[chunks, layers, 2, kv_heads, c, head_dim]`.
+
+    Raises:
+        SegmentCorruptError: it was cut, or holds numbers that are not finite.
+        SegmentReadError: the storage failed.
+    """
+    g, tokens = segment.geometry, segment.num_tokens
+    in_last = tokens - (segment.num_chunks - 1) * g.chunk_size
+    for group in range(g.num_groups):
+        payload = segment.read_tensor(f"payload.{group}")
+        if in_last < g.chunk_size and _octets(payload[-1, :, :, :, in_last:]).any():
+            yield f"payload.{group}: what lies past the last token is not zeros"
+        for place in range(g.group_layers(group)):
+            layer = group * g.layers_per_group + place
+            keys, values = payload[:, place, 0], payload[:, place, 1]
+            if layer in g.leader_layers and not _same(segment, f"leader_keys.{layer}", keys):
+                yield f"leader_keys.{layer}: not the keys of the payload"
+            if layer in g.indexed_layers:
+                in_order = keys.transpose(0, 1).flatten(1, 2)[:, :tokens]
+                index, scale = build_key_index(in_order, g.chunk_size)
+                if not _same(segment, f"key_scale.{layer}", scale):
+                    yield f"key_scale.{layer}: not the scales of the payload's keys"
+                elif not _same(segment, f"key_index.{layer}", index):
+                    yield f"key_index.{layer}: not the payload's keys in 8 bits"
+            if layer in g.packed_layers and not _same(segment, f"values4.{layer}", pack_values(values)):
+                yield f"values4.{layer}: not the payload's values in 4 bits"
+
+
+def _same(segment: Segment, name: str, made: torch.Tensor) -> bool:
+    return torch.equal(_octets(segment.read_tensor(name)), _octets(made))
+
+
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    # Bits, not numbers: -0.0 is not 0.0 here.
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
