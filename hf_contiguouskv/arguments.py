@@ -84,14 +84,17 @@ def _close_temporary(store: PrefixStore, folder: tempfile.TemporaryDirectory[str
 
 
 def opened_store(
-    store: PrefixStore | str | Path | None, needed: bool
+    store: PrefixStore | str | Path | None, needed: bool, verify: bool
 ) -> tuple[PrefixStore | None, TemporaryStore | None]:
     """The store that a user means, and what keeps it if it is a temporary one (`None` was passed, and one is needed).
 
     Raises:
         InputError: neither a store nor a path.
+        ConfigError: the store has a key, and what is read from it is not to be verified.
     """
     if isinstance(store, PrefixStore):
+        if store.has_key and not verify:
+            raise ConfigError("verify=False leaves out what the key of a store is for; open it without a key, or verify")
         return store, None
     if isinstance(store, str | Path):
         return PrefixStore.shared(store), None

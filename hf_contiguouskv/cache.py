@@ -118,7 +118,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._cropped_to: int | None = None
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
         self._before: int | None = None
-        self.store, self._temporary = opened_store(store, ids is not None)
+        self.store, self._temporary = opened_store(store, ids is not None, self.config.verify)
         if self.store is None:
             return
         require_no_virtual_tokens(model, automatic=ids is None)

@@ -43,7 +43,8 @@ class ContiguousKVConfig:
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less
             memory and more time: attention of all but the first block cannot use a plain causal kernel.
         lookahead_bytes: how many bytes of payload may be read ahead of compute when every chunk is used.
-        verify: compare the checksum of every extent that is read from disk.
+        verify: compare the checksum of every extent that is read from disk, and refuse numbers that are not finite. A
+            store with a key is always verified.
         timeline: record when each layer read, waited, identified, copied and computed (`ContiguousKVCache.timeline`).
 
     Raises:

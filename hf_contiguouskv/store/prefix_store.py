@@ -160,6 +160,11 @@ class PrefixStore(Upkeep):
             if earlier is None or earlier._closed:
                 _shared[os.path.realpath(self.path)] = self
 
+    @property
+    def has_key(self) -> bool:
+        """Whether only what was stored with its key is used."""
+        return self._key is not None
+
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
         """The store that this process has open at `path` (the first, with its settings), or a new one."""
