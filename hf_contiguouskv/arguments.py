@@ -92,12 +92,12 @@ def opened_store(
         InputError: neither a store nor a path.
         ConfigError: the store has a key, and what is read from it is not to be verified.
     """
+    if isinstance(store, str | Path):
+        store = PrefixStore.shared(store)
     if isinstance(store, PrefixStore):
         if store.has_key and not verify:
-            raise ConfigError("verify=False leaves out what the key of a store is for; open it without a key, or verify")
+            raise ConfigError("verify=False leaves out what the key of a store is for: let the cache verify")
         return store, None
-    if isinstance(store, str | Path):
-        return PrefixStore.shared(store), None
     if store is not None:
         raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")
     temporary = TemporaryStore() if needed else None
