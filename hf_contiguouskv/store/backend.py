@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ..errors import InputError
+from ..wording import quoted
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 
@@ -204,5 +205,5 @@ def checked_key(key: object) -> str:
         InputError: it is none.
     """
     if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise InputError(f"a segment key is 32 hexadecimal digits, got {str(key)[:80]!r}")
+        raise InputError(f"a segment key is 32 hexadecimal digits, got {quoted(key)}")
     return key
