@@ -36,11 +36,15 @@ def copy_segment(
     """
     header = replace(segment.header, compute_ms=0, mac=NO_MAC)
     writer = backend.create(header.key, header.nbytes)
+    # A header may hold more than this library writes (fields that it ignores), so the data may begin elsewhere.
+    begin, to = segment.nbytes - header.data_bytes, header.nbytes - header.data_bytes
     try:
         for start in range(0, segment.nbytes, _BLOCK):
             octets = segment.read_bytes(start, min(_BLOCK, segment.nbytes - start))
             on_block(octets)
-            writer.write(start, memoryview(octets))
+            data = memoryview(octets)[max(0, begin - start) :]
+            if data.nbytes:
+                writer.write(max(start, begin) - begin + to, data)
         output = SegmentOutput(header, segment.token_ids, writer, key)
         output.adopt()
         output.finish(0.0)
