@@ -6,15 +6,17 @@ import sqlite3
 
 from ..errors import StoreError
 from .prefix_store import PrefixStore
-from .rows import SegmentRow, all_segments
+from .rows import SegmentRow, segments_by_id
+from .search import CONTINUES, chain_to, children_of
+from .totals import Roots
 
 # (A parent begins before its child, whatever the index says: there are no cycles.)
-_PARENTS = """
+_PARENTS = f"""
 SELECT child.key, parent.key FROM segments child
-JOIN chunks ON chunks.hash = child.parent JOIN segments parent ON parent.id = chunks.segment
-WHERE child.first_chunk > 0 AND parent.first_chunk + chunks.position + 1 = child.first_chunk
-ORDER BY chunks.position, parent.created DESC, parent.id DESC
+CROSS JOIN chunks ON chunks.hash = child.parent CROSS JOIN segments parent ON parent.id = chunks.segment
+WHERE {CONTINUES}
 """
+_ORDER = "ORDER BY chunks.position, parent.created DESC, parent.id DESC"
 
 
 def parents_of_all(store: PrefixStore) -> dict[str, str]:
@@ -23,7 +25,28 @@ def parents_of_all(store: PrefixStore) -> dict[str, str]:
     Segments that begin a prefix are missing, and those whose parent is lost. Where several segments hold the chunk
     that is continued, it is the one that holds the most chunks before it, and of these the oldest.
     """
-    return dict(store._read(lambda db: db.execute(_PARENTS).fetchall()))
+
+    def query(db: sqlite3.Connection) -> list[tuple[str, str]]:
+        roots: Roots = store._tenant.roots(db)
+        if roots is None:
+            return db.execute(f"{_PARENTS} {_ORDER}").fetchall()
+        own = f"{_PARENTS} AND child.root = ? {_ORDER}"
+        return [pair for root in roots for pair in db.execute(own, (root,))]
+
+    return dict(store._read(query))
+
+
+def children(store: PrefixStore, key: str) -> list[str]:
+    """The keys of the segments that continue the one named `key`, oldest first.
+
+    Raises:
+        StoreError: there is no such segment.
+    """
+
+    def query(db: sqlite3.Connection) -> list[SegmentRow]:
+        return segments_by_id(db, sorted({*children_of(db, store._tenant.find(db, key).id)}))
+
+    return [row.key for row in sorted(store._read(query), key=lambda row: (row.created, row.id))]
 
 
 def chains(store: PrefixStore, keys: list[str]) -> dict[str, list[SegmentRow]]:
@@ -33,20 +56,17 @@ def chains(store: PrefixStore, keys: list[str]) -> dict[str, list[SegmentRow]]:
         StoreError: there is no such segment, or what it continues is lost.
     """
 
-    def query(db: sqlite3.Connection) -> tuple[list[SegmentRow], dict[str, str]]:
-        return all_segments(db), dict(db.execute(_PARENTS).fetchall())
+    def query(db: sqlite3.Connection) -> dict[str, list[SegmentRow]]:
+        return {key: _chain(db, store._tenant.find(db, key)) for key in keys}
 
-    rows, parents = store._read(query)
-    by_key = {row.key: row for row in rows}
-    found = {}
-    for key in keys:
-        if key not in by_key:
-            raise StoreError(f"no stored prefix has the key {key!r}")
-        chain = [by_key[key]]
-        while chain[-1].first_chunk:
-            parent = parents.get(chain[-1].key)
-            if parent is None:
-                raise StoreError(f"segment {chain[-1].key} continues a prefix that is not stored any more")
-            chain.append(by_key[parent])
-        found[key] = chain[::-1]
+    found: dict[str, list[SegmentRow]] = store._read(query)
     return found
+
+
+def _chain(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
+    if row.first_chunk == 0:
+        return [row]
+    before = chain_to(db, row.root, row.parent, row.first_chunk)
+    if isinstance(before, int):
+        raise StoreError(f"segment {row.key} continues a prefix that is not stored any more")
+    return [*(parent for parent, _ in before), row]

@@ -1,169 +1,224 @@
-"""Which segments to give up when room is needed, and which have outlived their time."""
+"""Which segments to give up when room is needed, and which have outlived their time.
+
+A full store may hold a hundred thousand segments, and each one that is published into it makes others go. So nothing
+here looks at all of them: those that were used least recently are candidates, and of these goes what is worth least.
+Where functions take `roots`, they regard only segments of these prefixes (a tenant's); `None` is all.
+"""
 
 from __future__ import annotations
 
 import heapq
 import sqlite3
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from ..errors import StoreFullError
 from .format import SegmentHeader
 from .hashing import TokenIds
-from .rows import SegmentRow, all_segments, parent_ids, segments_that_begin_with
-from .search import chain_to
+from .rows import COLUMNS, SegmentRow, segment_by_id, segments_that_begin_with
+from .search import chain_to, children_of, parents_of
+from .totals import Roots, totals
 
 # Segments that were used within one another's reach of this are equally recent.
 _GRACE_S = 1.0
+# So many candidates are looked at first, the least recently used ones; more where these are not enough.
+_CANDIDATES = 1000
+# What a segment may claim to have cost: seconds for each token, and for whatever comes with a request besides. Who has
+# a model that is slower still (a prompt of a thousand tokens takes it four minutes) loses nothing but the distinction
+# between its segments: all of them cost the same a token. Who lies gains no more than that model has.
+_MOST_S_PER_TOKEN = 0.25
+_MOST_S_BESIDES = 5.0
+# What was used so often is popular, and of more uses only the last one counts.
+_MOST_USES = 1000
 
 
 def worth(row: SegmentRow, now: float, seconds_per_token: float) -> float:
     """What keeping a segment is worth: seconds of computing that it is expected to save, per byte and second.
 
     Expected uses are estimated as `(uses + 1) / (time since the last one)`, which forgets what was popular once
-    (hyperbolic caching, Blankstein et al., USENIX ATC 2017, with the last use in the place of the insertion).
+    (hyperbolic caching, Blankstein et al., USENIX ATC 2017, with the last use in the place of the insertion). What a
+    segment claims is bounded: seconds by its number of tokens, uses by a number, and uses to come are of now.
 
     Args:
         row: the segment.
         now: seconds since the epoch.
         seconds_per_token: what a token costs where that was not measured.
     """
-    cost = row.compute_ms / 1000 if row.compute_ms else row.num_tokens * seconds_per_token
+    cost = claimed_cost(row) if row.compute_ms else row.num_tokens * seconds_per_token
     idle = max(0.0, now - row.last_used) + _GRACE_S
-    return (row.uses + 1) / idle * cost / max(1, row.nbytes)
+    return (min(row.uses, _MOST_USES) + 1) / idle * cost / max(1, row.nbytes)
+
+
+def claimed_cost(row: SegmentRow) -> float:
+    """The seconds that a segment says it took to compute, as far as that is credible."""
+    return min(row.compute_ms / 1000, _MOST_S_BESIDES + row.num_tokens * _MOST_S_PER_TOKEN)
 
 
 def typical_cost(rows: list[SegmentRow]) -> float:
     """Measured seconds per token over all rows; 1.0 where nothing was measured (then only tokens count)."""
     measured = [row for row in rows if row.compute_ms]
     tokens = sum(row.num_tokens for row in measured)
-    return sum(row.compute_ms for row in measured) / 1000 / tokens if tokens else 1.0
+    return sum(map(claimed_cost, measured)) / tokens if tokens else 1.0
 
 
-class _Tree:
-    """The segments that are left, and which of them nothing continues."""
+class _Victims:
+    """Chooses segments to remove: leaves, the one that is worth least first.
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self.rows = {row.id: row for row in all_segments(db)}
-        self._parents: dict[int, set[int]] = {}
-        self._children: dict[int, set[int]] = {number: set() for number in self.rows}
-        for child, parent in parent_ids(db):
-            self._parents.setdefault(child, set()).add(parent)
-            self._children[parent].add(child)
+    Args:
+        db: the index.
+        roots: regard only these prefixes.
+        kept: ids of segments that stay.
+        pinned: keys of segments that stay, besides those of which the index knows it.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """What is left takes up so much."""
-        return sum(row.nbytes for row in self.rows.values())
+    def __init__(self, db: sqlite3.Connection, roots: Roots, kept: Collection[int], pinned: Collection[str]) -> None:
+        self._db = db
+        self._roots = roots
+        self._kept = kept
+        self._pinned = pinned
+        self._removed: set[int] = set()
+        self._known: dict[int, SegmentRow] = {}
+        self._now, self._typical = time.time(), 1.0
+        # What a segment is worth does not change meanwhile; which ones are leaves does. (Numbers decide last: rows
+        # cannot be compared.)
+        self._waiting: list[tuple[float, float, float, int]] = []
 
-    def pinned(self, keys: Collection[str]) -> set[int]:
-        """Numbers of the segments that are pinned, as the index says or by one of these keys."""
-        return {number for number, row in self.rows.items() if row.pinned or row.key in keys}
-
-    def give_up(self, excess: int, kept: Collection[int]) -> tuple[list[SegmentRow], int]:
-        """Remove leaves, the one that is worth least first, until `excess` bytes are gone or only `kept` ones are left.
+    def choose(self, excess: int) -> tuple[list[SegmentRow], int]:
+        """Remove leaves until `excess` bytes are gone, or nothing is left that may go.
 
         Returns:
             what was removed, children before parents, and what is left of `excess`.
         """
-        now, typical = time.time(), typical_cost(list(self.rows.values()))
         victims: list[SegmentRow] = []
-        # What a segment is worth does not change meanwhile; which ones are leaves does. (Numbers decide last: rows
-        # cannot be compared.)
-        leaves: list[tuple[float, float, float, int]] = []
-
-        def consider(number: int) -> None:
-            if number not in kept and self.is_leaf(number):
-                row = self.rows[number]
-                heapq.heappush(leaves, (worth(row, now, typical), row.last_used, row.created, number))
-
-        for number in self.rows:
-            consider(number)
-        while excess > 0 and leaves:
-            *_, number = heapq.heappop(leaves)
-            parents = self._parents.get(number, ())
-            victim = self.remove(number)
-            victims.append(victim)
-            excess -= victim.nbytes
-            for parent in parents:
-                consider(parent)
+        for page in self._pages():
+            if not victims and not self._known:
+                self._typical = typical_cost(page)
+            for row in page:
+                self._known.setdefault(row.id, row)
+                self._consider(row)
+            while excess > 0 and self._waiting:
+                row = self._known[heapq.heappop(self._waiting)[-1]]
+                if row.id in self._removed or not self._is_leaf(row):
+                    continue  # (It is considered again when the last one that continues it goes.)
+                self._removed.add(row.id)
+                victims.append(row)
+                excess -= row.nbytes
+                for number in parents_of(self._db, row.id):
+                    self._consider(self._row(number))
+            if excess <= 0:
+                break
         return victims, excess
 
-    def is_leaf(self, number: int) -> bool:
-        return not self._children[number]
+    def _pages(self) -> Iterator[list[SegmentRow]]:
+        """Candidates, the least recently used ones first; each time as many as before together."""
+        first, more = 0, _CANDIDATES
+        while page := _least_recently_used(self._db, self._roots, first, more):
+            yield page
+            if len(page) < more:
+                return
+            first, more = first + more, first + more
 
-    def remove(self, number: int) -> SegmentRow:
-        for parent in self._parents.pop(number, ()):
-            self._children[parent].discard(number)
-        return self.rows.pop(number)
+    def _consider(self, row: SegmentRow) -> None:
+        if row.id not in self._kept and not row.pinned and row.key not in self._pinned:
+            entry = (worth(row, self._now, self._typical), row.last_used, row.created, row.id)
+            heapq.heappush(self._waiting, entry)
+
+    def _row(self, number: int) -> SegmentRow:
+        row = self._known.get(number)
+        if row is None:
+            row = self._known[number] = segment_by_id(self._db, number)
+        return row
+
+    def _is_leaf(self, row: SegmentRow) -> bool:
+        return all(child in self._removed for child in children_of(self._db, row.id))
 
 
 def choose_victims(
-    db: sqlite3.Connection, header: SegmentHeader, nbytes: int, max_disk_bytes: int, pinned: Collection[str] = ()
+    db: sqlite3.Connection,
+    header: SegmentHeader,
+    nbytes: int,
+    max_disk_bytes: int,
+    pinned: Collection[str] = (),
+    roots: Roots = None,
 ) -> list[SegmentRow]:
     """Which segments to delete so that a new one fits: leaves, the one that is worth least first.
 
     Args:
+        db: the index.
         header: of the new segment; what it continues stays.
         nbytes: what it takes up.
         max_disk_bytes: the bound.
         pinned: keys of segments that stay, besides those of which the index knows it.
+        roots: whose segments count, and may go.
 
     Raises:
         StoreFullError: pinned segments and the ones that the new one continues leave too little room.
     """
-    if stored_bytes(db) + nbytes <= max_disk_bytes:
+    excess = stored_bytes(db, roots) + nbytes - max_disk_bytes
+    if excess <= 0:
         return []
-    tree = _Tree(db)
-    kept = tree.pinned(pinned)
+    kept: set[int] = set()
     if header.parent:
         # The new segment is not indexed yet, so its ancestors may look unused.
-        chain = chain_to(db, header.parent_hash, header.first_chunk)
+        chain = chain_to(db, bytes.fromhex(header.root), header.parent_hash, header.first_chunk)
         if not isinstance(chain, int):
-            kept |= {row.id for row, _ in chain}
-    victims, excess = tree.give_up(tree.nbytes + nbytes - max_disk_bytes, kept)
+            kept = {row.id for row, _ in chain}
+    victims, excess = _Victims(db, roots, kept, pinned).choose(excess)
     if excess > 0:
         raise too_large(nbytes, max_disk_bytes)
     return victims
 
 
 def choose_excess(
-    db: sqlite3.Connection, max_disk_bytes: int, pinned: Collection[str] = ()
+    db: sqlite3.Connection, max_disk_bytes: int, pinned: Collection[str] = (), roots: Roots = None
 ) -> tuple[list[SegmentRow], int]:
     """Which segments to delete so that what is left is within the bound, by the same rules as `choose_victims`.
 
     Returns:
         the segments, and by how many bytes (0 or less: not at all) pinned ones exceed the bound all the same.
     """
-    excess = stored_bytes(db) - max_disk_bytes
-    if excess <= 0:
-        return [], excess
-    tree = _Tree(db)
-    return tree.give_up(excess, tree.pinned(pinned))
+    excess = stored_bytes(db, roots) - max_disk_bytes
+    return ([], excess) if excess <= 0 else _Victims(db, roots, (), pinned).choose(excess)
 
 
-def stored_bytes(db: sqlite3.Connection) -> int:
-    """What all published segments take up, in bytes."""
-    (total,) = db.execute("SELECT total(nbytes) FROM segments").fetchone()
-    return int(total)
+def stored_bytes(db: sqlite3.Connection, roots: Roots = None) -> int:
+    """What all published segments of `roots` take up, in bytes."""
+    return totals(db, roots).nbytes
 
 
-def expired_segments(db: sqlite3.Connection, unused_since: float, pinned: Collection[str] = ()) -> list[SegmentRow]:
+def expired_segments(
+    db: sqlite3.Connection, unused_since: float, pinned: Collection[str] = (), roots: Roots = None
+) -> list[SegmentRow]:
     """Leaves that nobody used after `unused_since` (seconds since the epoch), children before parents; no pinned ones.
 
     A look-up uses every segment of the prefix that it finds, so a parent never expires before what continues it.
     """
-    tree = _Tree(db)
-    found: list[SegmentRow] = []
-    while True:
-        more = [
-            number
-            for number, row in tree.rows.items()
-            if not (row.pinned or row.key in pinned) and row.last_used < unused_since and tree.is_leaf(number)
-        ]
-        if not more:
-            return found
-        found += [tree.remove(number) for number in more]
+    rows = [row for row in _unused_segments(db, roots, unused_since) if not (row.pinned or row.key in pinned)]
+    found: dict[int, SegmentRow] = {}
+    # A child begins after its parent, so all that continue a segment have been looked at before it.
+    for row in sorted(rows, key=lambda row: (-row.first_chunk, row.created, row.id)):
+        if all(child in found for child in children_of(db, row.id)):
+            found[row.id] = row
+    return list(found.values())
+
+
+def _least_recently_used(db: sqlite3.Connection, roots: Roots, first: int, more: int) -> list[SegmentRow]:
+    """`more` segments of `roots` behind the `first` ones, in the order of their last use, the earliest first."""
+    order = f"ORDER BY last_used, id LIMIT {first + more:d}"
+    query = f"SELECT {COLUMNS} FROM segments"
+    if roots is None:
+        return [SegmentRow.checked(row) for row in db.execute(f"{query} {order} OFFSET {first:d}")]
+    found = [row for root in roots for row in db.execute(f"{query} WHERE root = ? {order}", (root,))]
+    rows = sorted(map(SegmentRow.checked, found), key=lambda row: (row.last_used, row.id))
+    return rows[first : first + more]
+
+
+def _unused_segments(db: sqlite3.Connection, roots: Roots, since: float) -> list[SegmentRow]:
+    """Segments of `roots` that nobody used after `since` (seconds since the epoch)."""
+    query = f"SELECT {COLUMNS} FROM segments WHERE last_used < ?"
+    if roots is None:
+        return [SegmentRow.checked(row) for row in db.execute(query, (since,))]
+    return [SegmentRow.checked(row) for root in roots for row in db.execute(f"{query} AND root = ?", (since, root))]
 
 
 def superseded_by(db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> list[SegmentRow]:
@@ -180,7 +235,12 @@ def superseded_by(db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) 
     beginnings = [ids[:length].tobytes() for length in range(1, size)]
     # A chunk that is not full ends its segment, so one that begins a segment is all of it.
     rows = segments_that_begin_with(db, header.parent_hash, beginnings)
-    return [row for row in rows if not row.pinned and row.num_chunks == 1]
+    place = (header.root, header.fingerprint, header.first_chunk, 1)
+    return [
+        row
+        for row in rows
+        if not row.pinned and (row.root.hex(), row.fingerprint, row.first_chunk, row.num_chunks) == place
+    ]
 
 
 def too_large(nbytes: int, max_disk_bytes: int) -> StoreFullError:

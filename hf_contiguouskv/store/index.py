@@ -23,11 +23,12 @@ from filelock import FileLock
 
 from ..errors import StoreError, StoreFormatError, StoreFullError
 from .local_disk import remove_anything
-from .rows import SCHEMA, IndexDamagedError, all_segments, index_problems, set_use
+from .rows import SCHEMA, all_segments, clear, index_problems, set_use
+from .totals import IndexDamagedError
 
 logger = logging.getLogger("hf_contiguouskv")
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 _BUSY_S = 60.0
 
 Result = TypeVar("Result")
@@ -179,8 +180,7 @@ class StoreIndex:
                 kept = {row.key: row for row in all_segments(db)}
             except IndexDamagedError:
                 kept = {}  # Counters of use are lost; pins are kept elsewhere as well.
-            db.execute("DELETE FROM chunks")
-            db.execute("DELETE FROM segments")
+            clear(db)
             self._refill(db)
             for row in all_segments(db):
                 if old := kept.get(row.key):

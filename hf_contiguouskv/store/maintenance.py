@@ -5,74 +5,127 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import SegmentMissingError, StoreError
-from .backend import SegmentBackend
+from ..wording import shown
+from .backend import Leftovers, SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
 from .local_disk import remove_unlocked
-from .rows import SegmentRow, all_segments, drop_segment, insert_segment, parent_ids, segment_by_key, set_use
-from .segment import Segment
+from .rows import SegmentRow, all_segments, drop_segment, insert_segment, keys_of_all, segment_by_key, set_use
+from .search import unreachable_keys
+from .segment import SegmentOpener
+from .tenant import Tenant
 from .verification import row_problems
 
 logger = logging.getLogger("hf_contiguouskv")
 
 
-def index_segments(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str]) -> None:
+def index_segments(db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str]) -> None:
     """Insert every readable segment into an empty index; one that cannot be read is named in a warning."""
     for key in sorted(backend.list_keys()):
-        try:
-            _index_segment(db, backend, key, pinned)
-        except (StoreError, OSError) as error:
-            logger.warning("not indexed: %s", error)
+        problem = _index_segment(db, backend, opener, key, pinned)
+        if problem:
+            logger.warning("not indexed: %s", problem)
 
 
-def _index_segment(db: sqlite3.Connection, backend: SegmentBackend, key: str, pinned: set[str]) -> None:
-    segment = Segment(backend.open(key))
+def _index_segment(
+    db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, key: str, pinned: set[str]
+) -> str | None:
+    """Insert one segment; why it was not inserted, if it was not."""
     try:
-        if segment.key != key:
-            raise StoreError(f"{segment.name}: holds segment {segment.key}; it is left alone")
-        blob = segment.blob
-        insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, key in pinned)
+        segment = opener(backend.open(key))
+        try:
+            if segment.key != key:
+                raise StoreError(f"{segment.name}: holds segment {segment.key}; it is left alone")
+            blob = segment.blob
+            with _all_or_nothing(db):
+                insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, key in pinned)
+        finally:
+            segment.close()
+    except sqlite3.OperationalError:
+        raise  # It is the index that cannot be written.
+    except Exception as error:
+        # Whoever made this segment may have made it to stop us, by whatever a parser or an allocation can raise.
+        return _said(key, error)
+    return None
+
+
+@contextlib.contextmanager
+def _all_or_nothing(db: sqlite3.Connection) -> Iterator[None]:
+    """A part of a transaction that is undone alone if it fails."""
+    db.execute("SAVEPOINT one_segment")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK TO one_segment")
+        raise
     finally:
-        segment.close()
+        db.execute("RELEASE one_segment")
+
+
+def _said(key: str, error: Exception) -> str:
+    """An error about one segment, in words that name the segment."""
+    if isinstance(error, (StoreError, OSError)):
+        return str(error)
+    return f"segment {key}: {type(error).__name__}: {shown(error)}"
+
+
+@dataclass
+class Reconciled:
+    """What `reconcile` did.
+
+    Attributes:
+        indexed: keys of segments that were indexed.
+        forgotten: keys of segments that were gone.
+        unreadable: by key, why a segment could not be indexed.
+    """
+
+    indexed: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def reconcile(
-    db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Index what is not indexed, and forget what is gone.
-
-    Returns:
-        keys that were indexed, keys that were forgotten, and what could not be read.
-    """
-    known = {row.key for row in all_segments(db)}
-    there = backend.list_keys()
-    indexed, unreadable = [], []
-    forgotten = sorted(known - there)
-    for key in forgotten:
+    db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str], tenant: Tenant
+) -> Reconciled:
+    """Index what is not indexed, and forget what is gone; of what is not the tenant's, nothing is told."""
+    known, there = keys_of_all(db), backend.list_keys()
+    done = Reconciled()
+    for key in sorted(known - there):
+        row = segment_by_key(db, key)
         drop_segment(db, key)
+        if row is not None and tenant.owns(row):
+            done.forgotten.append(key)
     for key in sorted(there - known):
-        try:
-            _index_segment(db, backend, key, pinned)
-            indexed.append(key)
-        except (StoreError, OSError) as error:
-            unreadable.append(str(error))
-    return indexed, forgotten, unreadable
+        problem = _index_segment(db, backend, opener, key, pinned)
+        if problem is None:
+            row = segment_by_key(db, key)
+            if row is not None and tenant.owns(row):
+                done.indexed.append(key)
+        elif tenant.is_operator:
+            done.unreadable[key] = problem
+    return done
 
 
-def reconcile_on_opening(index: StoreIndex, backend: SegmentBackend, pinned: Callable[[], set[str]]) -> None:
+def reconcile_on_opening(
+    index: StoreIndex,
+    backend: SegmentBackend,
+    opener: SegmentOpener,
+    pinned: Callable[[], set[str]],
+    tenant: Tenant,
+) -> None:
     """Where a crash came between the publication of a segment and its entry in the index, make up for it.
 
     Only looks, if all is well; and where another process is writing, that one is left in peace.
     """
-    known = {key for (key,) in index.read(lambda db: db.execute("SELECT key FROM segments").fetchall())}
-    if not backend.lists_cheaply or known == backend.list_keys():
+    if not backend.lists_cheaply or index.read(keys_of_all) == backend.list_keys():
         return
-    done = index.try_write(lambda db: reconcile(db, backend, pinned()))
-    for text in done[2] if done else ():
+    done = index.try_write(lambda db: reconcile(db, backend, opener, pinned(), tenant))
+    for text in done.unreadable.values() if done else ():
         logger.warning("skipped: %s", text)
 
 
@@ -80,15 +133,49 @@ def collect_garbage(
     folder: Path,
     index: StoreIndex,
     backend: SegmentBackend,
+    opener: SegmentOpener,
     pinned: Callable[[], set[str]],
+    tenant: Tenant,
     *,
     expired: list[SegmentRow],
     dry_run: bool,
 ) -> GcReport:
     """See `PrefixStore.gc`; `expired` have been (or would be) removed before."""
+    report = GcReport(expired=tuple(row.key for row in expired), bytes_freed=sum(row.nbytes for row in expired))
     leftovers = backend.collect(dry_run)
-    removed, in_use, freed = list(leftovers.removed), list(leftovers.in_use), leftovers.bytes_freed
-    freed += sum(row.nbytes for row in expired)
+    if tenant.is_operator:  # (Names of partial files and of damaged segments tell what others store.)
+        report = _with_leftovers(report, leftovers, folder, backend, dry_run)
+    # Reading every header takes long: that is done before anybody is kept from writing.
+    suspects, damaged = index.read(lambda db: _suspects(db, backend, opener, pinned(), tenant))
+
+    def change(db: sqlite3.Connection) -> tuple[Reconciled, list[str], list[str]]:
+        pins = pinned()
+        done = reconcile(db, backend, opener, pins, tenant)
+        repaired = _repair_rows(db, backend, opener, pins, suspects)
+        outcome = done, repaired, unreachable_keys(db, tenant.roots(db))
+        if dry_run:
+            raise _DryRunEnd(*outcome)
+        return outcome
+
+    try:
+        done, repaired, unreachable = index.write(change)
+    except _DryRunEnd as end:
+        done, repaired, unreachable = end.args
+    return replace(
+        report,
+        indexed=tuple(done.indexed),
+        forgotten=tuple(done.forgotten),
+        repaired=tuple(repaired),
+        unreachable=tuple(unreachable),
+        unreadable=(*done.unreadable.values(), *damaged),
+    )
+
+
+def _with_leftovers(
+    report: GcReport, leftovers: Leftovers, folder: Path, backend: SegmentBackend, dry_run: bool
+) -> GcReport:
+    """What belongs to nobody in particular: partial files, damaged indexes, quarantine. It is deleted."""
+    removed, freed = list(leftovers.removed), report.bytes_freed + leftovers.bytes_freed
     # A damaged index has been replaced by one that was built from the segments.
     for path in sorted(folder.glob("index.sqlite.damaged-*")):
         nbytes = remove_unlocked(path, dry_run=dry_run)
@@ -97,73 +184,71 @@ def collect_garbage(
     quarantine = list(backend.quarantined())
     for info in quarantine:
         freed += info.stored_bytes if dry_run else backend.drop_quarantined(info.key)
-
-    # Reading every header takes long: that is done before anybody is kept from writing.
-    suspects, damaged = index.read(lambda db: _suspects(db, backend, pinned()))
-
-    def change(db: sqlite3.Connection) -> tuple[list[str], ...]:
-        pins = pinned()
-        indexed, forgotten, unreadable = reconcile(db, backend, pins)
-        repaired = _repair_rows(db, backend, pins, suspects)
-        unreadable += damaged
-        linked = {child for child, _ in parent_ids(db)}
-        unreachable = [row.key for row in all_segments(db) if row.first_chunk and row.id not in linked]
-        if dry_run:
-            raise _DryRunEnd(indexed, forgotten, repaired, unreadable, unreachable)
-        return indexed, forgotten, repaired, unreadable, unreachable
-
-    try:
-        indexed, forgotten, repaired, unreadable, unreachable = index.write(change)
-    except _DryRunEnd as outcome:
-        indexed, forgotten, repaired, unreadable, unreachable = outcome.args
-    return GcReport(
+    return replace(
+        report,
         removed=tuple(removed),
+        in_use=tuple(leftovers.in_use),
         quarantine=tuple(info.key for info in quarantine),
-        expired=tuple(row.key for row in expired),
         bytes_freed=freed,
-        indexed=tuple(indexed),
-        forgotten=tuple(forgotten),
-        repaired=tuple(repaired),
-        unreachable=tuple(unreachable),
-        unreadable=tuple(unreadable),
-        in_use=tuple(in_use),
     )
 
 
-def _suspects(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str]) -> tuple[list[str], list[str]]:
+def _suspects(
+    db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str], tenant: Tenant
+) -> tuple[list[str], list[str]]:
     """Keys of segments of which the index says something wrong, and what could not be read."""
     wrong, damaged = [], []
-    for row in all_segments(db):
+    for row in all_segments(db, tenant.roots(db)):
         try:
-            if _is_wrong(db, backend, row, pinned):
+            if _is_wrong(db, backend, opener, row, pinned):
                 wrong.append(row.key)
         except SegmentMissingError:
             continue  # It is forgotten, or was deleted just now.
-        except (StoreError, OSError) as error:
-            damaged.append(str(error))
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            damaged.append(_said(row.key, error))
     return wrong, damaged
 
 
-def _is_wrong(db: sqlite3.Connection, backend: SegmentBackend, row: SegmentRow, pinned: set[str]) -> bool:
-    segment = Segment(backend.open(row.key))
+def _is_wrong(
+    db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, row: SegmentRow, pinned: set[str]
+) -> bool:
+    segment = opener(backend.open(row.key))
     try:
         return segment.key == row.key and bool(row_problems(db, segment, row, row.key in pinned))
     finally:
         segment.close()
 
 
-def _repair_rows(db: sqlite3.Connection, backend: SegmentBackend, pinned: set[str], suspects: list[str]) -> list[str]:
+def _repair_rows(
+    db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str], suspects: list[str]
+) -> list[str]:
     """Write anew what the index says wrongly of these segments, if it still does; the keys of those."""
     repaired = []
     for key in suspects:
         row = segment_by_key(db, key)
-        with contextlib.suppress(StoreError, OSError):
-            if row is not None and _is_wrong(db, backend, row, pinned):
-                drop_segment(db, key)
-                _index_segment(db, backend, key, pinned)
-                set_use(db, key, row.created, row.last_used, row.uses)
-                repaired.append(key)
+        try:
+            if row is None or not _is_wrong(db, backend, opener, row, pinned):
+                continue
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            logger.warning("not repaired: %s", _said(key, error))
+            continue
+        with contextlib.suppress(_NotIndexedError), _all_or_nothing(db):
+            drop_segment(db, key)
+            problem = _index_segment(db, backend, opener, key, pinned)
+            if problem:
+                logger.warning("not repaired: %s", problem)
+                raise _NotIndexedError
+            set_use(db, key, row.created, row.last_used, row.uses)
+            repaired.append(key)
     return repaired
+
+
+class _NotIndexedError(Exception):
+    """A segment that was dropped could not be inserted again: the dropping is undone."""
 
 
 class _DryRunEnd(Exception):  # noqa: N818 (it reports no error)

@@ -10,11 +10,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from ..errors import ConfigError, InputError, StoreError
 from ..memory import EvictionPolicy, MemoryTiers
 from ..stats import StoreCounters
+from ..wording import quoted
 from .backend import SegmentBackend
 from .background import Background
 from .entries import SegmentSpan, StoredPrefix
@@ -32,6 +34,8 @@ from .reader import ExtentReader
 from .rows import mark_used
 from .search import next_stored
 from .segment import Segment
+from .tenant import Tenant
+from .totals import stored_models
 from .upkeep import Upkeep
 from .writer import SegmentWriter
 
@@ -66,7 +70,9 @@ class PrefixStore(Upkeep):
         device_bytes: the same for the memory of accelerators; several share it equally. `None`: a quarter of what is
             free on each when a model on it is first served. Where memory runs out, what is kept there gives way.
         eviction: which chunk goes first when memory is full: the name of one of `memory.POLICIES`, or a policy.
-        salt: tenants with different salts do not see each other's prefixes.
+        salt: of a tenant, str or bytes. This object then finds, lists, counts, pins, deletes, exports and evicts only
+            what was stored with the same salt, and `max_disk_bytes` bounds that alone. `None`: it finds what was stored
+            without a salt, and looks after everything.
         create: whether a missing store may be created.
         direct: read past the operating system's page cache where the file system can.
         reader_threads: reads in flight at once.
@@ -78,7 +84,7 @@ class PrefixStore(Upkeep):
     Raises:
         StoreFormatError: `path` is something else than a store, or newer than this library.
         StoreError: the folder cannot be read or made.
-        ConfigError: a bound is negative.
+        ConfigError: a bound is negative or no number, or the salt is neither str nor bytes, or empty.
 
     Example:
         with PrefixStore("kv-store", max_disk_bytes=50 * 2**30) as store:
@@ -94,7 +100,7 @@ class PrefixStore(Upkeep):
         host_bytes: int = 2 * 2**30,
         device_bytes: int | None = None,
         eviction: str | EvictionPolicy = "expected-use",
-        salt: str | bytes = b"",
+        salt: str | bytes | None = None,
         create: bool = True,
         direct: bool = True,
         reader_threads: int = 8,
@@ -108,8 +114,9 @@ class PrefixStore(Upkeep):
             "device_bytes": device_bytes,
         }
         for name, value in bounds.items():
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name} must be 0 or more, got {value}")
+            if value is not None:
+                _require_bound(name, value)
+        self._tenant = Tenant(salt)
         self._key = StoreKey.of(key)
         self._opener = partial(Segment, key=self._key)
         self._closed = True  # Until everything below has worked: `__del__` sees half-made stores too.
@@ -130,11 +137,16 @@ class PrefixStore(Upkeep):
         self._flush_after_s = min(_FLUSH_AFTER_S, _FLUSH_AFTER_S if ttl_s is None else ttl_s / 4)
         self._pins = Pins(self.path)
         self.counters = StoreCounters()
-        salt = salt.encode() if isinstance(salt, str) else bytes(salt)
         index = self._index = StoreIndex(self.path / "index.sqlite", self._refill)
         opened = self._opened = OpenSegments(self.backend, self._opener, self.memory.forget)
         self._finder = Finder(
-            index, self.backend, opened, salt, ttl_s, self._last_use, lambda: self.counters.add("quarantined")
+            index,
+            self.backend,
+            opened,
+            self._tenant.salt,
+            ttl_s,
+            self._last_use,
+            lambda: self.counters.add("quarantined"),
         )
         self._publisher = Publisher(
             index,
@@ -144,7 +156,7 @@ class PrefixStore(Upkeep):
             self._finder,
             self.counters,
             key=self._key,
-            salted=bool(salt),
+            tenant=self._tenant,
             max_disk_bytes=max_disk_bytes,
             ttl_s=ttl_s,
             pins=self._pins,
@@ -153,7 +165,7 @@ class PrefixStore(Upkeep):
         self._closed = False
         self._put_in_order()
         _open_stores.add(self)
-        if salt:
+        if not self._tenant.is_operator:
             return  # A path alone says nothing of a tenant, so it must not lead to one's store.
         with _shared_lock:
             earlier = _shared.get(os.path.realpath(self.path))
@@ -187,12 +199,8 @@ class PrefixStore(Upkeep):
         ids = as_token_ids(input_ids.cpu() if hasattr(input_ids, "cpu") else input_ids)
         fingerprint = model_fingerprint(model)
         self._wait_for_prompts(ids, 0)
-        sizes = self._read(
-            lambda db: db.execute(
-                "SELECT DISTINCT chunk_size FROM segments WHERE fingerprint = ?", (fingerprint,)
-            ).fetchall()
-        )
-        found = (self._finder.find(fingerprint, ids, size).stored for (size,) in sizes)
+        sizes = [size for model, size in self._read(stored_models) if model == fingerprint]
+        found = (self._finder.find(fingerprint, ids, size).stored for size in sizes)
         return max((stored.tokens for stored in found if stored), default=0)
 
     def lookup(
@@ -249,9 +257,10 @@ class PrefixStore(Upkeep):
 
         Where a segment in the middle of a prefix was lost, only what lies before that chunk needs to be computed.
         """
-        hashes = chain_hashes(self._finder.root(fingerprint, chunk_size), as_token_ids(ids), chunk_size, first=True)
+        root = self._finder.root(fingerprint, chunk_size)
+        hashes = chain_hashes(root, as_token_ids(ids), chunk_size, first=True)
         try:
-            found: int | None = self._read(lambda db: next_stored(db, hashes, first_chunk))
+            found: int | None = self._read(lambda db: next_stored(db, root, hashes, first_chunk))
         except StoreError:
             self._require_open()
             return None
@@ -401,6 +410,14 @@ class PrefixStore(Upkeep):
 
     def __repr__(self) -> str:
         return f"PrefixStore({str(self.path)!r}{', closed' if self._closed else ''})"
+
+
+def _require_bound(name: str, value: object) -> None:
+    # (A bool is a number to Python: `max_disk_bytes=True` would be a byte.)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{name} must be a number or None, got {quoted(value)}")
+    if not float(value) >= 0:
+        raise ConfigError(f"{name} must be 0 or more, got {value}")
 
 
 @atexit.register

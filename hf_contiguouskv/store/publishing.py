@@ -25,6 +25,7 @@ from .proof import continues, is_superseded, is_the_same
 from .rows import (
     SegmentRow,
     drop_segment,
+    end_future_uses,
     find_chunk,
     insert_segment,
     mark_used,
@@ -34,6 +35,7 @@ from .rows import (
 )
 from .search import chain_to
 from .segment import Segment, SegmentOpener
+from .tenant import Tenant
 from .writer import SegmentWriter
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -45,7 +47,7 @@ class Publisher:
     Args:
         index, backend, opened, opener, finder, counters: of the store.
         key: of the store, if it has one.
-        salted: whether the store has a tenant salt.
+        tenant: whose segments it makes, counts and evicts.
         max_disk_bytes: bound on what all segments take up; `None`: no bound.
         ttl_s: see `PrefixStore`.
         pins: which segments are pinned, stored or not.
@@ -62,7 +64,7 @@ class Publisher:
         counters: StoreCounters,
         *,
         key: StoreKey | None,
-        salted: bool,
+        tenant: Tenant,
         max_disk_bytes: int | None,
         ttl_s: float | None,
         pins: Pins,
@@ -75,7 +77,7 @@ class Publisher:
         self._key = key
         self._finder = finder
         self._counters = counters
-        self._salted = salted
+        self._tenant = tenant
         self._max_disk_bytes = max_disk_bytes
         self._ttl_s = ttl_s
         self._pins = pins
@@ -96,7 +98,7 @@ class Publisher:
             key=segment_hashes(before[-1] if before else root, ids[begin:], c, first=not before)[-1].hex(),
             first_chunk=first_chunk,
             num_tokens=len(ids) - begin,
-            salted=self._salted,
+            salted=not self._tenant.is_operator,
             beginning="" if before else self._finder.beginning(ids, c),
         )
 
@@ -110,7 +112,7 @@ class Publisher:
     ) -> SegmentWriter:
         """See `PrefixStore.begin_segment`."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
-        if header.parent and self._index.read(lambda db: find_chunk(db, header.parent_hash)) is None:
+        if header.parent and self._index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
         if self._max_disk_bytes is not None and header.nbytes > self._max_disk_bytes:
             raise too_large(header.nbytes, self._max_disk_bytes)
@@ -251,7 +253,7 @@ class Publisher:
         """Whether what a segment continues is stored: the index names where, and that segment's own bytes prove it."""
         if not header.parent:
             return True
-        place = find_chunk(db, header.parent_hash)
+        place = _chunk_before(db, header)
         if place is None:
             return False
         with contextlib.suppress(StoreError):
@@ -306,23 +308,31 @@ class Publisher:
         if row is not None and len(stored_chunk_rows(db, row.id)) == row.num_chunks:
             return True
         try:
-            segment = self._opener(self._backend.open(key))
-            ids = segment.token_ids
+            with contextlib.closing(self._opener(self._backend.open(key))) as segment:
+                if segment.key != key:
+                    return False
+                drop_segment(db, key)
+                blob, pinned = segment.blob, self._pins.holds(key)
+                insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, pinned)
         except (StoreError, OSError):
-            return False
-        drop_segment(db, key)
-        blob, pinned = segment.blob, self._pins.holds(key)
-        insert_segment(db, segment.header, ids, blob.stored_bytes, blob.created, pinned)
+            return False  # Whatever lies there cannot be used, or is not what its name says.
         return True
 
     def _victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
         if self._max_disk_bytes is None:
             return []
-        self._drop_quarantined(stored_bytes(db) + nbytes, self._max_disk_bytes)
-        return choose_victims(db, header, nbytes, self._max_disk_bytes, self._pins.keys())
+        roots = self._tenant.roots(db)
+        needed = stored_bytes(db, roots) + nbytes
+        self._drop_quarantined(needed, self._max_disk_bytes)
+        if needed <= self._max_disk_bytes:
+            return []
+        end_future_uses(db)
+        return choose_victims(db, header, nbytes, self._max_disk_bytes, self._pins.keys(), roots)
 
     def _drop_quarantined(self, needed: int, max_disk_bytes: int) -> None:
         """Delete damaged segments, which are kept to be looked at only as long as nobody needs the room."""
+        if not self._tenant.is_operator:
+            return  # (They may be anybody's.)
         aside = list(self._backend.quarantined())
         if needed + sum(info.stored_bytes for info in aside) > max_disk_bytes:
             for info in aside:
@@ -335,8 +345,8 @@ class Publisher:
         """
         if self._max_disk_bytes is None:
             return True
-        total = self._index.read(stored_bytes)
-        if self._backend.lists_cheaply:
+        total: int = self._index.read(lambda db: stored_bytes(db, self._tenant.roots(db)))
+        if self._backend.lists_cheaply and self._tenant.is_operator:
             total += sum(info.stored_bytes for info in self._backend.quarantined())
         return total <= self._max_disk_bytes
 
@@ -354,10 +364,12 @@ class Publisher:
             return
 
         def choose(db: sqlite3.Connection) -> tuple[list[SegmentRow], int]:
-            self._drop_quarantined(stored_bytes(db), bound)
-            return choose_excess(db, bound, self._pins.keys())
+            roots = self._tenant.roots(db)
+            self._drop_quarantined(stored_bytes(db, roots), bound)
+            return choose_excess(db, bound, self._pins.keys(), roots)
 
         def change(db: sqlite3.Connection) -> tuple[dict[str, Hashable], int]:
+            end_future_uses(db)
             victims, excess = choose(db)
             for row in victims:
                 drop_segment(db, row.key)
@@ -388,11 +400,16 @@ class Publisher:
             return []
         unused_since = time.time() - self._ttl_s
         self._before_eviction()
+
+        def choose(db: sqlite3.Connection) -> list[SegmentRow]:
+            return expired_segments(db, unused_since, self._pins.keys(), self._tenant.roots(db))
+
         if dry_run:
-            return self._index.read(lambda db: expired_segments(db, unused_since, self._pins.keys()))
+            return self._index.read(choose)
 
         def change(db: sqlite3.Connection) -> list[SegmentRow]:
-            rows = expired_segments(db, unused_since, self._pins.keys())
+            end_future_uses(db)
+            rows = choose(db)
             for row in rows:
                 drop_segment(db, row.key)
                 self._backend.delete(row.key)
@@ -406,8 +423,14 @@ class Publisher:
 
 def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:
     """Keys of the segments of the prefix that ends with this one, as far as they are stored."""
-    chain = chain_to(db, bytes.fromhex(header.key), header.first_chunk + header.num_chunks)
+    chunks = header.first_chunk + header.num_chunks
+    chain = chain_to(db, bytes.fromhex(header.root), bytes.fromhex(header.key), chunks)
     return {header.key} if isinstance(chain, int) else {row.key for row, _ in chain}
+
+
+def _chunk_before(db: sqlite3.Connection, header: SegmentHeader) -> tuple[int, int] | None:
+    """Where the index says that the chunk is which a segment continues: segment id, and position in it."""
+    return find_chunk(db, header.parent_hash, bytes.fromhex(header.root), header.first_chunk - 1)
 
 
 def _own(ids: TokenIds, header: SegmentHeader) -> TokenIds:

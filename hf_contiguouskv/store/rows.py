@@ -1,26 +1,29 @@
 """The tables of the index: what a row may say, and the statements that read and write rows.
 
-Any byte of the database may be wrong: a row that makes no sense raises `IndexDamagedError`.
+Any byte of the database may be wrong: a row that makes no sense raises `IndexDamagedError`. Where a function takes
+`roots`, it regards only segments of these prefixes (root hashes, 16 bytes each: see `tenant.py`); `None` is all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import sqlite3
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from ..errors import StoreError
 from .format import SegmentHeader
-from .hashing import HASH_BYTES, TokenIds, segment_hashes
+from .hashing import HASH_BYTES, TokenIds
+from .totals import TOTALS, IndexDamagedError, Roots, add_to_totals, is_number, take_from_totals, totals_are_right
 
 _KEY = re.compile(r"[0-9a-f]{32}")
+_AT_ONCE = 500
+# (The year 36812: whatever is later was never the time.)
+_TIMES_BELOW = 2.0**40
 
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -29,30 +32,34 @@ CREATE TABLE segments (
     parent BLOB NOT NULL, first_chunk INTEGER NOT NULL, num_chunks INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
     chunk_size INTEGER NOT NULL, num_layers INTEGER NOT NULL, dtype TEXT NOT NULL, nbytes INTEGER NOT NULL,
     compute_ms INTEGER NOT NULL, created REAL NOT NULL, last_used REAL NOT NULL, uses INTEGER NOT NULL,
-    pinned INTEGER NOT NULL
+    pinned INTEGER NOT NULL, root BLOB NOT NULL
 );
 CREATE INDEX segments_by_parent ON segments (parent);
 CREATE INDEX segments_by_beginning ON segments (beginning);
+CREATE INDEX segments_by_use ON segments (last_used);
+CREATE INDEX segments_by_root ON segments (root, last_used);
 CREATE TABLE chunks (
     hash BLOB NOT NULL, segment INTEGER NOT NULL, parent BLOB NOT NULL, position INTEGER NOT NULL,
     tokens BLOB NOT NULL, PRIMARY KEY (hash, segment)
 ) WITHOUT ROWID;
 CREATE INDEX chunks_by_parent ON chunks (parent, tokens);
-CREATE INDEX chunks_by_segment ON chunks (segment);
+CREATE INDEX chunks_by_segment ON chunks (segment, position);
 """
+SCHEMA += TOTALS
 
-_COLUMNS = (
-    "id, key, fingerprint, beginning, parent, first_chunk, num_chunks, num_tokens, chunk_size, num_layers, dtype, "
-    "nbytes, compute_ms, created, last_used, uses, pinned"
+COLUMNS = (
+    "segments.id, key, fingerprint, beginning, segments.parent, first_chunk, num_chunks, num_tokens, chunk_size, "
+    "num_layers, dtype, nbytes, compute_ms, created, last_used, uses, pinned, root"
 )
+"""What a query must select for `SegmentRow.checked`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentRow:
     """One segment as the index knows it.
 
-    `parent` is the chain hash before its first chunk (the root's for roots), `nbytes` what it takes up where it lies;
-    the others are fields of its header.
+    `parent` is the chain hash before its first chunk (the root's for roots), `nbytes` what it takes up where it lies,
+    `root` the hash before the first chunk of its prefix; the others are fields of its header.
     """
 
     id: int
@@ -72,6 +79,7 @@ class SegmentRow:
     last_used: float
     uses: int
     pinned: int
+    root: bytes = bytes(HASH_BYTES)
 
     @classmethod
     def checked(cls, values: tuple[Any, ...] | None) -> SegmentRow:
@@ -83,15 +91,23 @@ class SegmentRow:
         if values is None:
             raise IndexDamagedError("a chunk refers to a segment that is not there")
         row = cls(*values)
-        counts = (row.id, row.first_chunk, row.num_chunks, row.num_tokens, row.chunk_size, row.num_layers, row.nbytes)
+        # (Spelt out: a chain of thousands of rows is checked at every look-up.)
         sane = (
-            all(type(number) is int and 0 <= number < 2**53 for number in (*counts, row.compute_ms, row.uses))
-            and type(row.key) is str
-            and bool(_KEY.fullmatch(row.key))
-            and all(type(text) is str for text in (row.fingerprint, row.beginning, row.dtype))
-            and type(row.parent) is bytes
-            and len(row.parent) == HASH_BYTES
-            and all(type(moment) in (float, int) and math.isfinite(moment) for moment in (row.created, row.last_used))
+            is_number(row.id)
+            and is_number(row.first_chunk)
+            and is_number(row.num_chunks)
+            and is_number(row.num_tokens)
+            and is_number(row.chunk_size)
+            and is_number(row.num_layers)
+            and is_number(row.nbytes)
+            and is_number(row.compute_ms)
+            and is_number(row.uses)
+            and is_key(row.key)
+            and type(row.fingerprint) is type(row.beginning) is type(row.dtype) is str
+            and _is_hash(row.parent)
+            and _is_hash(row.root)
+            and _is_time(row.created)
+            and _is_time(row.last_used)
             and row.pinned in (0, 1)
             and row.chunk_size > 0
             and row.num_tokens > 0
@@ -102,8 +118,17 @@ class SegmentRow:
         return row
 
 
-class IndexDamagedError(sqlite3.DatabaseError):
-    """A row of the index makes no sense: the index is rebuilt, as if the file were damaged."""
+def is_key(value: object) -> bool:
+    """Whether this is a name that a segment can have: 32 hex digits."""
+    return type(value) is str and _KEY.fullmatch(value) is not None
+
+
+def _is_hash(value: object) -> bool:
+    return type(value) is bytes and len(value) == HASH_BYTES
+
+
+def _is_time(value: object) -> bool:
+    return (type(value) is float or type(value) is int) and 0 <= value < _TIMES_BELOW
 
 
 def _tables(db: sqlite3.Connection) -> set[tuple[str, ...]]:
@@ -137,6 +162,8 @@ def index_problems(db: sqlite3.Connection) -> list[str]:
             problems.append(f"chunks refer to a segment {number!r} that is not there")
         elif count != row.num_chunks or not sane:
             problems.append(f"the chunks of segment {row.key} make no sense")
+    if not totals_are_right(db):
+        problems.append("what it says that all segments take up is not what they do")
     return problems + [f"segment {row.key} has no chunks" for row in rows.values()]
 
 
@@ -161,8 +188,10 @@ def insert_segment(
         StoreError: the token ids do not have the key that the header names.
     """
     geometry = header.geometry
-    if segment_hashes(header.parent_hash, token_ids, geometry.chunk_size)[-1].hex() != header.key:
+    chunks = chunk_rows(header, token_ids)
+    if chunks[-1][0].hex() != header.key:
         raise StoreError(f"segment {header.key}: its token ids do not have this key")
+    created = _past(created)
     fields: dict[str, Any] = {
         "key": header.key,
         "fingerprint": header.fingerprint,
@@ -180,6 +209,7 @@ def insert_segment(
         "last_used": created,
         "uses": 0,
         "pinned": int(pinned),
+        "root": bytes.fromhex(header.root),
     }
     names = ", ".join(fields)
     cursor = db.execute(
@@ -188,14 +218,21 @@ def insert_segment(
     assert cursor.lastrowid is not None
     db.executemany(
         "INSERT INTO chunks (segment, hash, parent, position, tokens) VALUES (?, ?, ?, ?, ?)",
-        [(cursor.lastrowid, *row) for row in chunk_rows(header, token_ids)],
+        [(cursor.lastrowid, *row) for row in chunks],
     )
+    add_to_totals(db, fields["root"], header.fingerprint, geometry.chunk_size, header.num_tokens, nbytes)
+
+
+def _past(moment: float) -> float:
+    """`moment` as a time that may have been: a clock that was wrong, or a liar, may say something else."""
+    now = time.time()
+    return moment if 0 <= moment <= now else now
 
 
 def chunk_rows(header: SegmentHeader, token_ids: TokenIds) -> list[tuple[bytes, bytes, int, bytes]]:
     """`(hash, parent, position, token ids)` of every chunk of a segment: what the index must say of it."""
     size = header.geometry.chunk_size
-    hashes = segment_hashes(header.parent_hash, token_ids, size)
+    hashes = header.hashes(token_ids)
     octets, step = token_ids.tobytes(), 8 * size
     parents = [header.parent_hash, *hashes[:-1]]
     return [
@@ -213,32 +250,101 @@ def stored_chunk_rows(db: sqlite3.Connection, number: int) -> list[tuple[bytes, 
 
 def drop_segment(db: sqlite3.Connection, key: str) -> None:
     """Forget a segment and its chunks."""
-    db.execute("DELETE FROM chunks WHERE segment IN (SELECT id FROM segments WHERE key = ?)", (key,))
-    db.execute("DELETE FROM segments WHERE key = ?", (key,))
+    found = db.execute(
+        "SELECT id, num_tokens, nbytes, root, fingerprint, chunk_size FROM segments WHERE key = ?", (key,)
+    ).fetchone()
+    if found is None:
+        return
+    number, tokens, nbytes, root, fingerprint, chunk_size = found
+    db.execute("DELETE FROM chunks WHERE segment = ?", (number,))
+    db.execute("DELETE FROM segments WHERE id = ?", (number,))
+    take_from_totals(db, root, fingerprint, chunk_size, tokens, nbytes)
 
 
-def all_segments(db: sqlite3.Connection) -> list[SegmentRow]:
-    """All segments, oldest first."""
-    return [SegmentRow.checked(row) for row in db.execute(f"SELECT {_COLUMNS} FROM segments ORDER BY created, id")]
+def clear(db: sqlite3.Connection) -> None:
+    """Forget all segments."""
+    for table in ("chunks", "segments", "totals"):
+        db.execute(f"DELETE FROM {table}")
+
+
+def all_segments(db: sqlite3.Connection, roots: Roots = None) -> list[SegmentRow]:
+    """All segments of `roots`, oldest first."""
+    if roots is None:
+        return [SegmentRow.checked(row) for row in db.execute(f"SELECT {COLUMNS} FROM segments ORDER BY created, id")]
+    query = f"SELECT {COLUMNS} FROM segments WHERE root = ?"
+    rows = [SegmentRow.checked(row) for root in roots for row in db.execute(query, (root,))]
+    return sorted(rows, key=lambda row: (row.created, row.id))
+
+
+def keys_of_all(db: sqlite3.Connection) -> set[str]:
+    """The keys of all segments."""
+    keys = {key for (key,) in db.execute("SELECT key FROM segments")}
+    if not all(map(is_key, keys)):
+        raise IndexDamagedError("the key of a segment makes no sense")
+    return keys
 
 
 def segment_by_key(db: sqlite3.Connection, key: str) -> SegmentRow | None:
     """The segment named `key`, if there is one."""
-    row = db.execute(f"SELECT {_COLUMNS} FROM segments WHERE key = ?", (key,)).fetchone()
+    row = db.execute(f"SELECT {COLUMNS} FROM segments WHERE key = ?", (key,)).fetchone()
     return SegmentRow.checked(row) if row else None
+
+
+def find_chunk(db: sqlite3.Connection, chunk: bytes, root: bytes | None = None, at: int = 0) -> tuple[int, int] | None:
+    """`(segment id, position in it)` of a chunk; of several, the one with the most chunks before it.
+
+    Args:
+        db: the index.
+        chunk: its hash.
+        root: regard only segments of prefixes with this root hash; `None`: all.
+        at: with `root`: regard only segments that hold it as chunk `at` of the prefix.
+    """
+    if root is None:
+        found = db.execute(
+            "SELECT segment, position FROM chunks WHERE hash = ? ORDER BY position DESC LIMIT 1", (chunk,)
+        ).fetchone()
+    else:
+        # (A chunk of a segment that is not there is damage, and must be seen.)
+        found = db.execute(
+            "SELECT segment, position FROM chunks LEFT JOIN segments ON id = segment WHERE hash = ? AND (id IS NULL OR "
+            "root = ? AND first_chunk + position = ?) ORDER BY position DESC LIMIT 1",
+            (chunk, root, at),
+        ).fetchone()
+    if found is not None:
+        require_place(*found)
+    return found  # type: ignore[no-any-return]
+
+
+def require_place(segment: object, position: object) -> None:
+    """Check what the database says of a chunk.
+
+    Raises:
+        IndexDamagedError: it makes no sense.
+    """
+    if type(segment) is not int or not is_number(position):
+        raise IndexDamagedError(f"a chunk at position {position!r} of segment {segment!r} makes no sense")
 
 
 def is_reachable(db: sqlite3.Connection, key: str) -> bool:
     """Whether the segment `key` is stored, and what it continues as well."""
     row = segment_by_key(db, key)
-    return row is not None and (row.first_chunk == 0 or find_chunk(db, row.parent) is not None)
+    return row is not None and (
+        row.first_chunk == 0 or find_chunk(db, row.parent, row.root, row.first_chunk - 1) is not None
+    )
+
+
+def segments_with_beginning(db: sqlite3.Connection, beginning: str) -> list[SegmentRow]:
+    """The segments whose keys begin with these digits, in the order of their keys."""
+    # (A key has hex digits only, and all of these come before "g".)
+    query = f"SELECT {COLUMNS} FROM segments WHERE key >= ? AND key < ? ORDER BY key"
+    return [SegmentRow.checked(row) for row in db.execute(query, (beginning, f"{beginning}g"))]
 
 
 def segments_that_begin_with(db: sqlite3.Connection, parent: bytes, beginnings: list[bytes]) -> list[SegmentRow]:
     """The segments whose first chunk follows the chunk `parent` and is one of `beginnings` (its token ids)."""
     marks = ", ".join("?" * len(beginnings))
     query = (
-        f"SELECT {_COLUMNS} FROM segments WHERE id IN "
+        f"SELECT {COLUMNS} FROM segments WHERE id IN "
         f"(SELECT segment FROM chunks WHERE parent = ? AND position = 0 AND tokens IN ({marks}))"
     )
     return [SegmentRow.checked(row) for row in db.execute(query, (parent, *beginnings))]
@@ -246,27 +352,17 @@ def segments_that_begin_with(db: sqlite3.Connection, parent: bytes, beginnings: 
 
 def segment_by_id(db: sqlite3.Connection, number: int) -> SegmentRow:
     """The segment that chunks refer to by `number`."""
-    return SegmentRow.checked(db.execute(f"SELECT {_COLUMNS} FROM segments WHERE id = ?", (number,)).fetchone())
+    return SegmentRow.checked(db.execute(f"SELECT {COLUMNS} FROM segments WHERE id = ?", (number,)).fetchone())
 
 
-def find_chunk(db: sqlite3.Connection, chunk: bytes) -> tuple[int, int] | None:
-    """`(segment id, position in it)` of a chunk; of several, the one with the most chunks before it."""
-    found: tuple[int, int] | None = db.execute(
-        "SELECT segment, position FROM chunks WHERE hash = ? ORDER BY position DESC LIMIT 1", (chunk,)
-    ).fetchone()
-    if found is not None:
-        _require_numbers(*found)
-    return found
-
-
-def _require_numbers(segment: object, position: object) -> None:
-    if type(segment) is not int or type(position) is not int or not 0 <= position < 2**53:
-        raise IndexDamagedError(f"a chunk at position {position!r} of segment {segment!r} makes no sense")
-
-
-def known_chunks(db: sqlite3.Connection, chunks: list[bytes]) -> set[bytes]:
-    """Those of `chunks` that are stored."""
-    return {chunk for chunk in chunks if find_chunk(db, chunk) is not None}
+def segments_by_id(db: sqlite3.Connection, numbers: Sequence[int]) -> list[SegmentRow]:
+    """The segments with these ids, in this order; each must be there."""
+    found: dict[int, SegmentRow] = {}
+    for start in range(0, len(numbers), _AT_ONCE):
+        some = numbers[start : start + _AT_ONCE]
+        query = f"SELECT {COLUMNS} FROM segments WHERE id IN ({', '.join('?' * len(some))})"
+        found |= {values[0]: SegmentRow.checked(values) for values in db.execute(query, some)}
+    return [found[number] if number in found else SegmentRow.checked(None) for number in numbers]
 
 
 def is_stored_for_another_model(db: sqlite3.Connection, beginning: str, fingerprint: str) -> bool:
@@ -275,49 +371,22 @@ def is_stored_for_another_model(db: sqlite3.Connection, beginning: str, fingerpr
     return db.execute(query, (beginning, fingerprint)).fetchone() is not None
 
 
-def closest_child(db: sqlite3.Connection, parent: bytes, tokens: bytes) -> tuple[int, int, int] | None:
-    """Among the chunks that follow `parent`, the one that shares the most leading token ids with `tokens`.
-
-    Returns:
-        `(segment id, position in it, shared tokens)`, or `None` when not even one token is shared.
-    """
-    best: tuple[int, int, int] | None = None
-    # In sorted order nothing shares more with `tokens` than its two neighbours: the number of children does not matter.
-    for condition in ("tokens >= ? ORDER BY tokens", "tokens < ? ORDER BY tokens DESC"):
-        row = db.execute(
-            f"SELECT segment, position, tokens FROM chunks WHERE parent = ? AND {condition} LIMIT 1", (parent, tokens)
-        ).fetchone()
-        if row is not None:
-            _require_numbers(*row[:2])
-            if type(row[2]) is not bytes:
-                raise IndexDamagedError("token ids of a chunk are no bytes")
-            shared = _shared_tokens(row[2], tokens)
-            if shared > (best[2] if best else 0):
-                best = (row[0], row[1], shared)
-    return best
-
-
-def _shared_tokens(left: bytes, right: bytes) -> int:
-    length = min(len(left), len(right)) // 8
-    # (A stored chunk is never empty, and whole numbers of 8 bytes: what is left over here is damage, and not counted.)
-    ours, theirs = np.frombuffer(left, dtype="<i8", count=length), np.frombuffer(right, dtype="<i8", count=length)
-    different = np.flatnonzero(ours != theirs)
-    return int(different[0]) if different.size else length
-
-
-def parent_ids(db: sqlite3.Connection) -> set[tuple[int, int]]:
-    """All `(child id, parent id)`: the child continues a chunk of the parent. More than one may hold that chunk."""
-    return set(
-        db.execute("SELECT s.id, c.segment FROM segments s JOIN chunks c ON c.hash = s.parent WHERE c.segment != s.id")
-    )
-
-
 def set_use(db: sqlite3.Connection, key: str, created: float, last_used: float, uses: int) -> None:
     """Set what only the index knows of a segment."""
-    values = (created, last_used, uses, key)
+    values = (_past(created), _past(last_used), uses, key)
     db.execute("UPDATE segments SET created = ?, last_used = ?, uses = ? WHERE key = ?", values)
 
 
 def mark_used(db: sqlite3.Connection, uses: Iterable[tuple[int, float, str]]) -> None:
     """Add `(uses, time of the last one, key)`."""
-    db.executemany("UPDATE segments SET uses = uses + ?, last_used = max(last_used, ?) WHERE key = ?", list(uses))
+    values = [(count, _past(when), key) for count, when, key in uses]
+    db.executemany("UPDATE segments SET uses = uses + ?, last_used = max(last_used, ?) WHERE key = ?", values)
+
+
+def end_future_uses(db: sqlite3.Connection) -> None:
+    """Segments that were used in the future, as a clock that was wrong or a liar said, were used now.
+
+    Otherwise they would never grow old.
+    """
+    now = time.time()
+    db.execute("UPDATE segments SET last_used = ? WHERE last_used > ?", (now, now))

@@ -3,12 +3,75 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
+
+import numpy as np
 
 from .hashing import TokenIds
-from .rows import IndexDamagedError, SegmentRow, closest_child, find_chunk, known_chunks, parent_ids, segment_by_id
+from .rows import COLUMNS, SegmentRow, find_chunk, require_place, segments_by_id
+from .totals import IndexDamagedError, Roots
 
 # Segments from the beginning of a prefix on, and how many chunks up to the end (or the next segment) each one serves.
 Chain = list[tuple[SegmentRow, int]]
+
+# One query for all of a chain, which may be thousands of segments long. It ends whatever the rows say: each step leaves
+# fewer chunks to go. Of several segments that hold the chunk before, the one with the most chunks before it goes on; it
+# must belong to the same prefix, hold the chunk at the right place, and whole: what follows a chunk that is not full
+# does not continue it.
+_WALK = f"""
+WITH RECURSIVE chain (step, segment, position, chunks) AS (
+    SELECT 0, ?, ?, ?
+    UNION ALL
+    SELECT chain.step + 1, chunks.segment, chunks.position, chain.chunks - chain.position - 1
+    FROM chain
+    CROSS JOIN segments child ON child.id = chain.segment
+    CROSS JOIN chunks ON chunks.hash = child.parent AND chunks.segment = (
+        SELECT held.segment FROM chunks held LEFT JOIN segments holder ON holder.id = held.segment
+        WHERE held.hash = child.parent AND (holder.id IS NULL OR holder.root = child.root
+            AND holder.first_chunk + held.position + 1 = chain.chunks - chain.position - 1
+            AND (held.position + 1) * holder.chunk_size <= holder.num_tokens)
+        ORDER BY held.position DESC LIMIT 1
+    )
+    WHERE typeof(chain.position) = 'integer' AND chain.position >= 0 AND chain.chunks > chain.position + 1
+)
+SELECT chain.segment, chain.position, chain.chunks, {COLUMNS}
+FROM chain LEFT JOIN segments ON segments.id = chain.segment ORDER BY chain.step
+"""
+
+# Whether the segment `child` continues chunk `chunks` of the segment `parent`.
+CONTINUES = """
+    child.first_chunk > 0 AND child.parent = chunks.hash AND chunks.segment = parent.id AND child.root = parent.root
+    AND child.first_chunk = parent.first_chunk + chunks.position + 1
+    AND (chunks.position + 1) * parent.chunk_size <= parent.num_tokens
+"""
+
+_HAS_CHILD = f"""
+SELECT child.id FROM segments parent
+CROSS JOIN chunks ON chunks.segment = parent.id CROSS JOIN segments child ON child.parent = chunks.hash
+WHERE parent.id = ? AND {CONTINUES} ORDER BY chunks.position DESC
+"""
+
+_HOLDERS = f"""
+SELECT parent.id FROM segments child
+CROSS JOIN chunks ON chunks.hash = child.parent CROSS JOIN segments parent ON parent.id = chunks.segment
+WHERE child.id = ? AND {CONTINUES}
+"""
+
+# (UNION drops what was found before: a circle ends.)
+_BELOW = f"""
+WITH RECURSIVE below (id) AS (
+    SELECT ?
+    UNION
+    SELECT child.id FROM below
+    CROSS JOIN segments parent ON parent.id = below.id CROSS JOIN chunks ON chunks.segment = parent.id
+    CROSS JOIN segments child ON child.parent = chunks.hash
+    WHERE {CONTINUES}
+)
+SELECT child.id, parent.id FROM below
+CROSS JOIN segments child ON child.id = below.id CROSS JOIN chunks ON chunks.hash = child.parent
+CROSS JOIN segments parent ON parent.id = chunks.segment
+WHERE {CONTINUES}
+"""
 
 
 def longest_match(
@@ -17,6 +80,7 @@ def longest_match(
     """The longest stored beginning of `ids`, to the token.
 
     Args:
+        db: the index.
         root: the hash before the first chunk.
         hashes: of whole chunks of `ids` that may match; not necessarily all.
         ids: int64 `[n]`.
@@ -28,66 +92,137 @@ def longest_match(
     """
     # Whoever stores a chunk has stored all chunks before it, so the matching ones can be found by bisection.
     low, high = 0, len(hashes)
+    place: tuple[int, int] | None = None
     while low < high:
         middle = (low + high + 1) // 2
-        if find_chunk(db, hashes[middle - 1]) is not None:
-            low = middle
+        found = find_chunk(db, hashes[middle - 1], root, middle - 1)
+        if found is not None:
+            low, place = middle, found
         else:
             high = middle - 1
     last = hashes[low - 1] if low else root
     rest = ids[low * chunk_size : (low + 1) * chunk_size].tobytes()
-    tail = closest_child(db, last, rest) if rest else None
+    tail = _closest_child(db, root, last, low, rest) if rest else None
     if tail is not None:
         segment, position, tokens = tail
-        found = _walk(db, segment, position, low + 1)
-        return found if isinstance(found, int) else (low * chunk_size + tokens, found)
-    if low == 0:
+        chain = _walk(db, segment, position, low + 1)
+        return chain if isinstance(chain, int) else (low * chunk_size + tokens, chain)
+    if place is None:
         return None
-    found = chain_to(db, last, low)
-    return found if isinstance(found, int) else (low * chunk_size, found)
+    chain = _walk(db, *place, low)
+    return chain if isinstance(chain, int) else (low * chunk_size, chain)
 
 
-def chain_to(db: sqlite3.Connection, last: bytes, chunks: int) -> Chain | int:
-    """The segments of a prefix of `chunks` chunks whose last hash is `last`; a number as in `longest_match`."""
-    place = find_chunk(db, last)
+def chain_to(db: sqlite3.Connection, root: bytes, last: bytes, chunks: int) -> Chain | int:
+    """The segments of a prefix of `chunks` chunks with the hash `root` before the first and `last` of the last one.
+
+    A number as in `longest_match`.
+    """
+    place = find_chunk(db, last, root, chunks - 1)
     return chunks - 1 if place is None else _walk(db, *place, chunks)
 
 
 def _walk(db: sqlite3.Connection, segment: int, position: int, chunks: int) -> Chain | int:
     chain: Chain = []
-    while True:
-        row = segment_by_id(db, segment)
-        chain.append((row, position + 1))
-        chunks -= position + 1
-        if chunks < 0 or position >= row.num_chunks:
+    left = chunks
+    for number, place, left, *values in db.execute(_WALK, (segment, position, chunks)):
+        require_place(number, place)
+        row = SegmentRow.checked(None if values[0] is None else tuple(values))
+        if left <= place or place >= row.num_chunks:
             raise IndexDamagedError(f"segment {row.key} holds more chunks than the prefix that it is part of")
-        if chunks == 0:
-            return chain[::-1]
-        place = find_chunk(db, row.parent)
-        if place is None:
-            return chunks - 1
-        segment, position = place
+        chain.append((row, place + 1))
+        left -= place + 1
+    return left - 1 if left else chain[::-1]
 
 
-def next_stored(db: sqlite3.Connection, hashes: list[bytes], first: int) -> int | None:
+def next_stored(db: sqlite3.Connection, root: bytes, hashes: list[bytes], first: int) -> int | None:
     """The first chunk from `first` on that is stored although the one before it is not, if there is any.
 
     That happens when a segment in the middle of a prefix was lost: what continues it needs only the missing part.
     """
-    stored = known_chunks(db, hashes[first:])
-    return next((chunk for chunk in range(first, len(hashes)) if hashes[chunk] in stored), None)
+    stored = (chunk for chunk in range(first, len(hashes)) if find_chunk(db, hashes[chunk], root, chunk) is not None)
+    return next(stored, None)
+
+
+def _closest_child(
+    db: sqlite3.Connection, root: bytes, parent: bytes, at: int, tokens: bytes
+) -> tuple[int, int, int] | None:
+    """Among the chunks that follow `parent`, the one that shares the most leading token ids with `tokens`.
+
+    Args:
+        db: the index.
+        root: the hash before the first chunk of the prefix.
+        parent: the hash of the chunk before.
+        at: position of the chunk in the prefix.
+        tokens: ids, int64.
+
+    Returns:
+        `(segment id, position in it, shared tokens)`, or `None` when not even one token is shared.
+    """
+    best: tuple[int, int, int] | None = None
+    # In sorted order nothing shares more with `tokens` than its two neighbours: the number of children does not matter.
+    for condition in ("tokens >= ? ORDER BY tokens", "tokens < ? ORDER BY tokens DESC"):
+        row = db.execute(
+            "SELECT segment, position, tokens FROM chunks LEFT JOIN segments ON id = segment WHERE chunks.parent = ? "
+            f"AND (id IS NULL OR root = ? AND first_chunk + position = ?) AND {condition} LIMIT 1",
+            (parent, root, at, tokens),
+        ).fetchone()
+        if row is not None:
+            require_place(*row[:2])
+            if type(row[2]) is not bytes:
+                raise IndexDamagedError("token ids of a chunk are no bytes")
+            shared = _shared_tokens(row[2], tokens)
+            if shared > (best[2] if best else 0):
+                best = (row[0], row[1], shared)
+    return best
+
+
+def _shared_tokens(left: bytes, right: bytes) -> int:
+    length = min(len(left), len(right)) // 8
+    # (A stored chunk is never empty, and whole numbers of 8 bytes: what is left over here is damage, and not counted.)
+    ours, theirs = np.frombuffer(left, dtype="<i8", count=length), np.frombuffer(right, dtype="<i8", count=length)
+    different = np.flatnonzero(ours != theirs)
+    return int(different[0]) if different.size else length
+
+
+def children_of(db: sqlite3.Connection, number: int) -> Iterable[int]:
+    """Ids of the segments that continue a chunk of segment `number`, those that continue its last one first."""
+    return (child for (child,) in db.execute(_HAS_CHILD, (number,)))
+
+
+def parents_of(db: sqlite3.Connection, number: int) -> list[int]:
+    """Ids of the segments that hold the chunk which segment `number` continues; more than one may."""
+    return [parent for (parent,) in db.execute(_HOLDERS, (number,))]
+
+
+def unreachable_keys(db: sqlite3.Connection, roots: Roots = None) -> list[str]:
+    """Keys of segments of `roots` that continue what is not stored, oldest first."""
+    lost = f"""
+    SELECT lost.created, lost.id, lost.key FROM segments lost WHERE lost.first_chunk > 0 AND NOT EXISTS (
+        SELECT 1 FROM segments child
+        CROSS JOIN chunks ON chunks.hash = child.parent CROSS JOIN segments parent ON parent.id = chunks.segment
+        WHERE child.id = lost.id AND {CONTINUES}
+    )"""
+    if roots is None:
+        found = db.execute(lost).fetchall()
+    else:
+        found = [row for root in roots for row in db.execute(f"{lost} AND lost.root = ?", (root,))]
+    return [key for _, _, key in sorted(found)]
 
 
 def continuations(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
     """`row` and all segments that could not be reached without it, parents before children."""
-    parents: dict[int, set[int]] = {}
-    for child, parent in parent_ids(db):
-        parents.setdefault(child, set()).add(parent)
+    # A chunk may lie in several segments: a child is lost when all that hold its parent chunk are.
+    holders: dict[int, set[int]] = {}
+    children: dict[int, list[int]] = {}
+    for child, parent in db.execute(_BELOW, (row.id,)):
+        holders.setdefault(child, set()).add(parent)
+        children.setdefault(parent, []).append(child)
     lost = [row.id]
-    grown = True
-    while grown:
-        # A chunk may lie in several segments: a child is lost when all that hold its parent chunk are.
-        more = [child for child, held_by in parents.items() if child not in lost and held_by <= set(lost)]
-        lost += more
-        grown = bool(more)
-    return [segment_by_id(db, number) for number in lost]
+    for number in lost:  # (It grows.)
+        for child in children.get(number, ()):
+            left = holders[child]
+            left.discard(number)
+            if not left and child != row.id:
+                lost.append(child)
+    return segments_by_id(db, lost)

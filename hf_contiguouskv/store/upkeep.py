@@ -21,15 +21,25 @@ from .index import StoreIndex
 from .opened import OpenSegments
 from .publishing import Publisher
 from .reader import ExtentReader
-from .rows import SegmentRow, all_segments, drop_segment, index_problems, segment_by_key
+from .rows import SegmentRow, all_segments, drop_segment, index_problems, segments_with_beginning
 from .search import continuations
+from .segment import SegmentOpener
+from .tenant import Tenant
+from .totals import Totals, totals
 from .verification import verify_segments
 
 logger = logging.getLogger("hf_contiguouskv")
 
+# So many segments are deleted in one transaction: meanwhile nobody else can write.
+_DELETED_AT_ONCE = 500
+# A refusal names so many of the segments that are in the way.
+_NAMED = 5
+
 
 class Upkeep:
     """What `PrefixStore` is made of, and the methods that look after it.
+
+    A store that was opened with a salt regards only the segments that were stored with it.
 
     Attributes:
         path: folder of the store.
@@ -46,6 +56,8 @@ class Upkeep:
     _background: Background
     _index: StoreIndex
     _opened: OpenSegments
+    _opener: SegmentOpener
+    _tenant: Tenant
     _publisher: Publisher
     _pins: Pins
     _reader: ExtentReader | None
@@ -66,7 +78,7 @@ class Upkeep:
         return self._index.write(change)
 
     def _refill(self, db: sqlite3.Connection) -> None:
-        maintenance.index_segments(db, self.backend, self._pins.keys())
+        maintenance.index_segments(db, self.backend, self._opener, self._pins.keys())
 
     def _put_in_order(self) -> None:
         """On opening: free what crashes left, index what they had just published, and let `max_disk_bytes` hold.
@@ -75,7 +87,7 @@ class Upkeep:
         """
         try:
             self.backend.collect()
-            maintenance.reconcile_on_opening(self._index, self.backend, self._pins.keys)
+            maintenance.reconcile_on_opening(self._index, self.backend, self._opener, self._pins.keys, self._tenant)
             if not self._publisher.is_within_bound():
                 # Somebody else may be writing, and deleting takes long: opening waits for neither.
                 self._background.submit(self._evict_excess)
@@ -88,9 +100,22 @@ class Upkeep:
         except (StoreError, OSError) as error:
             logger.warning("%s takes up more than max_disk_bytes=%s: %s", self.path, self.max_disk_bytes, error)
 
-    def entries(self) -> list[PrefixInfo]:
-        """All stored segments, oldest first."""
-        rows = self._read(all_segments)
+    def entries(self, beginning: str = "") -> list[PrefixInfo]:
+        """All stored segments, oldest first.
+
+        Args:
+            beginning: hex digits; only those whose keys begin with them.
+        """
+
+        def query(db: sqlite3.Connection) -> list[SegmentRow]:
+            if not beginning:
+                return all_segments(db, self._tenant.roots(db))
+            if not all(digit in "0123456789abcdef" for digit in beginning):
+                return []
+            rows = [row for row in segments_with_beginning(db, beginning) if self._tenant.owns(row)]
+            return sorted(rows, key=lambda row: (row.created, row.id))
+
+        rows = self._read(query)
         with self._lock:
             uses = dict(self._uses)
         return [PrefixInfo.from_row(row, *uses.get(row.key, (0, 0.0))) for row in rows]
@@ -103,7 +128,7 @@ class Upkeep:
             recursive: delete the longer prefixes that continue it as well.
 
         Returns:
-            the keys of all segments that were deleted.
+            the keys of all segments that were deleted, parents before children.
 
         Raises:
             PrefixInUseError: longer prefixes continue it, and not `recursive`.
@@ -111,22 +136,26 @@ class Upkeep:
         """
 
         def delete(db: sqlite3.Connection) -> list[str]:
-            doomed = _deletable(db, key, recursive)
+            # (The last ones are leaves. A crash in between leaves prefixes that are shorter, and whole.)
+            doomed = _deletable(db, self._tenant, key, recursive)[-_DELETED_AT_ONCE:]
             for one in doomed:
                 drop_segment(db, one)
                 self.backend.delete(one)
             return doomed
 
-        try:
-            deleted: list[str] = self._write(delete)
-        except StoreFullError:
-            # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
-            for key_of_one in self._read(lambda db: _deletable(db, key, recursive)):
-                self.backend.delete(key_of_one)
-            deleted = self._write(delete)
-        self._opened.forget(deleted)
-        for gone in deleted:
-            self._pins.set(gone, False)
+        deleted: list[str] = []
+        while key not in deleted:
+            try:
+                some: list[str] = self._write(delete)
+            except StoreFullError:
+                # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
+                for key_of_one in self._read(lambda db: _deletable(db, self._tenant, key, recursive)):
+                    self.backend.delete(key_of_one)
+                some = self._write(delete)
+            deleted = some + deleted
+            self._opened.forget(some)
+            for gone in self._pins.keys() & set(some):
+                self._pins.set(gone, False)
         return deleted
 
     def pin(self, key: str) -> None:
@@ -147,38 +176,56 @@ class Upkeep:
 
     def _set_pinned(self, key: str, pinned: bool) -> None:
         def change(db: sqlite3.Connection) -> None:
-            number = _known(db, key).id
+            number = self._tenant.find(db, key).id
             self._pins.set(key, pinned)
             db.execute("UPDATE segments SET pinned = ? WHERE id = ?", (int(pinned), number))
 
         self._write(change)
 
-    def verify(self, key: str | None = None, progress: Callable[[int, int], None] | None = None) -> list[StoreProblem]:
+    def verify(
+        self, key: str | None = None, progress: Callable[[int, int], None] | None = None, deep: bool = False
+    ) -> list[StoreProblem]:
         """Compare every byte of all segments, or of one, with its checksum, and the index with the files.
 
         Args:
             key: of one segment; `None` is all.
             progress: called with `(bytes done, bytes in all)`.
+            deep: also make what approximates or repeats keys and values again from these, and compare it.
 
         Returns:
             what is wrong; empty when all is well. Nothing is changed, except that a damaged index is rebuilt.
         """
         self._require_open()
         # First, for whoever reads a damaged index repairs it.
-        found = [StoreProblem("", "index", text) for text in ([] if key else self._index.inspect())]
-        rows = self._read(lambda db: [_known(db, key)] if key else all_segments(db))
+        texts = [] if key else self._index.inspect()
+        if texts and not self._tenant.is_operator:  # (They name segments of others.)
+            texts = ["is or was damaged; `verify` of the store without a salt tells where"]
+        found = [StoreProblem("", "index", text) for text in texts]
+
+        def query(db: sqlite3.Connection) -> list[SegmentRow]:
+            return [self._tenant.find(db, key)] if key else all_segments(db, self._tenant.roots(db))
+
         # With a connection of its own: look-ups of this process do not wait for long questions.
         index = StoreIndex(self._index.path, self._refill)
         try:
-            pinned = self._pins.keys()
             return found + verify_segments(
-                self.backend, index, rows, pinned, whole_store=key is None, progress=progress
+                self.backend,
+                index,
+                self._read(query),
+                self._pins.keys(),
+                whole_store=key is None and self._tenant.is_operator,
+                progress=progress,
+                opener=self._opener,
+                deep=deep,
             )
         finally:
             index.close()
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """Clean up: remove leftovers of crashes, damaged and expired segments; make index and segments agree.
+
+        A store that was opened with a salt leaves damaged segments to whoever opens it without, and tells only of its
+        own.
 
         Args:
             dry_run: only say what would be done.
@@ -193,7 +240,9 @@ class Upkeep:
                 self.path,
                 index,
                 self.backend,
+                self._opener,
                 self._pins.keys,
+                self._tenant,
                 expired=self._publisher.expire(dry_run),
                 dry_run=dry_run,
             )
@@ -210,35 +259,30 @@ class Upkeep:
     @property
     def stats(self) -> StoreStats:
         """What the store holds, and what this object did since it was opened."""
-        count, tokens, nbytes = self._read(
-            lambda db: db.execute("SELECT count(*), total(num_tokens), total(nbytes) FROM segments").fetchone()
-        )
+        stored: Totals = self._read(lambda db: totals(db, self._tenant.roots(db)))
         tiers = self.memory.bytes_by_tier
         stats = StoreStats(
-            segments=count,
-            prefix_tokens=int(tokens),
-            segment_bytes=int(nbytes),
-            disk_bytes=int(nbytes) + self.backend.overhead_bytes() + folder_bytes(self.path),
-            quarantined_bytes=sum(info.stored_bytes for info in self.backend.quarantined()),
+            segments=stored.segments,
+            prefix_tokens=stored.tokens,
+            segment_bytes=stored.nbytes,
+            disk_bytes=stored.nbytes,
             host_bytes=tiers["host"],
             device_bytes=tiers["device"],
             bytes_read=self._reader.bytes_read if self._reader else 0,
             direct_reads=self.backend.direct,
         )
+        if self._tenant.is_operator:
+            stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.path)
+            stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
         self.counters.put_into(stats)
         return stats
 
 
-def _known(db: sqlite3.Connection, key: str) -> SegmentRow:
-    row = segment_by_key(db, key)
-    if row is None:
-        raise StoreError(f"no stored prefix has the key {key!r}; `entries()` lists those that there are")
-    return row
-
-
-def _deletable(db: sqlite3.Connection, key: str, recursive: bool) -> list[str]:
-    doomed = continuations(db, _known(db, key))
-    if len(doomed) > 1 and not recursive:
-        names = ", ".join(row.key for row in doomed[1:])
-        raise PrefixInUseError(f"{key} is continued by {names}; delete these first, or all of them at once")
+def _deletable(db: sqlite3.Connection, tenant: Tenant, key: str, recursive: bool) -> list[str]:
+    doomed = continuations(db, tenant.find(db, key))
+    more = len(doomed) - 1
+    if more and not recursive:
+        names = ", ".join(row.key for row in doomed[1 : 1 + _NAMED])
+        others = f" and {more - _NAMED:,} more" if more > _NAMED else ""
+        raise PrefixInUseError(f"{key} is continued by {names}{others}; delete these first, or all of them at once")
     return [row.key for row in doomed]

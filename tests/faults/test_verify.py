@@ -153,11 +153,18 @@ WRONG = {
     ("segments", "nbytes"): "nbytes + 4096",
     ("segments", "compute_ms"): "compute_ms + 1",
     ("segments", "pinned"): "1",
+    ("segments", "root"): "zeroblob(16)",
     ("chunks", "hash"): "zeroblob(16)",
     ("chunks", "segment"): "segment + 1000",
     ("chunks", "parent"): "zeroblob(16)",
     ("chunks", "position"): "position + 1",
     ("chunks", "tokens"): "zeroblob(length(tokens))",
+    ("totals", "root"): "zeroblob(16)",
+    ("totals", "fingerprint"): "'another'",
+    ("totals", "chunk_size"): "chunk_size * 2",
+    ("totals", "segments"): "segments + 1",
+    ("totals", "tokens"): "tokens - 1",
+    ("totals", "bytes"): "bytes + 4096",
 }
 """For each column a value that makes sense by itself."""
 UNKNOWABLE = {("segments", "created"), ("segments", "last_used"), ("segments", "uses")}
@@ -166,9 +173,13 @@ NONSENSE = [
     ("segments", "created", "'yesterday'"),
     ("segments", "created", "9e999"),
     ("segments", "last_used", "x'00'"),
+    ("segments", "last_used", "1e300"),
+    ("segments", "created", "-1.0"),
     ("segments", "uses", "-1"),
     ("segments", "uses", "'often'"),
     ("segments", "pinned", "7"),
+    ("segments", "root", "'text'"),
+    ("segments", "root", "x'00'"),
     ("segments", "key", "'../../etc/passwd'"),
     ("segments", "parent", "'text'"),
     ("segments", "num_tokens", "-5"),
@@ -183,13 +194,19 @@ NONSENSE = [
     ("chunks", "position", "'first'"),
     ("chunks", "segment", "'abc'"),
     ("chunks", "parent", "x''"),
+    ("totals", "root", "'text'"),
+    ("totals", "fingerprint", "x'ff'"),
+    ("totals", "chunk_size", "'wide'"),
+    ("totals", "segments", "-1"),
+    ("totals", "tokens", "'many'"),
+    ("totals", "bytes", "-1e30"),
     ("meta", "value", "'many'"),
     ("meta", "value", "'1'"),
     ("meta", "name", "'formats'"),
 ]
 
 
-ONE_ROW = {"segments": "id = 2", "chunks": "segment = 2 AND position = 1", "meta": "name = 'format'"}
+ONE_ROW = {"segments": "id = 2", "chunks": "segment = 2 AND position = 1", "totals": "1", "meta": "name = 'format'"}
 
 
 @pytest.fixture
@@ -264,12 +281,14 @@ ROWS = {
     "no chunk of a segment is indexed": "DELETE FROM chunks WHERE segment = 2",
     "a segment that does not exist": f"INSERT INTO segments SELECT 77, '{'ab' * 16}', fingerprint, beginning, parent, "
     "first_chunk, num_chunks, num_tokens, chunk_size, num_layers, dtype, nbytes, compute_ms, created, last_used, uses, "
-    "pinned FROM segments WHERE id = 2",
+    "pinned, root FROM segments WHERE id = 2",
     "a chunk that does not exist": "INSERT INTO chunks SELECT zeroblob(16), segment, parent, position + 50, tokens "
     "FROM chunks WHERE segment = 2 AND position = 1",
     "a chunk of no segment": "INSERT INTO chunks SELECT hash, 99, parent, position, tokens FROM chunks "
     "WHERE segment = 2 AND position = 1",
     "a table is empty": "DELETE FROM chunks",
+    "there are no totals": "DELETE FROM totals",
+    "totals of what is not there": "INSERT INTO totals VALUES (zeroblob(16), 'another', 16, 1, 16, 4096)",
 }
 
 

@@ -104,9 +104,11 @@ def test_a_continuation_by_another_model_is_found_by_its_beginning(store_path: P
         assert misses(store) == {"other_model": 1, "not_stored": 1}
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("one", "two"), ("one", ""), ("", "two")])
+@pytest.mark.parametrize(("theirs", "ours"), [("one", "two"), ("one", None), (None, "two")])
 @pytest.mark.parametrize("fingerprint", [FINGERPRINT, OTHER])
-def test_tenants_learn_nothing_of_each_other(store_path: Path, theirs: str, ours: str, fingerprint: str) -> None:
+def test_tenants_learn_nothing_of_each_other(
+    store_path: Path, theirs: str | None, ours: str | None, fingerprint: str
+) -> None:
     with PrefixStore(store_path, salt=theirs) as store:
         write_prefix(store, IDS, fingerprint=fingerprint)
     with PrefixStore(store_path, salt=ours) as store:
