@@ -20,6 +20,7 @@ from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError, 
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.bundle import export_bundle, import_bundle
 from hf_contiguouskv.store.chains import parents_of_all
+from hf_contiguouskv.store.hashing import root_hash
 
 
 @pytest.fixture
@@ -247,7 +248,11 @@ def test_a_salted_prefix_is_found_with_the_same_salt_only(tmp_path: Path, target
         report = export_bundle(source, [key], tmp_path / "bundle")
     assert report.salted == (key,)
     assert "same `salt`" in (tmp_path / "bundle" / "README.md").read_text()
-    imported = import_bundle(target, tmp_path / "bundle")
+    refused = import_bundle(target, tmp_path / "bundle")
+    assert refused.added == ()
+    root = root_hash(FINGERPRINT, 4, b"tenant").hex()
+    assert [(segment.key, root in segment.reason) for segment in refused.refused] == [(key, True)]
+    imported = import_bundle(target, tmp_path / "bundle", foreign_roots=[root])
     assert (imported.added, imported.other_salt) == ((key,), (key,))
     assert target.lookup(FINGERPRINT, some_tokens(12), 4) is None
     with PrefixStore(tmp_path / "same", salt="tenant") as same:

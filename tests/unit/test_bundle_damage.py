@@ -18,6 +18,7 @@ from hf_contiguouskv.errors import StoreFormatError, StoreFullError
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.bundle import BundleError, export_bundle, import_bundle
 from hf_contiguouskv.store.format import FORMAT_VERSION, SegmentHeader, read_header
+from hf_contiguouskv.store.hashing import root_hash
 from hf_contiguouskv.store.local_disk import FileBlob
 
 Tamper = Callable[[Path, str], None]
@@ -129,13 +130,14 @@ REFUSED: dict[str, tuple[Tamper, str]] = {
     "tokens": (edit_entry(tokens=41), "not those that bundle.json tells"),
     "parent": (edit_entry(parent="0" * 32), "not those that bundle.json tells"),
     "no parent": (edit_entry(parent=""), "not those that bundle.json tells"),
-    "another model": (edit_header(fingerprint="ab" * 16), "its model is not"),
+    "another model": (edit_header(fingerprint="ab" * 16, root=root_hash("ab" * 16, 4).hex()), "its model is not"),
+    "another model, root as it was": (edit_header(fingerprint="ab" * 16), "its root is not that of its model"),
     "a fingerprint that is none": (edit_header(fingerprint="\x1b[2J"), "fingerprint"),
     "another place": (edit_header(first_chunk=6), "its position is not"),
     "another root": (edit_header(root="1" * 32), "its root is not"),
-    "another tenant": (edit_header(salted=True), "its salt is not"),
+    "another tenant": (edit_header(salted=True), "claims to be stored with a salt"),
     "claims to begin a prefix": (edit_header(beginning="2" * 32), "claims to begin"),
-    "another geometry": (edit_header(geometry=geometry(leader_layers=(0, 1))), "its geometry is not"),
+    "other leaders": (edit_header(geometry=geometry(leader_layers=(0, 1))), "leader_keys.1: not the keys"),
     "a parent that nobody has": (edit_header(parent="3" * 32), "do not match the key"),
 }
 UNREADABLE: dict[str, Tamper] = {
@@ -264,7 +266,7 @@ def test_no_bundle_and_newer_bundles(bundle: tuple[Path, str, str], target: Pref
 def test_a_segment_of_a_newer_format_is_refused(bundle: tuple[Path, str, str], target: PrefixStore) -> None:
     folder, root, _ = bundle
     path = folder / "segments" / f"{root}.safetensors"
-    octets = path.read_bytes().replace(b'"version":"1"', b'"version":"%d"' % (FORMAT_VERSION + 1))
+    octets = path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"%d"' % (FORMAT_VERSION + 1))
     path.write_bytes(octets)
     report = import_bundle(target, folder)
     assert "Update it" in {refused.key: refused.reason for refused in report.refused}[root]

@@ -6,22 +6,23 @@ import contextlib
 import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, SegmentCorruptError
 from ..backend import checked_key
 from ..chains import chains
+from ..directory import Directory, require_trusted
 from ..format import SegmentHeader
-from ..local_disk import SUFFIX, FileBlob, sync_folder
+from ..local_disk import SUFFIX
 from ..prefix_store import PrefixStore
 from ..segment import Segment
 from ..verification import segment_problems
 from .card import card, card_data
-from .manifest import MANIFEST, SEGMENTS, BundledSegment, encode_manifest, prefix_tokens
+from .lineage import Lineage
+from .manifest import MANIFEST, MAX_SEGMENTS, SEGMENTS, BundledSegment, encode_manifest
 
 CARD = "README.md"
 _BLOCK = 4 * 2**20
@@ -57,9 +58,10 @@ def export_bundle(
 ) -> ExportReport:
     """Write stored prefixes, and every segment that they continue, as one self-contained folder.
 
-    Segments go as a whole: what a parent holds past the place where a named prefix continues it goes along. Each copy
-    is read back and verified. Until the folder is complete it has no `bundle.json`; a folder that did not exist
-    gets its name only then.
+    Segments go as a whole: what a parent holds past the place where a named prefix continues it goes along. Each is
+    verified, as `import_bundle` would, and its copy is read back. Until the folder is complete it has no `bundle.json`;
+    a folder that did not exist gets its name only then. Whatever the umask, the folder is for this user only (0700,
+    files 0600): a bundle holds the token ids of the text.
 
     Args:
         store: where they are.
@@ -69,8 +71,8 @@ def export_bundle(
         base_model: name of the model on the Hub, for the card.
 
     Raises:
-        InputError: `folder` is not empty or lies in the store, no key, or `base_model` is no name.
-        SegmentCorruptError: a segment is damaged; nothing was written.
+        InputError: `folder` is not empty or lies in the store, no key or too many, or `base_model` is no name.
+        SegmentCorruptError: a segment is damaged, or is not what it says; nothing was written.
         StoreError: no such segment, or what it continues is lost.
         OSError: the folder cannot be written, for example because the disk is full.
     """
@@ -82,6 +84,8 @@ def export_bundle(
         raise InputError(f"{target} lies in the store itself; choose a folder outside of it")
     rows = {row.key: row for chain in chains(store, [checked_key(key) for key in keys]).values() for row in chain}
     ordered = sorted(rows.values(), key=lambda row: (row.first_chunk, row.created, row.key))
+    if len(ordered) > MAX_SEGMENTS:
+        raise InputError(f"a bundle holds at most {MAX_SEGMENTS:,} segments, got {len(ordered):,}; make several")
     done, total = 0, 0
     for row in ordered:  # What cannot be opened shows before anything is written.
         blob = store.backend.open(row.key)
@@ -94,86 +98,126 @@ def export_bundle(
         if progress is not None:
             progress(done, total)
 
-    with _in_the_making(target) as place:
-        (place / SEGMENTS).mkdir()
+    lineage = Lineage(store, {row.parent.hex() for row in ordered}, None, alone=True)
+    with _in_the_making(target) as bundle:
         headers: list[SegmentHeader] = []
         written: list[BundledSegment] = []
         for row in ordered:
-            segment = Segment(store.backend.open(row.key))
+            segment = store._opener(store.backend.open(row.key))
             try:
-                headers.append(segment.header)
-                written.append(_export_segment(segment, place, copied))
+                written.append(_export_segment(segment, row.key, lineage, bundle, copied))
+                headers.append(replace(segment.header))
             finally:
                 segment.close()
-        sync_folder(place / SEGMENTS)
+        bundle.segments.sync()
         sizes = {segment.key: segment.bytes for segment in written}
-        _write_file(place / CARD, card(headers, sizes, data).encode())
-        _write_file(place / MANIFEST, encode_manifest(written))
-        sync_folder(place)
+        bundle.write(CARD, card(headers, sizes, data).encode())
+        bundle.write(MANIFEST, encode_manifest(written))
     salted = tuple(header.key for header in headers if header.salted)
     return ExportReport(str(target), tuple(written), sum(sizes.values()), salted)
 
 
-def _export_segment(segment: Segment, place: Path, copied: Callable[[int], None]) -> BundledSegment:
-    """Copy one segment and verify the copy; `copied` is called with the bytes of each block."""
-    path = place / SEGMENTS / f"{segment.key}{SUFFIX}"
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
+class _Bundle:
+    """A folder that becomes a bundle, and what was made in it."""
+
+    def __init__(self, folder: Directory) -> None:
+        self.folder = folder
+        self._files: list[tuple[Directory, str]] = []
+        self.segments = folder.sub(SEGMENTS, create=True)
+        os.fchmod(self.segments.fd, 0o700)
+
+    def create(self, name: str) -> int:
+        """Make a file among the segments; its descriptor."""
+        fd = self.segments.create_file(name)
+        self._files.append((self.segments, name))
+        return fd
+
+    def write(self, name: str, octets: bytes) -> None:
+        """Make a file beside the segments, whole or not at all."""
+        self.folder.write_file(name, octets)
+        self._files.append((self.folder, name))
+
+    def undo(self) -> None:
+        """Delete what was made here, by its name, and nothing else."""
+        with contextlib.suppress(OSError):
+            for folder, name in self._files:
+                folder.remove(name)
+            self.folder.remove(SEGMENTS)
+
+
+def _export_segment(
+    segment: Segment, key: str, lineage: Lineage, bundle: _Bundle, copied: Callable[[int], None]
+) -> BundledSegment:
+    """Verify one segment and copy it; `copied` is called with the bytes of each block."""
+    problems = segment_problems(segment, key, deep=True)
+    if not problems:
+        problems = [text for text in [lineage.problem(segment.header, segment.token_ids)] if text is not None]
+    if problems:
+        raise SegmentCorruptError(f"segment {key} is not sound ({problems[0]}), so it is not exported", segment)
+    lineage.accept(replace(segment.header), segment.token_ids)
+    digest, copy = hashlib.sha256(), hashlib.sha256()
+    with open(bundle.create(f"{key}{SUFFIX}"), "r+b", buffering=0) as file:
         for start in range(0, segment.nbytes, _BLOCK):
             octets = segment.read_bytes(start, min(_BLOCK, segment.nbytes - start))
             digest.update(octets)
-            file.write(octets)
+            rest = memoryview(octets)
+            while rest:
+                rest = rest[file.write(rest) :]
             copied(len(octets))
-        file.flush()
         os.fsync(file.fileno())
-    copy = Segment(FileBlob(path))
-    try:
-        problems = segment_problems(copy, segment.key)
-    finally:
-        copy.close()
-    if problems:
-        raise SegmentCorruptError(f"segment {segment.key} is damaged ({problems[0]}), so it is not exported", segment)
+        file.seek(0)
+        while octets_read := file.read(_BLOCK):
+            copy.update(octets_read)
+    if copy.digest() != digest.digest():
+        raise SegmentCorruptError(
+            f"the copy of segment {key} is not what was written; the disk may be failing", segment
+        )
     header = segment.header
-    return BundledSegment(header.key, header.parent, prefix_tokens(header), segment.nbytes, digest.hexdigest())
-
-
-def _write_file(path: Path, octets: bytes) -> None:
-    """Make a small file: all of it, or none."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    with open(partial, "xb") as file:
-        file.write(octets)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path)
+    return BundledSegment(header.key, header.parent, header.prefix_tokens, segment.nbytes, digest.hexdigest())
 
 
 @contextlib.contextmanager
-def _in_the_making(target: Path) -> Iterator[Path]:
+def _in_the_making(target: Path) -> Iterator[_Bundle]:
     """A folder to fill, which is `target` afterwards; after an exception, nothing of it is left.
 
     Raises:
         InputError: there is something at `target` already.
     """
-    if not os.path.lexists(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
-        place.mkdir()
+    if os.path.lexists(target):
         try:
-            yield place
-            os.rename(place, target)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        sync_folder(target.parent)
+            folder = Directory.open(target, trust_owner=True)
+            names = folder.names()
+        except OSError as error:
+            raise InputError(
+                f"{target} exists and is not an empty folder; a bundle needs a folder of its own"
+            ) from error
+        if names:
+            raise InputError(f"{target} exists and is not an empty folder; a bundle needs a folder of its own")
+        with contextlib.suppress(PermissionError):  # (It is somebody else's; what is made in it is ours alone.)
+            os.fchmod(folder.fd, 0o700)
+        with _undone_after_errors(_Bundle(folder)) as bundle:
+            yield bundle
         return
-    if not target.is_dir() or os.listdir(target):
-        raise InputError(f"{target} exists and is not an empty folder; a bundle needs a folder of its own")
+    # (The folder above may be shared, such as /tmp.)
+    above = Directory.open(target.parent, create=True, follow=True, trust_owner=True)
+    name = f"{target.name}.{secrets.token_hex(8)}.partial"
+    folder = above.sub(name, create=True)
+    require_trusted(os.fstat(folder.fd), folder.name)
     try:
-        yield target
-    except FileExistsError:
-        raise  # Somebody else is writing here: nothing in it is ours to delete.
+        with _undone_after_errors(_Bundle(folder)) as bundle:
+            yield bundle
+            above.rename(name, above, target.name)
     except BaseException:
-        shutil.rmtree(target / SEGMENTS, ignore_errors=True)
-        for path in (*target.glob("*.partial"), target / CARD, target / MANIFEST):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            above.remove(name)
+        raise
+    above.sync()
+
+
+@contextlib.contextmanager
+def _undone_after_errors(bundle: _Bundle) -> Iterator[_Bundle]:
+    try:
+        yield bundle
+    except BaseException:
+        bundle.undo()
         raise

@@ -9,18 +9,24 @@ import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import InputError, StoreError, StoreFormatError
+from ...wording import quoted
 from ..backend import checked_key
-from ..format import SegmentHeader
 from ..local_disk import SUFFIX
 
 BUNDLE_FORMAT = 1
 MANIFEST = "bundle.json"
 SEGMENTS = "segments"
 _NAME = "hf_contiguouskv bundle"
-_MAX_MANIFEST = 64 * 2**20
+MAX_MANIFEST_BYTES = 32 * 2**20
+MAX_SEGMENTS = 100_000
+# What Python makes of a list takes many times its bytes where it says little with many signs ("[{},{},{},"): so the
+# signs are counted first. A list of this library has one brace that opens and six commas for each segment.
+_MAX_SIGNS = ((b"{", 2 * MAX_SEGMENTS), (b"[", 2 * MAX_SEGMENTS), (b",", 12 * MAX_SEGMENTS))
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,15}")
 
 
 class BundleError(StoreError):
@@ -51,15 +57,16 @@ class BundledSegment:
         return f"{SEGMENTS}/{self.key}{SUFFIX}"
 
 
-def prefix_tokens(header: SegmentHeader) -> int:
-    """Length of the whole prefix that ends with a segment."""
-    return header.first_chunk * header.geometry.chunk_size + header.num_tokens
-
-
 def encode_manifest(segments: Sequence[BundledSegment]) -> bytes:
-    """The content of `bundle.json`."""
-    listed = [asdict(segment) | {"file": segment.file} for segment in segments]
-    return json.dumps({"format": _NAME, "version": BUNDLE_FORMAT, "segments": listed}, indent=2).encode() + b"\n"
+    """The content of `bundle.json`, one segment a line.
+
+    Raises:
+        InputError: there are more segments than a reader takes.
+    """
+    if len(segments) > MAX_SEGMENTS:
+        raise InputError(f"a bundle holds at most {MAX_SEGMENTS:,} segments, got {len(segments):,}; make several")
+    listed = ",\n".join(json.dumps(asdict(segment) | {"file": segment.file}) for segment in segments)
+    return f'{{"format": "{_NAME}", "version": {BUNDLE_FORMAT}, "segments": [\n{listed}\n]}}\n'.encode()
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> list[BundledSegment]:
@@ -67,36 +74,66 @@ def read_manifest(folder: str | os.PathLike[str]) -> list[BundledSegment]:
 
     Raises:
         StoreFormatError: `folder` is not a bundle, or a newer one.
-        BundleError: the list makes no sense.
+        BundleError: the list makes no sense, or is longer than 32 MiB or 100,000 segments.
     """
     path = Path(folder) / MANIFEST
     try:
         require_ordinary(path)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         # (Not more than the bound, however long the file has grown meanwhile.)
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
-            text = file.read(_MAX_MANIFEST + 1)
+        with open(os.open(path, flags), "rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1) or b""
     except (FileNotFoundError, NotADirectoryError):
         raise StoreFormatError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
-    if len(text) > _MAX_MANIFEST:
-        raise BundleError(f"{path}: more than {_MAX_MANIFEST} bytes")
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, name: str) -> list[BundledSegment]:
+    """The list in the bytes of a `bundle.json`, checked; `name` is that of the file, for messages.
+
+    Raises:
+        StoreFormatError: it is of a newer format.
+        BundleError: see `read_manifest`.
+    """
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{name}: more than {MAX_MANIFEST_BYTES:,} bytes")
+    for sign, most in _MAX_SIGNS:
+        if text.count(sign) > most:
+            raise BundleError(f"{name}: lists more than {MAX_SEGMENTS:,} segments, or is not a list of segments")
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode(), object_pairs_hook=_once_each, parse_int=_plain_int)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON: {error}") from None
+        raise BundleError(f"{name}: not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != _NAME:
-        raise BundleError(f"{path}: does not say that it lists an {_NAME}")
+        raise BundleError(f"{name}: does not say that it lists an {_NAME}")
     version, listed = content.get("version"), content.get("segments")
     if type(version) is int and version > BUNDLE_FORMAT:
-        raise StoreFormatError(f"{path}: bundle format {version}; this library reads up to {BUNDLE_FORMAT}. Update it.")
+        raise StoreFormatError(f"{name}: bundle format {version}; this library reads up to {BUNDLE_FORMAT}. Update it.")
     if type(version) is not int or version < 1 or not isinstance(listed, list) or not listed:
-        raise BundleError(f"{path}: format version or list of segments is missing")
-    segments = [_listed_segment(path, entry) for entry in listed]
+        raise BundleError(f"{name}: format version or list of segments is missing")
+    if len(listed) > MAX_SEGMENTS:
+        raise BundleError(f"{name}: lists {len(listed):,} segments; a bundle holds at most {MAX_SEGMENTS:,}")
+    segments = [_listed_segment(name, entry) for entry in listed]
     if len({segment.key for segment in segments}) != len(segments):
-        raise BundleError(f"{path}: lists a segment twice")
+        raise BundleError(f"{name}: lists a segment twice")
     return segments
 
 
-def _listed_segment(path: Path, entry: object) -> BundledSegment:
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two readers may take different ones of two values, and check what they do not use.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in an object")
+    return found
+
+
+def _plain_int(digits: str) -> int:
+    if not _NUMBER.fullmatch(digits):
+        raise ValueError(f"{quoted(digits)} is no count or size")
+    return int(digits)
+
+
+def _listed_segment(name: str, entry: object) -> BundledSegment:
     fields = entry if isinstance(entry, dict) else {}
     try:
         segment = BundledSegment(
@@ -107,11 +144,11 @@ def _listed_segment(path: Path, entry: object) -> BundledSegment:
             sha256=fields.get("sha256", ""),
         )
     except InputError as error:
-        raise BundleError(f"{path}: {error}") from None
+        raise BundleError(f"{name}: {error}") from None
     counts_are_sane = all(type(number) is int and 0 < number < 2**53 for number in (segment.tokens, segment.bytes))
     sha256_is_sane = isinstance(segment.sha256, str) and _SHA256.fullmatch(segment.sha256)
     if not counts_are_sane or not sha256_is_sane or fields.get("file") != segment.file:
-        raise BundleError(f"{path}: the entry of segment {segment.key} makes no sense")
+        raise BundleError(f"{name}: the entry of segment {segment.key} makes no sense")
     return segment
 
 
