@@ -61,6 +61,7 @@ class _Prompt:
 
     fingerprint: str
     root: bytes
+    salted: bool
     ids: TokenIds
     chunk_size: int
     hashes: list[bytes]
@@ -71,9 +72,10 @@ class _Prompt:
         return self.geometry is None or self.geometry.same_kv(segment.geometry)
 
     def is_contradicted_by(self, segment: Segment) -> bool:
-        """Whether a header contradicts itself: the root hash covers fingerprint and chunk size."""
+        """Whether a header contradicts itself: the root hash covers fingerprint, chunk size and salt."""
         header = segment.header
-        same = header.fingerprint == self.fingerprint and header.geometry.chunk_size == self.chunk_size
+        same = (header.fingerprint, header.salted) == (self.fingerprint, self.salted)
+        same = same and header.geometry.chunk_size == self.chunk_size
         return header.root == self.root.hex() and not same
 
     def hash_before(self, chunk: int) -> bytes:
@@ -97,9 +99,10 @@ class _Prompt:
             return False
         begin, end = first * c, first * c + header.num_tokens
         used = min(tokens, (position + chunks) * c)
-        if used == end:
-            return header.key == self.hash_after(end).hex()
-        return used < end and bool(np.array_equal(segment.token_ids[: used - begin], self.ids[begin:used]))
+        if used > end or (used == end and header.key != self.hash_after(end).hex()):
+            return False
+        # (Also where the name is right: it is only what the header says.)
+        return bool(np.array_equal(segment.token_ids[: used - begin], self.ids[begin:used]))
 
 
 class Finder:
@@ -147,7 +150,8 @@ class Finder:
             StoreError: the index cannot be read.
         """
         root = self.root(fingerprint, chunk_size)
-        prompt = _Prompt(fingerprint, root, ids, chunk_size, self._chains.hashes(root, ids, chunk_size), geometry)
+        hashes = self._chains.hashes(root, ids, chunk_size)
+        prompt = _Prompt(fingerprint, root, bool(self._salt), ids, chunk_size, hashes, geometry)
         limit, whole, reason, doubts = len(ids), len(prompt.hashes), None, 0
         while True:
             query = partial(

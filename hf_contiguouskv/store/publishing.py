@@ -31,11 +31,13 @@ from .rows import (
     mark_used,
     segment_by_id,
     segment_by_key,
+    set_use,
     stored_chunk_rows,
 )
 from .search import chain_to
 from .segment import Segment, SegmentOpener
 from .tenant import Tenant
+from .verification import row_problems
 from .writer import SegmentWriter
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -245,9 +247,20 @@ class Publisher:
         there = self._opened_now(header.key)
         with contextlib.suppress(StoreError):
             if there is not None and is_the_same(there, header, ids):
-                held = there.first_chunk <= header.first_chunk or self._is_held(db, there.header)
-                return there if held else None
+                if there.first_chunk > header.first_chunk and not self._is_held(db, there.header):
+                    return None
+                self._repair_rows(db, there)
+                return there
         return None
+
+    def _repair_rows(self, db: sqlite3.Connection, segment: Segment) -> None:
+        """Let the index say of a segment what it is: whoever has computed it again should find it the next time."""
+        row = segment_by_key(db, segment.key)
+        if row is None or not row_problems(db, segment, row, bool(row.pinned)):
+            return
+        drop_segment(db, segment.key)
+        insert_segment(db, segment.header, segment.token_ids, segment.blob.stored_bytes, row.created, bool(row.pinned))
+        set_use(db, segment.key, row.created, row.last_used, row.uses)
 
     def _is_held(self, db: sqlite3.Connection, header: SegmentHeader) -> bool:
         """Whether what a segment continues is stored: the index names where, and that segment's own bytes prove it."""

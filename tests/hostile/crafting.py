@@ -33,7 +33,7 @@ def crafted(g: KVGeometry, ids: TokenIds, first_chunk: int = 0, kv: Array | None
         ids: of the whole prefix.
         first_chunk: of the segment.
         kv: what it holds; what an honest writer of tests would, if left out.
-        told: further arguments of `write_segment`, or fields of the header.
+        told: further arguments of `write_segment`.
     """
     own = ids[first_chunk * g.chunk_size :]
     _, content = write_segment(

@@ -123,7 +123,7 @@ def test_the_code_of_another_segment_is_not_a_code_of_this_one(store_path: Path,
         path = path_of(write_prefix(store, ours, g=G).spans[0].segment)
         code = write_prefix(store, theirs, g=G).spans[0].segment.header.mac
     for forged in (code, "f" * 64):
-        plant(store_path, path.stem, crafted(G, ours, mac=forged))
+        plant(store_path, path.stem, crafted(G, ours, header={"mac": forged}))
         with PrefixStore(store_path, key=SECRET) as store:
             assert tokens_found(store, ours) == 0
             assert tokens_found(store, theirs) == len(theirs)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -233,6 +235,7 @@ def write_segment(
     salt: bytes = b"",
     compute_ms: int = 0,
     secret: bytes | None = None,
+    header: Mapping[str, str] = MappingProxyType({}),
     **more: str,
 ) -> tuple[str, bytes]:
     """Key and bytes of a segment.
@@ -241,6 +244,7 @@ def write_segment(
         kv: `[layers, 2, kv_heads, tokens, head_dim]` of this segment.
         ids: of the whole prefix.
         secret: the key of the store.
+        header: metadata that are told in the place of the right ones.
         more: further metadata.
     """  # fmt: skip
     layers, _, heads, tokens, d = kv.shape
@@ -272,20 +276,21 @@ def write_segment(
         }
         | ({"packed_layers": packed} if packed else {})
         | more
+        | dict(header)
     )
     told = places(meta)
-    header = json.dumps({"__metadata__": meta} | told, separators=(",", ":")).encode()
-    header += b" " * (-(8 + len(header)) % PAGE)
+    text = json.dumps({"__metadata__": meta} | told, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
     digests = Digests(secret, meta["key"])
     tensors = contents(meta, kv, ids[first_chunk * c :], digests)
     checksums = b"".join(tensors[name].tobytes() for name in told if name.startswith("checksums"))
-    header = header.replace(b'"mac":"' + b"0" * 64, f'"mac":"{digests.mac(header, checksums)}'.encode())
-    header = header.replace(b'"checksum":"' + b"0" * 16, f'"checksum":"{header_checksum(header)}'.encode())
+    text = text.replace(b'"mac":"' + b"0" * 64, f'"mac":"{digests.mac(text, checksums)}'.encode())
+    text = text.replace(b'"checksum":"' + b"0" * 16, f'"checksum":"{header_checksum(text)}'.encode())
     data = b"".join(
         tensors[name].astype(NUMPY[tensor["dtype"]]).tobytes() if name in tensors else bytes(tensor["shape"][0])
         for name, tensor in told.items()
     )
-    return meta["key"], struct.pack("<Q", len(header)) + header + data
+    return meta["key"], struct.pack("<Q", len(text)) + text + data
 
 
 def contents(meta: dict[str, str], kv: Array, ids: Array, digests: Digests) -> dict[str, Array]:
