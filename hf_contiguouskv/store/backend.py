@@ -60,6 +60,10 @@ class Leftovers:
 class Blob(Protocol):
     """A published blob, open for reading. It stays readable when its key is deleted or replaced.
 
+    A backend that holds few things open at once may let go of one that was not read for long. Where that cannot be
+    opened again because it was deleted or replaced meanwhile, its reads raise `OSError` (`EIO`) from then on, and its
+    `identity` is no blob's any more.
+
     Attributes:
         name: for messages; says where the blob lies.
         nbytes: its length.
@@ -86,6 +90,17 @@ class Blob(Protocol):
         Raises:
             EOFError: the blob ends before an extent does.
             OSError: the storage failed, or the blob was closed.
+        """
+        ...
+
+    def is_backed(self, offset: int, nbytes: int) -> bool:
+        """Whether these bytes are there and really take up storage: a file may say that it has any length.
+
+        Returns:
+            false where a part lies past the end, or in a hole; true too where the storage cannot tell holes.
+
+        Raises:
+            OSError: as `read_into`.
         """
         ...
 

@@ -205,6 +205,16 @@ class Directory:
             raise
         return descriptor
 
+    def make_private(self, name: str) -> None:
+        """Take all rights to the file `name` of this user away from everybody else."""
+        try:
+            descriptor = os.open(_checked(name), os.O_RDONLY | _SAFE, dir_fd=self.fd)
+        except OSError as error:
+            raise self._located(error, name) from None
+        with open(descriptor, "rb", buffering=0):
+            if os.fstat(descriptor).st_mode & 0o077:
+                os.fchmod(descriptor, 0o600)
+
     def read_file(self, name: str, max_bytes: int) -> bytes:
         """The whole file `name`.
 

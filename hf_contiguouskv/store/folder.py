@@ -3,75 +3,114 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import time
-from pathlib import Path
+from typing import Any
 
 from ..errors import StoreFormatError
 from .backend import checked_key
-from .local_disk import remove_anything
+from .directory import Directory, require_trusted
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 MARKER = "contiguouskv-store.json"
 _MARK = json.dumps({"format": STORE_FORMAT}).encode()
+_MAX_MARK = 4096
+_INNER = ("segments", "partial", "damaged", "pins")
 
 
-def open_folder(path: str | os.PathLike[str], *, create: bool) -> Path:
-    """Check that `path` is a store, or make it one where that is harmless (missing, or an empty folder).
+def open_folder(path: str | os.PathLike[str], *, create: bool, trust_owner: bool = False) -> Directory:
+    """Check that `path` is a store, or make it one where that is harmless (missing, or an empty folder of this user).
+
+    Args:
+        path: of the folder, or of a link to it.
+        create: whether it may be made.
+        trust_owner: accept a store that other users own, or may write.
+
+    Returns:
+        the open folder; `Directory.trust_owner` holds for all that is reached through it.
 
     Raises:
-        StoreFormatError: a file, a folder with other things in it, a newer format, or missing and `create` is false.
+        StoreFormatError: a file, a folder with other things in it, another format, or missing and `create` is false.
             Nothing has been changed then.
+        UntrustedOwnerError: others own it or a folder in it, or may write them, and not `trust_owner`.
+        OSError: what the system refuses.
     """
-    folder = Path(path).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise StoreFormatError(f"{folder} is a file; a store is a folder")
-    if not folder.exists() and not create:
-        raise StoreFormatError(f"{folder}: there is no store here")
-    marker = folder / MARKER
-    if not marker.exists():
-        if not create and folder.exists():
-            raise StoreFormatError(f"{folder} is not a store: it has no {MARKER}")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _make_marker(folder, marker)
-    _check_marker(marker)
-    for inner in ("segments", "partial", "damaged", "pins"):
-        if (folder / inner).is_symlink():
-            raise StoreFormatError(
-                f"{folder / inner} is a link; a store's folders must be its own. Move the whole store instead."
-            )
+    try:
+        folder = Directory.open(path, create=create, follow=True, trust_owner=trust_owner, check=False)
+    except FileNotFoundError:
+        raise StoreFormatError(f"{os.fspath(path)}: there is no store here") from None
+    except NotADirectoryError:
+        raise StoreFormatError(f"{os.fspath(path)} is a file; a store is a folder") from None
+    try:
+        if folder.stat(MARKER) is None:
+            if not create:
+                raise StoreFormatError(f"{folder.name} is not a store: it has no {MARKER}")
+            _make_marker(folder)
+        folder.require_trusted()
+        _check_marker(folder)
+        for inner in _INNER:
+            _check_inner(folder, inner)
+    except BaseException:
+        folder.close()
+        raise
     return folder
 
 
-def _make_marker(folder: Path, marker: Path) -> None:
+def _make_marker(folder: Directory) -> None:
+    _require_empty(folder)
+    status = os.fstat(folder.fd)
+    if status.st_uid == os.geteuid() and not folder.trust_owner and status.st_mode & 0o077:
+        # From here on nobody else puts anything in it. What somebody has put there meanwhile is looked for once more.
+        os.fchmod(folder.fd, 0o700)
+        _require_empty(folder)
+    folder.require_trusted()
     # The marker comes first: whatever else a process puts here, another one that looks finds a marker beside it.
-    if os.listdir(folder) and not marker.exists():
-        raise StoreFormatError(f"{folder} is not a store: it holds other files and no {MARKER}. Use an empty folder.")
     try:
-        fd = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = folder.create_file(MARKER)
     except FileExistsError:
         return  # Another process was faster.
-    try:
-        os.write(fd, _MARK)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _write_mark(descriptor)
+    folder.sync()
 
 
-def _check_marker(marker: Path) -> None:
-    for _ in range(100):
-        text = marker.read_bytes()
-        if text:
-            break
-        time.sleep(0.01)  # Another process has created it and is about to write it.
-    else:
-        if os.listdir(marker.parent) != [marker.name]:
-            raise StoreFormatError(f"{marker} is empty; expected {_MARK.decode()}")
-        marker.write_bytes(_MARK)  # Left by a crash before anything else was stored.
-        return
+def _require_empty(folder: Directory) -> None:
+    names = folder.names()
+    if names and MARKER not in names:
+        raise StoreFormatError(
+            f"{folder.name} is not a store: it holds other files and no {MARKER}. Use an empty folder."
+        )
+
+
+def _write_mark(descriptor: int) -> None:
+    with open(descriptor, "wb", buffering=0) as file:
+        file.write(_MARK)
+        os.fsync(descriptor)
+
+
+def _check_marker(folder: Directory) -> None:
+    marker = folder.path_of(MARKER)
     try:
-        mark = json.loads(text)
+        for _ in range(100):
+            text = folder.read_file(MARKER, _MAX_MARK)
+            if text:
+                break
+            time.sleep(0.01)  # Another process has created it and is about to write it.
+        else:
+            if folder.names() != [MARKER]:
+                raise StoreFormatError(f"{marker} is empty; expected {_MARK.decode()}")
+            _write_mark(folder.open_file(MARKER, os.O_WRONLY))  # Left by a crash before anything else was stored.
+            return
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENXIO):
+            raise StoreFormatError(
+                f"{marker} does not mark a store: expected an ordinary file with {_MARK.decode()} ({error.strerror})"
+            ) from None
+        raise
+    try:
+        mark = json.loads(text, object_pairs_hook=_once_each)
         version = mark["format"] if isinstance(mark, dict) else None
     except (ValueError, KeyError, RecursionError):
         version = None
@@ -79,49 +118,85 @@ def _check_marker(marker: Path) -> None:
         raise StoreFormatError(f"{marker} does not mark a store: expected {_MARK.decode()}, found {text[:80]!r}")
     if version > STORE_FORMAT:
         raise StoreFormatError(
-            f"{marker.parent} has store format {version}; this library knows {STORE_FORMAT}. Update it."
+            f"{folder.name} has store format {version}; this library knows {STORE_FORMAT}. Update it."
         )
+    if version < STORE_FORMAT:
+        raise StoreFormatError(
+            f"{folder.name} has store format {version}, whose chunks have other names than those of format "
+            f"{STORE_FORMAT}. Delete the folder, or keep it for the release that wrote it and use another one."
+        )
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return fields
+
+
+def _check_inner(folder: Directory, inner: str) -> None:
+    status = folder.stat(inner)
+    if status is None:
+        return
+    path = folder.path_of(inner)
+    if stat.S_ISLNK(status.st_mode):
+        raise StoreFormatError(f"{path} is a link; a store's folders must be its own. Move the whole store instead.")
+    if not stat.S_ISDIR(status.st_mode):
+        raise StoreFormatError(f"{path} is no folder, as it must be in a store. Move it elsewhere.")
+    require_trusted(status, str(path), folder.trust_owner)
 
 
 class Pins:
     """Which segments are pinned: an empty file each, so that a pin outlives the index.
 
     Args:
-        folder: of the store.
+        folder: of the store, open.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "pins"
+    def __init__(self, folder: Directory) -> None:
+        self._root = folder
 
     def keys(self) -> set[str]:
         """Keys of all pinned segments."""
         try:
-            return set(os.listdir(self._folder))
+            with self._root.sub("pins") as pins:
+                return set(pins.names())
         except FileNotFoundError:
             return set()
 
     def holds(self, key: str) -> bool:
         """Whether the segment `key` is pinned."""
-        return (self._folder / checked_key(key)).exists()
+        try:
+            with self._root.sub("pins") as pins:
+                return pins.stat(checked_key(key)) is not None
+        except FileNotFoundError:
+            return False
 
     def set(self, key: str, pinned: bool) -> None:
         """Pin or unpin."""
-        path = self._folder / checked_key(key)
-        remove_anything(path)
-        if pinned:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            with self._root.sub("pins", create=pinned) as pins:
+                pins.make_free(checked_key(key))
+                if pinned:
+                    os.close(pins.create_file(key))
+        except FileNotFoundError:
+            if pinned:
+                raise
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Directory) -> int:
     """What a store's own files take up besides its segments: the marker, the index, the pins."""
+    total = _file_bytes(folder)
+    with contextlib.suppress(FileNotFoundError), folder.sub("pins") as pins:
+        total += _file_bytes(pins) + os.fstat(pins.fd).st_blocks * 512
+    return total
+
+
+def _file_bytes(folder: Directory) -> int:
     total = 0
-    for path in (folder, folder / "pins"):
-        with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file(follow_symlinks=False):
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
-    with contextlib.suppress(FileNotFoundError):
-        total += os.stat(folder / "pins").st_blocks * 512
+    with folder.scan() as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file(follow_symlinks=False):
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
     return total

@@ -10,25 +10,21 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import sqlite3
-import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
-
-from ..errors import StoreError, StoreFormatError, StoreFullError
-from .local_disk import remove_anything
-from .rows import SCHEMA, all_segments, clear, index_problems, set_use
+from ..errors import StoreError, StoreFullError
+from .backend import Leftovers
+from .directory import Directory
+from .index_file import IndexFile, Watch
+from .rows import all_segments, clear, index_problems, set_use
 from .totals import IndexDamagedError
 
 logger = logging.getLogger("hf_contiguouskv")
 
-INDEX_FORMAT = 3
 _BUSY_S = 60.0
 
 Result = TypeVar("Result")
@@ -41,19 +37,27 @@ class StoreIndex:
     """The SQLite file of a store, shared by threads (two connections, each with its lock) and processes (WAL).
 
     Args:
-        path: of the database.
+        folder: of the store, open.
         refill: called with a connection to a new, empty database; inserts what the segments say.
+
+    Attributes:
+        path: of the database, for messages.
 
     A missing database is made anew; a damaged one is moved aside first. Nothing that is stored depends on it.
     """
 
-    def __init__(self, path: Path, refill: Callable[[sqlite3.Connection], None]) -> None:
-        self.path = path
+    def __init__(self, folder: Directory, refill: Callable[[sqlite3.Connection], None]) -> None:
+        self._file = IndexFile(folder)
+        self.path = self._file.path
         self._refill = refill
         # Two connections: a look-up must not wait for a publish of this process, which flushes folders to the disk.
-        self._for_reading, self._for_writing = _Connection(path), _Connection(path)
+        self._for_reading, self._for_writing = _Connection(self._file), _Connection(self._file)
         self._repairs: list[str] = []
         self.read(lambda db: None)
+
+    def again(self) -> StoreIndex:
+        """The same index with connections of its own, for the caller to close."""
+        return StoreIndex(self._file.folder, self._refill)
 
     def read(self, query: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `query`, which only reads, on one state of the index."""
@@ -71,8 +75,8 @@ class StoreIndex:
         meanwhile may be missed; what is found is compared with the segments anyway.
         """
         try:
-            with contextlib.closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
-                _check_format(db, self.path)
+            db, _ = self._file.connect(busy_s=0.0, frozen=True)
+            with contextlib.closing(db):
                 return query(db)
         except (sqlite3.Error, UnicodeDecodeError):
             raise error from error.__cause__
@@ -81,13 +85,11 @@ class StoreIndex:
         """What is wrong with the database, in words, and what was when it was repaired since the last time."""
         problems = [f"was damaged ({reason}) and has been rebuilt from the segments" for reason in self._repairs]
         self._repairs = []
-        if not self.path.exists() or not _are_ordinary(self.path):
-            return [*problems, "is missing, or no ordinary file"]
         try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)) as db:
-                _check_format(db, self.path)
+            db, _ = self._file.connect(busy_s=_BUSY_S)
+            with contextlib.closing(db):
                 return problems + index_problems(db)
-        except (*_DATABASE_ERRORS, StoreFormatError) as error:
+        except (*_DATABASE_ERRORS, StoreError) as error:
             return [*problems, str(error)]
 
     def write(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
@@ -115,7 +117,7 @@ class StoreIndex:
                     if db is not None:
                         return _transaction(db, action, begin)
                 except _DATABASE_ERRORS as error:
-                    if attempt == 2 or not _is_damage(self.path, error):
+                    if attempt == 2 or not _is_damage(self._file, error):
                         raise _as_store_error(self.path, error) from error
                     connection.close()
                     self._repair(str(error))
@@ -135,42 +137,25 @@ class StoreIndex:
 
     def _repair(self, damage: str | None) -> None:
         """Build a new database from the segments and put it in place; the damaged one is moved aside."""
-        lock = self.path.with_suffix(".lock")
         try:
-            if not _is_ordinary(lock):
-                remove_anything(lock)
-            with FileLock(lock, timeout=600):
-                if os.path.lexists(self.path) and (damage is None or _is_sound(self.path)):
+            with self._file.lock():
+                if self._file.exists() and (damage is None or _is_sound(self._file)):
                     return  # Another process was faster.
-                self._replace(self._rebuilt(), damage)
+                with self._file.build() as db:
+                    _transaction(db, self._refill, "BEGIN IMMEDIATE")
+                if self._file.exists():
+                    aside = self._file.move_aside()
+                    logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside)
+                    self._repairs.append(str(damage))
+                self._file.put_in_place()
         except _DATABASE_ERRORS as error:
             raise _as_store_error(self.path, error) from error
         except OSError as error:
             raise StoreError(f"{self.path}: {error}") from error
 
-    def _rebuilt(self) -> Path:
-        fresh = self.path.with_name(self.path.name + ".new")
-        for suffix in ("", "-wal", "-shm"):
-            remove_anything(fresh.with_name(fresh.name + suffix))
-        with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
-            # Nobody sees the file before it is complete, so it needs no journal meanwhile.
-            db.execute("PRAGMA journal_mode = OFF")
-            db.executescript(SCHEMA)
-            db.execute("INSERT INTO meta VALUES ('format', ?)", (str(INDEX_FORMAT),))
-            _transaction(db, self._refill, "BEGIN IMMEDIATE")
-            db.execute("PRAGMA journal_mode = WAL")
-        os.chmod(fresh, 0o600)
-        return fresh
-
-    def _replace(self, fresh: Path, damage: str | None) -> None:
-        if os.path.lexists(self.path):
-            aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-            logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside.name)
-            self._repairs.append(str(damage))
-            os.replace(self.path, aside)
-        for suffix in ("-wal", "-shm"):
-            remove_anything(self.path.with_name(self.path.name + suffix))
-        os.replace(fresh, self.path)
+    def collect(self, dry_run: bool = False) -> Leftovers:
+        """Delete the damaged databases that were moved aside; a folder that holds something is left alone."""
+        return self._file.collect(dry_run)
 
     def rebuild(self) -> None:
         """Empty the tables and fill them from the segments; pins and counters of use are kept."""
@@ -198,38 +183,28 @@ class StoreIndex:
 class _Connection:
     """One connection with the lock for it; opened anew after a fork, or when the file has been replaced."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: IndexFile) -> None:
         self.lock = threading.RLock()
+        self._file = file
         self._db: sqlite3.Connection | None = None
-        self._opened_as = (0, 0)
+        self._watch: Watch | None = None
+        self._opened_as: tuple[object, int] = (None, 0)
         self._busy_s = _BUSY_S
 
     def open(self) -> sqlite3.Connection | None:
         """The connection; `None` when there is no file."""
-        try:
-            status = os.lstat(self.path)
-        except FileNotFoundError:
+        identity = self._file.identity()
+        if identity is None:
             self.close()
             return None
-        if not stat.S_ISREG(status.st_mode):
-            # A link could lead out of the store, where nothing of ours may be written.
-            raise IndexDamagedError("it is no ordinary file")
-        identity = (status.st_ino, os.getpid())
-        if self._db is not None and identity == self._opened_as:
+        opened_as = (identity, os.getpid())
+        if self._db is not None and self._watch is not None and opened_as == self._opened_as:
+            self._watch.restart()
             return self._db
         self.close()
-        if not _are_ordinary(self.path):
-            raise IndexDamagedError("a file beside it is no ordinary file")
-        db = sqlite3.connect(self.path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA synchronous = NORMAL")
-            _check_format(db, self.path)
-        except BaseException:
-            db.close()
-            raise
-        self._db, self._opened_as = db, identity
-        return db
+        self._db, self._watch = self._file.connect(busy_s=self._busy_s)
+        self._opened_as = opened_as
+        return self._db
 
     @contextlib.contextmanager
     def without_waiting(self) -> Iterator[None]:
@@ -250,19 +225,6 @@ class _Connection:
         if self._db is not None and self._opened_as[1] == os.getpid():
             self._db.close()
         self._db = None
-
-
-def _check_format(db: sqlite3.Connection, path: Path) -> None:
-    row = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
-    if row is None or not re.fullmatch(r"[0-9]{1,9}", str(row[0])):
-        raise IndexDamagedError("no format mark")
-    if int(row[0]) < INDEX_FORMAT:
-        raise IndexDamagedError(f"format {row[0]} is no longer read")
-    if int(row[0]) > INDEX_FORMAT:
-        raise StoreFormatError(
-            f"{path}: index format {row[0]}, this library knows {INDEX_FORMAT}. Update it, or delete the file: it is "
-            "rebuilt from the segments."
-        )
 
 
 def _cannot_be_locked(cause: object) -> bool:
@@ -300,44 +262,33 @@ _DAMAGE = (
     sqlite3.SQLITE_CONSTRAINT,
     sqlite3.SQLITE_MISMATCH,
     sqlite3.SQLITE_NOTADB,
+    # A row that is too long, or a query that runs too long (`index_file.Watch`).
+    sqlite3.SQLITE_TOOBIG,
+    sqlite3.SQLITE_INTERRUPT,
 )
 
 
-def _is_damage(path: Path, error: sqlite3.DatabaseError | UnicodeDecodeError) -> bool:
+def _is_damage(file: IndexFile, error: sqlite3.DatabaseError | UnicodeDecodeError) -> bool:
     if isinstance(error, IndexDamagedError | UnicodeDecodeError):
         return True
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
         return "decode" in str(error)  # Text that is no text; found by the driver, not by SQLite.
     if code & 0xFF == sqlite3.SQLITE_CANTOPEN:
-        return not _are_ordinary(path)
+        return not file.is_ordinary()
     if code & 0xFF == sqlite3.SQLITE_READONLY:
-        return os.access(path, os.W_OK)  # So says the damaged header of a file that may be written.
+        return file.is_writable()  # So says the damaged header of a file that may be written.
     return code & 0xFF in _DAMAGE
 
 
-def _is_ordinary(path: Path) -> bool:
-    """Whether there is a file, or nothing: no link, no folder, no pipe."""
+def _is_sound(file: IndexFile) -> bool:
     try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return True
-
-
-def _are_ordinary(path: Path) -> bool:
-    """The same for the database `path` and the files that SQLite keeps beside it."""
-    return all(_is_ordinary(path.with_name(path.name + suffix)) for suffix in ("", "-wal", "-shm"))
-
-
-def _is_sound(path: Path) -> bool:
-    if not path.exists() or not _are_ordinary(path):
+        db, _ = file.connect(busy_s=_BUSY_S)
+    except (*_DATABASE_ERRORS, StoreError):
         return False
-    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-    try:
-        found = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
-        db.execute("BEGIN IMMEDIATE")
-        return found == (str(INDEX_FORMAT),) and not index_problems(db)
-    except _DATABASE_ERRORS:
-        return False
-    finally:
-        db.close()
+    with contextlib.closing(db):
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            return not index_problems(db)
+        except _DATABASE_ERRORS:
+            return False

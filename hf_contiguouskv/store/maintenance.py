@@ -7,14 +7,12 @@ import logging
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from ..errors import SegmentMissingError, StoreError
 from ..wording import shown
 from .backend import Leftovers, SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
-from .local_disk import remove_unlocked
 from .rows import SegmentRow, all_segments, drop_segment, insert_segment, keys_of_all, segment_by_key, set_use
 from .search import unreachable_keys
 from .segment import SegmentOpener
@@ -130,7 +128,6 @@ def reconcile_on_opening(
 
 
 def collect_garbage(
-    folder: Path,
     index: StoreIndex,
     backend: SegmentBackend,
     opener: SegmentOpener,
@@ -144,7 +141,7 @@ def collect_garbage(
     report = GcReport(expired=tuple(row.key for row in expired), bytes_freed=sum(row.nbytes for row in expired))
     leftovers = backend.collect(dry_run)
     if tenant.is_operator:  # (Names of partial files and of damaged segments tell what others store.)
-        report = _with_leftovers(report, leftovers, folder, backend, dry_run)
+        report = _with_leftovers(report, leftovers, index, backend, dry_run)
     # Reading every header takes long: that is done before anybody is kept from writing.
     suspects, damaged = index.read(lambda db: _suspects(db, backend, opener, pinned(), tenant))
 
@@ -172,15 +169,14 @@ def collect_garbage(
 
 
 def _with_leftovers(
-    report: GcReport, leftovers: Leftovers, folder: Path, backend: SegmentBackend, dry_run: bool
+    report: GcReport, leftovers: Leftovers, index: StoreIndex, backend: SegmentBackend, dry_run: bool
 ) -> GcReport:
     """What belongs to nobody in particular: partial files, damaged indexes, quarantine. It is deleted."""
     removed, freed = list(leftovers.removed), report.bytes_freed + leftovers.bytes_freed
     # A damaged index has been replaced by one that was built from the segments.
-    for path in sorted(folder.glob("index.sqlite.damaged-*")):
-        nbytes = remove_unlocked(path, dry_run=dry_run)
-        removed.append(path.name)
-        freed += nbytes or 0
+    replaced = index.collect(dry_run)
+    removed += replaced.removed
+    freed += replaced.bytes_freed
     quarantine = list(backend.quarantined())
     for info in quarantine:
         freed += info.stored_bytes if dry_run else backend.drop_quarantined(info.key)

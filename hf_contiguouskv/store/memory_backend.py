@@ -42,6 +42,10 @@ class MemoryBlob:
             total += part.nbytes
         return total
 
+    def is_backed(self, offset: int, nbytes: int) -> bool:
+        """See `backend.Blob.is_backed`."""
+        return 0 <= offset <= offset + nbytes <= self.nbytes
+
     def close(self) -> None:
         """See `backend.Blob.close`."""
         self._closed = True

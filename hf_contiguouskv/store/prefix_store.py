@@ -80,9 +80,12 @@ class PrefixStore(Upkeep):
         key: a secret that those share who may put prefixes into the store: its bytes, a path or `"file:PATH"` of a file
             that holds it, or `"env:NAME"` of an environment variable. What was stored without it, or with another one,
             is not used. Without a key, whoever can write to the store decides what is answered.
+        trust_owner: accept a folder and files in it that other users of this machine own, or may write. They can read
+            the prompts that are stored, and without a `key` choose what is answered.
 
     Raises:
-        StoreFormatError: `path` is something else than a store, or newer than this library.
+        StoreFormatError: `path` is something else than a store, or of another format than this library's.
+        UntrustedOwnerError: neither this user nor root owns the folder, or others may write it, and not `trust_owner`.
         StoreError: the folder cannot be read or made.
         ConfigError: a bound is negative or no number, or the salt is neither str nor bytes, or empty.
 
@@ -106,6 +109,7 @@ class PrefixStore(Upkeep):
         reader_threads: int = 8,
         backend: SegmentBackend | None = None,
         key: KeySource | None = None,
+        trust_owner: bool = False,
     ) -> None:
         bounds = {
             "max_disk_bytes": max_disk_bytes,
@@ -121,8 +125,9 @@ class PrefixStore(Upkeep):
         self._opener = partial(Segment, key=self._key)
         self._closed = True  # Until everything below has worked: `__del__` sees half-made stores too.
         try:
-            self.path = open_folder(path, create=create)
-            self.backend: SegmentBackend = LocalDisk(self.path, direct=direct) if backend is None else backend
+            self._folder = open_folder(path, create=create, trust_owner=trust_owner)
+            self.path = self._folder.path
+            self.backend: SegmentBackend = LocalDisk(self._folder, direct=direct) if backend is None else backend
         except OSError as error:
             raise StoreError(f"{path}: the store cannot be opened: {error}") from error
         self.max_disk_bytes = max_disk_bytes
@@ -135,9 +140,9 @@ class PrefixStore(Upkeep):
         self._uses_flushed = time.time()
         # Other processes evict and expire by what the index says.
         self._flush_after_s = min(_FLUSH_AFTER_S, _FLUSH_AFTER_S if ttl_s is None else ttl_s / 4)
-        self._pins = Pins(self.path)
+        self._pins = Pins(self._folder)
         self.counters = StoreCounters()
-        index = self._index = StoreIndex(self.path / "index.sqlite", self._refill)
+        index = self._index = StoreIndex(self._folder, self._refill)
         opened = self._opened = OpenSegments(self.backend, self._opener, self.memory.forget)
         self._finder = Finder(
             index,
@@ -393,6 +398,7 @@ class PrefixStore(Upkeep):
         self.backend.close()
         self._index.close()
         self.memory.close()
+        self._folder.close()
 
     def __enter__(self) -> PrefixStore:
         return self

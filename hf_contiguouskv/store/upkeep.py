@@ -15,6 +15,7 @@ from ..stats import StoreCounters, StoreStats
 from . import maintenance
 from .backend import SegmentBackend
 from .background import Background
+from .directory import Directory
 from .entries import GcReport, PrefixInfo, StoreProblem
 from .folder import Pins, folder_bytes
 from .index import StoreIndex
@@ -54,6 +55,7 @@ class Upkeep:
     counters: StoreCounters
     max_disk_bytes: int | None
     _background: Background
+    _folder: Directory
     _index: StoreIndex
     _opened: OpenSegments
     _opener: SegmentOpener
@@ -206,7 +208,7 @@ class Upkeep:
             return [self._tenant.find(db, key)] if key else all_segments(db, self._tenant.roots(db))
 
         # With a connection of its own: look-ups of this process do not wait for long questions.
-        index = StoreIndex(self._index.path, self._refill)
+        index = self._index.again()
         try:
             return found + verify_segments(
                 self.backend,
@@ -234,10 +236,9 @@ class Upkeep:
         if not dry_run and self._read(index_problems):
             self._index.rebuild()
         # With connections of its own: look-ups of this process do not wait for long questions.
-        index = StoreIndex(self._index.path, self._refill)
+        index = self._index.again()
         try:
             report = maintenance.collect_garbage(
-                self.path,
                 index,
                 self.backend,
                 self._opener,
@@ -272,7 +273,7 @@ class Upkeep:
             direct_reads=self.backend.direct,
         )
         if self._tenant.is_operator:
-            stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.path)
+            stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self._folder)
             stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
         self.counters.put_into(stats)
         return stats

@@ -351,6 +351,8 @@ BREAKAGES: list[tuple[str, str, Callable[[], SegmentBackend]]] = [
     *(("refuses_bad_keys", rf": {name}\(", _unchecked(name)) for name in _TAKE_KEYS),
     ("ends_where_it_ends", "EOFError", broken_blob(read_into=each_extent(_short_reads))),
     ("ends_where_it_ends", "raised OSError", broken_blob(read_into=_end_is_an_error)),
+    ("knows_what_is_backed", "are not backed", broken_blob(is_backed=lambda self, offset, nbytes: False)),
+    ("knows_what_is_backed", "are backed, it says", broken_blob(is_backed=lambda self, offset, nbytes: True)),
     ("reads_nothing", "EOFError", broken_blob(read_into=each_extent(_no_empty_extents))),
     ("reads_nothing", "0 bytes", broken_blob(read_into=lambda self, extents: sound(self, extents) + 4096)),
     ("reads_unaligned", "wrong", broken_blob(read_into=each_extent(_whole_pages_only))),

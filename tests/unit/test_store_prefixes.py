@@ -267,7 +267,7 @@ def test_what_is_not_a_store_is_refused_and_left_alone(tmp_path: Path, content: 
 def test_a_new_folder_is_private_and_an_empty_one_is_accepted(tmp_path: Path) -> None:
     with PrefixStore(tmp_path / "deep" / "store") as store:
         assert store.path.stat().st_mode & 0o777 == 0o700
-        assert (store.path / "contiguouskv-store.json").read_text() == '{"format": 1}'
+        assert (store.path / "contiguouskv-store.json").read_text() == '{"format": 2}'
     (tmp_path / "empty").mkdir()
     PrefixStore(tmp_path / "empty").close()
     with pytest.raises(StoreFormatError, match="no store"):

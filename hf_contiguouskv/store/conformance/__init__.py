@@ -31,6 +31,7 @@ from .blobs import (
 from .reading import (
     closes_blobs,
     ends_where_it_ends,
+    knows_what_is_backed,
     reads_many_extents,
     reads_nothing,
     reads_unaligned,
@@ -63,6 +64,7 @@ CHECKS: tuple[Check, ...] = (
     says_what_is_missing,
     refuses_bad_keys,
     ends_where_it_ends,
+    knows_what_is_backed,
     reads_nothing,
     reads_unaligned,
     reads_many_extents,

@@ -45,6 +45,22 @@ def ends_where_it_ends(make: Make) -> None:
 
 
 @promise
+def knows_what_is_backed(make: Make) -> None:
+    """What was written is backed by storage, also when nobody finds it any more; what is past the end is not."""
+    key, content = new_key(), some_bytes(3 * PAGE + 5)
+    with made(make) as backend:
+        publish(backend, key, content)
+        blob = backend.open(key)
+        backend.delete(key)
+        for offset, nbytes in ((0, len(content)), (0, 1), (PAGE - 1, 2), (len(content) - 1, 1), (PAGE, 0)):
+            require(blob.is_backed(offset, nbytes) is True, f"{nbytes} bytes at {offset} were written, are not backed")
+        for offset, nbytes in ((len(content), 1), (0, len(content) + 1), (2**40, 1), (0, 2**62)):
+            what = f"{nbytes} bytes at {offset} of {len(content)}"
+            require(blob.is_backed(offset, nbytes) is False, f"{what} are backed, it says")
+        blob.close()
+
+
+@promise
 def reads_nothing(make: Make) -> None:
     """Extents without length, and no extents at all, read nothing and disturb nothing."""
     content, key = some_bytes(5000), new_key()
