@@ -118,7 +118,7 @@ def find_entry(store: PrefixStore, beginning: str) -> PrefixInfo:
     Raises:
         StoreError: none, or more than one.
     """
-    found = [entry for entry in store.entries() if beginning and entry.key.startswith(beginning.lower())]
+    found = store.entries(beginning.lower()) if beginning else []
     if len(found) == 1:
         return found[0]
     if not found:

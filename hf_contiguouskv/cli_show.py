@@ -24,12 +24,13 @@ from .cli_output import (
 )
 from .errors import StoreError
 from .store import PrefixInfo, PrefixStore
-from .store.chains import chains, parents_of_all
+from .store.chains import chains, children, parents_of_all
 from .wording import shown
 
 _SHORT = 12
 _LARGEST = 5
 _MAX_INDENT = 5
+_SHOWN_OF_CHAIN = 20
 
 
 @app.command()
@@ -100,6 +101,8 @@ def _about_store(store: PrefixStore) -> dict[str, Any]:
     for entry in entries:
         models[entry.fingerprint] = models.get(entry.fingerprint, 0) + entry.bytes
     space = shutil.disk_usage(store.path)
+    # (A tenant is not shown what others have there.)
+    quarantined = store.backend.quarantined() if stats.quarantined_bytes else ()
     largest = sorted(entries, key=lambda entry: entry.bytes, reverse=True)[:_LARGEST]
     return {
         "path": str(store.path),
@@ -113,7 +116,7 @@ def _about_store(store: PrefixStore) -> dict[str, Any]:
         "direct_reads": stats.direct_reads,
         "models": [{"fingerprint": name, "bytes": nbytes} for name, nbytes in models.items()],
         "quarantined_bytes": stats.quarantined_bytes,
-        "quarantine": [{"key": blob.key, "bytes": blob.stored_bytes} for blob in store.backend.quarantined()],
+        "quarantine": [{"key": blob.key, "bytes": blob.stored_bytes} for blob in quarantined],
         "largest": [{"key": entry.key, "bytes": entry.bytes, "tokens": entry.tokens} for entry in largest],
     }
 
@@ -154,8 +157,7 @@ def _show_store(content: dict[str, Any]) -> None:
 
 
 def _about_prefix(store: PrefixStore, entry: PrefixInfo) -> dict[str, Any]:
-    parents = parents_of_all(store)
-    content = asdict(entry) | {"continued_by": [child for child, parent in parents.items() if parent == entry.key]}
+    content = asdict(entry) | {"continued_by": children(store, entry.key)}
     try:
         chain = chains(store, [entry.key])[entry.key]
     except StoreError as error:
@@ -198,7 +200,11 @@ def _show_prefix(content: dict[str, Any]) -> None:
     show(facts(pairs))
     if len(chain) > 1:
         table = columns("chain", "tokens", "size", "to recompute", right=("size", "to recompute"))
-        for link in chain:
+        for number, link in enumerate(chain):
+            if _SHOWN_OF_CHAIN <= number < len(chain) - _SHOWN_OF_CHAIN:
+                if number == _SHOWN_OF_CHAIN:
+                    table.add_row(f"({len(chain) - 2 * _SHOWN_OF_CHAIN:,} more)", "", "", "")
+                continue
             table.add_row(
                 link["key"],
                 f"{link['first_token']:,} to {link['first_token'] + link['tokens']:,}",
