@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_app import AsJson, StorePath, app, complain, find_entries, messages_instead_of_tracebacks
+from .cli_app import AsJson, StorePath, app, complain, find_entries, messages_instead_of_tracebacks, open_store
 from .cli_output import counted, human_bytes, print_json, progress, say
-from .errors import InputError, StoreError
-from .store import PrefixStore
+from .errors import InputError
 from .store.bundle import BundleError, export_bundle, import_bundle, read_manifest
+from .store.bundle.hub import FetchedBundle, download_folder, fetch_bundle
+from .wording import quoted
 
 _ON_THE_HUB = re.compile(r"hf://([^/@\s]+/[^/@\s]+)(?:@(\S+))?")
-_WANTED = ["bundle.json", "segments/*.safetensors"]
 
 
 @app.command("export")
@@ -44,7 +43,7 @@ def export_(
     """
     if bool(keys) == everything:
         raise InputError("name the prefixes to export, or --all")
-    with PrefixStore(store, create=False) as opened:
+    with open_store(store, create=False) as opened:
         entries = find_entries(opened, keys) if keys else opened.entries()
         with progress("exporting") as report_progress:
             report = export_bundle(opened, [entry.key for entry in entries], to, report_progress, base_model)
@@ -81,22 +80,42 @@ def import_(
             show_default=False,
         ),
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Download no more than this; if left out, what is free on the disk less a reserve.",
+            show_default=False,
+        ),
+    ] = None,
+    foreign_roots: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--foreign-root",
+            metavar="HEX",
+            help="Also add what was stored with another salt, with this root; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put the prefixes of a bundle into a store, new or not, after every byte was compared with its checksum.
 
-    Exit status 1 when something was refused; nothing is added then, unless --skip-refused.
+    From the Hub, only what the bundle lists is fetched. Exit status 1 when something was refused; nothing is added
+    then, unless --skip-refused.
     """
     try:
-        with _folder_of(source, Path(store), download_to) as folder:
+        with _folder_of(source, Path(store), download_to, max_bytes) as (folder, fetched):
             read_manifest(folder)  # Before a store is made for nothing.
-            with PrefixStore(store) as opened, progress("importing") as report_progress:
-                report = import_bundle(opened, folder, report_progress, skip_refused=skip_refused)
+            with open_store(store) as opened, progress("importing") as report_progress:
+                report = import_bundle(
+                    opened, folder, report_progress, skip_refused=skip_refused, foreign_roots=foreign_roots or ()
+                )
     except BundleError as error:
         complain(error, as_json=as_json)
         raise typer.Exit(1) from None
     if as_json:
-        print_json(report.as_dict())
+        print_json(report.as_dict() | {"commit": fetched.commit if fetched else None})
     else:
         for key in report.added:
             say(f"added {key}")
@@ -106,6 +125,8 @@ def import_(
             f"{counted(len(report.added), 'segment')} added ({human_bytes(report.bytes)}), "
             f"{len(report.already_there):,} there already, {len(report.refused):,} refused"
         )
+        if fetched:
+            say(f"from {source} at commit {fetched.commit}")
         if report.other_salt:
             say(f"only a store with the same salt finds {len(report.other_salt):,} of them", err=True)
     if report.refused:
@@ -113,33 +134,23 @@ def import_(
 
 
 @contextlib.contextmanager
-def _folder_of(source: str, store: Path, download_to: Path | None) -> Iterator[Path]:
-    """The folder that `source` names; fetched first, where that is the Hub."""
+def _folder_of(
+    source: str, store: Path, download_to: Path | None, max_bytes: int | None
+) -> Iterator[tuple[Path, FetchedBundle | None]]:
+    """The folder that `source` names, and what is known of it where it had to be fetched from the Hub first."""
     if not source.startswith("hf://"):
-        if download_to is not None:
-            raise InputError("--download-to is for hf://OWNER/NAME")
-        yield Path(source)
+        if download_to is not None or max_bytes is not None:
+            raise InputError("--download-to and --max-bytes are for hf://OWNER/NAME")
+        yield Path(source), None
         return
     match = _ON_THE_HUB.fullmatch(source)
     if match is None:
-        raise InputError(f"expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {source!r}")
+        raise InputError(f"expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {quoted(source)}")
     if download_to is not None:
-        yield _fetch(match[1], match[2], download_to)
+        download_to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield download_to, fetch_bundle(match[1], match[2], download_to, max_bytes)
         return
     # Beside the store, where there should be room; not in the Hub's cache, which is made of links.
     beside = next(folder for folder in Path(store).absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix="contiguouskv-download-", dir=beside) as folder:
-        yield _fetch(match[1], match[2], Path(folder))
-
-
-def _fetch(name: str, revision: str | None, folder: Path) -> Path:
-    import huggingface_hub
-
-    try:
-        huggingface_hub.snapshot_download(
-            name, repo_type="model", revision=revision, allow_patterns=_WANTED, local_dir=folder
-        )
-    except Exception as error:
-        # Every way in which a download can fail, in one line.
-        raise StoreError(f"{name} could not be fetched from the Hub: {type(error).__name__}: {error}") from error
-    return folder
+    with download_folder(beside) as folder:
+        yield folder, fetch_bundle(match[1], match[2], folder, max_bytes)

@@ -18,15 +18,23 @@ from .cli_app import (
     find_entries,
     find_entry,
     messages_instead_of_tracebacks,
+    open_store,
 )
 from .cli_output import counted, human_bytes, print_json, progress, say, seconds_from
 from .errors import ContiguousKVError
-from .store import PrefixStore
 
 
 @app.command()
 @messages_instead_of_tracebacks
-def verify(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -> None:
+def verify(
+    store: StorePath,
+    key: OptionalKey = None,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Also make what approximates keys and values again from them, and compare it."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Compare every stored byte with its checksum. Exit status 1 when something is wrong."""
     checked = 0
 
@@ -35,11 +43,11 @@ def verify(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -
         checked = done
         show_progress(done, total)
 
-    with PrefixStore(store, create=False) as opened:
+    with open_store(store, create=False) as opened:
         # (Not a look at the index before: whatever uses a damaged one repairs it, and nothing would be found.)
         chosen = None if key is None else find_entry(opened, key).key
         with progress("verifying") as show_progress:
-            problems = opened.verify(chosen, report)
+            problems = opened.verify(chosen, report, deep)
     if as_json:
         print_json({"bytes": checked, "problems": [asdict(problem) for problem in problems]})
     else:
@@ -68,7 +76,7 @@ def gc(
 ) -> None:
     """Clean up: remove leftovers of crashes and damaged segments, index what is not indexed, forget what is gone."""
     ttl_s = None if unused_for is None else seconds_from(unused_for)
-    with PrefixStore(store, create=False, ttl_s=ttl_s) as opened:
+    with open_store(store, create=False, ttl_s=ttl_s) as opened:
         report = opened.gc(dry_run=dry_run)
     if as_json:
         print_json({"dry_run": dry_run} | report.as_dict())
@@ -102,7 +110,7 @@ def rm(
     """Delete stored prefixes."""
     deleted: list[str] = []
     try:
-        with PrefixStore(store, create=False) as opened:
+        with open_store(store, create=False) as opened:
             # A child goes before its parent, however they are named; with --recursive parents take children along.
             entries = sorted(find_entries(opened, keys), key=lambda entry: entry.tokens, reverse=not recursive)
             for entry in entries:
@@ -137,7 +145,7 @@ def unpin(store: StorePath, keys: Keys, as_json: AsJson = False) -> None:
 
 def _set_pinned(store: Path, keys: list[str], pinned: bool, as_json: bool) -> None:
     done = "pinned" if pinned else "unpinned"
-    with PrefixStore(store, create=False) as opened:
+    with open_store(store, create=False) as opened:
         entries = find_entries(opened, keys)
         for entry in entries:
             (opened.pin if pinned else opened.unpin)(entry.key)

@@ -13,7 +13,7 @@ import typer
 from tqdm import tqdm
 
 from .cache import ContiguousKVCache
-from .cli_app import AsJson, StorePath, app, complain, described, messages_instead_of_tracebacks
+from .cli_app import AsJson, StorePath, app, complain, described, messages_instead_of_tracebacks, open_store
 from .cli_output import human_bytes, print_json, say
 from .config import ContiguousKVConfig
 from .errors import InputError, StoreError
@@ -77,7 +77,7 @@ def warm(
         found["dtype"] = str(loaded.dtype).removeprefix("torch.")
         # One file has a bar of its own. (None: a bar only where stderr is a terminal.)
         no_bar = True if len(texts) == 1 else None
-        with PrefixStore(store) as opened, tqdm(total=len(texts), unit="file", disable=no_bar) as bar:
+        with open_store(store) as opened, tqdm(total=len(texts), unit="file", disable=no_bar) as bar:
             for file, text in texts.items():
                 try:
                     ids = _ids_of(file, text, loaded, tokenizer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from .cli_app import AsJson, OptionalKey, StorePath, app, find_entry, messages_instead_of_tracebacks
+from .cli_app import AsJson, OptionalKey, StorePath, app, find_entry, messages_instead_of_tracebacks, open_store
 from .cli_output import (
     columns,
     counted,
@@ -37,7 +37,7 @@ _SHOWN_OF_CHAIN = 20
 @messages_instead_of_tracebacks
 def ls(store: StorePath, as_json: AsJson = False) -> None:
     """List the stored prefixes, oldest first; what continues a prefix stands below it."""
-    with PrefixStore(store, create=False) as opened:
+    with open_store(store, create=False) as opened:
         entries, parents = opened.entries(), parents_of_all(opened)
     if as_json:
         print_json([asdict(entry) | {"continues": parents.get(entry.key, "")} for entry in entries])
@@ -85,7 +85,7 @@ def _as_tree(entries: list[PrefixInfo], parents: dict[str, str]) -> Iterator[tup
 @messages_instead_of_tracebacks
 def info(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -> None:
     """Describe a store, or one stored prefix."""
-    with PrefixStore(store, create=False) as opened:
+    with open_store(store, create=False) as opened:
         content = _about_store(opened) if key is None else _about_prefix(opened, find_entry(opened, key))
     if as_json:
         print_json(content)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
 from bundle_helpers import content, tree
+from fake_hub import COMMIT, FakeHub
+from store_helpers import FINGERPRINT
 from test_cli import damage, run, run_json
 
 from hf_contiguouskv.store import PrefixStore
+from hf_contiguouskv.store.hashing import root_hash
 
 
 @pytest.fixture
@@ -74,41 +75,39 @@ def test_a_damaged_segment_is_not_exported(tmp_path: Path, store_path: Path, key
 
 
 @pytest.fixture
-def hub(tmp_path: Path, store_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A Hub with one repository; the calls that it got."""
+def hub(tmp_path: Path, store_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     run("export", store_path, keys[1], "--to", tmp_path / "uploaded")
-    calls: list[dict[str, Any]] = []
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        calls.append({"repo_id": repo_id} | options)
-        if repo_id != "owner/name":
-            raise huggingface_hub.errors.OfflineModeIsEnabled("no such\nrepository")
-        shutil.copytree(tmp_path / "uploaded", options["local_dir"], dirs_exist_ok=True)
-        return str(options["local_dir"])
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
+    hub = FakeHub(tmp_path / "uploaded")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    return hub
 
 
-def test_import_from_the_hub(tmp_path: Path, hub: list[dict[str, Any]], keys: list[str]) -> None:
+def test_import_from_the_hub(tmp_path: Path, hub: FakeHub, keys: list[str]) -> None:
     before = set(tmp_path.iterdir())
     report = run_json("import", tmp_path / "new", "hf://owner/name@refs/pr/1")
-    assert report["added"] == keys[:2]
-    (call,) = hub
-    assert (call["repo_id"], call["revision"], call["repo_type"]) == ("owner/name", "refs/pr/1", "model")
-    assert call["allow_patterns"] == ["bundle.json", "segments/*.safetensors"]
+    assert (report["added"], report["commit"]) == (keys[:2], COMMIT)
+    # The revision is looked up once; all else is of one commit, the list first, and nothing but what it lists.
+    assert hub.calls[0] == ("repo_info", None, "refs/pr/1")
+    assert {revision for _, _, revision in hub.calls[1:]} == {COMMIT}
+    assert hub.fetched() == ["bundle.json", *(f"segments/{key}.safetensors" for key in keys[:2])]
     # The download is gone.
     assert set(tmp_path.iterdir()) == before | {tmp_path / "new"}
+    said = run("import", tmp_path / "another", "hf://owner/name").stdout
+    assert f"from hf://owner/name at commit {COMMIT}" in said
+    assert run_json("import", tmp_path / "another", tmp_path / "uploaded")["commit"] is None
 
 
-def test_the_download_can_be_kept(tmp_path: Path, hub: list[dict[str, Any]], keys: list[str]) -> None:
+def test_the_download_can_be_kept(tmp_path: Path, hub: FakeHub, keys: list[str]) -> None:
     report = run_json("import", tmp_path / "new", "hf://owner/name", "--download-to", tmp_path / "kept")
     assert report["added"] == keys[:2]
-    assert hub[0]["revision"] is None
-    assert content(tmp_path / "kept") == content(tmp_path / "uploaded")
+    assert hub.calls[0] == ("repo_info", None, None)
+    kept, uploaded = content(tmp_path / "kept"), content(tmp_path / "uploaded")
+    assert {name: octets for name, octets in kept.items() if not name.startswith(".cache")} == {
+        name: octets for name, octets in uploaded.items() if name != "README.md"
+    }
 
 
-def test_a_download_that_fails_is_one_line(tmp_path: Path, hub: list[dict[str, Any]]) -> None:
+def test_a_download_that_fails_is_one_line(tmp_path: Path, hub: FakeHub) -> None:
     before = set(tmp_path.iterdir())
     result = run("import", tmp_path / "new", "hf://owner/other")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -123,6 +122,13 @@ def test_salted_prefixes_are_pointed_out(tmp_path: Path) -> None:
     exported = run("export", tmp_path / "salted", "--all", "--to", tmp_path / "bundle")
     assert exported.exit_code == 0
     assert "same salt" in exported.stderr
-    imported = run("import", tmp_path / "new", tmp_path / "bundle")
+    refused = run("import", tmp_path / "new", tmp_path / "bundle")
+    assert refused.exit_code == 1
+    root = root_hash(FINGERPRINT, 4, b"x").hex()
+    assert f"root {root}" in refused.stdout
+    imported = run("import", tmp_path / "new", tmp_path / "bundle", "--foreign-root", root)
     assert imported.exit_code == 0
     assert "same salt finds 4 of them" in imported.stderr
+    (tmp_path / "salt").write_text("x\n")
+    same = run("--salt-file", tmp_path / "salt", "import", tmp_path / "same", tmp_path / "bundle")
+    assert (same.exit_code, same.stderr) == (0, "")
