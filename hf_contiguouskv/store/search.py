@@ -38,9 +38,10 @@ SELECT chain.segment, chain.position, chain.chunks, {COLUMNS}
 FROM chain LEFT JOIN segments ON segments.id = chain.segment ORDER BY chain.step
 """
 
-# Whether the segment `child` continues chunk `chunks` of the segment `parent`.
+# Whether the segment `child` continues chunk `chunks` of the segment `parent`. (The plus keeps SQLite from looking at
+# all segments with this root: few have this parent.)
 CONTINUES = """
-    child.first_chunk > 0 AND child.parent = chunks.hash AND chunks.segment = parent.id AND child.root = parent.root
+    child.first_chunk > 0 AND child.parent = chunks.hash AND chunks.segment = parent.id AND +child.root = parent.root
     AND child.first_chunk = parent.first_chunk + chunks.position + 1
     AND (chunks.position + 1) * parent.chunk_size <= parent.num_tokens
 """
