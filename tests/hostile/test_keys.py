@@ -185,7 +185,7 @@ def test_a_cache_answers_from_a_store_with_a_key(store_path: Path, budget: float
     for key in (None, SECRET, SECRET):
         with PrefixStore(store_path.with_name(f"{store_path.name}-{key is None}"), key=key) as store:
             cache = ContiguousKVCache(model, ids[:, :90], store=store, budget=budget)
-            answers.append(model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False))
+            answers.append(model.generate(ids, cache=cache, max_new_tokens=4, do_sample=False))
             cache.close()
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[1], answers[2])

@@ -213,7 +213,7 @@ class TestRequests:
 
         def answer(store: PrefixStore) -> torch.Tensor:
             cache = ContiguousKVCache(model, ids[:, :112], store=store, budget=budget)
-            logits = model(ids[:, 112:], past_key_values=cache).logits
+            logits = model(ids[:, 112:], cache=cache).logits
             cache.close()
             return logits
 
