@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from ..errors import StoreFullError
 from .format import SegmentHeader
 from .hashing import TokenIds
-from .rows import COLUMNS, SegmentRow, segment_by_id, segments_that_begin_with
+from .rows import COLUMNS, SegmentRow, segment_by_id, segment_by_key, segments_that_begin_with
 from .search import chain_to, children_of, parents_of
 from .totals import Roots, totals
 
@@ -83,8 +83,8 @@ class _Victims:
         # cannot be compared.)
         self._waiting: list[tuple[float, float, float, int]] = []
 
-    def choose(self, excess: int) -> tuple[list[SegmentRow], int]:
-        """Remove leaves until `excess` bytes are gone, or nothing is left that may go.
+    def choose(self, excess: int, at_most: int | None = None) -> tuple[list[SegmentRow], int]:
+        """Remove leaves until `excess` bytes are gone, or `at_most` segments, or nothing is left that may go.
 
         Returns:
             what was removed, children before parents, and what is left of `excess`.
@@ -96,7 +96,7 @@ class _Victims:
             for row in page:
                 self._known.setdefault(row.id, row)
                 self._consider(row)
-            while excess > 0 and self._waiting:
+            while excess > 0 and self._waiting and len(victims) != at_most:
                 row = self._known[heapq.heappop(self._waiting)[-1]]
                 if row.id in self._removed or not self._is_leaf(row):
                     continue  # (It is considered again when the last one that continues it goes.)
@@ -105,7 +105,7 @@ class _Victims:
                 excess -= row.nbytes
                 for number in parents_of(self._db, row.id):
                     self._consider(self._row(number))
-            if excess <= 0:
+            if excess <= 0 or len(victims) == at_most:
                 break
         return victims, excess
 
@@ -170,15 +170,26 @@ def choose_victims(
 
 
 def choose_excess(
-    db: sqlite3.Connection, max_disk_bytes: int, pinned: Collection[str] = (), roots: Roots = None
+    db: sqlite3.Connection,
+    max_disk_bytes: int,
+    pinned: Collection[str] = (),
+    roots: Roots = None,
+    at_most: int | None = None,
 ) -> tuple[list[SegmentRow], int]:
     """Which segments to delete so that what is left is within the bound, by the same rules as `choose_victims`.
 
+    Args:
+        db: the index.
+        max_disk_bytes: the bound.
+        pinned: keys of segments that stay, besides those of which the index knows it.
+        roots: whose segments count, and may go.
+        at_most: no more segments than that.
+
     Returns:
-        the segments, and by how many bytes (0 or less: not at all) pinned ones exceed the bound all the same.
+        the segments, and by how many bytes (0 or less: not at all) what is left exceeds the bound all the same.
     """
     excess = stored_bytes(db, roots) - max_disk_bytes
-    return ([], excess) if excess <= 0 else _Victims(db, roots, (), pinned).choose(excess)
+    return ([], excess) if excess <= 0 else _Victims(db, roots, (), pinned).choose(excess, at_most)
 
 
 def stored_bytes(db: sqlite3.Connection, roots: Roots = None) -> int:
@@ -200,6 +211,14 @@ def expired_segments(
         if all(child in found for child in children_of(db, row.id)):
             found[row.id] = row
     return list(found.values())
+
+
+def is_expired(db: sqlite3.Connection, key: str, unused_since: float, pinned: Collection[str]) -> bool:
+    """Whether the segment `key` is stored, and one of `expired_segments` whose children are gone."""
+    row = segment_by_key(db, key)
+    if row is None or row.pinned or key in pinned or row.last_used >= unused_since:
+        return False
+    return not any(True for _ in children_of(db, row.id))
 
 
 def _least_recently_used(db: sqlite3.Connection, roots: Roots, first: int, more: int) -> list[SegmentRow]:

@@ -7,12 +7,21 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Hashable
+from functools import partial
 
 from ..errors import InputError, StoreError, StoreFullError
 from ..stats import StoreCounters
 from .backend import BlobWriter, SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
-from .eviction import choose_excess, choose_victims, expired_segments, stored_bytes, superseded_by, too_large
+from .eviction import (
+    choose_excess,
+    choose_victims,
+    expired_segments,
+    is_expired,
+    stored_bytes,
+    superseded_by,
+    too_large,
+)
 from .finding import Finder
 from .folder import Pins
 from .format import KVGeometry, SegmentHeader
@@ -41,6 +50,9 @@ from .verification import row_problems
 from .writer import SegmentWriter
 
 logger = logging.getLogger("hf_contiguouskv")
+
+# So many segments are removed in one transaction: meanwhile nobody else can write.
+_REMOVED_AT_ONCE = 1000
 
 
 class Publisher:
@@ -379,7 +391,7 @@ class Publisher:
         def choose(db: sqlite3.Connection) -> tuple[list[SegmentRow], int]:
             roots = self._tenant.roots(db)
             self._drop_quarantined(stored_bytes(db, roots), bound)
-            return choose_excess(db, bound, self._pins.keys(), roots)
+            return choose_excess(db, bound, self._pins.keys(), roots, at_most=_REMOVED_AT_ONCE)
 
         def change(db: sqlite3.Connection) -> tuple[dict[str, Hashable], int]:
             end_future_uses(db)
@@ -389,15 +401,19 @@ class Publisher:
             return {row.key: self._backend.identity(row.key) for row in victims}, excess
 
         self._before_eviction()
-        try:
-            doomed, excess = self._index.write(change)
-        except StoreFullError:
-            # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
-            for row in self._index.read(choose)[0]:
-                self._backend.delete(row.key)
-            doomed, excess = self._index.write(change)
-        self._remove(doomed)
-        self._counters.add("evicted", len(doomed))
+        excess = 1
+        while excess > 0:
+            try:
+                doomed, excess = self._index.write(change)
+            except StoreFullError:
+                # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
+                for row in self._index.read(choose)[0]:
+                    self._backend.delete(row.key)
+                doomed, excess = self._index.write(change)
+            if not doomed:
+                break
+            self._remove(doomed)
+            self._counters.add("evicted", len(doomed))
         if excess > 0:
             logger.warning(
                 "pinned prefixes of %s, and what they continue, take up %d bytes more than max_disk_bytes=%d; unpin or "
@@ -420,18 +436,23 @@ class Publisher:
         if dry_run:
             return self._index.read(choose)
 
-        def change(db: sqlite3.Connection) -> list[SegmentRow]:
-            end_future_uses(db)
-            rows = choose(db)
-            for row in rows:
-                drop_segment(db, row.key)
-                self._backend.delete(row.key)
-            return rows
+        def delete(db: sqlite3.Connection, some: list[SegmentRow]) -> list[SegmentRow]:
+            pinned, gone = self._pins.keys(), []
+            for row in some:
+                # (Somebody may have used it meanwhile, or continued it.)
+                if is_expired(db, row.key, unused_since, pinned):
+                    drop_segment(db, row.key)
+                    self._backend.delete(row.key)
+                    gone.append(row)
+            return gone
 
-        rows = self._index.write(change)
-        self._opened.forget([row.key for row in rows])
-        self._counters.add("expired", len(rows))
-        return rows
+        self._index.write(end_future_uses)
+        rows, expired = self._index.read(choose), []
+        for start in range(0, len(rows), _REMOVED_AT_ONCE):
+            expired += self._index.write(partial(delete, some=rows[start : start + _REMOVED_AT_ONCE]))
+        self._opened.forget([row.key for row in expired])
+        self._counters.add("expired", len(expired))
+        return expired
 
 
 def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:
