@@ -16,7 +16,7 @@ _INFINITE: dict[torch.dtype, tuple[np.dtype[Any], int]] = {
     torch.float32: (np.dtype("<u4"), 0xFF000000),
 }
 # Scales of packed values: lowest + 15 * step must be finite as well, which it is if both are below 2**123.
-_TOO_LARGE_SCALE = 0xFA00
+_SCALE, _TOO_LARGE_SCALE = np.dtype("<u2"), 0xFA00
 
 
 class NumberPlaces:
@@ -49,19 +49,24 @@ class NumberPlaces:
     def are_finite(self, offset: int, octets: memoryview) -> bool:
         """Whether no number in `octets`, which lie at `offset` of the file, is infinite or none.
 
-        A range of packed values must be whole packed extents; other ranges, whole numbers. What is no floating-point
-        number is finite.
+        Of packed values, the range is whole packed extents. Numbers that an end of the range cuts are not looked at,
+        and what is no floating-point number is finite.
         """
-        if not octets.nbytes:
-            return True
         if self._extents[0] <= offset < self._extents[1]:
-            dtype, bound = self._kind
-            return int((np.frombuffer(octets, dtype) << 1).max()) < bound
-        if self._packed[0] <= offset < self._packed[1]:
+            return _all_below(octets, offset - self._extents[0], *self._kind)
+        if self._packed[0] <= offset < self._packed[1] and octets.nbytes % self._packed_bytes == 0:
             rows = np.frombuffer(octets, "u1").reshape(-1, self._packed_bytes)
-            scales = np.ascontiguousarray(rows[:, self._scales_from :]).view("<u2")
-            return int((scales << 1).max()) < _TOO_LARGE_SCALE
+            scales = np.ascontiguousarray(rows[:, self._scales_from :])
+            return _all_below(memoryview(scales.reshape(-1)), 0, _SCALE, _TOO_LARGE_SCALE)
         if self._scales[0] <= offset < self._scales[1]:
-            dtype, bound = _INFINITE[torch.float32]
-            return int((np.frombuffer(octets, dtype) << 1).max()) < bound
+            return _all_below(octets, offset - self._scales[0], *_INFINITE[torch.float32])
         return True
+
+
+def _all_below(octets: memoryview, position: int, dtype: np.dtype[Any], bound: int) -> bool:
+    """Whether all whole numbers in `octets` are below `bound` without their sign; `position`: counted in bytes from
+    where numbers begin."""
+    skipped, size = -position % dtype.itemsize, octets.nbytes
+    if skipped or size % dtype.itemsize:
+        octets = octets[skipped : skipped + max(0, size - skipped) // dtype.itemsize * dtype.itemsize]
+    return not octets.nbytes or int((np.frombuffer(octets, dtype) << 1).max()) < bound

@@ -17,6 +17,7 @@ from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError, 
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.format import SegmentHeader, parse_header, place_tensors
 from hf_contiguouskv.store.hashing import ChainMemory, chain_hashes, chunk_hash, root_hash, segment_hashes
+from hf_contiguouskv.store.key_index import build_key_index
 from hf_contiguouskv.store.pread import PAGE
 
 
@@ -87,8 +88,9 @@ def test_safetensors_reads_every_tensor_as_it_was_written(
         if layer in g.leader_layers:
             assert torch.equal(tensors[f"leader_keys.{layer}"], kv[:, 0])
         if layer in g.indexed_layers:
-            assert (tensors[f"key_index.{layer}"] == layer + 1).all()
-            assert (tensors[f"key_scale.{layer}"] == 0.5).all()
+            index, scale = build_key_index(kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :num_tokens], g.chunk_size)
+            assert torch.equal(tensors[f"key_index.{layer}"], index)
+            assert torch.equal(tensors[f"key_scale.{layer}"], scale)
 
 
 @given(st.binary(max_size=300), st.integers(0, 10**6))
@@ -145,11 +147,12 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: object) -> No
         open_segment(path)
 
 
-def test_a_newer_format_is_named_as_such() -> None:
+@pytest.mark.parametrize(("version", "advice"), [("4", "Update it"), ("2", "Delete it"), ("1", "Delete it")])
+def test_another_format_is_named_as_such(version: str, advice: str) -> None:
     good = header(geometry(), 10)
     content = json.loads(good.encoded[8:])
-    content["__metadata__"]["version"] = "3"
-    with pytest.raises(StoreFormatError, match="segment format 3"):
+    content["__metadata__"]["version"] = version
+    with pytest.raises(StoreFormatError, match=rf"segment format {version}.*{advice}"):
         parse_header(json.dumps(content).encode(), 10**6, "name")
 
 
