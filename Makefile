@@ -54,10 +54,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
-# The fault suite is alone, because it keeps the machine's files and processes busy and prints its figures at the end.
+# The fault suite and the attacks are alone: they keep the machine's files and processes busy, and print their figures.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup tests/unit tests/contract tests/eval $(TEST_ARGS)
-	$(BIN)/python -m pytest tests/faults $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/faults tests/hostile $(TEST_ARGS)
 
 compat: $(VENV)/.dev
 	$(BIN)/python scripts/compat.py --check $(COMPAT_ARGS) $(COMPAT)
