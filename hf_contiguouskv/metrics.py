@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from .errors import ConfigError
 from .stats import StoreStats
 from .store import PrefixStore
+from .wording import encodable, quoted
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -72,10 +73,11 @@ class StoreCollector:
 
     def __init__(self, store: PrefixStore, labels: Mapping[str, str] | None = None) -> None:
         _require_library()
-        self.labels = {name: str(value) for name, value in (labels or {}).items()}
+        # (A path may hold bytes that are no text; one such label would fail the scrape of the whole process.)
+        self.labels = {name: encodable(str(value)) for name, value in (labels or {}).items()}
         for name in self.labels:
-            if not _LABEL.fullmatch(name) or name in _OWN_LABELS:
-                raise ConfigError(f"{name!r} cannot be the name of a label")
+            if not isinstance(name, str) or not _LABEL.fullmatch(name) or name in _OWN_LABELS:
+                raise ConfigError(f"{quoted(name)} cannot be the name of a label")
         self._store = weakref.ref(store)
 
     @property
@@ -197,9 +199,9 @@ def _families(collectors: list[StoreCollector], *, empty: bool = False) -> list[
     families: list[Metric] = [misses, passed_over, tiers, bounds]
     for values, stats, bound in stores:
         for reason, count in stats.misses.items():
-            misses.add_metric([*values, reason], count)
+            misses.add_metric([*values, encodable(reason)], count)
         for reason, count in stats.passed_over.items():
-            passed_over.add_metric([*values, reason], count)
+            passed_over.add_metric([*values, encodable(reason)], count)
         for field, tier in _TIERS:
             tiers.add_metric([*values, tier], getattr(stats, field))
         if bound is not None:

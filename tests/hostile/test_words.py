@@ -15,11 +15,13 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from tally import Figures
 from typer.testing import CliRunner, Result
 from unit.store_helpers import some_tokens, write_prefix
 
-from hf_contiguouskv import cli_output, errors
+from hf_contiguouskv import cli_output, errors, metrics
 from hf_contiguouskv.cli import app
 from hf_contiguouskv.errors import ContiguousKVError, InputError, SegmentCorruptError, StoreError, StoreFullError
 from hf_contiguouskv.store import PrefixStore
@@ -242,3 +244,16 @@ def test_cells_of_tables_are_taken_literally(capsys: pytest.CaptureFixture[str])
         "a\\nb\\x1b",
         "",
     ]
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_scrape_does_not_fail_for_a_label(name: str, store_path: Path, attacks: Figures) -> None:
+    registry = CollectorRegistry(auto_describe=True)
+    with PrefixStore(store_path) as store:
+        metrics.register(store, registry, {"store": f"kv {RAW[name]}"})
+        store.counters.add(f"passed_over.{RAW[name]}")
+        text = generate_latest(registry).decode()
+    values = [sample.labels for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert values
+    assert all(labels["store"].startswith("kv ") for labels in values)
+    attacks.add("label that does not fail a scrape")
