@@ -22,12 +22,15 @@ from .verification import row_problems
 logger = logging.getLogger("hf_contiguouskv")
 
 
-def index_segments(db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str]) -> None:
+def index_segments(
+    db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str], tenant: Tenant
+) -> None:
     """Insert every readable segment into an empty index; one that cannot be read is named in a warning."""
     for key in sorted(backend.list_keys()):
         problem = _index_segment(db, backend, opener, key, pinned)
         if problem:
-            logger.warning("not indexed: %s", problem)
+            # (Whose it is cannot be told, so a tenant's log does not name it.)
+            logger.warning("not indexed: %s", problem if tenant.is_operator else "a segment that cannot be read")
 
 
 def _index_segment(

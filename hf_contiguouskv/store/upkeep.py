@@ -80,7 +80,7 @@ class Upkeep:
         return self._index.write(change)
 
     def _refill(self, db: sqlite3.Connection) -> None:
-        maintenance.index_segments(db, self.backend, self._opener, self._pins.keys())
+        maintenance.index_segments(db, self.backend, self._opener, self._pins.keys(), self._tenant)
 
     def _put_in_order(self) -> None:
         """On opening: free what crashes left, index what they had just published, and let `max_disk_bytes` hold.

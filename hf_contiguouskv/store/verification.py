@@ -139,6 +139,7 @@ def row_problems(db: sqlite3.Connection, segment: Segment, row: SegmentRow, pinn
         "fingerprint": header.fingerprint,
         "beginning": header.beginning,
         "parent": header.parent_hash,
+        "root": bytes.fromhex(header.root),
         "first_chunk": header.first_chunk,
         "num_tokens": header.num_tokens,
         "chunk_size": geometry.chunk_size,
