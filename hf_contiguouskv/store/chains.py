@@ -7,7 +7,7 @@ import sqlite3
 from ..errors import StoreError
 from .prefix_store import PrefixStore
 from .rows import SegmentRow, segments_by_id
-from .search import CONTINUES, chain_to, children_of
+from .search import CONTINUES, chain_of, children_of
 from .totals import Roots
 
 # (A parent begins before its child, whatever the index says: there are no cycles.)
@@ -64,9 +64,7 @@ def chains(store: PrefixStore, keys: list[str]) -> dict[str, list[SegmentRow]]:
 
 
 def _chain(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
-    if row.first_chunk == 0:
-        return [row]
-    before = chain_to(db, row.root, row.parent, row.first_chunk)
-    if isinstance(before, int):
+    chain = chain_of(db, row)
+    if isinstance(chain, int):
         raise StoreError(f"segment {row.key} continues a prefix that is not stored any more")
-    return [*(parent for parent, _ in before), row]
+    return [one for one, _ in chain]

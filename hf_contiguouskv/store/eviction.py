@@ -223,11 +223,10 @@ def is_expired(db: sqlite3.Connection, key: str, unused_since: float, pinned: Co
 
 def _least_recently_used(db: sqlite3.Connection, roots: Roots, first: int, more: int) -> list[SegmentRow]:
     """`more` segments of `roots` behind the `first` ones, in the order of their last use, the earliest first."""
-    order = f"ORDER BY last_used, id LIMIT {first + more:d}"
-    query = f"SELECT {COLUMNS} FROM segments"
+    query, order = f"SELECT {COLUMNS} FROM segments", "ORDER BY last_used, id LIMIT ?"
     if roots is None:
-        return [SegmentRow.checked(row) for row in db.execute(f"{query} {order} OFFSET {first:d}")]
-    found = [row for root in roots for row in db.execute(f"{query} WHERE root = ? {order}", (root,))]
+        return [SegmentRow.checked(row) for row in db.execute(f"{query} {order} OFFSET ?", (more, first))]
+    found = [row for root in roots for row in db.execute(f"{query} WHERE root = ? {order}", (root, first + more))]
     rows = sorted(map(SegmentRow.checked, found), key=lambda row: (row.last_used, row.id))
     return rows[first : first + more]
 

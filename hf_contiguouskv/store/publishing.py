@@ -464,7 +464,7 @@ def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:
 
 def _chunk_before(db: sqlite3.Connection, header: SegmentHeader) -> tuple[int, int] | None:
     """Where the index says that the chunk is which a segment continues: segment id, and position in it."""
-    return find_chunk(db, header.parent_hash, bytes.fromhex(header.root), header.first_chunk - 1)
+    return find_chunk(db, header.parent_hash, bytes.fromhex(header.root), header.first_chunk - 1, whole=True)
 
 
 def _own(ids: TokenIds, header: SegmentHeader) -> TokenIds:

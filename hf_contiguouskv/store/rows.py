@@ -290,7 +290,9 @@ def segment_by_key(db: sqlite3.Connection, key: str) -> SegmentRow | None:
     return SegmentRow.checked(row) if row else None
 
 
-def find_chunk(db: sqlite3.Connection, chunk: bytes, root: bytes | None = None, at: int = 0) -> tuple[int, int] | None:
+def find_chunk(
+    db: sqlite3.Connection, chunk: bytes, root: bytes | None = None, at: int = 0, whole: bool = False
+) -> tuple[int, int] | None:
     """`(segment id, position in it)` of a chunk; of several, the one with the most chunks before it.
 
     Args:
@@ -298,6 +300,7 @@ def find_chunk(db: sqlite3.Connection, chunk: bytes, root: bytes | None = None, 
         chunk: its hash.
         root: regard only segments of prefixes with this root hash; `None`: all.
         at: with `root`: regard only segments that hold it as chunk `at` of the prefix.
+        whole: with `root`: regard only segments in which it is full, as what other segments continue must be.
     """
     if root is None:
         found = db.execute(
@@ -307,8 +310,9 @@ def find_chunk(db: sqlite3.Connection, chunk: bytes, root: bytes | None = None, 
         # (A chunk of a segment that is not there is damage, and must be seen.)
         found = db.execute(
             "SELECT segment, position FROM chunks LEFT JOIN segments ON id = segment WHERE hash = ? AND (id IS NULL OR "
-            "root = ? AND first_chunk + position = ?) ORDER BY position DESC LIMIT 1",
-            (chunk, root, at),
+            "root = ? AND first_chunk + position = ? AND (position + 1 - ?) * chunk_size <= num_tokens) "
+            "ORDER BY position DESC LIMIT 1",
+            (chunk, root, at, not whole),
         ).fetchone()
     if found is not None:
         require_place(*found)
@@ -329,7 +333,7 @@ def is_reachable(db: sqlite3.Connection, key: str) -> bool:
     """Whether the segment `key` is stored, and what it continues as well."""
     row = segment_by_key(db, key)
     return row is not None and (
-        row.first_chunk == 0 or find_chunk(db, row.parent, row.root, row.first_chunk - 1) is not None
+        row.first_chunk == 0 or find_chunk(db, row.parent, row.root, row.first_chunk - 1, whole=True) is not None
     )
 
 

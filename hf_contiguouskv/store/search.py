@@ -123,6 +123,11 @@ def chain_to(db: sqlite3.Connection, root: bytes, last: bytes, chunks: int) -> C
     return chunks - 1 if place is None else _walk(db, *place, chunks)
 
 
+def chain_of(db: sqlite3.Connection, row: SegmentRow) -> Chain | int:
+    """The segments of the prefix that ends with a stored segment; a number as in `longest_match`."""
+    return _walk(db, row.id, row.num_chunks - 1, row.first_chunk + row.num_chunks)
+
+
 def _walk(db: sqlite3.Connection, segment: int, position: int, chunks: int) -> Chain | int:
     chain: Chain = []
     left = chunks
