@@ -152,9 +152,13 @@ class LocalDisk:
                 status = folder.stat(name)
                 if status is None or identity_of(status) != identity:
                     return False
+                if stat.S_ISDIR(status.st_mode) and folder.remove(name):
+                    return True
                 with self._root.sub("damaged", create=True) as aside:
                     aside.make_free(name)
                     folder.rename(name, aside, name)
+                    if stat.S_ISDIR(status.st_mode):
+                        logger.warning("%s is a folder that holds something; it is left there", aside.path_of(name))
         except FileNotFoundError:
             return False
         return True
@@ -171,7 +175,8 @@ class LocalDisk:
         """See `backend.SegmentBackend.quarantined`."""
         with self._damaged() as entries:
             for entry in entries:
-                if match := _FILE.fullmatch(entry.name):
+                match = _FILE.fullmatch(entry.name)
+                if match and not entry.is_dir(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):
                         yield _info(match[1], entry.stat(follow_symlinks=False))
 

@@ -7,9 +7,11 @@ import os
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -38,7 +40,10 @@ _FOLLOWS = {
     "os.symlink": False,
 }
 _TWO_PATHS = ("os.link", "os.rename", "os.symlink")
+# Where an event names the folders that its paths lie in, if these are given as descriptors.
+_FOLDERS = {"os.mkdir": (2,), "os.remove": (1,), "os.rmdir": (1,), "os.rename": (2, 3)}
 _watching: list[set[tuple[str, str]]] = []
+_folder_of_open = threading.local()
 
 
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -47,12 +52,30 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
     follows = _FOLLOWS[event]
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_NOFOLLOW:
         follows = False
-    for path in arguments[: 2 if event in _TWO_PATHS else 1]:
+    folders = [arguments[place] for place in _FOLDERS.get(event, ())]
+    if event == "open":
+        folders = [getattr(_folder_of_open, "descriptor", None)]
+    for number, path in enumerate(arguments[: 2 if event in _TWO_PATHS else 1]):
         if isinstance(path, str | bytes | os.PathLike):
+            descriptor = folders[number] if number < len(folders) else None
+            base = os.readlink(f"/proc/self/fd/{descriptor}") if type(descriptor) is int and descriptor >= 0 else ""
             # Now: later the link may be gone.
-            folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+            folder, name = os.path.split(os.path.abspath(os.path.join(base, os.fsdecode(path))))
             real = os.path.realpath(os.path.join(folder, name)) if follows else None
             _watching[-1].add((event, real or os.path.join(os.path.realpath(folder), name)))
+
+
+def _tell_folder(open_: Callable[..., int]) -> Callable[..., int]:
+    """`os.open`, of which the event does not name the folder."""
+
+    def told(*values: Any, dir_fd: int | None = None, **named: Any) -> int:
+        _folder_of_open.descriptor = dir_fd
+        try:
+            return open_(*values, dir_fd=dir_fd, **named)
+        finally:
+            _folder_of_open.descriptor = None
+
+    return told
 
 
 sys.addaudithook(_hook)
@@ -79,7 +102,9 @@ class Neighbourhood:
         """Record what is used meanwhile."""
         _watching.append(self._used)
         try:
-            yield
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "open", _tell_folder(os.open))
+                yield
         finally:
             _watching.remove(self._used)
 

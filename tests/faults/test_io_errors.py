@@ -86,7 +86,10 @@ class Fault:
         call = getattr(os, self.name)
 
         def faulty(*values: Any, **named: Any) -> Any:
-            if not self._strikes(values[0]):
+            folder = named.get("dir_fd", named.get("src_dir_fd"))
+            # (What is reached through an open folder, by its whole path.)
+            target = values[0] if folder is None else os.path.join(path_of(folder), values[0])
+            if not self._strikes(target):
                 return call(*values, **named)
             if self.kind == "short":
                 return _short(self.name, call, values)
