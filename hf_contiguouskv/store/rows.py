@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import StoreError
+from ..wording import quoted
 from .format import SegmentHeader
 from .hashing import HASH_BYTES, TokenIds
 from .totals import TOTALS, IndexDamagedError, Roots, add_to_totals, is_number, take_from_totals, totals_are_right
@@ -159,7 +160,7 @@ def index_problems(db: sqlite3.Connection) -> list[str]:
     ):
         row = rows.pop(number, None)
         if row is None:
-            problems.append(f"chunks refer to a segment {number!r} that is not there")
+            problems.append(f"chunks refer to a segment {quoted(number)} that is not there")
         elif count != row.num_chunks or not sane:
             problems.append(f"the chunks of segment {row.key} make no sense")
     if not totals_are_right(db):
@@ -326,7 +327,7 @@ def require_place(segment: object, position: object) -> None:
         IndexDamagedError: it makes no sense.
     """
     if type(segment) is not int or not is_number(position):
-        raise IndexDamagedError(f"a chunk at position {position!r} of segment {segment!r} makes no sense")
+        raise IndexDamagedError(f"a chunk at position {quoted(position)} of segment {quoted(segment)} makes no sense")
 
 
 def is_reachable(db: sqlite3.Connection, key: str) -> bool:
