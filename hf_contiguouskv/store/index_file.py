@@ -39,11 +39,11 @@ _ASIDE = f"{NAME}.damaged-"
 _MAX_BYTES = 2**36
 # A row holds the tokens of one chunk, 32 KiB at most.
 _MAX_ROW = 2**20
-# Steps of SQLite's machine (tens of millions a second): an honest query takes a few for each byte of the index, and the
-# look-up of a very long prompt some millions. One that never ends takes more.
-_STEPS = 200_000_000
-_STEPS_PER_BYTE = 100
-_LOOK_EVERY = 1_000_000
+# Steps of the machine in SQLite (tens of millions a second). Honest transactions were seen to take one for four bytes of
+# the index, and some millions for a very long prompt. One that never ends takes more.
+_STEPS = 20_000_000
+_STEPS_PER_BYTE = 10
+_LOOK_EVERY = 100_000
 _TRIES = 20
 
 _SCHEMA_QUERY = "SELECT type, name, tbl_name, sql FROM sqlite_master"
