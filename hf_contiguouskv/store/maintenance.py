@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ..errors import SegmentMissingError, StoreError
-from ..wording import shown
 from .backend import Leftovers, SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
@@ -17,7 +16,7 @@ from .rows import SegmentRow, all_segments, drop_segment, insert_segment, keys_o
 from .search import unreachable_keys
 from .segment import SegmentOpener
 from .tenant import Tenant
-from .verification import row_problems
+from .verification import in_words, row_problems
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -51,7 +50,7 @@ def _index_segment(
         raise  # It is the index that cannot be written.
     except Exception as error:
         # Whoever made this segment may have made it to stop us, by whatever a parser or an allocation can raise.
-        return _said(key, error)
+        return in_words(key, error)
     return None
 
 
@@ -66,13 +65,6 @@ def _all_or_nothing(db: sqlite3.Connection) -> Iterator[None]:
         raise
     finally:
         db.execute("RELEASE one_segment")
-
-
-def _said(key: str, error: Exception) -> str:
-    """An error about one segment, in words that name the segment."""
-    if isinstance(error, (StoreError, OSError)):
-        return str(error)
-    return f"segment {key}: {type(error).__name__}: {shown(error)}"
 
 
 @dataclass
@@ -206,7 +198,7 @@ def _suspects(
         except sqlite3.Error:
             raise
         except Exception as error:
-            damaged.append(_said(row.key, error))
+            damaged.append(in_words(row.key, error))
     return wrong, damaged
 
 
@@ -233,7 +225,7 @@ def _repair_rows(
         except sqlite3.Error:
             raise
         except Exception as error:
-            logger.warning("not repaired: %s", _said(key, error))
+            logger.warning("not repaired: %s", in_words(key, error))
             continue
         with contextlib.suppress(_NotIndexedError), _all_or_nothing(db):
             drop_segment(db, key)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import StoreError
 from ..wording import quoted
+from ..wording import quoted
 from .format import SegmentHeader
 from .hashing import HASH_BYTES, TokenIds
 from .totals import TOTALS, IndexDamagedError, Roots, add_to_totals, is_number, take_from_totals, totals_are_right
@@ -186,12 +187,14 @@ def insert_segment(
         pinned: whether eviction leaves it alone.
 
     Raises:
-        StoreError: the token ids do not have the key that the header names.
+        StoreError: the token ids do not have the key that the header names, or `nbytes` is no number of bytes.
     """
     geometry = header.geometry
     chunks = chunk_rows(header, token_ids)
     if chunks[-1][0].hex() != header.key:
         raise StoreError(f"segment {header.key}: its token ids do not have this key")
+    if not is_number(nbytes):
+        raise StoreError(f"segment {header.key}: cannot take up {quoted(nbytes)} bytes")
     created = _past(created)
     fields: dict[str, Any] = {
         "key": header.key,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..errors import StoreError
+from ..wording import shown
 from .backend import SegmentBackend
 from .derived import derived_problems
 from .entries import StoreProblem
@@ -37,8 +38,8 @@ def verify_segments(
     for row in rows:
         try:
             segment = opener(backend.open(row.key))
-        except (StoreError, OSError) as error:
-            problems.append(StoreProblem(row.key, f"segment {row.key}", str(error)))
+        except Exception as error:
+            problems.append(StoreProblem(row.key, f"segment {row.key}", in_words(row.key, error)))
         else:
             try:
                 read = partial(_tell, progress, total, done)
@@ -79,8 +80,15 @@ def segment_problems(
         problems = list(_damage(segment, read or (lambda nbytes: None)))
         # (Of a damaged payload everything would be wrong.)
         return problems or (list(derived_problems(segment)) if deep else [])
-    except StoreError as error:
-        return [str(error)]
+    except (StoreError, MemoryError, ValueError, OverflowError) as error:
+        return [in_words(key, error)]
+
+
+def in_words(key: str, error: Exception) -> str:
+    """What one segment raised, in words that name it: whoever made it may have made it to raise anything."""
+    if isinstance(error, (StoreError, OSError)):
+        return str(error)
+    return f"segment {key}: {type(error).__name__}: {shown(error)}"
 
 
 def _damage(segment: Segment, read: Callable[[int], None]) -> Iterator[str]:
