@@ -17,7 +17,6 @@ from typing import Any
 
 from ..errors import StoreError
 from ..wording import quoted
-from ..wording import quoted
 from .format import SegmentHeader
 from .hashing import HASH_BYTES, TokenIds
 from .totals import TOTALS, IndexDamagedError, Roots, add_to_totals, is_number, take_from_totals, totals_are_right
