@@ -14,6 +14,12 @@ from .totals import IndexDamagedError, Roots
 # Segments from the beginning of a prefix on, and how many chunks up to the end (or the next segment) each one serves.
 Chain = list[tuple[SegmentRow, int]]
 
+# (As `find_chunk`, where nothing but whether there is one matters: bisection asks many times.)
+_IS_HELD = """
+SELECT 1 FROM chunks LEFT JOIN segments ON id = segment
+WHERE hash = ? AND (id IS NULL OR root = ? AND first_chunk + position = ?) LIMIT 1
+"""
+
 # One query for all of a chain, which may be thousands of segments long. It ends whatever the rows say: each step leaves
 # fewer chunks to go. Of several segments that hold the chunk before, the one with the most chunks before it goes on; it
 # must belong to the same prefix, hold the chunk at the right place, and whole: what follows a chunk that is not full
@@ -93,12 +99,10 @@ def longest_match(
     """
     # Whoever stores a chunk has stored all chunks before it, so the matching ones can be found by bisection.
     low, high = 0, len(hashes)
-    place: tuple[int, int] | None = None
     while low < high:
         middle = (low + high + 1) // 2
-        found = find_chunk(db, hashes[middle - 1], root, middle - 1)
-        if found is not None:
-            low, place = middle, found
+        if db.execute(_IS_HELD, (hashes[middle - 1], root, middle - 1)).fetchone() is not None:
+            low = middle
         else:
             high = middle - 1
     last = hashes[low - 1] if low else root
@@ -108,9 +112,9 @@ def longest_match(
         segment, position, tokens = tail
         chain = _walk(db, segment, position, low + 1)
         return chain if isinstance(chain, int) else (low * chunk_size + tokens, chain)
-    if place is None:
+    if low == 0:
         return None
-    chain = _walk(db, *place, low)
+    chain = chain_to(db, root, last, low)
     return chain if isinstance(chain, int) else (low * chunk_size, chain)
 
 
