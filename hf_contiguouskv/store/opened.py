@@ -78,14 +78,21 @@ class OpenSegments:
             failure = SegmentReadError(f"segment {row.key} of {self._backend.name}: there is no memory to open it")
             failure.identity = identity
             raise failure from error
-        with self._lock:
-            self._drop(row.key)
-            self._recent[row.key] = segment
-            self._kept_bytes += kept_bytes(segment)
-            self._all.add(segment)
-            while len(self._recent) > _ALWAYS_OPEN and self._kept_bytes > _MAX_KEPT_BYTES:
-                self._drop(next(iter(self._recent)))
+        self.adopt(segment)
         return segment
+
+    def adopt(self, segment: Segment) -> None:
+        """Keep a segment that was opened elsewhere, so that the look-up that follows opens nothing."""
+        with self._lock:
+            self._keep(segment)
+
+    def _keep(self, segment: Segment) -> None:
+        self._drop(segment.key)
+        self._recent[segment.key] = segment
+        self._kept_bytes += kept_bytes(segment)
+        self._all.add(segment)
+        while len(self._recent) > _ALWAYS_OPEN and self._kept_bytes > _MAX_KEPT_BYTES:
+            self._drop(next(iter(self._recent)))
 
     def _drop(self, key: str) -> None:
         segment = self._recent.pop(key, None)

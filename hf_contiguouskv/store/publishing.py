@@ -233,6 +233,8 @@ class Publisher:
         self._remove(doomed)
         if replaced:
             self._opened.forget([header.key])  # What is kept of it in memory may not be what it holds now.
+        if segment is not None:
+            self._opened.adopt(segment)
         if published:
             self._counters.add("published")
             self._counters.add("bytes_written", header.nbytes)

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from types import TracebackType
 
 from ..errors import InputError, StoreClosedError
+from .finite import FiniteCheck
 from .pread import MAX_PART, aligned_buffer, as_memoryview
 from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, cut, explain, finish
 
@@ -84,6 +85,7 @@ class Ticket:
         parts, order = self._parts, self._next
         count = len(parts)
         began = time.perf_counter()
+        numbers = FiniteCheck()
         served = physical = 0
         while True:
             position = next(order)
@@ -97,14 +99,18 @@ class Ticket:
                 if type(part) is ReadBatch:
                     physical += part.segment.read_into([(one.offset, one.into) for one in part.parts])
                     for one in part.parts:
-                        finish(one)
+                        finish(one, numbers)
                 else:
                     physical += part.segment.read_into(((part.offset, part.into),))  # type: ignore[union-attr]
-                    finish(part)  # type: ignore[arg-type]
+                    finish(part, numbers)  # type: ignore[arg-type]
             except BaseException as error:
                 self._error = explain(error, part)
         if not served:
             return
+        try:
+            numbers.finish()
+        except BaseException as error:
+            self._error = error
         total.add(physical)
         with self._lock:
             self.bytes_read += physical

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
+from .finite import FiniteCheck
 from .pread import MAX_PART, PAGE
 from .segment import Segment
 
@@ -68,7 +69,9 @@ class Whole:
             self.missing -= 1
             last = self.missing == 0
         if last and self.checks:
-            _verify(self.read.segment, self.read.offset, self.read.into, self.checks)
+            read = self.read
+            for begin, end in _verify(read.segment, read.offset, read.into, self.checks):
+                read.segment.require_finite(read.offset + begin, read.into[begin:end])
 
 
 class ReadBatch:
@@ -132,15 +135,18 @@ def cut(read: Read) -> list[Part]:
     return [Part(read, begins[i], begins[i + 1] - begins[i], checks[i], whole) for i in range(count)]
 
 
-def finish(part: Read | Part) -> None:
+def finish(part: Read | Part, numbers: FiniteCheck) -> None:
     if part.checks:
-        _verify(part.segment, part.offset, part.into, part.checks)
+        for begin, end in _verify(part.segment, part.offset, part.into, part.checks):
+            numbers.add(part.segment, part.offset + begin, part.into[begin:end])
     if type(part) is Part:
         part.whole.part_done()
 
 
-def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> None:
+def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> list[tuple[int, int]]:
+    """Compare checksums; the ranges of `into` that they cover, as `(begin, end)`."""
     digest = segment.checksum
+    covered: list[tuple[int, int]] = []
     begin = end = -1
     for start, length, checksum in checks:
         if digest(into[start : start + length]) != checksum:
@@ -149,10 +155,11 @@ def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Ch
             )
         if start != end:
             if end > begin:
-                segment.require_finite(offset + begin, into[begin:end])
+                covered.append((begin, end))
             begin = start
         end = start + length
-    segment.require_finite(offset + begin, into[begin:end])
+    covered.append((begin, end))
+    return covered
 
 
 def explain(error: BaseException, part: Read | Part | ReadBatch) -> BaseException:

@@ -12,7 +12,7 @@ from ..errors import SegmentCorruptError, SegmentKeyError, SegmentReadError
 from .backend import Blob
 from .extents import ExtentPlaces, Form, exact_extents, packed_extents
 from .finite import NumberPlaces
-from .format import KVGeometry, covered_by_mac, read_header
+from .format import KVGeometry, covered_by_mac, parse_header, read_header
 from .hashing import TokenIds
 from .key import NO_MAC, Checksums, StoreKey, same_mac
 
@@ -76,6 +76,7 @@ class Segment:
             self._extents["packed"] = packed
         self._checksums: dict[str, npt.NDArray[np.uint64]] = {}
         self._tensor_checksums: dict[str, int] = {}
+        self._token_octets = memoryview(b"")
         self._token_ids: TokenIds | None = None
         self.checksums = Checksums() if key is None else key.checksums(self.header.key)
         self.checksum = self.checksums.of
@@ -95,9 +96,10 @@ class Segment:
             return
         if told == NO_MAC:
             raise SegmentKeyError(f"{self.name}: was stored without a key, and this store has one; it is not used")
-        # What is compared with the code is kept: bytes that change later do not count.
-        header = covered_by_mac(bytes(self.read_bytes(8, self._data_start - 8)))
-        if not same_mac(key.mac(header, self._load_checksums()), told):
+        # What is compared with the code is what is used: bytes that change meanwhile, or later, do not count.
+        text = bytes(self.read_bytes(8, self._data_start - 8))
+        code = key.mac(covered_by_mac(text), self._load_end())
+        if not same_mac(code, told) or parse_header(text, self.nbytes, self.name) != self.header:
             raise SegmentKeyError(f"{self.name}: was not stored with the key of this store; it is not used")
 
     @property
@@ -139,7 +141,11 @@ class Segment:
     def token_ids(self) -> TokenIds:
         """Token ids of this segment, int64 `[num_tokens]`; read at the first use."""
         if self._token_ids is None:
-            self._token_ids = self.read_tensor("token_ids").numpy()
+            if not self._checksums:
+                self._load_end()
+            if self.checksum(self._token_octets) != self.tensor_checksum("token_ids"):
+                raise SegmentCorruptError(f"{self.name}: the bytes of token_ids do not match their checksum", self)
+            self._token_ids = np.frombuffer(self._token_octets, dtype="<i8")
         return self._token_ids
 
     def extents(self, form: Form = "exact") -> ExtentPlaces:
@@ -167,7 +173,7 @@ class Segment:
     def run_checksums(self, layer: int, first: int, chunks: int, form: Form = "exact") -> list[int]:
         """Checksum of each extent of consecutive chunks of `layer`, `first` counted in this segment."""
         if not self._checksums:
-            self._load_checksums()
+            self._load_end()
         extents = self._extents[form]
         # As an array: lists of all of them would take five times the memory, for every open segment.
         found: list[int] = self._checksums[extents.checksums][extents.rows[layer], first : first + chunks].tolist()
@@ -176,7 +182,7 @@ class Segment:
     def tensor_checksum(self, name: str) -> int:
         """Checksum of the whole tensor `name`, one of `header.checked_tensors`."""
         if not self._checksums:
-            self._load_checksums()
+            self._load_end()
         return self._tensor_checksums[name]
 
     def read_tensor(self, name: str) -> torch.Tensor:
@@ -249,13 +255,13 @@ class Segment:
                 return f"layer {layer}, chunk {self.first_chunk + chunk}"
         return f"offset {offset}"
 
-    def _load_checksums(self) -> bytearray:
-        # The tensors of checksums are neighbours at the end of the file: one read.
-        offset, _ = self.tensor_extent("checksums.payload")
+    def _load_end(self) -> memoryview:
+        """Read token ids and checksums, the neighbours at the end of the file, at once; the bytes of the checksums."""
+        offset, ids_bytes = self.tensor_extent("token_ids")
         last, last_bytes = self.tensor_extent("checksums.tensors")
-        octets = self.read_bytes(offset, last + last_bytes - offset)
+        octets = memoryview(self.read_bytes(offset, last + last_bytes - offset))
+        self._token_octets = octets[:ids_bytes]
         index = np.frombuffer(octets, dtype="<u8", offset=last - offset)
-        # (8 bytes each, as the token ids before them: there is no padding between.)
         self._tensor_checksums = dict(zip(self.header.checked_tensors, index.tolist(), strict=True))
         found = {}
         for extents in self._extents.values():
@@ -264,7 +270,8 @@ class Segment:
             sums = np.frombuffer(octets, dtype="<u8", count=nbytes // 8, offset=start - offset)
             found[extents.checksums] = sums.reshape(shape)
         self._checksums = found
-        return octets
+        # (Each of them has 8 bytes or a multiple: there is no padding between.)
+        return octets[ids_bytes:]
 
     def close(self) -> None:
         """Close the blob; reads that are under way must have ended."""
