@@ -158,7 +158,7 @@ class StoreIndex:
         return self._file.collect(dry_run)
 
     def rebuild(self) -> None:
-        """Empty the tables and fill them from the segments; pins and counters of use are kept."""
+        """Empty the tables and fill them from the segments; pins and, if they can be read, counters of use are kept."""
 
         def refill(db: sqlite3.Connection) -> None:
             try:
@@ -172,6 +172,10 @@ class StoreIndex:
                     set_use(db, row.key, old.created, old.last_used, old.uses)
 
         self.write(refill)
+        problems = self.read(index_problems)
+        if problems:
+            # Pages are damaged that are not written by filling tables: a new file has none of them.
+            self._repair(problems[0])
 
     def close(self) -> None:
         """Close the connections; the next use opens them again."""
