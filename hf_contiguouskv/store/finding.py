@@ -15,8 +15,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from ..errors import (
     SegmentCorruptError,
     SegmentKeyError,
@@ -102,7 +100,8 @@ class _Prompt:
         if used > end or (used == end and header.key != self.hash_after(end).hex()):
             return False
         # (Also where the name is right: it is only what the header says.)
-        return bool(np.array_equal(segment.token_ids[: used - begin], self.ids[begin:used]))
+        theirs = segment.token_ids[: used - begin]
+        return len(theirs) == used - begin and bool((theirs == self.ids[begin:used]).all())
 
 
 class Finder:

@@ -1,6 +1,6 @@
 """Names of chunks: a chain of BLAKE2b hashes, so that equal beginnings have equal names and share storage.
 
-    root    = Hroot("hf_contiguouskv/1", fingerprint, chunk_size, salt)
+    root    = Hroot("hf_contiguouskv/3", fingerprint, chunk_size, salt)
     hash[0] = Hfirst(root      + token ids of chunk 0)
     hash[i] = Hnext (hash[i-1] + token ids of chunk i)
 
@@ -46,7 +46,7 @@ def as_token_ids(ids: object) -> TokenIds:
 def root_hash(fingerprint: str, chunk_size: int, salt: bytes = b"") -> bytes:
     """The hash before the first chunk: 16 bytes that differ by model, chunk size and salt."""
     digest = blake2b(digest_size=HASH_BYTES, person=_ROOT)
-    for part in (b"hf_contiguouskv/1", fingerprint.encode(), str(chunk_size).encode(), salt):
+    for part in (b"hf_contiguouskv/3", fingerprint.encode(), str(chunk_size).encode(), salt):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()

@@ -32,7 +32,7 @@ def field(octets: bytes) -> bytes:
 
 
 def root_of(fingerprint: str, c: int, salt: bytes) -> bytes:
-    fields = (b"hf_contiguouskv/1", fingerprint.encode(), str(c).encode(), salt)
+    fields = (b"hf_contiguouskv/3", fingerprint.encode(), str(c).encode(), salt)
     return h(b"".join(map(field, fields)), b"hf_ckv root")
 
 
