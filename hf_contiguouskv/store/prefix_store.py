@@ -31,6 +31,7 @@ from .local_disk import LocalDisk
 from .opened import OpenSegments
 from .publishing import Publisher
 from .reader import ExtentReader
+from .room import Room
 from .rows import mark_used
 from .search import next_stored
 from .segment import Segment
@@ -153,6 +154,18 @@ class PrefixStore(Upkeep):
             self._last_use,
             lambda: self.counters.add("quarantined"),
         )
+        self._room = Room(
+            index,
+            self.backend,
+            opened,
+            self._opener,
+            self.counters,
+            tenant=self._tenant,
+            max_disk_bytes=max_disk_bytes,
+            ttl_s=ttl_s,
+            pins=self._pins,
+            before_eviction=self._flush_uses,
+        )
         self._publisher = Publisher(
             index,
             self.backend,
@@ -160,12 +173,10 @@ class PrefixStore(Upkeep):
             self._opener,
             self._finder,
             self.counters,
+            room=self._room,
             key=self._key,
             tenant=self._tenant,
-            max_disk_bytes=max_disk_bytes,
-            ttl_s=ttl_s,
             pins=self._pins,
-            before_eviction=self._flush_uses,
         )
         self._closed = False
         self._put_in_order()

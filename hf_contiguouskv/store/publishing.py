@@ -6,19 +6,13 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Hashable
-from functools import partial
+from collections.abc import Hashable
 
-from ..errors import InputError, StoreError, StoreFullError
+from ..errors import InputError, StoreError
 from ..stats import StoreCounters
 from .backend import BlobWriter, SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .eviction import (
-    choose_excess,
-    choose_victims,
-    expired_segments,
-    is_expired,
-    stored_bytes,
     superseded_by,
     too_large,
 )
@@ -31,17 +25,16 @@ from .key import StoreKey
 from .memory_backend import MemoryBackend
 from .opened import OpenSegments
 from .proof import continues, is_superseded, is_the_same
+from .room import Room
 from .rows import (
     SegmentRow,
     drop_segment,
-    end_future_uses,
     find_chunk,
     insert_segment,
     mark_used,
     segment_by_id,
     segment_by_key,
     set_use,
-    stored_chunk_rows,
 )
 from .search import chain_to
 from .segment import Segment, SegmentOpener
@@ -51,9 +44,6 @@ from .writer import SegmentWriter
 
 logger = logging.getLogger("hf_contiguouskv")
 
-# So many segments are removed in one transaction: meanwhile nobody else can write.
-_REMOVED_AT_ONCE = 1000
-
 
 class Publisher:
     """Begins segments, and publishes those that are complete.
@@ -61,11 +51,9 @@ class Publisher:
     Args:
         index, backend, opened, opener, finder, counters: of the store.
         key: of the store, if it has one.
-        tenant: whose segments it makes, counts and evicts.
-        max_disk_bytes: bound on what all segments take up; `None`: no bound.
-        ttl_s: see `PrefixStore`.
+        room: where victims are chosen, and what is given up is removed.
+        tenant: whose segments it makes.
         pins: which segments are pinned, stored or not.
-        before_eviction: called before victims are chosen, so that the index knows of all uses.
     """
 
     def __init__(
@@ -78,11 +66,9 @@ class Publisher:
         counters: StoreCounters,
         *,
         key: StoreKey | None,
+        room: Room,
         tenant: Tenant,
-        max_disk_bytes: int | None,
-        ttl_s: float | None,
         pins: Pins,
-        before_eviction: Callable[[], None],
     ) -> None:
         self._index = index
         self._backend = backend
@@ -91,11 +77,9 @@ class Publisher:
         self._key = key
         self._finder = finder
         self._counters = counters
+        self._room = room
         self._tenant = tenant
-        self._max_disk_bytes = max_disk_bytes
-        self._ttl_s = ttl_s
         self._pins = pins
-        self._before_eviction = before_eviction
 
     def _header(self, fingerprint: str, geometry: KVGeometry, ids: TokenIds, first_chunk: int) -> SegmentHeader:
         c = geometry.chunk_size
@@ -128,8 +112,8 @@ class Publisher:
         header = self._header(fingerprint, geometry, ids, first_chunk)
         if header.parent and self._index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
-        if self._max_disk_bytes is not None and header.nbytes > self._max_disk_bytes:
-            raise too_large(header.nbytes, self._max_disk_bytes)
+        if self._room.max_disk_bytes is not None and header.nbytes > self._room.max_disk_bytes:
+            raise too_large(header.nbytes, self._room.max_disk_bytes)
 
         def publish(final: SegmentHeader, own: TokenIds, blob: BlobWriter) -> StoredPrefix:
             _, segment = self._publish(final, own, blob, False)
@@ -197,18 +181,18 @@ class Publisher:
         def change(db: sqlite3.Connection) -> tuple[bool, Segment | None]:
             nonlocal in_place, evicted, replaced
             existing = segment_by_key(db, header.key)
-            if not in_place and self._is_there(db, header.key, existing):
+            if not in_place and self._room.is_there(db, header.key, existing):
                 there = self._same_there(db, header, ids)
                 if there is not None:
                     # Whoever computed it again uses it: without this, what has expired would never be found again.
                     mark_used(db, [(1, time.time(), key) for key in _chain_keys(db, header)])
                     return False, there
                 existing = segment_by_key(db, header.key)
-            if not self._is_held(db, header):
+            if not self.is_held(db, header):
                 raise StoreError(f"segment {header.key}: the prefix that it continues was deleted meanwhile")
             if existing is not None:
                 drop_segment(db, header.key)
-            victims = self._victims(db, header, blob.stored_bytes)
+            victims = self._room.victims(db, header, blob.stored_bytes)
             if not in_place:  # (A damaged index is rebuilt, and this is called once more.)
                 blob.publish()
                 in_place = True
@@ -221,16 +205,16 @@ class Publisher:
                 doomed[row.key] = self._backend.identity(row.key)
             return True, self._opened_now(header.key)
 
-        self._before_eviction()
+        self._room.before_eviction()
         try:
             published, segment = self._index.write(change)
         except BaseException:
             if in_place:
                 # It could not be indexed: nobody would find it, and it would take up room.
                 with contextlib.suppress(OSError, StoreError):
-                    self._index.write(lambda db: self._delete_unindexed(db, header.key))
+                    self._index.write(lambda db: self._room.delete_unindexed(db, header.key))
             raise
-        self._remove(doomed)
+        self._room.remove(doomed)
         if replaced:
             self._opened.forget([header.key])  # What is kept of it in memory may not be what it holds now.
         if segment is not None:
@@ -240,11 +224,6 @@ class Publisher:
             self._counters.add("bytes_written", header.nbytes)
             self._counters.add("evicted", evicted)
         return published, segment
-
-    def _delete_unindexed(self, db: sqlite3.Connection, key: str) -> None:
-        # Inside a transaction: another process may have found it in place, and indexed it.
-        if segment_by_key(db, key) is None:
-            self._backend.delete(key)
 
     def _opened_now(self, key: str) -> Segment | None:
         """The segment `key`, opened before anybody can delete it."""
@@ -261,7 +240,7 @@ class Publisher:
         there = self._opened_now(header.key)
         with contextlib.suppress(StoreError):
             if there is not None and is_the_same(there, header, ids):
-                if there.first_chunk > header.first_chunk and not self._is_held(db, there.header):
+                if there.first_chunk > header.first_chunk and not self.is_held(db, there.header):
                     return None
                 self._repair_rows(db, there)
                 return there
@@ -276,7 +255,7 @@ class Publisher:
         insert_segment(db, segment.header, segment.token_ids, segment.blob.stored_bytes, row.created, bool(row.pinned))
         set_use(db, segment.key, row.created, row.last_used, row.uses)
 
-    def _is_held(self, db: sqlite3.Connection, header: SegmentHeader) -> bool:
+    def is_held(self, db: sqlite3.Connection, header: SegmentHeader) -> bool:
         """Whether what a segment continues is stored: the index names where, and that segment's own bytes prove it."""
         if not header.parent:
             return True
@@ -295,166 +274,6 @@ class Publisher:
                 if is_superseded(self._opened.get(row), header, ids):
                     found.append(row)
         return found
-
-    def _remove(self, doomed: dict[str, Hashable]) -> None:
-        """Delete blobs that the index has forgotten: only now, when that is certain to last."""
-
-        def change(db: sqlite3.Connection) -> None:
-            for key, identity in doomed.items():
-                # Somebody may have stored it anew, or indexed it again, meanwhile.
-                if self._backend.identity(key) == identity:
-                    self._delete_unindexed(db, key)
-
-        self._opened.forget(doomed)
-        try:
-            if doomed:
-                self._index.write(change)
-        except (StoreError, OSError) as error:
-            logger.warning("%d segments could not be evicted in order: %s", len(doomed), error)
-            self._remove_out_of_order(doomed)
-
-    def _remove_out_of_order(self, doomed: dict[str, Hashable]) -> None:
-        """Delete what can be deleted; what cannot takes up room, so it is indexed again."""
-
-        def change(db: sqlite3.Connection) -> None:
-            for key, identity in doomed.items():
-                if self._backend.identity(key) == identity:
-                    self._is_there(db, key, segment_by_key(db, key))
-
-        for key, identity in doomed.items():
-            with contextlib.suppress(OSError):
-                if self._backend.identity(key) == identity:
-                    self._backend.delete(key)
-        with contextlib.suppress(OSError):
-            self._index.try_write(change)
-
-    def _is_there(self, db: sqlite3.Connection, key: str, row: SegmentRow | None) -> bool:
-        """Whether the segment is stored already; if only the index does not know it (well), it learns."""
-        if self._backend.identity(key) is None:
-            return False
-        if row is not None and len(stored_chunk_rows(db, row.id)) == row.num_chunks:
-            return True
-        try:
-            with contextlib.closing(self._opener(self._backend.open(key))) as segment:
-                if segment.key != key:
-                    return False
-                drop_segment(db, key)
-                blob, pinned = segment.blob, self._pins.holds(key)
-                insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, pinned)
-        except (StoreError, OSError):
-            return False  # Whatever lies there cannot be used, or is not what its name says.
-        return True
-
-    def _victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
-        if self._max_disk_bytes is None:
-            return []
-        roots = self._tenant.roots(db)
-        needed = stored_bytes(db, roots) + nbytes
-        self._drop_quarantined(needed, self._max_disk_bytes)
-        if needed <= self._max_disk_bytes:
-            return []
-        end_future_uses(db)
-        return choose_victims(db, header, nbytes, self._max_disk_bytes, self._pins.keys(), roots)
-
-    def _drop_quarantined(self, needed: int, max_disk_bytes: int) -> None:
-        """Delete damaged segments, which are kept to be looked at only as long as nobody needs the room."""
-        if not self._tenant.is_operator:
-            return  # (They may be anybody's.)
-        aside = list(self._backend.quarantined())
-        if needed + sum(info.stored_bytes for info in aside) > max_disk_bytes:
-            for info in aside:
-                self._backend.drop_quarantined(info.key)
-
-    def is_within_bound(self) -> bool:
-        """Whether what is stored, and what is in quarantine, is within `max_disk_bytes`; cheap.
-
-        (Of a backend that lists slowly, only what is stored.)
-        """
-        if self._max_disk_bytes is None:
-            return True
-        total: int = self._index.read(lambda db: stored_bytes(db, self._tenant.roots(db)))
-        if self._backend.lists_cheaply and self._tenant.is_operator:
-            total += sum(info.stored_bytes for info in self._backend.quarantined())
-        return total <= self._max_disk_bytes
-
-    def evict_excess(self) -> None:
-        """Make what is stored fit in `max_disk_bytes`, by the rules of publishing: where the bound is a new one.
-
-        Where pinned segments exceed it, they stay, and a warning is logged.
-
-        Raises:
-            StoreError: the index cannot be written.
-            OSError: the storage failed.
-        """
-        bound = self._max_disk_bytes
-        if bound is None:
-            return
-
-        def choose(db: sqlite3.Connection) -> tuple[list[SegmentRow], int]:
-            roots = self._tenant.roots(db)
-            self._drop_quarantined(stored_bytes(db, roots), bound)
-            return choose_excess(db, bound, self._pins.keys(), roots, at_most=_REMOVED_AT_ONCE)
-
-        def change(db: sqlite3.Connection) -> tuple[dict[str, Hashable], int]:
-            end_future_uses(db)
-            victims, excess = choose(db)
-            for row in victims:
-                drop_segment(db, row.key)
-            return {row.key: self._backend.identity(row.key) for row in victims}, excess
-
-        self._before_eviction()
-        excess = 1
-        while excess > 0:
-            try:
-                doomed, excess = self._index.write(change)
-            except StoreFullError:
-                # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
-                for row in self._index.read(choose)[0]:
-                    self._backend.delete(row.key)
-                doomed, excess = self._index.write(change)
-            if not doomed:
-                break
-            self._remove(doomed)
-            self._counters.add("evicted", len(doomed))
-        if excess > 0:
-            logger.warning(
-                "pinned prefixes of %s, and what they continue, take up %d bytes more than max_disk_bytes=%d; unpin or "
-                "delete some of them, or raise the bound",
-                self._backend.name,
-                excess,
-                bound,
-            )
-
-    def expire(self, dry_run: bool) -> list[SegmentRow]:
-        """Delete what nobody used for `ttl_s`; what was (or would be) deleted."""
-        if self._ttl_s is None:
-            return []
-        unused_since = time.time() - self._ttl_s
-        self._before_eviction()
-
-        def choose(db: sqlite3.Connection) -> list[SegmentRow]:
-            return expired_segments(db, unused_since, self._pins.keys(), self._tenant.roots(db))
-
-        if dry_run:
-            return self._index.read(choose)
-
-        def delete(db: sqlite3.Connection, some: list[SegmentRow]) -> list[SegmentRow]:
-            pinned, gone = self._pins.keys(), []
-            for row in some:
-                # (Somebody may have used it meanwhile, or continued it.)
-                if is_expired(db, row.key, unused_since, pinned):
-                    drop_segment(db, row.key)
-                    self._backend.delete(row.key)
-                    gone.append(row)
-            return gone
-
-        self._index.write(end_future_uses)
-        rows, expired = self._index.read(choose), []
-        for start in range(0, len(rows), _REMOVED_AT_ONCE):
-            expired += self._index.write(partial(delete, some=rows[start : start + _REMOVED_AT_ONCE]))
-        self._opened.forget([row.key for row in expired])
-        self._counters.add("expired", len(expired))
-        return expired
 
 
 def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:

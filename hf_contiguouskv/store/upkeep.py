@@ -22,6 +22,7 @@ from .index import StoreIndex
 from .opened import OpenSegments
 from .publishing import Publisher
 from .reader import ExtentReader
+from .room import Room
 from .rows import SegmentRow, all_segments, drop_segment, index_problems, segments_with_beginning
 from .search import continuations
 from .segment import SegmentOpener
@@ -61,6 +62,7 @@ class Upkeep:
     _opener: SegmentOpener
     _tenant: Tenant
     _publisher: Publisher
+    _room: Room
     _pins: Pins
     _reader: ExtentReader | None
     _uses: dict[str, tuple[int, float]]
@@ -90,7 +92,7 @@ class Upkeep:
         try:
             self.backend.collect()
             maintenance.reconcile_on_opening(self._index, self.backend, self._opener, self._pins.keys, self._tenant)
-            if not self._publisher.is_within_bound():
+            if not self._room.is_within_bound():
                 # Somebody else may be writing, and deleting takes long: opening waits for neither.
                 self._background.submit(self._evict_excess)
         except (StoreError, OSError) as error:
@@ -98,7 +100,7 @@ class Upkeep:
 
     def _evict_excess(self) -> None:
         try:
-            self._publisher.evict_excess()
+            self._room.evict_excess()
         except (StoreError, OSError) as error:
             logger.warning("%s takes up more than max_disk_bytes=%s: %s", self.path, self.max_disk_bytes, error)
 
@@ -244,7 +246,7 @@ class Upkeep:
                 self._opener,
                 self._pins.keys,
                 self._tenant,
-                expired=self._publisher.expire(dry_run),
+                expired=self._room.expire(dry_run),
                 dry_run=dry_run,
             )
         finally:

@@ -386,7 +386,7 @@ def take_out_of_service(store, model):
 
 
 def expire(store, model):
-    store._publisher._ttl_s = 1e-9
+    store._room._ttl_s = 1e-9
     store.gc()
 
 

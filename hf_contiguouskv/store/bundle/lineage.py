@@ -74,7 +74,7 @@ class Lineage:
             return self._parent_problem(header, *found)
         try:
             # The index only claims it: the token ids of the segment that it names are hashed.
-            held = not self._alone and self._store._read(lambda db: self._store._publisher._is_held(db, header))
+            held = not self._alone and self._store._read(lambda db: self._store._publisher.is_held(db, header))
         except StoreError as error:
             return f"what it continues cannot be read: {error}"
         if held:

@@ -1,0 +1,235 @@
+"""Room for segments: which ones go when there is none, or when their time is over, and how they are removed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Hashable
+from functools import partial
+
+from ..errors import StoreError, StoreFullError
+from ..stats import StoreCounters
+from .backend import SegmentBackend
+from .eviction import choose_excess, expired_segments, is_expired, stored_bytes
+from .folder import Pins
+from .format import SegmentHeader
+from .index import StoreIndex
+from .opened import OpenSegments
+from .rows import SegmentRow, drop_segment, end_future_uses, insert_segment, segment_by_key, stored_chunk_rows
+from .segment import SegmentOpener
+from .tenant import Tenant
+
+logger = logging.getLogger("hf_contiguouskv")
+
+# So many segments are removed in one transaction: meanwhile nobody else can write.
+_REMOVED_AT_ONCE = 1000
+
+
+class Room:
+    """Keeps what a handle stores within its bound, and removes what is given up.
+
+    Args:
+        index, backend, opened, opener, counters: of the store.
+        tenant: whose segments are counted and evicted.
+        max_disk_bytes: bound on what these take up; `None`: no bound.
+        ttl_s: see `PrefixStore`.
+        pins: which segments are pinned, stored or not.
+        before_eviction: called before victims are chosen, so that the index knows of all uses.
+    """
+
+    def __init__(
+        self,
+        index: StoreIndex,
+        backend: SegmentBackend,
+        opened: OpenSegments,
+        opener: SegmentOpener,
+        counters: StoreCounters,
+        *,
+        tenant: Tenant,
+        max_disk_bytes: int | None,
+        ttl_s: float | None,
+        pins: Pins,
+        before_eviction: Callable[[], None],
+    ) -> None:
+        self._index = index
+        self._backend = backend
+        self._opened = opened
+        self._opener = opener
+        self._counters = counters
+        self._tenant = tenant
+        self.max_disk_bytes = max_disk_bytes
+        self._ttl_s = ttl_s
+        self._pins = pins
+        self.before_eviction = before_eviction
+
+    def victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
+        """What must go so that a new segment fits; see `eviction.choose_victims`.
+
+        Raises:
+            StoreFullError: there is too little that may go.
+        """
+        if self.max_disk_bytes is None:
+            return []
+        roots = self._tenant.roots(db)
+        needed = stored_bytes(db, roots) + nbytes
+        self._drop_quarantined(needed, self.max_disk_bytes)
+        if needed <= self.max_disk_bytes:
+            return []
+        end_future_uses(db)
+        return choose_victims(db, header, nbytes, self.max_disk_bytes, self._pins.keys(), roots)
+
+    def _drop_quarantined(self, needed: int, max_disk_bytes: int) -> None:
+        """Delete damaged segments, which are kept to be looked at only as long as nobody needs the room."""
+        if not self._tenant.is_operator:
+            return  # (They may be anybody's.)
+        aside = list(self._backend.quarantined())
+        if needed + sum(info.stored_bytes for info in aside) > max_disk_bytes:
+            for info in aside:
+                self._backend.drop_quarantined(info.key)
+
+    def is_within_bound(self) -> bool:
+        """Whether what is stored, and what is in quarantine, is within `max_disk_bytes`; cheap.
+
+        (Of a backend that lists slowly, only what is stored.)
+        """
+        if self.max_disk_bytes is None:
+            return True
+        total: int = self._index.read(lambda db: stored_bytes(db, self._tenant.roots(db)))
+        if self._backend.lists_cheaply and self._tenant.is_operator:
+            total += sum(info.stored_bytes for info in self._backend.quarantined())
+        return total <= self.max_disk_bytes
+
+    def evict_excess(self) -> None:
+        """Make what is stored fit in `max_disk_bytes`, by the rules of publishing: where the bound is a new one.
+
+        Where pinned segments exceed it, they stay, and a warning is logged.
+
+        Raises:
+            StoreError: the index cannot be written.
+            OSError: the storage failed.
+        """
+        bound = self.max_disk_bytes
+        if bound is None:
+            return
+
+        def choose(db: sqlite3.Connection) -> tuple[list[SegmentRow], int]:
+            roots = self._tenant.roots(db)
+            self._drop_quarantined(stored_bytes(db, roots), bound)
+            return choose_excess(db, bound, self._pins.keys(), roots, at_most=_REMOVED_AT_ONCE)
+
+        def change(db: sqlite3.Connection) -> tuple[dict[str, Hashable], int]:
+            end_future_uses(db)
+            victims, excess = choose(db)
+            for row in victims:
+                drop_segment(db, row.key)
+            return {row.key: self._backend.identity(row.key) for row in victims}, excess
+
+        self.before_eviction()
+        excess = 1
+        while excess > 0:
+            try:
+                doomed, excess = self._index.write(change)
+            except StoreFullError:
+                # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
+                for row in self._index.read(choose)[0]:
+                    self._backend.delete(row.key)
+                doomed, excess = self._index.write(change)
+            if not doomed:
+                break
+            self.remove(doomed)
+            self._counters.add("evicted", len(doomed))
+        if excess > 0:
+            logger.warning(
+                "pinned prefixes of %s, and what they continue, take up %d bytes more than max_disk_bytes=%d; unpin or "
+                "delete some of them, or raise the bound",
+                self._backend.name,
+                excess,
+                bound,
+            )
+
+    def expire(self, dry_run: bool) -> list[SegmentRow]:
+        """Delete what nobody used for `ttl_s`; what was (or would be) deleted."""
+        if self._ttl_s is None:
+            return []
+        unused_since = time.time() - self._ttl_s
+        self.before_eviction()
+
+        def choose(db: sqlite3.Connection) -> list[SegmentRow]:
+            return expired_segments(db, unused_since, self._pins.keys(), self._tenant.roots(db))
+
+        if dry_run:
+            return self._index.read(choose)
+
+        def delete(db: sqlite3.Connection, some: list[SegmentRow]) -> list[SegmentRow]:
+            pinned, gone = self._pins.keys(), []
+            for row in some:
+                # (Somebody may have used it meanwhile, or continued it.)
+                if is_expired(db, row.key, unused_since, pinned):
+                    drop_segment(db, row.key)
+                    self._backend.delete(row.key)
+                    gone.append(row)
+            return gone
+
+        self._index.write(end_future_uses)
+        rows, expired = self._index.read(choose), []
+        for start in range(0, len(rows), _REMOVED_AT_ONCE):
+            expired += self._index.write(partial(delete, some=rows[start : start + _REMOVED_AT_ONCE]))
+        self._opened.forget([row.key for row in expired])
+        self._counters.add("expired", len(expired))
+        return expired
+
+    def remove(self, doomed: dict[str, Hashable]) -> None:
+        """Delete blobs that the index has forgotten: only now, when that is certain to last."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for key, identity in doomed.items():
+                # Somebody may have stored it anew, or indexed it again, meanwhile.
+                if self._backend.identity(key) == identity:
+                    self.delete_unindexed(db, key)
+
+        self._opened.forget(doomed)
+        try:
+            if doomed:
+                self._index.write(change)
+        except (StoreError, OSError) as error:
+            logger.warning("%d segments could not be evicted in order: %s", len(doomed), error)
+            self._remove_out_of_order(doomed)
+
+    def _remove_out_of_order(self, doomed: dict[str, Hashable]) -> None:
+        """Delete what can be deleted; what cannot takes up room, so it is indexed again."""
+
+        def change(db: sqlite3.Connection) -> None:
+            for key, identity in doomed.items():
+                if self._backend.identity(key) == identity:
+                    self.is_there(db, key, segment_by_key(db, key))
+
+        for key, identity in doomed.items():
+            with contextlib.suppress(OSError):
+                if self._backend.identity(key) == identity:
+                    self._backend.delete(key)
+        with contextlib.suppress(OSError):
+            self._index.try_write(change)
+
+    def delete_unindexed(self, db: sqlite3.Connection, key: str) -> None:
+        """Delete a blob unless the index knows it: inside a transaction, for another process may have indexed it."""
+        if segment_by_key(db, key) is None:
+            self._backend.delete(key)
+
+    def is_there(self, db: sqlite3.Connection, key: str, row: SegmentRow | None) -> bool:
+        """Whether the segment is stored already; if only the index does not know it (well), it learns."""
+        if self._backend.identity(key) is None:
+            return False
+        if row is not None and len(stored_chunk_rows(db, row.id)) == row.num_chunks:
+            return True
+        try:
+            with contextlib.closing(self._opener(self._backend.open(key))) as segment:
+                if segment.key != key:
+                    return False
+                drop_segment(db, key)
+                blob, pinned = segment.blob, self._pins.holds(key)
+                insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, pinned)
+        except (StoreError, OSError):
+            return False  # Whatever lies there cannot be used, or is not what its name says.
+        return True
