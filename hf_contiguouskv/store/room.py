@@ -12,7 +12,7 @@ from functools import partial
 from ..errors import StoreError, StoreFullError
 from ..stats import StoreCounters
 from .backend import SegmentBackend
-from .eviction import choose_excess, expired_segments, is_expired, stored_bytes
+from .eviction import choose_excess, choose_victims, expired_segments, is_expired, stored_bytes
 from .folder import Pins
 from .format import SegmentHeader
 from .index import StoreIndex
