@@ -8,6 +8,7 @@ Where functions take `roots`, they regard only segments of these prefixes (a ten
 from __future__ import annotations
 
 import heapq
+import itertools
 import sqlite3
 import time
 from collections.abc import Collection, Iterator
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterator
 from ..errors import StoreFullError
 from .format import SegmentHeader
 from .hashing import TokenIds
-from .rows import COLUMNS, SegmentRow, segment_by_id, segment_by_key, segments_that_begin_with
+from .rows import ANY_ROOT, COLUMNS, SegmentRow, segment_by_id, segment_by_key, segments_that_begin_with
 from .search import chain_to, children_of, parents_of
 from .totals import Roots, totals
 
@@ -111,12 +112,12 @@ class _Victims:
 
     def _pages(self) -> Iterator[list[SegmentRow]]:
         """Candidates, the least recently used ones first; each time as many as before together."""
-        first, more = 0, _CANDIDATES
-        while page := _least_recently_used(self._db, self._roots, first, more):
+        rows, more = _least_recently_used(self._db, self._roots), _CANDIDATES
+        seen = 0
+        while page := list(itertools.islice(rows, more)):
             yield page
-            if len(page) < more:
-                return
-            first, more = first + more, first + more
+            seen += len(page)
+            more = seen
 
     def _consider(self, row: SegmentRow) -> None:
         if row.id not in self._kept and not row.pinned and row.key not in self._pinned:
@@ -221,22 +222,21 @@ def is_expired(db: sqlite3.Connection, key: str, unused_since: float, pinned: Co
     return not any(True for _ in children_of(db, row.id))
 
 
-def _least_recently_used(db: sqlite3.Connection, roots: Roots, first: int, more: int) -> list[SegmentRow]:
-    """`more` segments of `roots` behind the `first` ones, in the order of their last use, the earliest first."""
-    query, order = f"SELECT {COLUMNS} FROM segments", "ORDER BY last_used, id LIMIT ?"
+def _least_recently_used(db: sqlite3.Connection, roots: Roots) -> Iterator[SegmentRow]:
+    """The segments of `roots` in the order of their last use, the earliest first; read as far as they are asked for."""
     if roots is None:
-        return [SegmentRow.checked(row) for row in db.execute(f"{query} {order} OFFSET ?", (more, first))]
-    found = [row for root in roots for row in db.execute(f"{query} WHERE root = ? {order}", (root, first + more))]
-    rows = sorted(map(SegmentRow.checked, found), key=lambda row: (row.last_used, row.id))
-    return rows[first : first + more]
+        roots = sorted({root for (root,) in db.execute("SELECT root FROM totals")})
+    query = f"SELECT {COLUMNS} FROM segments WHERE root = ? ORDER BY last_used, id"
+    each = [map(SegmentRow.checked, db.execute(query, (root,))) for root in roots]
+    return heapq.merge(*each, key=lambda row: (row.last_used, row.id))
 
 
 def _unused_segments(db: sqlite3.Connection, roots: Roots, since: float) -> list[SegmentRow]:
     """Segments of `roots` that nobody used after `since` (seconds since the epoch)."""
-    query = f"SELECT {COLUMNS} FROM segments WHERE last_used < ?"
+    query = f"SELECT {COLUMNS} FROM segments WHERE last_used < ? AND"
     if roots is None:
-        return [SegmentRow.checked(row) for row in db.execute(query, (since,))]
-    return [SegmentRow.checked(row) for root in roots for row in db.execute(f"{query} AND root = ?", (since, root))]
+        return [SegmentRow.checked(row) for row in db.execute(f"{query} {ANY_ROOT}", (since,))]
+    return [SegmentRow.checked(row) for root in roots for row in db.execute(f"{query} root = ?", (since, root))]
 
 
 def superseded_by(db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> list[SegmentRow]:

@@ -30,8 +30,8 @@ from .geometry import KVGeometry
 from .hashing import ChainMemory, TokenIds, chunk_hash, root_hash, segment_hashes
 from .index import StoreIndex
 from .opened import OpenSegments
-from .rows import SegmentRow, drop_segment, is_stored_for_another_model
-from .search import Chain, longest_match
+from .rows import SegmentRow, drop_segment
+from .search import Chain, is_stored_for_another_model, longest_match
 from .segment import Segment
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -285,6 +285,8 @@ class Finder:
             return found.shortened_by
         if len(ids) == 0:
             return "not_stored"
-        beginning = self.beginning(ids, chunk_size)
-        other = self._index.read(lambda db: is_stored_for_another_model(db, beginning, fingerprint))
+        beginning = ids[:chunk_size].tobytes()
+        other = self._index.read(
+            lambda db: is_stored_for_another_model(db, self.root, fingerprint, chunk_size, beginning)
+        )
         return "other_model" if other else "not_stored"

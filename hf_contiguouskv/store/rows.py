@@ -35,15 +35,12 @@ CREATE TABLE segments (
     compute_ms INTEGER NOT NULL, created REAL NOT NULL, last_used REAL NOT NULL, uses INTEGER NOT NULL,
     pinned INTEGER NOT NULL, root BLOB NOT NULL
 );
-CREATE INDEX segments_by_parent ON segments (parent);
-CREATE INDEX segments_by_beginning ON segments (beginning);
-CREATE INDEX segments_by_use ON segments (last_used);
 CREATE INDEX segments_by_root ON segments (root, last_used);
 CREATE TABLE chunks (
     hash BLOB NOT NULL, segment INTEGER NOT NULL, parent BLOB NOT NULL, position INTEGER NOT NULL,
     tokens BLOB NOT NULL, PRIMARY KEY (hash, segment)
 ) WITHOUT ROWID;
-CREATE INDEX chunks_by_parent ON chunks (parent, tokens);
+CREATE INDEX chunks_by_parent ON chunks (parent, tokens, position);
 CREATE INDEX chunks_by_segment ON chunks (segment, position);
 """
 SCHEMA += TOTALS
@@ -53,6 +50,8 @@ COLUMNS = (
     "num_layers, dtype, nbytes, compute_ms, created, last_used, uses, pinned, root"
 )
 """What a query must select for `SegmentRow.checked`."""
+ANY_ROOT = "root IN (SELECT root FROM totals)"
+"""Of segments, true; a query that says so goes through the index by root and last use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,12 +371,6 @@ def segments_by_id(db: sqlite3.Connection, numbers: Sequence[int]) -> list[Segme
     return [found[number] if number in found else SegmentRow.checked(None) for number in numbers]
 
 
-def is_stored_for_another_model(db: sqlite3.Connection, beginning: str, fingerprint: str) -> bool:
-    """Whether another model's prefix begins with the tokens that `beginning` stands for."""
-    query = "SELECT 1 FROM segments WHERE beginning = ? AND fingerprint != ? LIMIT 1"
-    return db.execute(query, (beginning, fingerprint)).fetchone() is not None
-
-
 def set_use(db: sqlite3.Connection, key: str, created: float, last_used: float, uses: int) -> None:
     """Set what only the index knows of a segment."""
     values = (_past(created), _past(last_used), uses, key)
@@ -396,4 +389,4 @@ def end_future_uses(db: sqlite3.Connection) -> None:
     Otherwise they would never grow old.
     """
     now = time.time()
-    db.execute("UPDATE segments SET last_used = ? WHERE last_used > ?", (now, now))
+    db.execute(f"UPDATE segments SET last_used = ? WHERE {ANY_ROOT} AND last_used > ?", (now, now))

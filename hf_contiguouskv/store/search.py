@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from .hashing import TokenIds
 from .rows import COLUMNS, SegmentRow, find_chunk, require_place, segments_by_id
-from .totals import IndexDamagedError, Roots
+from .totals import IndexDamagedError, Roots, stored_models
 
 # Segments from the beginning of a prefix on, and how many chunks up to the end (or the next segment) each one serves.
 Chain = list[tuple[SegmentRow, int]]
@@ -44,17 +44,19 @@ SELECT chain.segment, chain.position, chain.chunks, {COLUMNS}
 FROM chain LEFT JOIN segments ON segments.id = chain.segment ORDER BY chain.step
 """
 
-# Whether the segment `child` continues chunk `chunks` of the segment `parent`. (The plus keeps SQLite from looking at
-# all segments with this root: few have this parent.)
+# Whether the segment `child` continues chunk `chunks` of the segment `parent`. (The pluses keep SQLite from looking at
+# all segments with this root: few continue this chunk.)
 CONTINUES = """
-    child.first_chunk > 0 AND child.parent = chunks.hash AND chunks.segment = parent.id AND +child.root = parent.root
+    child.first_chunk > 0 AND child.parent = chunks.hash AND chunks.segment = parent.id AND +child.root = +parent.root
     AND child.first_chunk = parent.first_chunk + chunks.position + 1
     AND (chunks.position + 1) * parent.chunk_size <= parent.num_tokens
 """
 
 _HAS_CHILD = f"""
 SELECT child.id FROM segments parent
-CROSS JOIN chunks ON chunks.segment = parent.id CROSS JOIN segments child ON child.parent = chunks.hash
+CROSS JOIN chunks ON chunks.segment = parent.id
+CROSS JOIN chunks start ON start.parent = chunks.hash AND start.position = 0
+CROSS JOIN segments child ON child.id = start.segment
 WHERE parent.id = ? AND {CONTINUES} ORDER BY chunks.position DESC
 """
 
@@ -71,7 +73,8 @@ WITH RECURSIVE below (id) AS (
     UNION
     SELECT child.id FROM below
     CROSS JOIN segments parent ON parent.id = below.id CROSS JOIN chunks ON chunks.segment = parent.id
-    CROSS JOIN segments child ON child.parent = chunks.hash
+    CROSS JOIN chunks start ON start.parent = chunks.hash AND start.position = 0
+    CROSS JOIN segments child ON child.id = start.segment
     WHERE {CONTINUES}
 )
 SELECT child.id, parent.id FROM below
@@ -152,6 +155,23 @@ def next_stored(db: sqlite3.Connection, root: bytes, hashes: list[bytes], first:
     """
     stored = (chunk for chunk in range(first, len(hashes)) if find_chunk(db, hashes[chunk], root, chunk) is not None)
     return next(stored, None)
+
+
+def is_stored_for_another_model(
+    db: sqlite3.Connection, root: Callable[[str, int], bytes], fingerprint: str, chunk_size: int, beginning: bytes
+) -> bool:
+    """Whether another model's prefix begins with the same tokens.
+
+    Args:
+        db: the index.
+        root: gives the root hash of a model's prefixes, by its fingerprint and the chunk size.
+        fingerprint: of the model that asks.
+        chunk_size: of the prefixes.
+        beginning: token ids of the first chunk, int64.
+    """
+    others = {model for model, size in stored_models(db) if size == chunk_size and model != fingerprint}
+    query = "SELECT 1 FROM chunks WHERE parent = ? AND tokens = ? LIMIT 1"
+    return any(db.execute(query, (root(model, chunk_size), beginning)).fetchone() for model in others)
 
 
 def _closest_child(

@@ -27,6 +27,7 @@ from contract.references import assert_same_generation, generate, prefilled
 
 from hf_contiguouskv import ContiguousKVCache
 from hf_contiguouskv.store import PrefixStore
+from hf_contiguouskv.store.rows import drop_segment
 
 from .conftest import Children, Figures, Link, Prefix, check_store, draw_prefix, leftovers
 from .scale import SEED, scaled
@@ -311,9 +312,7 @@ def a_clean_up(path: Path) -> Task:
         store.discard(damaged.spans[0].segment, "as if it were damaged")
         unindexed, lost = key_of(store, child), key_of(store, third)
     with closing(sqlite3.connect(path / "index.sqlite")) as db:
-        number = db.execute("SELECT id FROM segments WHERE key = ?", (unindexed,)).fetchone()
-        db.execute("DELETE FROM chunks WHERE segment = ?", number)
-        db.execute("DELETE FROM segments WHERE id = ?", number)
+        drop_segment(db, unindexed)
         db.commit()
     (path / "segments" / lost[:2] / f"{lost}.safetensors").unlink()
     (path / "partial" / f"{lost}.0a0b0c0d.partial").write_bytes(b"begun")
