@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-import xxhash
 from rich.console import Console
 from rich.table import Table
 
@@ -146,24 +145,33 @@ def opening(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Cold reads of a prefix as requests make them, with and without comparing checksums, in turn."""
+    """Cold reads of a prefix as requests make them: with and without comparing checksums, and with a key, in turn."""
     ids = some_ids(sizes.tokens, 1)
     g = KVGeometry(sizes.layers, kv_heads=3, head_dim=64, dtype=torch.bfloat16, chunk_size=CHUNK)
-    with PrefixStore(folder) as store:
-        store_kv(store, ids, g)
-        (path,) = folder.glob("segments/*/*")
-        stored = store.lookup(MODEL, ids, CHUNK)
-        assert stored is not None
-        prefix = AttachedPrefix.of(stored, sizes.tokens)
+    keyed_folder = folder.with_name(f"{folder.name}-keyed")
+    with PrefixStore(folder) as store, PrefixStore(keyed_folder, key=b"of this benchmark") as keyed:
+        prefixes = []
+        for one in (store, keyed):
+            store_kv(one, ids, g)
+            stored = one.lookup(MODEL, ids, CHUNK)
+            assert stored is not None
+            prefixes.append(AttachedPrefix.of(stored, sizes.tokens))
+        prefix, keyed_prefix = prefixes
+        (path,), (keyed_path,) = folder.glob("segments/*/*"), keyed_folder.glob("segments/*/*")
+        ways = {
+            "verified": partial(_read, store, prefix, path=path, verify=True),
+            "unverified": partial(_read, store, prefix, path=path, verify=False),
+            "keyed": partial(_read, keyed, keyed_prefix, path=keyed_path, verify=True),
+        }
         tenth = sorted(np.random.default_rng(0).permutation(prefix.chunks)[: -(-prefix.chunks // 10)].tolist())
         result: dict[str, Any] = {"direct": store.stats.direct_reads}
         for name, chunks in {"all chunks": list(range(prefix.chunks)), "10% of the chunks": tenth}.items():
-            taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-            for number, verify in interleave([True, False], 2 * sizes.rounds + 1):
-                wall_and_cpu = _read(store, prefix, chunks, path, verify)
+            taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+            for number, way in interleave(list(ways), 2 * sizes.rounds + 1):
+                wall_and_cpu = ways[way](chunks)
                 if number:
-                    taken[verify].append(wall_and_cpu)
-            (on, cpu_on), (off, cpu_off) = (list(zip(*taken[verify], strict=True)) for verify in (True, False))
+                    taken[way].append(wall_and_cpu)
+            (on, cpu_on), (off, cpu_off), (key, cpu_key) = (list(zip(*taken[way], strict=True)) for way in ways)
             # Processor time as well: on a busy machine with slow storage it is what can be told from noise.
             result[name] = {
                 "bytes": g.num_layers * len(chunks) * g.extent_bytes,
@@ -171,6 +179,9 @@ def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
                 "unverified_ms": spread_ms(off),
                 "verified_cpu_ms": spread_ms(cpu_on),
                 "unverified_cpu_ms": spread_ms(cpu_off),
+                "keyed_ms": spread_ms(key),
+                "keyed_cpu_ms": spread_ms(cpu_key),
+                "slower_with_a_key": median_spread(a / b - 1 for a, b in zip(key, on, strict=True)).as_dict(),
                 "share": 1 - median_spread(off).median / median_spread(on).median,
                 "slower_in_pairs": median_spread(a / b - 1 for a, b in zip(on, off, strict=True)).as_dict(),
             }
@@ -202,7 +213,7 @@ def _read(
     for layer, buffer in enumerate(buffers):
         for read in prefix.reads(layer, chunks, slots, _places(buffer, g.extent_bytes), True):
             for begin, length, checksum in read.checks:
-                if xxhash.xxh3_64_intdigest(read.into[begin : begin + length]) != checksum:
+                if read.segment.checksum(read.into[begin : begin + length]) != checksum:
                     raise AssertionError(f"other bytes were read than were stored, layer {layer}")
     return taken
 
@@ -327,7 +338,7 @@ def report(results: dict[str, Any], console: Console) -> None:
     add("opening, new process", results["opening"]["new_process_ms"], results["opening"])
     add("opening, same process", results["opening"]["this_process_ms"])
     for kind in ("all chunks", "10% of the chunks"):
-        for verified in ("verified", "unverified"):
+        for verified in ("verified", "unverified", "keyed"):
             add(f"cold read of {kind}, {verified}", results["checksums"][kind][f"{verified}_ms"])
             add(f"processor time of it, {verified}", results["checksums"][kind][f"{verified}_cpu_ms"])
         table.add_row(f"share of checksums in it, {kind}", f"{results['checksums'][kind]['share']:.1%}")
