@@ -11,7 +11,6 @@ import os
 import resource
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
 from typing import Protocol, TypeVar
@@ -23,7 +22,13 @@ _FILES_PER_DESCRIPTOR = 4
 _FEW = 4
 _NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 
+# Files that are closed at once, where there are too many: one of so many of them.
+_CLOSED_TOGETHER = 8
+
 Result = TypeVar("Result")
+
+now = count()
+"""What `Descriptors.used` is set to at each read: `next(now)`."""
 
 
 class Descriptors:
@@ -32,14 +37,14 @@ class Descriptors:
     Attributes:
         buffered: an ordinary one.
         direct: one with `O_DIRECT`, or `None`.
-        used: whether it was read since somebody last looked for files to close.
+        used: grows with time; from when it was read last.
     """
 
     __slots__ = ("buffered", "direct", "used")
 
     def __init__(self, buffered: int, direct: int | None) -> None:
         self.buffered, self.direct = buffered, direct
-        self.used = True
+        self.used = next(now)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.buffered)
@@ -58,11 +63,11 @@ class Holder(Protocol):
 
 
 class _Pool:
-    """The files of this process that are open, in the order in which they were opened or found in use."""
+    """The files of this process that are open."""
 
     def __init__(self) -> None:
         self._numbers = count()
-        self._holders: OrderedDict[int, weakref.ref[Holder]] = OrderedDict()
+        self._holders: dict[int, weakref.ref[Holder]] = {}
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -74,32 +79,29 @@ class _Pool:
 
     def add(self, number: int, holder: Holder) -> None:
         self._holders[number] = weakref.ref(holder)
-        if len(self._holders) > _FEW:
-            self.shrink(max_files())
+        most = max_files() if len(self._holders) > _FEW else _FEW
+        if len(self._holders) > most:
+            self.shrink(most - most // _CLOSED_TOGETHER)
 
     def forget(self, number: int) -> None:
         # One step, without the lock: it may be called in the middle of anything, when an object goes.
         self._holders.pop(number, None)
 
     def shrink(self, most: int) -> None:
+        """Close those files that were not read for longest, until there are so few."""
         with self._lock:
-            # Twice around at most: the first time round finds out what is in use.
-            for _ in range(2 * len(self._holders)):
-                if len(self._holders) <= most:
-                    return
-                try:
-                    number, reference = self._holders.popitem(last=False)
-                except KeyError:
-                    return
+            found = []
+            for number, reference in list(self._holders.items()):
                 holder = reference()
                 held = None if holder is None else holder.held
                 if holder is None or held is None:
-                    continue
-                if held.used:
-                    held.used = False
-                    self._holders[number] = reference
+                    self._holders.pop(number, None)
                 else:
-                    holder.held = None
+                    found.append((held.used, number, holder))
+            found.sort(key=lambda one: one[0])
+            for _, number, holder in found[: max(0, len(found) - most)]:
+                self._holders.pop(number, None)
+                holder.held = None
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -136,11 +138,11 @@ def note_closed(number: int) -> None:
 
 
 def with_room(open_it: Callable[[], Result]) -> Result:
-    """What `open_it` gives; where the process has no descriptor left, half of the open files are closed first."""
-    try:
-        return open_it()
-    except OSError as error:
-        if error.errno not in _NONE_LEFT or not len(_pool):
-            raise
-    _pool.shrink(len(_pool) // 2)
-    return open_it()
+    """What `open_it` gives; where the process has no descriptor left, half of the open files are closed, and so on."""
+    while True:
+        try:
+            return open_it()
+        except OSError as error:
+            if error.errno not in _NONE_LEFT or not len(_pool):
+                raise
+        _pool.shrink(len(_pool) // 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import UntrustedOwnerError
 from .backend import Extent
-from .descriptors import Descriptors, new_number, note_closed, note_open, with_room
+from .descriptors import Descriptors, new_number, note_closed, note_open, now, with_room
 from .directory import Directory
 from .pread import PAGE, read_joined, read_range, read_scattered
 
@@ -73,7 +73,7 @@ class FileBlob:
         """See `backend.Blob.read_into`."""
         # (A reference: as long as there is one, nobody closes these descriptors.)
         held = self.held or self._open_again()
-        held.used = True
+        held.used = next(now)
         direct, buffered = held.direct, held.buffered
         if len(extents) > 1:
             gaps = [two[0] - one[0] - one[1].nbytes for one, two in itertools.pairwise(extents)]

@@ -39,7 +39,7 @@ _ASIDE = f"{NAME}.damaged-"
 _MAX_BYTES = 2**36
 # A row holds the tokens of one chunk, 32 KiB at most.
 _MAX_ROW = 2**20
-# Steps of the machine in SQLite (tens of millions a second). Honest transactions were seen to take one for four bytes of
+# Steps of the machine in SQLite, tens of millions a second. Honest transactions were seen to take one for four bytes of
 # the index, and some millions for a very long prompt. One that never ends takes more.
 _STEPS = 20_000_000
 _STEPS_PER_BYTE = 10

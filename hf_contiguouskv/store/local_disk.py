@@ -114,8 +114,10 @@ class LocalDisk:
                     return False
                 if not folder.remove(name):
                     raise OSError(errno.ENOTEMPTY, "a folder that holds something is left alone", folder.path_of(name))
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return False
+            raise
         return True
 
     def list_blobs(self) -> Iterable[BlobInfo]:
@@ -159,8 +161,10 @@ class LocalDisk:
                     folder.rename(name, aside, name)
                     if stat.S_ISDIR(status.st_mode):
                         logger.warning("%s is a folder that holds something; it is left there", aside.path_of(name))
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return False
+            raise
         return True
 
     @contextlib.contextmanager
