@@ -58,21 +58,24 @@ class Directory:
 
     Args:
         descriptor: of the folder; it belongs to this object from now on.
-        path: where it was opened; for messages.
+        name: the path at which it was opened; for messages.
         trust_owner: accept what other users own, or may write (see `require_trusted`), for everything in it as well.
 
     Attributes:
         fd: the descriptor; -1 once closed.
-        name: the path as text, for messages.
 
     Every method raises `OSError`, with the whole path in it, for what the system refuses.
     """
 
-    def __init__(self, descriptor: int, path: Path, *, trust_owner: bool = False) -> None:
+    def __init__(self, descriptor: int, name: str, *, trust_owner: bool = False) -> None:
         self.fd = descriptor
-        self.path = path
-        self.name = str(path)
+        self.name = name
         self.trust_owner = trust_owner
+
+    @property
+    def path(self) -> Path:
+        """The path at which it was opened: something else may lie there by now."""
+        return Path(self.name)
 
     @classmethod
     def open(
@@ -110,7 +113,7 @@ class Directory:
             descriptor = os.open(place, flags)
             if made:
                 os.fchmod(descriptor, 0o700)
-        folder = cls(descriptor, place, trust_owner=trust_owner)
+        folder = cls(descriptor, str(place), trust_owner=trust_owner)
         if check:
             folder.require_trusted()
         return folder
@@ -122,7 +125,7 @@ class Directory:
 
     def path_of(self, name: str) -> Path:
         """The path of `name` in here, for messages: what lies at it may be something else by now."""
-        return self.path / name
+        return Path(self.name, name)
 
     # -- folders in it ------------------------------------------------------------------------------------------
 
@@ -149,7 +152,7 @@ class Directory:
                 descriptor = os.open(name, flags, dir_fd=self.fd)
         except OSError as error:
             raise self._located(error, name) from None
-        inner = Directory(descriptor, self.path / name, trust_owner=self.trust_owner)
+        inner = Directory(descriptor, f"{self.name}/{name}", trust_owner=self.trust_owner)
         inner.require_trusted()
         if made:
             os.fchmod(descriptor, 0o700)
@@ -169,7 +172,7 @@ class Directory:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not an ordinary file", str(self.path_of(name)))
             if not self.trust_owner:
-                require_trusted(status, str(self.path_of(name)))
+                require_trusted(status, f"{self.name}/{name}")
         except BaseException:
             os.close(descriptor)
             raise
@@ -354,7 +357,7 @@ class Directory:
         return f"Directory({self.name!r}{', closed' if self.fd < 0 else ''})"
 
     def _located(self, error: OSError, name: str) -> OSError:
-        error.filename = str(self.path_of(name))
+        error.filename = f"{self.name}/{name}"
         return error
 
 
