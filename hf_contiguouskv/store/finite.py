@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from .format import SegmentHeader
 
 if TYPE_CHECKING:
     from .segment import Segment
-
-Bits = npt.NDArray[Any]
 
 
 class Kind(NamedTuple):
@@ -24,32 +20,24 @@ class Kind(NamedTuple):
     read as an unsigned one, the same holds for negative numbers and `limit` with the bit of the sign.
     """
 
-    signed: np.dtype[Any]
-    unsigned: np.dtype[Any]
+    itemsize: int
     limit: int
 
-    def are_finite(self, bits: Bits) -> bool:
-        """Whether all numbers are (of `signed`, any shape)."""
-        if not bits.size:
+    def are_finite(self, octets: bytes | memoryview) -> bool:
+        """Whether all numbers in these bytes are."""
+        if not octets:
             return True
-        sign = 1 << (8 * self.signed.itemsize - 1)
-        return int(bits.max()) < self.limit and int(bits.view(self.unsigned).max()) < self.limit + sign
+        signed, unsigned, sign = ("<i2", "<u2", 1 << 15) if self.itemsize == 2 else ("<i4", "<u4", 1 << 31)
+        bits = np.frombuffer(octets, signed)
+        return bool(np.maximum.reduce(bits) < self.limit and np.maximum.reduce(bits.view(unsigned)) < self.limit + sign)
 
 
-Numbers = tuple[Kind, Bits]
-
-_INFINITE: dict[torch.dtype, Kind] = {
-    torch.bfloat16: Kind(np.dtype("<i2"), np.dtype("<u2"), 0x7F80),
-    torch.float16: Kind(np.dtype("<i2"), np.dtype("<u2"), 0x7C00),
-    torch.float32: Kind(np.dtype("<i4"), np.dtype("<u4"), 0x7F800000),
-}
+_INFINITE = {torch.bfloat16: Kind(2, 0x7F80), torch.float16: Kind(2, 0x7C00), torch.float32: Kind(4, 0x7F800000)}
 # Scales of packed values: lowest + 15 * step must be finite as well, which it is if both are below 2**123.
-_PACKED = Kind(np.dtype("<i2"), np.dtype("<u2"), 0x7D00)
+_PACKED = Kind(2, 0x7D00)
 _SCALES = _INFINITE[torch.float32]
 # So much stays in a core's own cache from the read to the look at it.
 _TOGETHER_BYTES = 2**17
-
-_of_thread = threading.local()
 
 
 class NumberPlaces:
@@ -79,48 +67,36 @@ class NumberPlaces:
         self._packed_bytes = g.packed_bytes
         self._scales_from = g.kv_heads * g.chunk_size * (g.head_dim // 2)
 
-    def numbers_in(self, offset: int, octets: memoryview) -> Numbers | None:
-        """The floating-point numbers in `octets`, which lie at `offset` of the file; `None`: there are none.
+    def octets_in(self, offset: int, octets: memoryview) -> tuple[Kind, memoryview] | None:
+        """The bytes of the floating-point numbers in `octets`, which lie at `offset` of the file; `None`: no numbers.
 
         Of packed values, the range is whole packed extents. Numbers that an end of the range cuts are left out.
         """
         begin, end = self._extents
         if begin <= offset < end:
-            if offset + octets.nbytes > end:
-                octets = octets[: end - offset]
-            return self._extents_kind, _whole(octets, offset - begin, self._extents_kind.signed)
+            return self._extents_kind, _whole(octets, offset - begin, end - offset, self._extents_kind.itemsize)
         if self._packed[0] <= offset < self._packed[1] and octets.nbytes % self._packed_bytes == 0:
+            if octets.nbytes == self._packed_bytes:
+                return _PACKED, octets[self._scales_from :]
             rows = np.frombuffer(octets, "u1").reshape(-1, self._packed_bytes)
-            scales = rows[0, self._scales_from :] if len(rows) == 1 else rows[:, self._scales_from :].reshape(-1)
-            return _PACKED, scales.view(_PACKED.signed)
+            return _PACKED, memoryview(rows[:, self._scales_from :].tobytes())
         begin, end = self._scales
         if begin <= offset < end:
-            if offset + octets.nbytes > end:
-                octets = octets[: end - offset]
-            return _SCALES, _whole(octets, offset - begin, _SCALES.signed)
+            return _SCALES, _whole(octets, offset - begin, end - offset, _SCALES.itemsize)
         return None
 
     def are_finite(self, offset: int, octets: memoryview) -> bool:
-        """Whether no number in `octets`, which lie at `offset` of the file, is infinite or none; see `numbers_in`."""
-        found = self.numbers_in(offset, octets)
+        """Whether no number in `octets`, which lie at `offset` of the file, is infinite or none; see `octets_in`."""
+        found = self.octets_in(offset, octets)
         return found is None or found[0].are_finite(found[1])
 
 
-def _whole(octets: memoryview, position: int, dtype: np.dtype[Any]) -> Bits:
-    """The whole numbers in `octets`; `position`: counted in bytes from where numbers begin."""
-    skipped, size = -position % dtype.itemsize, octets.nbytes
-    if skipped or size % dtype.itemsize:
-        octets = octets[skipped : skipped + max(0, size - skipped) // dtype.itemsize * dtype.itemsize]
-    return np.frombuffer(octets, dtype)
-
-
-def _together(some: list[Bits]) -> Bits:
-    """All of them one after the other, in memory that the thread keeps."""
-    size, dtype = sum(bits.size for bits in some), some[0].dtype
-    kept: Bits | None = getattr(_of_thread, "buffer", None)
-    if kept is None or kept.nbytes < size * dtype.itemsize:
-        kept = _of_thread.buffer = np.empty(max(2 * _TOGETHER_BYTES, size * dtype.itemsize), "u1")
-    return np.concatenate(some, out=kept[: size * dtype.itemsize].view(dtype))
+def _whole(octets: memoryview, position: int, left: int, itemsize: int) -> memoryview:
+    """The whole numbers in `octets`, `position` bytes from where numbers begin, and `left` to where they end."""
+    skipped, size = -position % itemsize, min(octets.nbytes, left)
+    if not skipped and not size % itemsize and size == octets.nbytes:
+        return octets
+    return octets[skipped : skipped + max(0, size - skipped) // itemsize * itemsize]
 
 
 class FiniteCheck:
@@ -132,7 +108,7 @@ class FiniteCheck:
     __slots__ = ("_found", "_nbytes", "_ranges")
 
     def __init__(self) -> None:
-        self._found: dict[Kind, list[Bits]] = {}
+        self._found: dict[Kind, list[memoryview]] = {}
         self._ranges: list[tuple[Segment, int, memoryview]] = []
         self._nbytes = 0
 
@@ -142,13 +118,20 @@ class FiniteCheck:
         Raises:
             SegmentCorruptError: a number is not finite, in these or in those that were noted before.
         """
-        found = segment.numbers.numbers_in(offset, octets)
+        if octets.nbytes >= _TOGETHER_BYTES:
+            segment.require_finite(offset, octets)
+            return
+        found = segment.numbers.octets_in(offset, octets)
         if found is None:
             return
-        kind, bits = found
-        self._found.setdefault(kind, []).append(bits)
+        kind, numbers = found
+        some = self._found.get(kind)
+        if some is None:
+            self._found[kind] = [numbers]
+        else:
+            some.append(numbers)
         self._ranges.append((segment, offset, octets))
-        self._nbytes += bits.nbytes
+        self._nbytes += numbers.nbytes
         if self._nbytes >= _TOGETHER_BYTES:
             self.finish()
 
@@ -161,6 +144,6 @@ class FiniteCheck:
         found, ranges = self._found, self._ranges
         self._found, self._ranges, self._nbytes = {}, [], 0
         for kind, some in found.items():
-            if not kind.are_finite(some[0] if len(some) == 1 else _together(some)):
+            if not kind.are_finite(b"".join(some)):
                 for segment, offset, octets in ranges:
                     segment.require_finite(offset, octets)
