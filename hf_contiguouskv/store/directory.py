@@ -123,6 +123,14 @@ class Directory:
         if not self.trust_owner:
             require_trusted(os.fstat(self.fd), self.name)
 
+    def is_in_place(self) -> bool:
+        """Whether the path at which it was opened still leads here: the folder may have been moved, or replaced."""
+        try:
+            there, here = os.stat(self.name), os.fstat(self.fd)
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
     def path_of(self, name: str) -> Path:
         """The path of `name` in here, for messages: what lies at it may be something else by now."""
         return Path(self.name, name)

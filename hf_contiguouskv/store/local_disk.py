@@ -30,7 +30,7 @@ from .directory import Directory
 from .files import SUFFIX, FileBlob, FileBlobWriter, identity_of
 from .pread import PAGE, aligned_buffer, as_memoryview
 
-__all__ = ["SUFFIX", "FileBlob", "FileBlobWriter", "LocalDisk", "remove_unlocked", "sync_folder"]
+__all__ = ["SUFFIX", "FileBlob", "FileBlobWriter", "LocalDisk", "remove_unlocked"]
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -291,15 +291,6 @@ def _is_empty(folder: Directory, name: str) -> bool:
             return not inner.names()
     except (OSError, UntrustedOwnerError):
         return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _can_read_directly(folder: Directory) -> bool:

@@ -185,7 +185,7 @@ class PrefixStore(Upkeep):
             return  # A path alone says nothing of a tenant, so it must not lead to one's store.
         with _shared_lock:
             earlier = _shared.get(os.path.realpath(self.path))
-            if earlier is None or earlier._closed:
+            if earlier is None or earlier._closed or not earlier._folder.is_in_place():
                 _shared[os.path.realpath(self.path)] = self
 
     @property
@@ -198,7 +198,8 @@ class PrefixStore(Upkeep):
         """The store that this process has open at `path` (the first, with its settings), or a new one."""
         with _shared_lock:
             store = _shared.get(os.path.realpath(path))
-            return cls(path) if store is None or store._closed else store
+            usable = store is not None and not store._closed and store._folder.is_in_place()
+            return store if store is not None and usable else cls(path)
 
     # -- finding ------------------------------------------------------------------------------------------------
 

@@ -201,7 +201,7 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "a table more": ("CREATE TABLE more (x)",),
     "an index more": ("CREATE INDEX more ON segments (uses)",),
     "an index over an expression": ("CREATE INDEX more ON segments (abs(uses))",),
-    "an index less": ("DROP INDEX segments_by_parent",),
+    "an index less": ("DROP INDEX chunks_by_segment",),
     "a column more": ("ALTER TABLE segments ADD COLUMN more",),
     "a column that is computed": ("ALTER TABLE segments ADD COLUMN more AS (zeroblob(100000000))",),
     "a check": ("ALTER TABLE segments ADD COLUMN more CHECK (length(randomblob(100000000)) > more)",),

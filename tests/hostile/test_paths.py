@@ -219,6 +219,18 @@ def test_what_was_swapped_is_healed(scene: Scene, action: str, attacks: Figures)
     attacks.add("swapped folders healed")
 
 
+def test_a_path_leads_to_the_store_that_lies_there_now(tmp_path: Path) -> None:
+    """Somebody deleted or moved a store that this process has open, and made another one at its path."""
+    with PrefixStore(tmp_path / "store") as first:
+        assert PrefixStore.shared(tmp_path / "store") is first
+        (tmp_path / "store").rename(tmp_path / "moved")
+        with PrefixStore.shared(tmp_path / "store") as second:
+            assert second is not first
+            write_prefix(second, IDS)
+            assert PrefixStore.shared(tmp_path / "store") is second
+        assert list((tmp_path / "moved").glob("segments/*/*")) == []
+
+
 # ---- folders where files belong ----
 
 
