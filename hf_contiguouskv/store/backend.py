@@ -94,10 +94,12 @@ class Blob(Protocol):
         ...
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
-        """Whether these bytes are there and really take up storage: a file may say that it has any length.
+        """Whether these bytes are there and mostly take up storage: a file may say that it has any length.
+
+        (Some file systems and copying programs make a hole of any longer run of zeros.)
 
         Returns:
-            false where a part lies past the end, or in a hole; true too where the storage cannot tell holes.
+            false where a part lies past the end, or more than a half in holes; true too where the storage cannot tell.
 
         Raises:
             OSError: as `read_into`.

@@ -22,6 +22,8 @@ SUFFIX = ".safetensors"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What says that another file, or none, lies where one was: none at all, a link, a folder, no ordinary file.
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+# A file with more holes than that is taken for one that has too many.
+_MOST_HOLES = 100_000
 # Where a file system cannot say what of a file takes up storage.
 _CANNOT_TELL = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -95,7 +97,7 @@ class FileBlob:
             return True
         held = self.held or self._open_again()
         try:
-            return os.lseek(held.buffered, offset, os.SEEK_HOLE) >= offset + nbytes
+            return _half_is_data(held.buffered, offset, offset + nbytes)
         except OSError as error:
             if error.errno == errno.ENXIO:  # It was cut.
                 return False
@@ -269,3 +271,28 @@ def _reserve(fd: int, nbytes: int) -> None:
         if error.errno in FULL:
             raise
         os.ftruncate(fd, nbytes)
+
+
+def _half_is_data(fd: int, begin: int, end: int) -> bool:
+    """Whether holes are at most a half of a range of a file.
+
+    Raises:
+        OSError: `ENXIO` where the file ends before; others where the file system cannot tell.
+    """
+    allowed = (end - begin) // 2
+    for _ in range(_MOST_HOLES):
+        hole = os.lseek(fd, begin, os.SEEK_HOLE)
+        if hole >= end:
+            return True
+        try:
+            begin = min(end, os.lseek(fd, hole, os.SEEK_DATA))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            begin = end  # There is nothing but a hole up to the end of the file.
+        allowed -= begin - hole
+        if allowed < 0:
+            return False
+        if begin == end:
+            return True
+    return False

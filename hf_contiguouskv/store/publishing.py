@@ -143,6 +143,12 @@ class Publisher:
         self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None, segment: Segment | None
     ) -> StoredPrefix:
         """The prefix that ends with the segment that was just published, by us or by somebody else."""
+        # A chain of thousands (a long conversation) is not proved again for each segment that it grows by.
+        if segment is not None and segment.first_chunk == 0:
+            return _continued(None, segment, len(ids))
+        if segment is not None and before is not None and segment.first_chunk <= header.first_chunk:
+            with contextlib.suppress(StoreError):
+                return _continued(before, segment, len(ids))
         found = self._finder.find(header.fingerprint, ids, header.geometry.chunk_size).stored
         if found is not None and found.tokens == len(ids):
             return found

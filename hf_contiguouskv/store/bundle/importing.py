@@ -186,7 +186,7 @@ class _Import:
         if not blob.is_backed(0, blob.nbytes):
             # A few hundred bytes of an archive may unpack to gigabytes of holes; a copy of it would be full.
             blob.close()
-            raise BundleError(f"{path}: has holes, so it was not written by an export (or copied as a sparse file)")
+            raise BundleError(f"{path}: more than half of it are holes; no export writes such a file")
         try:
             segment = Segment(blob)
         except SegmentKeyError:
