@@ -44,12 +44,14 @@ def require_trusted(status: os.stat_result, name: str, trust_owner: bool = False
     if status.st_uid not in (user, 0):
         raise UntrustedOwnerError(
             f"{name} belongs to user {status.st_uid}; this process runs as user {user}. Who owns it can read "
-            "and choose what is stored in it. Use a folder of your own, or say trust_owner=True if you trust that user."
+            "and choose what is stored in it. Use a folder of your own; or, if you trust that user, say trust_owner=True "
+            "(in a command: --trust-owner)."
         )
     if status.st_mode & 0o022:
         raise UntrustedOwnerError(
             f"{name} may be written by others (mode {stat.S_IMODE(status.st_mode):04o}), who could choose what is "
-            "stored in it. Take that right away (chmod go-w), or say trust_owner=True if you trust them all."
+            "stored in it. Take that right away (chmod go-w); or, if you trust them all, say trust_owner=True (in a "
+            "command: --trust-owner)."
         )
 
 
