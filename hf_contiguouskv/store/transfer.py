@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
-from .backend import BlobWriter, SegmentBackend
+from ..errors import SegmentCorruptError
+from .backend import BlobWriter, Extent, SegmentBackend
+from .derived import derived_problems
 from .format import SegmentHeader
 from .key import NO_MAC, StoreKey
 from .output import SegmentOutput
@@ -19,10 +21,11 @@ def copy_segment(
 ) -> tuple[SegmentHeader, BlobWriter]:
     """Copy an open segment into a new blob, with checksums as `key` makes them.
 
-    Nobody can check how long its computation took, so the copy says that this is unknown.
+    Nobody can check how long its computation took, so the copy says that this is unknown. What the original holds may
+    change while it is read, so it is the copy that is verified: what approximates in it is made again.
 
     Args:
-        segment: whose bytes have been verified.
+        segment: the original.
         backend: where the copy goes.
         key: of the store that it goes to, if that has one.
         on_block: called with each block of the original, from its first byte on. What it raises ends the copy.
@@ -31,7 +34,7 @@ def copy_segment(
         the header of the copy, and its blob: sealed, not published.
 
     Raises:
-        SegmentCorruptError, SegmentReadError: the original cannot be read to its end.
+        SegmentCorruptError, SegmentReadError: the original cannot be read to its end, or the copy is not sound.
         OSError: the storage of the copy failed.
     """
     header = replace(segment.header, compute_ms=0, mac=NO_MAC)
@@ -48,7 +51,51 @@ def copy_segment(
         output = SegmentOutput(header, segment.token_ids, writer, key)
         output.adopt()
         output.finish(0.0)
+        _require_sound(Segment(_WrittenBlob(writer, segment.name), key))
     except BaseException:
         writer.discard()
         raise
     return output.header, writer
+
+
+def _require_sound(copy: Segment) -> None:
+    problems = list(derived_problems(copy))
+    if copy.header.hashes(copy.token_ids)[-1].hex() != copy.key:
+        problems.append("token ids do not match the key")
+    if problems:
+        raise SegmentCorruptError(f"{copy.name}: {problems[0]}, although it was sound before: it changed meanwhile")
+
+
+class _WrittenBlob:
+    """What has been written to a blob, to be read before it is published. See `backend.Blob`."""
+
+    extents_per_read = 1
+
+    def __init__(self, writer: BlobWriter, name: str) -> None:
+        self._writer = writer
+        self.name = name
+        self.nbytes = writer.nbytes
+        self.stored_bytes = writer.stored_bytes
+        self.identity: Hashable = None
+        self.created = 0.0
+
+    def read_into(self, extents: Sequence[Extent]) -> int:
+        """See `backend.Blob.read_into`."""
+        total = 0
+        for offset, into in extents:
+            done = 0
+            while done < into.nbytes:
+                octets = self._writer.read(offset + done, into.nbytes - done)
+                if not octets:
+                    raise EOFError(f"ends after {offset + done} bytes")
+                into[done : done + len(octets)] = octets
+                done += len(octets)
+            total += done
+        return total
+
+    def is_backed(self, offset: int, nbytes: int) -> bool:
+        """See `backend.Blob.is_backed`."""
+        return offset + nbytes <= self.nbytes
+
+    def close(self) -> None:
+        """See `backend.Blob.close`: the writer stays."""

@@ -16,9 +16,9 @@ from ..backend import checked_key
 from ..chains import chains
 from ..directory import Directory, require_trusted
 from ..format import SegmentHeader
-from ..local_disk import SUFFIX
+from ..local_disk import SUFFIX, FileBlob
 from ..prefix_store import PrefixStore
-from ..segment import Segment
+from ..segment import Segment, SegmentOpener
 from ..verification import segment_problems
 from .card import card, card_data
 from .lineage import Lineage
@@ -105,8 +105,9 @@ def export_bundle(
         for row in ordered:
             segment = store._opener(store.backend.open(row.key))
             try:
-                written.append(_export_segment(segment, row.key, lineage, bundle, copied))
-                headers.append(replace(segment.header))
+                entry, header = _export_segment(segment, row.key, store._opener, lineage, bundle, copied)
+                written.append(entry)
+                headers.append(header)
             finally:
                 segment.close()
         bundle.segments.sync()
@@ -132,6 +133,15 @@ class _Bundle:
         self._files.append((self.segments, name))
         return fd
 
+    def open(self, name: str) -> FileBlob:
+        """The file `name` among the segments, to be read."""
+        held = self.segments
+
+        def folder() -> Directory:
+            return Directory(os.dup(held.fd), held.name, trust_owner=held.trust_owner)
+
+        return FileBlob(held.path_of(name), direct=False, folder=folder)
+
     def write(self, name: str, octets: bytes) -> None:
         """Make a file beside the segments, whole or not at all."""
         self.folder.write_file(name, octets)
@@ -146,17 +156,11 @@ class _Bundle:
 
 
 def _export_segment(
-    segment: Segment, key: str, lineage: Lineage, bundle: _Bundle, copied: Callable[[int], None]
-) -> BundledSegment:
-    """Verify one segment and copy it; `copied` is called with the bytes of each block."""
-    problems = segment_problems(segment, key, deep=True)
-    if not problems:
-        problems = [text for text in [lineage.problem(segment.header, segment.token_ids)] if text is not None]
-    if problems:
-        raise SegmentCorruptError(f"segment {key} is not sound ({problems[0]}), so it is not exported", segment)
-    lineage.accept(replace(segment.header), segment.token_ids)
-    digest, copy = hashlib.sha256(), hashlib.sha256()
-    with open(bundle.create(f"{key}{SUFFIX}"), "r+b", buffering=0) as file:
+    segment: Segment, key: str, opener: SegmentOpener, lineage: Lineage, bundle: _Bundle, copied: Callable[[int], None]
+) -> tuple[BundledSegment, SegmentHeader]:
+    """Copy one segment and verify the copy; `copied` is called with the bytes of each block."""
+    digest, name = hashlib.sha256(), f"{key}{SUFFIX}"
+    with open(bundle.create(name), "r+b", buffering=0) as file:
         for start in range(0, segment.nbytes, _BLOCK):
             octets = segment.read_bytes(start, min(_BLOCK, segment.nbytes - start))
             digest.update(octets)
@@ -165,15 +169,17 @@ def _export_segment(
                 rest = rest[file.write(rest) :]
             copied(len(octets))
         os.fsync(file.fileno())
-        file.seek(0)
-        while octets_read := file.read(_BLOCK):
-            copy.update(octets_read)
-    if copy.digest() != digest.digest():
-        raise SegmentCorruptError(
-            f"the copy of segment {key} is not what was written; the disk may be failing", segment
-        )
-    header = segment.header
-    return BundledSegment(header.key, header.parent, header.prefix_tokens, segment.nbytes, digest.hexdigest())
+    # What lies in the store may change while it is read: what was written is what counts.
+    with contextlib.closing(opener(bundle.open(name))) as copy:
+        problems = segment_problems(copy, key, deep=True)
+        if not problems:
+            problems = [text for text in [lineage.problem(copy.header, copy.token_ids)] if text is not None]
+        if problems:
+            raise SegmentCorruptError(f"segment {key} is not sound ({problems[0]}), so it is not exported", segment)
+        header = replace(copy.header)
+        lineage.accept(header, copy.token_ids)
+    written = BundledSegment(header.key, header.parent, header.prefix_tokens, segment.nbytes, digest.hexdigest())
+    return written, header
 
 
 @contextlib.contextmanager

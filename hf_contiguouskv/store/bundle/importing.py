@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import SegmentKeyError, StoreError
+from ...errors import InputError, SegmentKeyError, StoreError
 from ...wording import shown
 from ..eviction import too_large
 from ..format import SegmentHeader
@@ -84,8 +84,9 @@ def import_bundle(
         folder: the bundle.
         progress: called with `(bytes done, bytes in all)`; every new byte counts twice, checked and copied.
         skip_refused: add the sound ones although others were refused.
-        foreign_roots: roots (32 hex digits) of other tenants whose segments may come, although this store does not look
-            for them: without being named here, only what was stored with the salt of `store` comes.
+        foreign_roots: roots (32 hex digits) of tenants whose segments may come, although this store does not look for
+            them: without being named here, only what was stored with the salt of `store` comes. For the operator of
+            the whole store, who opened it without a salt.
 
     Returns:
         what was added and what was refused. Where anything was refused, nothing was added (but see `skip_refused`).
@@ -93,11 +94,15 @@ def import_bundle(
     Raises:
         StoreFormatError: `folder` is not a bundle, or a newer one.
         BundleError: its list makes no sense, or a file changed meanwhile.
-        InputError: a root is no hash.
+        InputError: a root is no hash; or there are some, and `store` has a salt.
         StoreFullError: there is no room.
         StoreError: the store cannot be written.
     """
-    work = _Import(store, Path(folder), read_manifest(folder), progress, checked_roots(foreign_roots))
+    roots = checked_roots(foreign_roots)
+    if roots and not store._tenant.is_operator:
+        # Or a tenant could learn what others have stored, and store what they are answered from.
+        raise InputError("foreign_roots are for the operator of the store, who opens it without a salt")
+    work = _Import(store, Path(folder), read_manifest(folder), progress, roots)
     work.check()
     if work.refused and not skip_refused:
         return work.report()
