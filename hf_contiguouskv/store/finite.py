@@ -1,4 +1,8 @@
-"""Whether the numbers in a range of a segment are finite, told by their bits."""
+"""Whether the numbers in a range of a segment are finite, and no larger than any that a model computes.
+
+They are told by their bits. Numbers of 2**56 and above count as infinite: no sound key or value comes near, and products
+of a few of them are infinite indeed, which spoils an answer as well.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 class Kind(NamedTuple):
     """A type of floating-point number, told by its bits.
 
-    Read as a signed integer, a positive number that is not finite is `limit` or more, and every negative one is below;
+    Read as a signed integer, a positive number that is too large is `limit` or more, and every negative one is below;
     read as an unsigned one, the same holds for negative numbers and `limit` with the bit of the sign.
     """
 
@@ -32,10 +36,32 @@ class Kind(NamedTuple):
         return bool(np.maximum.reduce(bits) < self.limit and np.maximum.reduce(bits.view(unsigned)) < self.limit + sign)
 
 
-_INFINITE = {torch.bfloat16: Kind(2, 0x7F80), torch.float16: Kind(2, 0x7C00), torch.float32: Kind(4, 0x7F800000)}
-# Scales of packed values: lowest + 15 * step must be finite as well, which it is if both are below 2**123.
-_PACKED = Kind(2, 0x7D00)
-_SCALES = _INFINITE[torch.float32]
+class PackedInFloat16(NamedTuple):
+    """Scales of packed values that become float16: bfloat16 says more than that.
+
+    They come extent by extent, `count` lowest values before as many steps.
+    """
+
+    count: int
+
+    def are_finite(self, octets: bytes | memoryview) -> bool:
+        """Whether all values that these scales can give are finite in float16."""
+        bits = np.frombuffer(octets, "<u2").astype("<u4").reshape(-1, 2, self.count)
+        lowest, step = np.moveaxis((bits << 16).view("<f4"), 1, 0)
+        with np.errstate(all="ignore"):  # (Infinity less infinity is no number, and not below anything.)
+            largest = np.maximum(np.abs(lowest), np.abs(lowest + _LARGEST_CODE * step))
+            return bool((largest <= _LARGEST_FLOAT16).all())
+
+
+# Of K and V: 2**56; in float16, all that is finite.
+_NUMBERS = {torch.bfloat16: Kind(2, 0x5B80), torch.float16: Kind(2, 0x7C00), torch.float32: Kind(4, 0x5B800000)}
+# Of the scales of a key index, float32, which 127 is multiplied with: 2**49; in float16, its largest number / 127.
+_SCALES = {torch.bfloat16: Kind(4, 0x58000000), torch.float16: Kind(4, 0x4400F974), torch.float32: Kind(4, 0x58000000)}
+# Of the lowest value and the step of packed values, bfloat16: 2**56.
+_PACKED = Kind(2, 0x5B80)
+_LARGEST_CODE = 15
+# Above it, the nearest float16 is infinite.
+_LARGEST_FLOAT16 = 65519.0
 # So much stays in a core's own cache from the read to the look at it.
 _TOGETHER_BYTES = 2**17
 
@@ -48,11 +74,20 @@ class NumberPlaces:
         data_start: where its data section begins, in bytes.
     """
 
-    __slots__ = ("_extents", "_extents_kind", "_packed", "_packed_bytes", "_scales", "_scales_from")
+    __slots__ = (
+        "_extents",
+        "_extents_kind",
+        "_packed",
+        "_packed_bytes",
+        "_packed_kind",
+        "_scales",
+        "_scales_from",
+        "_scales_kind",
+    )
 
     def __init__(self, header: SegmentHeader, data_start: int) -> None:
         g = header.geometry
-        self._extents_kind = _INFINITE[g.dtype]
+        self._extents_kind, self._scales_kind = _NUMBERS[g.dtype], _SCALES[g.dtype]
 
         def region(*kinds: str) -> tuple[int, int]:
             places = [place for name, place in header.places.items() if name.partition(".")[0] in kinds]
@@ -66,8 +101,10 @@ class NumberPlaces:
         self._packed = region("values4")
         self._packed_bytes = g.packed_bytes
         self._scales_from = g.kv_heads * g.chunk_size * (g.head_dim // 2)
+        count = (g.packed_bytes - self._scales_from) // 4
+        self._packed_kind = PackedInFloat16(count) if g.dtype == torch.float16 else _PACKED
 
-    def octets_in(self, offset: int, octets: memoryview) -> tuple[Kind, memoryview] | None:
+    def octets_in(self, offset: int, octets: memoryview) -> tuple[Kind | PackedInFloat16, memoryview] | None:
         """The bytes of the floating-point numbers in `octets`, which lie at `offset` of the file; `None`: no numbers.
 
         Of packed values, the range is whole packed extents. Numbers that an end of the range cuts are left out.
@@ -77,12 +114,12 @@ class NumberPlaces:
             return self._extents_kind, _whole(octets, offset - begin, end - offset, self._extents_kind.itemsize)
         if self._packed[0] <= offset < self._packed[1] and octets.nbytes % self._packed_bytes == 0:
             if octets.nbytes == self._packed_bytes:
-                return _PACKED, octets[self._scales_from :]
+                return self._packed_kind, octets[self._scales_from :]
             rows = np.frombuffer(octets, "u1").reshape(-1, self._packed_bytes)
-            return _PACKED, memoryview(rows[:, self._scales_from :].tobytes())
+            return self._packed_kind, memoryview(rows[:, self._scales_from :].tobytes())
         begin, end = self._scales
         if begin <= offset < end:
-            return _SCALES, _whole(octets, offset - begin, end - offset, _SCALES.itemsize)
+            return self._scales_kind, _whole(octets, offset - begin, end - offset, self._scales_kind.itemsize)
         return None
 
     def are_finite(self, offset: int, octets: memoryview) -> bool:
@@ -108,7 +145,7 @@ class FiniteCheck:
     __slots__ = ("_found", "_nbytes", "_ranges")
 
     def __init__(self) -> None:
-        self._found: dict[Kind, list[memoryview]] = {}
+        self._found: dict[Kind | PackedInFloat16, list[memoryview]] = {}
         self._ranges: list[tuple[Segment, int, memoryview]] = []
         self._nbytes = 0
 

@@ -79,11 +79,7 @@ class SegmentOutput:
         group, inside = divmod(layer, geometry.layers_per_group)
         stride = geometry.group_layers(group) * extent
         start = self.start(f"payload.{group}") + first * stride + inside * extent
-        if not self._numbers.are_finite(start, octets):
-            raise StoreError(
-                f"segment {self.header.key}: keys or values of layer {layer} are infinite or no numbers, so they are "
-                "not stored; does the model overflow in this dtype?"
-            )
+        self._require_finite(start, octets, layer)
         self.checksums[layer, first : first + chunks] = self._each(octets, extent)
         if stride == extent:
             self.blob.write(start, octets)
@@ -96,12 +92,23 @@ class SegmentOutput:
         if layer in geometry.packed_layers:
             values = pack_values(kv[:, 1]) if packed_values is None else packed_values
             packed, size = as_memoryview(values), geometry.packed_bytes
-            self.blob.write(self.start(f"values4.{layer}") + first * size, packed)
+            start = self.start(f"values4.{layer}") + first * size
+            self._require_finite(start, packed, layer)
+            self.blob.write(start, packed)
             row = geometry.packed_layers.index(layer)
             self.packed_checksums[row, first : first + chunks] = self._each(packed, size)
         self.written[layer, first : first + chunks] = True
 
+    def _require_finite(self, start: int, octets: memoryview, layer: int) -> None:
+        # What readers refuse must not be written.
+        if not self._numbers.are_finite(start, octets):
+            raise StoreError(
+                f"segment {self.header.key}: keys or values of layer {layer} are infinite, no numbers or beyond "
+                "2**56, so they are not stored; does the model overflow in this dtype?"
+            )
+
     def write_index(self, layer: int, index: torch.Tensor, scale: torch.Tensor) -> None:
+        self._require_finite(self.start(f"key_scale.{layer}"), as_memoryview(scale.contiguous()), layer)
         self.blob.write(self.start(f"key_index.{layer}"), as_memoryview(index.contiguous()))
         self.blob.write(self.start(f"key_scale.{layer}"), as_memoryview(scale.contiguous()))
         self.indexed.add(layer)

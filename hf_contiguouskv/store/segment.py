@@ -232,7 +232,9 @@ class Segment:
             SegmentCorruptError: there is one.
         """
         if not self.numbers.are_finite(offset, octets):
-            raise SegmentCorruptError(f"{self.name}: {self.describe(offset)} holds numbers that are not finite", self)
+            raise SegmentCorruptError(
+                f"{self.name}: {self.describe(offset)} holds numbers that are not finite, or too large", self
+            )
 
     def cut_short(self, offset: int, error: EOFError) -> SegmentCorruptError:
         """The error for a blob that ends inside what begins at `offset`."""

@@ -12,7 +12,7 @@ from .backend import SegmentBackend
 from .derived import derived_problems
 from .entries import StoreProblem
 from .index import StoreIndex
-from .rows import SegmentRow, chunk_rows, stored_chunk_rows
+from .rows import SegmentRow, chunk_rows, has_chunks
 from .segment import Segment, SegmentOpener
 
 _SCAN_BYTES = 4 * 2**20
@@ -126,7 +126,7 @@ def _damaged_extents(segment: Segment, group: int, read: Callable[[int], None]) 
         octets = memoryview(segment.read_bytes(offset + start, min(step, nbytes - start)))
         whole.update(octets)
         if not segment.numbers.are_finite(offset + start, octets):
-            yield f"payload.{group} holds numbers that are not finite"
+            yield f"payload.{group} holds numbers that are not finite, or too large"
             return
         read(offset + start)
         for inside in range(0, octets.nbytes, size):
@@ -161,6 +161,6 @@ def row_problems(db: sqlite3.Connection, segment: Segment, row: SegmentRow, pinn
     problems = []
     if wrong:
         problems.append(f"its row of segment {row.key} is wrong in {', '.join(wrong)}; `gc` repairs it")
-    if stored_chunk_rows(db, row.id) != chunk_rows(header, segment.token_ids):
+    if not has_chunks(db, row.id, chunk_rows(header, segment.token_ids)):
         problems.append(f"its chunks of segment {row.key} differ from the segment; `gc` repairs them")
     return problems

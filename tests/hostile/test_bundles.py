@@ -241,14 +241,15 @@ def test_what_was_stored_with_another_salt_comes_only_by_name(
         with PrefixStore(path, **({} if salt is None else {"salt": salt})) as store:
             before = content(store.path)
             assert needed in reasons(import_bundle(store, source))[0]
-            others = [needed[:-1] + ("0" if needed[-1] != "0" else "1"), "f" * 32]
-            assert needed in reasons(import_bundle(store, source, foreign_roots=others))[0]
-            assert content(store.path) == before
             attacks.add("segment of another tenant not imported")
             if salt is not None:
                 with pytest.raises(InputError, match="operator"):
                     import_bundle(store, source, foreign_roots=[needed])
+                assert content(store.path) == before
                 continue
+            others = [needed[:-1] + ("0" if needed[-1] != "0" else "1"), "f" * 32]
+            assert needed in reasons(import_bundle(store, source, foreign_roots=others))[0]
+            assert content(store.path) == before
             assert len(import_bundle(store, source, foreign_roots=[needed]).other_salt) == 1
             for wrong in ("", "G" * 32, root.upper(), root + "\n", 7):
                 with pytest.raises(InputError, match="32 lower-case"):

@@ -93,8 +93,8 @@ class Lineage:
             return None
         what = "with another salt than this store's" if header.salted else "without a salt, and this store has one"
         return (
-            f"it was stored {what} (root {header.root}), so it would not be found here; import it with the same salt, "
-            "or name its root in foreign_roots (--foreign-root)"
+            f"it was stored {what} (root {header.root}), so it would not be found here; import it with the same salt; "
+            "or, without any, name its root in foreign_roots (--foreign-root)"
         )
 
     def _parent_problem(self, header: SegmentHeader, position: int, parent: SegmentHeader) -> str | None:
