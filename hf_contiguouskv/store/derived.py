@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..errors import SegmentCorruptError
 from .key_index import build_key_index
 from .packing import pack_values
 from .segment import Segment
@@ -18,32 +19,47 @@ from .segment import Segment
 def derived_problems(segment: Segment) -> Iterator[str]:
     """What in a segment, whose checksums match, is not what its payload gives; in words, layer by layer.
 
-    Memory for one layer group at a time is taken: `[chunks, layers, 2, kv_heads, c, head_dim]`.
+    Memory for a few copies of one layer is taken, `[chunks, 2, kv_heads, c, head_dim]`, however many lie in a group.
 
     Raises:
-        SegmentCorruptError: it was cut, or holds numbers that are not finite.
+        SegmentCorruptError: it was cut, or holds numbers that are not finite, or others than its checksums tell.
         SegmentReadError: the storage failed.
     """
     g, tokens = segment.geometry, segment.num_tokens
     in_last = tokens - (segment.num_chunks - 1) * g.chunk_size
-    for group in range(g.num_groups):
-        payload = segment.read_tensor(f"payload.{group}")
-        if in_last < g.chunk_size and _octets(payload[-1, :, :, :, in_last:]).any():
-            yield f"payload.{group}: what lies past the last token is not zeros"
-        for place in range(g.group_layers(group)):
-            layer = group * g.layers_per_group + place
-            keys, values = payload[:, place, 0], payload[:, place, 1]
-            if layer in g.leader_layers and not _same(segment, f"leader_keys.{layer}", keys):
-                yield f"leader_keys.{layer}: not the keys of the payload"
-            if layer in g.indexed_layers:
-                in_order = keys.transpose(0, 1).flatten(1, 2)[:, :tokens]
-                index, scale = build_key_index(in_order, g.chunk_size)
-                if not _same(segment, f"key_scale.{layer}", scale):
-                    yield f"key_scale.{layer}: not the scales of the payload's keys"
-                elif not _same(segment, f"key_index.{layer}", index):
-                    yield f"key_index.{layer}: not the payload's keys in 8 bits"
-            if layer in g.packed_layers and not _same(segment, f"values4.{layer}", pack_values(values)):
-                yield f"values4.{layer}: not the payload's values in 4 bits"
+    for layer in range(g.num_layers):
+        kv = _layer(segment, layer)
+        if in_last < g.chunk_size and _octets(kv[-1, :, :, in_last:]).any():
+            yield f"payload of layer {layer}: what lies past the last token is not zeros"
+        if layer in g.leader_layers and not _same(segment, f"leader_keys.{layer}", kv[:, 0]):
+            yield f"leader_keys.{layer}: not the keys of the payload"
+        if layer in g.indexed_layers:
+            in_order = kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :tokens]
+            index, scale = build_key_index(in_order, g.chunk_size)
+            if not _same(segment, f"key_scale.{layer}", scale):
+                yield f"key_scale.{layer}: not the scales of the payload's keys"
+            elif not _same(segment, f"key_index.{layer}", index):
+                yield f"key_index.{layer}: not the payload's keys in 8 bits"
+        if layer in g.packed_layers and not _same(segment, f"values4.{layer}", pack_values(kv[:, 1])):
+            yield f"values4.{layer}: not the payload's values in 4 bits"
+
+
+def _layer(segment: Segment, layer: int) -> torch.Tensor:
+    """K and V of a layer, `[chunks, 2, kv_heads, c, head_dim]`, compared with their checksums."""
+    g = segment.geometry
+    if g.layers_per_group == 1:
+        return segment.read_tensor(f"payload.{layer}")[:, 0]
+    places, pieces = segment.extents(), []
+    for chunk, checksum in enumerate(segment.run_checksums(layer, 0, segment.num_chunks)):
+        offset = places.offset(layer, chunk)
+        octets = segment.read_bytes(offset, places.nbytes)
+        if segment.checksum(octets) != checksum:
+            where = segment.describe(offset)
+            raise SegmentCorruptError(f"{segment.name}: {where}: bytes do not match their checksum", segment)
+        segment.require_finite(offset, memoryview(octets))
+        pieces.append(octets)
+    shape = (segment.num_chunks, 2, g.kv_heads, g.chunk_size, g.head_dim)
+    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=g.dtype).reshape(shape)
 
 
 def _same(segment: Segment, name: str, made: torch.Tensor) -> bool:

@@ -134,7 +134,8 @@ def note_open(number: int, holder: Holder) -> None:
 
 def note_closed(number: int) -> None:
     """Say that this file will not be read any more."""
-    _pool.forget(number)
+    if _pool is not None:  # (At the end of the interpreter, modules go before the last objects.)
+        _pool.forget(number)
 
 
 def with_room(open_it: Callable[[], Result]) -> Result:

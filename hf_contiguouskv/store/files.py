@@ -112,7 +112,7 @@ class FileBlob:
         note_closed(self._number)
 
     def __del__(self) -> None:
-        if hasattr(self, "_number"):
+        if hasattr(self, "_number") and note_closed is not None:
             note_closed(self._number)
 
     def _open(self) -> tuple[Descriptors, os.stat_result]:

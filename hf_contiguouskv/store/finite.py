@@ -39,14 +39,14 @@ class Kind(NamedTuple):
 class PackedInFloat16(NamedTuple):
     """Scales of packed values that become float16: bfloat16 says more than that.
 
-    They come extent by extent, `count` lowest values before as many steps.
+    They come extent by extent, `pairs` lowest values before as many steps.
     """
 
-    count: int
+    pairs: int
 
     def are_finite(self, octets: bytes | memoryview) -> bool:
         """Whether all values that these scales can give are finite in float16."""
-        bits = np.frombuffer(octets, "<u2").astype("<u4").reshape(-1, 2, self.count)
+        bits = np.frombuffer(octets, "<u2").astype("<u4").reshape(-1, 2, self.pairs)
         lowest, step = np.moveaxis((bits << 16).view("<f4"), 1, 0)
         with np.errstate(all="ignore"):  # (Infinity less infinity is no number, and not below anything.)
             largest = np.maximum(np.abs(lowest), np.abs(lowest + _LARGEST_CODE * step))
@@ -101,8 +101,8 @@ class NumberPlaces:
         self._packed = region("values4")
         self._packed_bytes = g.packed_bytes
         self._scales_from = g.kv_heads * g.chunk_size * (g.head_dim // 2)
-        count = (g.packed_bytes - self._scales_from) // 4
-        self._packed_kind = PackedInFloat16(count) if g.dtype == torch.float16 else _PACKED
+        pairs = (g.packed_bytes - self._scales_from) // 4
+        self._packed_kind = PackedInFloat16(pairs) if g.dtype == torch.float16 else _PACKED
 
     def octets_in(self, offset: int, octets: memoryview) -> tuple[Kind | PackedInFloat16, memoryview] | None:
         """The bytes of the floating-point numbers in `octets`, which lie at `offset` of the file; `None`: no numbers.

@@ -101,7 +101,7 @@ class StoreKey:
                 left out.
 
         Raises:
-            ConfigError: something else, or too short; the file may be read or written by others.
+            ConfigError: something else, or too short; or a file that others may write, or (if it is not root's) read.
             StoreError: the file cannot be read.
         """
         if source is None:
@@ -154,8 +154,14 @@ def _from_file(path: Path) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
-            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o077:
-                raise ConfigError(f"{path}: others may read or change this key; make it yours alone (chmod 600)")
+            # What root owns, and nobody else may write, is as the administrator wants it: secrets that are mounted into
+            # containers are so, and cannot be changed there.
+            shared = 0o022 if status.st_uid == 0 else 0o077
+            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & shared:
+                raise ConfigError(
+                    f"{path}: others may read or change this key. Make it yours alone (chmod 600), or name an "
+                    "environment variable (env:NAME)"
+                )
             secret = file.read(_LONGEST + 1)
     except OSError as error:
         raise StoreError(f"{path}: the key cannot be read: {error.strerror or error}") from error

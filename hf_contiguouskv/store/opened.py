@@ -59,10 +59,12 @@ class OpenSegments:
             if identity is None:
                 raise SegmentMissingError(f"segment {row.key} is gone from {self._backend.name}")
             with self._lock:
-                segment = self._recent.get(row.key)
-                if segment is not None and segment.identity == identity:
+                known = self._recent.get(row.key)
+                if known is not None and known.identity == identity:
                     self._recent.move_to_end(row.key)
-                    return segment
+                    return known
+            if known is not None:
+                self.forget([row.key])  # Something else lies there now: what memory holds of it may be of no use.
             segment = self._opener(self._backend.open(row.key))
             if segment.key != row.key:
                 raise SegmentCorruptError(f"{segment.name}: holds segment {segment.key}, expected {row.key}", segment)

@@ -185,7 +185,9 @@ class PrefixStore(Upkeep):
             return  # A path alone says nothing of a tenant, so it must not lead to one's store.
         with _shared_lock:
             earlier = _shared.get(os.path.realpath(self.path))
-            if earlier is None or earlier._closed or not earlier._folder.is_in_place():
+            useless = earlier is None or earlier._closed or not earlier._folder.is_in_place()
+            # (One with a key uses less: a path must not lead around it.)
+            if useless or (self.has_key and earlier is not None and not earlier.has_key):
                 _shared[os.path.realpath(self.path)] = self
 
     @property
@@ -195,7 +197,7 @@ class PrefixStore(Upkeep):
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
-        """The store that this process has open at `path` (the first, with its settings), or a new one."""
+        """The store that this process has open at `path` (the first, or the first with a key), or a new one."""
         with _shared_lock:
             store = _shared.get(os.path.realpath(path))
             usable = store is not None and not store._closed and store._folder.is_in_place()

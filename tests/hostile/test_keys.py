@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from hf_contiguouskv.errors import ConfigError, SegmentCorruptError, StoreError
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.bundle import export_bundle, import_bundle
 from hf_contiguouskv.store.hashing import TokenIds
+from hf_contiguouskv.store.key import StoreKey
+from hostile.conftest import STRANGER, as_stranger, needs_root, open_to_all
 from hostile.crafting import crafted, path_in, plant
 
 SECRET = b"what nobody can guess"
@@ -161,10 +164,10 @@ def test_where_a_key_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for key in (SECRET, file, f"file:{file}", "env:SOME_KEY"):
         with PrefixStore(tmp_path / "store", key=key) as store:
             assert_served(store, ids)
-    file.chmod(0o644)
+    file.chmod(0o666)
     with pytest.raises(ConfigError, match="chmod 600"):
         PrefixStore(tmp_path / "store", key=file)
-    attacks.add("keys that others can read, refused")
+    attacks.add("keys that others can change, refused")
     for wrong in ("what nobody can guess", "env:NO_SUCH_VARIABLE", "env:", b"short", 7, ""):
         with pytest.raises(ConfigError) as caught:
             PrefixStore(tmp_path / "store", key=wrong)  # type: ignore[arg-type]
@@ -175,6 +178,33 @@ def test_where_a_key_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises((StoreError, ConfigError)):
         PrefixStore(tmp_path / "store", key=tmp_path / "pipe")
     attacks.add("keys that are none, refused")
+
+
+@needs_root
+def test_who_may_read_a_key_file(tmp_path: Path, attacks: Figures) -> None:
+    """A secret that is mounted into a container belongs to root, and all may read it; one's own is one's own."""
+    open_to_all(tmp_path)
+    for owner, mode, fine in (
+        (0, 0o444, True),
+        (0, 0o640, True),
+        (0, 0o660, False),
+        (STRANGER, 0o600, True),
+        (STRANGER, 0o640, False),
+        (STRANGER, 0o604, False),
+        (STRANGER + 1, 0o644, False),
+    ):
+        file = tmp_path / "key"
+        file.unlink(missing_ok=True)
+        file.write_bytes(SECRET)
+        file.chmod(mode)
+        os.chown(file, owner, STRANGER)
+
+        def read(file: Path = file, fine: bool = fine) -> None:
+            with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match="chmod 600"):
+                StoreKey.of(file)
+
+        as_stranger(read)
+    attacks.add("keys that others can read, refused", 4)
 
 
 @pytest.mark.parametrize("budget", [0.25, 1.0])

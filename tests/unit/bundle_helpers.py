@@ -23,8 +23,9 @@ def tree(store: PrefixStore) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below `folder`, but SQLite's locks (who reads first leaves a mark there)."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith("-shm")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def manifest(bundle: Path) -> dict:
