@@ -1,7 +1,7 @@
 """Whether the numbers in a range of a segment are finite, and no larger than any that a model computes.
 
-They are told by their bits. Numbers of 2**56 and above count as infinite: no sound key or value comes near, and products
-of a few of them are infinite indeed, which spoils an answer as well.
+They are told by their bits. Numbers of 2**56 and above count as infinite: no sound key or value comes near, and
+products of a few of them are infinite indeed, which spoils an answer as well.
 """
 
 from __future__ import annotations
