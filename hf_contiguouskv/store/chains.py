@@ -26,14 +26,15 @@ def parents_of_all(store: PrefixStore) -> dict[str, str]:
     that is continued, it is the one that holds the most chunks before it, and of these the oldest.
     """
 
-    def query(db: sqlite3.Connection) -> list[tuple[str, str]]:
+    def query(db: sqlite3.Connection) -> dict[str, str]:
         roots: Roots = store._tenant.roots(db)
         if roots is None:
-            return db.execute(f"{_PARENTS} {_ORDER}").fetchall()
+            return dict(db.execute(f"{_PARENTS} {_ORDER}"))
         own = f"{_PARENTS} AND child.root = ? {_ORDER}"
-        return [pair for root in roots for pair in db.execute(own, (root,))]
+        return dict(pair for root in roots for pair in db.execute(own, (root,)))
 
-    return dict(store._read(query))
+    found: dict[str, str] = store._read(query)
+    return found
 
 
 def children(store: PrefixStore, key: str) -> list[str]:

@@ -43,15 +43,15 @@ def require_trusted(status: os.stat_result, name: str, trust_owner: bool = False
     user = os.geteuid()
     if status.st_uid not in (user, 0):
         raise UntrustedOwnerError(
-            f"{name} belongs to user {status.st_uid}; this process runs as user {user}. Who owns it can read "
-            "and choose what is stored in it. Use a folder of your own; or, if you trust that user, say trust_owner=True "
+            f"{name} belongs to user {status.st_uid}; this process runs as user {user}. Who owns it can read and "
+            "choose what is stored in it. Use a folder of your own; or, if you trust that user, say trust_owner=True "
             "(in a command: --trust-owner)."
         )
     if status.st_mode & 0o022:
         raise UntrustedOwnerError(
             f"{name} may be written by others (mode {stat.S_IMODE(status.st_mode):04o}), who could choose what is "
-            "stored in it. Take that right away (chmod go-w); or, if you trust them all, say trust_owner=True (in a "
-            "command: --trust-owner)."
+            "stored in it. Take that right away (chmod -R go-w, with the folder of the whole store); or, if you trust "
+            "them all, say trust_owner=True (in a command: --trust-owner)."
         )
 
 
@@ -218,16 +218,6 @@ class Directory:
             raise
         return descriptor
 
-    def make_private(self, name: str) -> None:
-        """Take all rights to the file `name` of this user away from everybody else."""
-        try:
-            descriptor = os.open(_checked(name), os.O_RDONLY | _SAFE, dir_fd=self.fd)
-        except OSError as error:
-            raise self._located(error, name) from None
-        with open(descriptor, "rb", buffering=0):
-            if os.fstat(descriptor).st_mode & 0o077:
-                os.fchmod(descriptor, 0o600)
-
     def read_file(self, name: str, max_bytes: int) -> bytes:
         """The whole file `name`.
 
@@ -279,6 +269,21 @@ class Directory:
         # A descriptor of its own: all that share one (threads, forked processes) share one position in the list.
         descriptor = os.open(".", _FOLDER, dir_fd=self.fd)
         try:
+            with os.scandir(descriptor) as entries:
+                yield entries
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def scan_sub(self, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """As `scan` of `sub(name)`, in fewer steps: a store lists hundreds of folders when it is opened."""
+        try:
+            descriptor = os.open(_checked(name), _FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
+        except OSError as error:
+            raise self._located(error, name) from None
+        try:
+            if not self.trust_owner:
+                require_trusted(os.fstat(descriptor), f"{self.name}/{name}")
             with os.scandir(descriptor) as entries:
                 yield entries
         finally:
@@ -379,9 +384,13 @@ def _checked(name: str) -> str:
 
 
 def _make_folder(name: str | Path, within: int | None, mode: int = 0o700) -> bool:
-    """Make a folder, by default for this user only; whether this call did."""
+    """Make a folder, by default for this user only, who can use it whatever the umask; whether this call did."""
     try:
         os.mkdir(name, mode, dir_fd=within)
     except FileExistsError:
         return False
+    made = stat.S_IMODE(os.stat(name, dir_fd=within, follow_symlinks=False).st_mode)
+    if made & 0o700 != 0o700:
+        # By its name, for it could not be opened. (What it lies in is ours, or sticky: nobody else can exchange it.)
+        os.chmod(name, made | 0o700, dir_fd=within)
     return True

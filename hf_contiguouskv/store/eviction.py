@@ -11,14 +11,15 @@ import heapq
 import itertools
 import sqlite3
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from ..errors import StoreFullError
 from .format import SegmentHeader
 from .hashing import TokenIds
-from .rows import ANY_ROOT, COLUMNS, SegmentRow, segment_by_id, segment_by_key, segments_that_begin_with
+from .rows import ANY_ROOT, COLUMNS, SegmentRow, distinct, segment_by_id, segment_by_key, segments_that_begin_with
 from .search import chain_to, children_of, parents_of
-from .totals import Roots, totals
+from .totals import Roots, stored_roots, totals
 
 # Segments that were used within one another's reach of this are equally recent.
 _GRACE_S = 1.0
@@ -78,6 +79,7 @@ class _Victims:
         self._kept = kept
         self._pinned = pinned
         self._removed: set[int] = set()
+        self._queued: set[int] = set()  # (What holds a chunk that thousands continue would be put there by each one.)
         self._known: dict[int, SegmentRow] = {}
         self._now, self._typical = time.time(), 1.0
         # What a segment is worth does not change meanwhile; which ones are leaves does. (Numbers decide last: rows
@@ -99,6 +101,7 @@ class _Victims:
                 self._consider(row)
             while excess > 0 and self._waiting and len(victims) != at_most:
                 row = self._known[heapq.heappop(self._waiting)[-1]]
+                self._queued.discard(row.id)
                 if row.id in self._removed or not self._is_leaf(row):
                     continue  # (It is considered again when the last one that continues it goes.)
                 self._removed.add(row.id)
@@ -120,7 +123,8 @@ class _Victims:
             more = seen
 
     def _consider(self, row: SegmentRow) -> None:
-        if row.id not in self._kept and not row.pinned and row.key not in self._pinned:
+        if not (row.id in self._kept or row.id in self._queued or row.pinned or row.key in self._pinned):
+            self._queued.add(row.id)
             entry = (worth(row, self._now, self._typical), row.last_used, row.created, row.id)
             heapq.heappush(self._waiting, entry)
 
@@ -225,18 +229,21 @@ def is_expired(db: sqlite3.Connection, key: str, unused_since: float, pinned: Co
 def _least_recently_used(db: sqlite3.Connection, roots: Roots) -> Iterator[SegmentRow]:
     """The segments of `roots` in the order of their last use, the earliest first; read as far as they are asked for."""
     if roots is None:
-        roots = sorted({root for (root,) in db.execute("SELECT root FROM totals")})
+        roots = stored_roots(db)
     query = f"SELECT {COLUMNS} FROM segments WHERE root = ? ORDER BY last_used, id"
     each = [map(SegmentRow.checked, db.execute(query, (root,))) for root in roots]
-    return heapq.merge(*each, key=lambda row: (row.last_used, row.id))
+    return distinct(heapq.merge(*each, key=lambda row: (row.last_used, row.id)))
 
 
 def _unused_segments(db: sqlite3.Connection, roots: Roots, since: float) -> list[SegmentRow]:
     """Segments of `roots` that nobody used after `since` (seconds since the epoch)."""
     query = f"SELECT {COLUMNS} FROM segments WHERE last_used < ? AND"
+    found: Iterable[Any]
     if roots is None:
-        return [SegmentRow.checked(row) for row in db.execute(f"{query} {ANY_ROOT}", (since,))]
-    return [SegmentRow.checked(row) for root in roots for row in db.execute(f"{query} root = ?", (since, root))]
+        found = db.execute(f"{query} {ANY_ROOT}", (since,))
+    else:
+        found = (row for root in roots for row in db.execute(f"{query} root = ?", (since, root)))
+    return list(distinct(map(SegmentRow.checked, found)))
 
 
 def superseded_by(db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> list[SegmentRow]:

@@ -141,9 +141,12 @@ class StoreIndex:
             with self._file.lock():
                 if self._file.exists() and (damage is None or _is_sound(self._file)):
                     return  # Another process was faster.
+                found = self._file.found()
                 with self._file.build() as db:
                     _transaction(db, self._refill, "BEGIN IMMEDIATE")
-                if self._file.exists():
+                if not self._file.is_due(found):
+                    return  # As above.
+                if found is not None:
                     aside = self._file.move_aside()
                     logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside)
                     self._repairs.append(str(damage))

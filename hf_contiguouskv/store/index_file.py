@@ -9,6 +9,7 @@ could ask for.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import sqlite3
@@ -24,6 +25,7 @@ from ..errors import StoreError, StoreFormatError, UntrustedOwnerError
 from .backend import Leftovers
 from .directory import Directory, require_trusted
 from .local_disk import remove_unlocked
+from .new_descriptors import NewDescriptors
 from .rows import SCHEMA
 from .totals import IndexDamagedError
 
@@ -33,12 +35,14 @@ _FRESH = f"{NAME}.new"
 _BESIDE = ("-wal", "-shm", "-journal")
 _LOCK = "index.lock"
 _LOCK_S = 600.0
+# A lock that others can hold is waited for so long, in case it is an honest process that does.
+_DOUBTFUL_LOCK_S = 5.0
 _ASIDE = f"{NAME}.damaged-"
 
 # Far more than all prefixes of a disk need. (What SQLite allocates for a check grows with it.)
 _MAX_BYTES = 2**36
-# A row holds the tokens of one chunk, 32 KiB at most.
-_MAX_ROW = 2**20
+# A row holds the tokens of one chunk, 32 KiB at most, and little besides.
+_MAX_ROW = 40 * 1024
 # Steps of the machine in SQLite, tens of millions a second. Honest transactions were seen to take one for four bytes of
 # the index, and some millions for a very long prompt. One that never ends takes more.
 _STEPS = 20_000_000
@@ -86,6 +90,7 @@ class IndexFile:
     def __init__(self, folder: Directory) -> None:
         self.folder = folder
         self.path = folder.path_of(NAME)
+        self._built: _Identity | None = None
 
     def identity(self) -> _Identity | None:
         """Tells the database from another one in its place; `None` where there is none.
@@ -99,7 +104,7 @@ class IndexFile:
         if not stat.S_ISREG(status.st_mode):
             # A link could lead out of the store, where nothing of ours may be written.
             raise IndexDamagedError("it is no ordinary file")
-        return status.st_dev, status.st_ino
+        return _identity_of(status)
 
     def exists(self) -> bool:
         """Whether anything lies there."""
@@ -118,9 +123,11 @@ class IndexFile:
         return os.access(NAME, os.W_OK, dir_fd=self.folder.fd, effective_ids=True)
 
     def nbytes(self) -> int:
-        """What it and its log hold now."""
-        found = (self.folder.stat(NAME + suffix) for suffix in ("", "-wal"))
-        return sum(status.st_size for status in found if status is not None)
+        """What it and its log hold now. Holes are not counted: they take up nothing, and nobody asks for them."""
+        found = [status for suffix in ("", "-wal") if (status := self.folder.stat(NAME + suffix)) is not None]
+        if found and found[0].st_blocks == 0:  # No database is empty: this file system does not tell.
+            return sum(status.st_size for status in found)
+        return sum(min(status.st_size, 512 * status.st_blocks) for status in found)
 
     def connect(self, *, busy_s: float, frozen: bool = False) -> tuple[sqlite3.Connection, Watch]:
         """Open the database, if it is one of ours.
@@ -148,7 +155,8 @@ class IndexFile:
         """A connection to a new, empty database beside the present one, for this user only from its first byte."""
         for suffix in ("", *_BESIDE):
             self.folder.make_free(_FRESH + suffix)
-        os.close(self.folder.create_file(_FRESH))
+        with open(self.folder.create_file(_FRESH), "rb") as file:
+            self._built = _identity_of(os.fstat(file.fileno()))
         with contextlib.closing(self._connect(_FRESH, "mode=rw", 0.0)) as db:
             # Nobody sees the file before it is complete, so it needs no journal meanwhile.
             db.execute("PRAGMA journal_mode = OFF")
@@ -156,6 +164,19 @@ class IndexFile:
             db.execute("INSERT INTO meta VALUES ('format', ?)", (str(INDEX_FORMAT),))
             yield db
             db.execute("PRAGMA journal_mode = WAL")
+
+    def found(self) -> _Identity | None:
+        """As `identity`, of whatever lies there."""
+        status = self.folder.stat(NAME)
+        return None if status is None else _identity_of(status)
+
+    def is_due(self, found: _Identity | None) -> bool:
+        """Whether what was built is there still, and what it replaces is what was `found` when that began.
+
+        Else another process has built one, too: the lock was taken from one of the two (see `lock`).
+        """
+        status = self.folder.stat(_FRESH)
+        return self.found() == found and status is not None and _identity_of(status) == self._built
 
     def put_in_place(self) -> None:
         """Put what was built in the place of the database, which must be gone or moved."""
@@ -182,17 +203,54 @@ class IndexFile:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclude all others who rebuild it, in all processes; strangers cannot hold this lock."""
-        status = self.folder.stat(_LOCK)
-        if status is not None and not stat.S_ISREG(status.st_mode):
-            self.folder.make_free(_LOCK)  # A link could lead out of the store.
-        elif status is not None and not self.folder.trust_owner:
-            if status.st_uid not in (os.geteuid(), 0):
-                self.folder.make_free(_LOCK)
-            elif status.st_uid == os.geteuid():
-                self.folder.make_private(_LOCK)
+        """Exclude all others who rebuild it, in all processes; strangers cannot hold this lock.
+
+        Whoever can read a file can lock it. We lock only files that nobody else could read when we did, so what is held
+        although others can read it is held by a stranger; or by one of us, if somebody has opened the whole store to
+        others meanwhile. So such a lock is waited for, but not for long, before it is replaced. Where two build after
+        all, `is_due` makes one of them give up.
+        """
+        doubtful_until = time.monotonic() + _DOUBTFUL_LOCK_S
+        while (status := self.folder.stat(_LOCK)) is not None and not self._is_own_lock(status):
+            if not self._is_ours(status):
+                self.folder.make_free(_LOCK)  # (Other names of it, and what a link leads to, stay as they are.)
+                break
+            if self._replace_lock(status, by_force=time.monotonic() >= doubtful_until):
+                break
+            time.sleep(0.05)
         with FileLock(self.folder.path_of(_LOCK), timeout=_LOCK_S, mode=0o600):
             yield
+
+    def _is_ours(self, status: os.stat_result) -> bool:
+        """Whether this is a file in this folder alone, of a user whom we trust."""
+        trusted = self.folder.trust_owner or status.st_uid in (os.geteuid(), 0)
+        return trusted and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+    def _is_own_lock(self, status: os.stat_result) -> bool:
+        return self._is_ours(status) and (self.folder.trust_owner or not status.st_mode & 0o077)
+
+    def _replace_lock(self, status: os.stat_result, *, by_force: bool) -> bool:
+        """Delete a lock that others can hold, if nobody holds it (or `by_force`); whether this was done.
+
+        We hold it ourselves meanwhile. Who waits for it sees then that it is gone, and takes the new one.
+        """
+        try:
+            descriptor = os.open(
+                _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.folder.fd
+            )
+        except FileNotFoundError:
+            return False
+        with open(descriptor, "rb", buffering=0):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if not by_force:
+                    return False
+            there = self.folder.stat(_LOCK)
+            if there is None or not _identity_of(there) == _identity_of(status) == _identity_of(os.fstat(descriptor)):
+                return False  # Another process has replaced it.
+            self.folder.make_free(_LOCK)
+            return True
 
     def _check(self, name: str) -> _Identity | None:
         """Look at `name` and all beside it; `None` where it is missing."""
@@ -202,9 +260,12 @@ class IndexFile:
             if status is None:
                 continue
             if not suffix:
-                identity = status.st_dev, status.st_ino
+                identity = _identity_of(status)
             if not stat.S_ISREG(status.st_mode):
                 raise IndexDamagedError(f"{name}{suffix} is no ordinary file")
+            if status.st_nlink != 1:
+                # What is written to it would be written to a file elsewhere.
+                raise IndexDamagedError(f"{name}{suffix} is also a file of another name")
             if status.st_size > _MAX_BYTES:
                 raise IndexDamagedError(f"{name}{suffix} has {status.st_size} bytes")
             try:
@@ -220,10 +281,15 @@ class IndexFile:
             if before is None:
                 raise IndexDamagedError("it is missing")
             if _identity_at(path) == before:
-                db = _open(path, options, busy_s)
-                # (What SQLite has open cannot be asked for. What lies there before and after is what it found.)
-                if _identity_at(path) == before == self._check(name):
-                    return db
+                db, known = self._open(path, name, before, options, busy_s)
+                try:
+                    if known:
+                        _set_up(db)
+                        if _identity_at(path) == before == self._check(name):
+                            return db
+                except BaseException:
+                    db.close()
+                    raise
                 db.close()
             # Another process may just have put a new one in place: look again.
         raise StoreError(
@@ -231,31 +297,48 @@ class IndexFile:
             "Close the store and open it again."
         )
 
+    def _open(
+        self, path: Path, name: str, identity: _Identity, options: str, busy_s: float
+    ) -> tuple[sqlite3.Connection, bool]:
+        """A connection of which nothing was asked yet, and whether it leads to the file that was looked at."""
+        # (What lies at the path before and after may be something else than what SQLite found there in between.)
+        with NewDescriptors(self.folder.fd) as descriptors:
+            # As a URI, for a path alone would make a file where there is none.
+            db = sqlite3.connect(
+                f"{path.as_uri()}?{options}", uri=True, timeout=busy_s, isolation_level=None, check_same_thread=False
+            )
+            try:
+                return db, descriptors.may_hold(identity) and self._is_named(db, name)
+            except BaseException:
+                db.close()
+                raise
 
-def _identity_at(path: Path) -> _Identity | None:
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    def _is_named(self, db: sqlite3.Connection, name: str) -> bool:
+        """Whether SQLite has found a file of this name in a folder of this path, and no link to another one."""
+        db.text_factory = bytes  # (A path need not be text.)
+        told = os.fsdecode(db.execute("PRAGMA database_list").fetchone()[2])
+        db.text_factory = str
+        return told in (f"{self.folder.name}/{name}", os.path.join(os.path.realpath(self.folder.name), name))
+
+
+def _identity_of(status: os.stat_result) -> _Identity:
     return status.st_dev, status.st_ino
 
 
-def _open(path: Path, options: str, busy_s: float) -> sqlite3.Connection:
-    # As a URI, for a path alone would make a file where there is none.
-    db = sqlite3.connect(
-        f"{path.as_uri()}?{options}", uri=True, timeout=busy_s, isolation_level=None, check_same_thread=False
-    )
+def _identity_at(path: Path) -> _Identity | None:
     try:
-        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
-        db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-        for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = NORMAL"):
-            db.execute(f"PRAGMA {pragma}")
-        if hasattr(db, "setconfig"):  # From Python 3.12 on.
-            db.setconfig(getattr(sqlite3, "SQLITE_DBCONFIG_DEFENSIVE"), True)  # noqa: B009 (older ones have no such name)
-    except BaseException:
-        db.close()
-        raise
-    return db
+        return _identity_of(os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return None
+
+
+def _set_up(db: sqlite3.Connection) -> None:
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
+    db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = NORMAL"):
+        db.execute(f"PRAGMA {pragma}")
+    if hasattr(db, "setconfig"):  # From Python 3.12 on.
+        db.setconfig(getattr(sqlite3, "SQLITE_DBCONFIG_DEFENSIVE"), True)  # noqa: B009 (older ones have no such name)
 
 
 @cache

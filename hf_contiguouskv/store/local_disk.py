@@ -135,7 +135,7 @@ class LocalDisk:
             if len(inner) != 2:
                 continue
             try:
-                with self._segments.sub(inner) as folder, folder.scan() as entries:
+                with self._segments.scan_sub(inner) as entries:
                     for entry in entries:
                         match = _FILE.fullmatch(entry.name)
                         if match and entry.name.startswith(inner):

@@ -17,7 +17,7 @@ from .folder import Pins
 from .format import SegmentHeader
 from .index import StoreIndex
 from .opened import OpenSegments
-from .rows import SegmentRow, drop_segment, end_future_uses, insert_segment, segment_by_key, stored_chunk_rows
+from .rows import SegmentRow, drop_segment, end_future_uses, insert_segment, number_of_chunks, segment_by_key
 from .segment import SegmentOpener
 from .tenant import Tenant
 
@@ -221,7 +221,7 @@ class Room:
         """Whether the segment is stored already; if only the index does not know it (well), it learns."""
         if self._backend.identity(key) is None:
             return False
-        if row is not None and len(stored_chunk_rows(db, row.id)) == row.num_chunks:
+        if row is not None and number_of_chunks(db, row.id) == row.num_chunks:
             return True
         try:
             with contextlib.closing(self._opener(self._backend.open(key))) as segment:

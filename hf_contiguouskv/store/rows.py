@@ -7,24 +7,65 @@ Any byte of the database may be wrong: a row that makes no sense raises `IndexDa
 from __future__ import annotations
 
 import contextlib
-import re
+import itertools
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ..errors import StoreError
 from ..wording import quoted
 from .format import SegmentHeader
-from .hashing import HASH_BYTES, TokenIds
-from .totals import TOTALS, IndexDamagedError, Roots, add_to_totals, is_number, take_from_totals, totals_are_right
+from .hashing import TokenIds
+from .segment_row import COLUMNS, SegmentRow, checked_name, distinct, is_key
+from .totals import (
+    TOTALS,
+    IndexDamagedError,
+    Roots,
+    add_to_totals,
+    is_number,
+    take_from_totals,
+    totals_are_right,
+)
 
-_KEY = re.compile(r"[0-9a-f]{32}")
+__all__ = [
+    "ANY_ROOT",
+    "COLUMNS",
+    "MAX_TOKEN_BYTES",
+    "SCHEMA",
+    "IndexDamagedError",
+    "SegmentRow",
+    "all_segments",
+    "checked_name",
+    "chunk_rows",
+    "clear",
+    "distinct",
+    "drop_segment",
+    "end_future_uses",
+    "find_chunk",
+    "has_chunks",
+    "index_problems",
+    "insert_segment",
+    "is_key",
+    "is_reachable",
+    "keys_of_all",
+    "mark_used",
+    "number_of_chunks",
+    "require_place",
+    "segment_by_id",
+    "segment_by_key",
+    "segments_by_id",
+    "segments_that_begin_with",
+    "segments_with_beginning",
+    "set_use",
+]
+
+# The token ids of the longest chunk that the format allows.
+MAX_TOKEN_BYTES = 8 * 4096
 _AT_ONCE = 500
-# (The year 36812: whatever is later was never the time.)
-_TIMES_BELOW = 2.0**40
+# So many problems are enough to know that the index is damaged.
+_MAX_PROBLEMS = 100
 
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -45,90 +86,8 @@ CREATE INDEX chunks_by_segment ON chunks (segment, position);
 """
 SCHEMA += TOTALS
 
-COLUMNS = (
-    "segments.id, key, fingerprint, beginning, segments.parent, first_chunk, num_chunks, num_tokens, chunk_size, "
-    "num_layers, dtype, nbytes, compute_ms, created, last_used, uses, pinned, root"
-)
-"""What a query must select for `SegmentRow.checked`."""
 ANY_ROOT = "root IN (SELECT root FROM totals)"
 """Of segments, true; a query that says so goes through the index by root and last use."""
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentRow:
-    """One segment as the index knows it.
-
-    `parent` is the chain hash before its first chunk (the root's for roots), `nbytes` what it takes up where it lies,
-    `root` the hash before the first chunk of its prefix; the others are fields of its header.
-    """
-
-    id: int
-    key: str
-    fingerprint: str
-    beginning: str
-    parent: bytes
-    first_chunk: int
-    num_chunks: int
-    num_tokens: int
-    chunk_size: int
-    num_layers: int
-    dtype: str
-    nbytes: int
-    compute_ms: int
-    created: float
-    last_used: float
-    uses: int
-    pinned: int
-    root: bytes = bytes(HASH_BYTES)
-
-    @classmethod
-    def checked(cls, values: tuple[Any, ...] | None) -> SegmentRow:
-        """A row as the database gave it. Any byte of the file may be wrong, so nothing is taken for granted.
-
-        Raises:
-            IndexDamagedError: it makes no sense.
-        """
-        if values is None:
-            raise IndexDamagedError("a chunk refers to a segment that is not there")
-        row = cls(*values)
-        # (Spelt out: a chain of thousands of rows is checked at every look-up.)
-        sane = (
-            is_number(row.id)
-            and is_number(row.first_chunk)
-            and is_number(row.num_chunks)
-            and is_number(row.num_tokens)
-            and is_number(row.chunk_size)
-            and is_number(row.num_layers)
-            and is_number(row.nbytes)
-            and is_number(row.compute_ms)
-            and is_number(row.uses)
-            and is_key(row.key)
-            and type(row.fingerprint) is type(row.beginning) is type(row.dtype) is str
-            and _is_hash(row.parent)
-            and _is_hash(row.root)
-            and _is_time(row.created)
-            and _is_time(row.last_used)
-            and row.pinned in (0, 1)
-            and row.chunk_size > 0
-            and row.num_tokens > 0
-            and row.num_chunks == -(-row.num_tokens // row.chunk_size)
-        )
-        if not sane:
-            raise IndexDamagedError(f"the row of segment {str(row.key)[:64]!r} makes no sense")
-        return row
-
-
-def is_key(value: object) -> bool:
-    """Whether this is a name that a segment can have: 32 hex digits."""
-    return type(value) is str and _KEY.fullmatch(value) is not None
-
-
-def _is_hash(value: object) -> bool:
-    return type(value) is bytes and len(value) == HASH_BYTES
-
-
-def _is_time(value: object) -> bool:
-    return (type(value) is float or type(value) is int) and 0 <= value < _TIMES_BELOW
 
 
 def _tables(db: sqlite3.Connection) -> set[tuple[str, ...]]:
@@ -155,8 +114,11 @@ def index_problems(db: sqlite3.Connection) -> list[str]:
     for number, count, sane in db.execute(
         "SELECT segment, count(*), min(typeof(hash) = 'blob' AND length(hash) = 16 AND typeof(parent) = 'blob' AND "
         "length(parent) = 16 AND typeof(position) = 'integer' AND position >= 0 AND typeof(tokens) = 'blob' AND "
-        "length(tokens) > 0 AND length(tokens) % 8 = 0) FROM chunks GROUP BY segment"
+        "length(tokens) BETWEEN 8 AND ? AND length(tokens) % 8 = 0) FROM chunks GROUP BY segment",
+        (MAX_TOKEN_BYTES,),
     ):
+        if len(problems) >= _MAX_PROBLEMS:
+            return problems
         row = rows.pop(number, None)
         if row is None:
             problems.append(f"chunks refer to a segment {quoted(number)} that is not there")
@@ -243,11 +205,17 @@ def chunk_rows(header: SegmentHeader, token_ids: TokenIds) -> list[tuple[bytes, 
     ]
 
 
-def stored_chunk_rows(db: sqlite3.Connection, number: int) -> list[tuple[bytes, bytes, int, bytes]]:
-    """What the index says of the chunks of the segment with this id, in order."""
-    return db.execute(
-        "SELECT hash, parent, position, tokens FROM chunks WHERE segment = ? ORDER BY position", (number,)
-    ).fetchall()
+def has_chunks(db: sqlite3.Connection, number: int, rows: list[tuple[bytes, bytes, int, bytes]]) -> bool:
+    """Whether the index says of the chunks of the segment with this id what `chunk_rows` does."""
+    # (One by one: there may be many more than the segment has chunks, and longer ones.)
+    query = "SELECT hash, parent, position, tokens FROM chunks WHERE segment = ? ORDER BY position"
+    return all(told == row for told, row in itertools.zip_longest(db.execute(query, (number,)), rows))
+
+
+def number_of_chunks(db: sqlite3.Connection, number: int) -> int:
+    """Of how many chunks the index knows that they lie in the segment with this id."""
+    (count,) = db.execute("SELECT count(*) FROM chunks WHERE segment = ?", (number,)).fetchone()
+    return int(count)
 
 
 def drop_segment(db: sqlite3.Connection, key: str) -> None:
@@ -271,19 +239,18 @@ def clear(db: sqlite3.Connection) -> None:
 
 def all_segments(db: sqlite3.Connection, roots: Roots = None) -> list[SegmentRow]:
     """All segments of `roots`, oldest first."""
+    # (Sorted here: SQLite would collect rows that nobody has checked, and write them to a file where they are many.)
+    query = f"SELECT {COLUMNS} FROM segments"
     if roots is None:
-        return [SegmentRow.checked(row) for row in db.execute(f"SELECT {COLUMNS} FROM segments ORDER BY created, id")]
-    query = f"SELECT {COLUMNS} FROM segments WHERE root = ?"
-    rows = [SegmentRow.checked(row) for root in roots for row in db.execute(query, (root,))]
-    return sorted(rows, key=lambda row: (row.created, row.id))
+        found: Iterable[Any] = db.execute(query)
+    else:
+        found = (row for root in roots for row in db.execute(f"{query} WHERE root = ?", (root,)))
+    return sorted(distinct(map(SegmentRow.checked, found)), key=lambda row: (row.created, row.id))
 
 
 def keys_of_all(db: sqlite3.Connection) -> set[str]:
     """The keys of all segments."""
-    keys = {key for (key,) in db.execute("SELECT key FROM segments")}
-    if not all(map(is_key, keys)):
-        raise IndexDamagedError("the key of a segment makes no sense")
-    return keys
+    return {checked_name(key) for (key,) in db.execute("SELECT key FROM segments")}
 
 
 def segment_by_key(db: sqlite3.Connection, key: str) -> SegmentRow | None:
@@ -343,7 +310,7 @@ def segments_with_beginning(db: sqlite3.Connection, beginning: str) -> list[Segm
     """The segments whose keys begin with these digits, in the order of their keys."""
     # (A key has hex digits only, and all of these come before "g".)
     query = f"SELECT {COLUMNS} FROM segments WHERE key >= ? AND key < ? ORDER BY key"
-    return [SegmentRow.checked(row) for row in db.execute(query, (beginning, f"{beginning}g"))]
+    return list(distinct(map(SegmentRow.checked, db.execute(query, (beginning, f"{beginning}g")))))
 
 
 def segments_that_begin_with(db: sqlite3.Connection, parent: bytes, beginnings: list[bytes]) -> list[SegmentRow]:
@@ -353,7 +320,7 @@ def segments_that_begin_with(db: sqlite3.Connection, parent: bytes, beginnings: 
         f"SELECT {COLUMNS} FROM segments WHERE id IN "
         f"(SELECT segment FROM chunks WHERE parent = ? AND position = 0 AND tokens IN ({marks}))"
     )
-    return [SegmentRow.checked(row) for row in db.execute(query, (parent, *beginnings))]
+    return list(distinct(map(SegmentRow.checked, db.execute(query, (parent, *beginnings)))))
 
 
 def segment_by_id(db: sqlite3.Connection, number: int) -> SegmentRow:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 
 import numpy as np
 
 from .hashing import TokenIds
-from .rows import COLUMNS, SegmentRow, find_chunk, require_place, segments_by_id
+from .rows import COLUMNS, MAX_TOKEN_BYTES, SegmentRow, checked_name, find_chunk, require_place, segments_by_id
 from .totals import IndexDamagedError, Roots, stored_models
 
 # Segments from the beginning of a prefix on, and how many chunks up to the end (or the next segment) each one serves.
@@ -40,8 +41,8 @@ WITH RECURSIVE chain (step, segment, position, chunks) AS (
     )
     WHERE typeof(chain.position) = 'integer' AND chain.position >= 0 AND chain.chunks > chain.position + 1
 )
-SELECT chain.segment, chain.position, chain.chunks, {COLUMNS}
-FROM chain LEFT JOIN segments ON segments.id = chain.segment ORDER BY chain.step
+SELECT chain.step, chain.segment, chain.position, chain.chunks, {COLUMNS}
+FROM chain LEFT JOIN segments ON segments.id = chain.segment
 """
 
 # Whether the segment `child` continues chunk `chunks` of the segment `parent`. (The pluses keep SQLite from looking at
@@ -77,11 +78,10 @@ WITH RECURSIVE below (id) AS (
     CROSS JOIN segments child ON child.id = start.segment
     WHERE {CONTINUES}
 )
-SELECT child.id, parent.id FROM below
-CROSS JOIN segments child ON child.id = below.id CROSS JOIN chunks ON chunks.hash = child.parent
-CROSS JOIN segments parent ON parent.id = chunks.segment
-WHERE {CONTINUES}
+SELECT child.first_chunk, child.id FROM below CROSS JOIN segments child ON child.id = below.id
 """
+_HOLDERS_OF_SOME = _HOLDERS.replace("SELECT parent.id", "SELECT child.id, parent.id").partition("child.id = ?")
+_AT_ONCE = 500
 
 
 def longest_match(
@@ -136,11 +136,14 @@ def chain_of(db: sqlite3.Connection, row: SegmentRow) -> Chain | int:
 
 
 def _walk(db: sqlite3.Connection, segment: int, position: int, chunks: int) -> Chain | int:
+    steps = []
+    for step, number, place, left, *values in db.execute(_WALK, (segment, position, chunks)):
+        require_place(number, place)
+        steps.append((step, place, left, SegmentRow.checked(None if values[0] is None else tuple(values))))
     chain: Chain = []
     left = chunks
-    for number, place, left, *values in db.execute(_WALK, (segment, position, chunks)):
-        require_place(number, place)
-        row = SegmentRow.checked(None if values[0] is None else tuple(values))
+    # (Sorted here: SQLite would collect rows that nobody has checked. They come in this order, but it does not say so.)
+    for _, place, left, row in sorted(steps, key=itemgetter(0)):
         if left <= place or place >= row.num_chunks:
             raise IndexDamagedError(f"segment {row.key} holds more chunks than the prefix that it is part of")
         chain.append((row, place + 1))
@@ -169,6 +172,8 @@ def is_stored_for_another_model(
         chunk_size: of the prefixes.
         beginning: token ids of the first chunk, int64.
     """
+    if len(beginning) > MAX_TOKEN_BYTES:
+        return False  # (As `_closest_child`.)
     others = {model for model, size in stored_models(db) if size == chunk_size and model != fingerprint}
     query = "SELECT 1 FROM chunks WHERE parent = ? AND tokens = ? LIMIT 1"
     return any(db.execute(query, (root(model, chunk_size), beginning)).fetchone() for model in others)
@@ -190,6 +195,8 @@ def _closest_child(
         `(segment id, position in it, shared tokens)`, or `None` when not even one token is shared.
     """
     best: tuple[int, int, int] | None = None
+    if len(tokens) > MAX_TOKEN_BYTES:
+        return None  # No chunk is as long, nor does SQLite look for what is longer than a row may be.
     # In sorted order nothing shares more with `tokens` than its two neighbours: the number of children does not matter.
     for condition in ("tokens >= ? ORDER BY tokens", "tokens < ? ORDER BY tokens DESC"):
         row = db.execute(
@@ -234,25 +241,30 @@ def unreachable_keys(db: sqlite3.Connection, roots: Roots = None) -> list[str]:
         WHERE child.id = lost.id AND {CONTINUES}
     )"""
     if roots is None:
-        found = db.execute(lost).fetchall()
+        found: Iterable[tuple[float, int, object]] = db.execute(lost)
     else:
-        found = [row for root in roots for row in db.execute(f"{lost} AND lost.root = ?", (root,))]
-    return [key for _, _, key in sorted(found)]
+        found = (row for root in roots for row in db.execute(f"{lost} AND lost.root = ?", (root,)))
+    return [key for _, _, key in sorted({(created, number, checked_name(key)) for created, number, key in found})]
 
 
 def continuations(db: sqlite3.Connection, row: SegmentRow) -> list[SegmentRow]:
     """`row` and all segments that could not be reached without it, parents before children."""
-    # A chunk may lie in several segments: a child is lost when all that hold its parent chunk are.
-    holders: dict[int, set[int]] = {}
-    children: dict[int, list[int]] = {}
-    for child, parent in db.execute(_BELOW, (row.id,)):
-        holders.setdefault(child, set()).add(parent)
-        children.setdefault(parent, []).append(child)
-    lost = [row.id]
-    for number in lost:  # (It grows.)
-        for child in children.get(number, ()):
-            left = holders[child]
-            left.discard(number)
-            if not left and child != row.id:
-                lost.append(child)
-    return segments_by_id(db, lost)
+    # A chunk may lie in several segments: a child is lost when all that hold its parent chunk are. A parent begins
+    # before its children, so it is known by then whether it is lost. What thousands continue thousands may hold, by an
+    # index that lies: such pairs are looked at, but not kept, except for those within some segments.
+    below = sorted(place for place in db.execute(_BELOW, (row.id,)) if place[1] != row.id)
+    lost = {row.id: None}
+    for start in range(0, len(below), _AT_ONCE):
+        some: dict[int, set[int]] = {number: set() for _, number in below[start : start + _AT_ONCE]}
+        kept: set[int] = set()
+        before, _, after = _HOLDERS_OF_SOME
+        query = f"{before}child.id IN ({', '.join('?' * len(some))}){after}"
+        for child, parent in db.execute(query, list(some)):
+            if parent in some:
+                some[child].add(parent)
+            elif parent not in lost:
+                kept.add(child)
+        for child, parents in some.items():
+            if child not in kept and parents <= lost.keys():
+                lost[child] = None
+    return segments_by_id(db, list(lost))

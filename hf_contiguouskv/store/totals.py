@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .hashing import HASH_BYTES
+
 TOTALS = """
 CREATE TABLE totals (
     root BLOB NOT NULL, fingerprint TEXT NOT NULL, chunk_size INTEGER NOT NULL, segments INTEGER NOT NULL,
@@ -20,6 +22,7 @@ CREATE TABLE totals (
 
 _OF_ONE = "WHERE root = ? AND fingerprint = ? AND chunk_size = ?"
 _BELOW = 2**53
+_MAX_FINGERPRINT = 256  # As in headers: see `format.py`.
 
 Roots = Sequence[bytes] | None
 """Root hashes of prefixes, 16 bytes each; `None`: of all that are stored."""
@@ -32,6 +35,11 @@ class IndexDamagedError(sqlite3.DatabaseError):
 def is_number(value: object) -> bool:
     """Whether a value of the database is a count, as this library writes them."""
     return type(value) is int and 0 <= value < _BELOW
+
+
+def is_fingerprint(value: object) -> bool:
+    """Whether this is text that is no longer than a fingerprint may be."""
+    return type(value) is str and len(value) <= _MAX_FINGERPRINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +76,27 @@ def stored_models(db: sqlite3.Connection) -> list[tuple[str, int]]:
     Raises:
         IndexDamagedError: the table makes no sense.
     """
-    found = db.execute("SELECT DISTINCT fingerprint, chunk_size FROM totals").fetchall()
-    if not all(type(fingerprint) is str and is_number(size) for fingerprint, size in found):
-        raise IndexDamagedError("a model that it names makes no sense")
-    return found
+    # (Told apart here: what SQLite collects nobody has checked.)
+    found: dict[tuple[str, int], None] = {}
+    for fingerprint, size in db.execute("SELECT fingerprint, chunk_size FROM totals"):
+        if not (is_fingerprint(fingerprint) and is_number(size)):
+            raise IndexDamagedError("a model that it names makes no sense")
+        found[fingerprint, size] = None
+    return list(found)
+
+
+def stored_roots(db: sqlite3.Connection) -> list[bytes]:
+    """The root hashes of all prefixes that are stored, sorted.
+
+    Raises:
+        IndexDamagedError: the table makes no sense.
+    """
+    found: set[bytes] = set()
+    for (root,) in db.execute("SELECT root FROM totals"):
+        if type(root) is not bytes or len(root) != HASH_BYTES:
+            raise IndexDamagedError("a root that it names makes no sense")
+        found.add(root)
+    return sorted(found)
 
 
 def add_to_totals(
@@ -98,8 +123,16 @@ def take_from_totals(
 
 
 def totals_are_right(db: sqlite3.Connection) -> bool:
-    """Whether the table says what the segments do."""
-    counted = db.execute(
-        "SELECT root, fingerprint, chunk_size, count(*), sum(num_tokens), sum(nbytes) FROM segments GROUP BY 1, 2, 3"
-    ).fetchall()
-    return set(counted) == set(db.execute("SELECT root, fingerprint, chunk_size, segments, tokens, bytes FROM totals"))
+    """Whether the table says what the segments do, whose rows make sense (`SegmentRow.checked`)."""
+    counted = set(
+        db.execute(
+            "SELECT root, fingerprint, chunk_size, count(*), sum(num_tokens), sum(nbytes) FROM segments "
+            "GROUP BY 1, 2, 3"
+        )
+    )
+    told: set[tuple[Any, ...]] = set()
+    for row in db.execute("SELECT root, fingerprint, chunk_size, segments, tokens, bytes FROM totals"):
+        if row not in counted:
+            return False
+        told.add(row)
+    return len(told) == len(counted)

@@ -313,7 +313,6 @@ def test_no_name_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
                 folder.remove,
                 folder.make_free,
                 folder.sub,
-                folder.make_private,
                 lambda name: folder.sub(name, create=True),
                 lambda name: folder.write_file(name, b"x"),
                 lambda name: folder.read_file(name, 10),
@@ -339,7 +338,7 @@ def test_a_directory_follows_no_link(tmp_path: Path, attacks: Figures) -> None:
     (inside / "link").symlink_to(outside)
     (inside / "file").symlink_to(outside / "file")
     with Directory.open(inside) as folder:
-        for act in (folder.open_file, folder.make_private, folder.create_file, lambda name: folder.read_file(name, 9)):
+        for act in (folder.open_file, folder.create_file, lambda name: folder.read_file(name, 9)):
             with pytest.raises(OSError, match=r"symbolic|exists"):
                 act("file")
         with pytest.raises(OSError, match=r"symbolic|directory"):
