@@ -91,7 +91,7 @@ def _write_mark(descriptor: int) -> None:
 
 
 def _check_marker(folder: Directory) -> None:
-    marker = folder.path_of(MARKER)
+    marker = f"{folder.name}/{MARKER}"
     try:
         for _ in range(100):
             text = folder.read_file(MARKER, _MAX_MARK)
@@ -138,12 +138,12 @@ def _check_inner(folder: Directory, inner: str) -> None:
     status = folder.stat(inner)
     if status is None:
         return
-    path = folder.path_of(inner)
+    path = f"{folder.name}/{inner}"
     if stat.S_ISLNK(status.st_mode):
         raise StoreFormatError(f"{path} is a link; a store's folders must be its own. Move the whole store instead.")
     if not stat.S_ISDIR(status.st_mode):
         raise StoreFormatError(f"{path} is no folder, as it must be in a store. Move it elsewhere.")
-    require_trusted(status, str(path), folder.trust_owner)
+    require_trusted(status, path, folder.trust_owner)
 
 
 class Pins:

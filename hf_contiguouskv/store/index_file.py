@@ -275,7 +275,7 @@ class IndexFile:
         return identity
 
     def _connect(self, name: str, options: str, busy_s: float) -> sqlite3.Connection:
-        path = self.folder.path_of(name)
+        path = self.path if name == NAME else self.folder.path_of(name)
         for _ in range(_TRIES):
             before = self._check(name)
             if before is None:
@@ -318,7 +318,9 @@ class IndexFile:
         db.text_factory = bytes  # (A path need not be text.)
         told = os.fsdecode(db.execute("PRAGMA database_list").fetchone()[2])
         db.text_factory = str
-        return told in (f"{self.folder.name}/{name}", os.path.join(os.path.realpath(self.folder.name), name))
+        if told == f"{self.folder.name}/{name}":
+            return True
+        return told == os.path.join(os.path.realpath(self.folder.name), name)
 
 
 def _identity_of(status: os.stat_result) -> _Identity:
