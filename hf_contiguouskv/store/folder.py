@@ -8,11 +8,11 @@ import json
 import os
 import stat
 import time
-from typing import Any
 
 from ..errors import StoreFormatError
 from .backend import checked_key
 from .directory import Directory, require_trusted
+from .strict_json import once_each
 
 STORE_FORMAT = 2
 MARKER = "contiguouskv-store.json"
@@ -110,7 +110,7 @@ def _check_marker(folder: Directory) -> None:
             ) from None
         raise
     try:
-        mark = json.loads(text, object_pairs_hook=_once_each)
+        mark = json.loads(text, object_pairs_hook=once_each)
         version = mark["format"] if isinstance(mark, dict) else None
     except (ValueError, KeyError, RecursionError):
         version = None
@@ -125,13 +125,6 @@ def _check_marker(folder: Directory) -> None:
             f"{folder.name} has store format {version}, whose chunks have other names than those of format "
             f"{STORE_FORMAT}. Delete the folder, or keep it for the release that wrote it and use another one."
         )
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return fields
 
 
 def _check_inner(folder: Directory, inner: str) -> None:

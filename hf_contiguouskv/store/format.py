@@ -38,6 +38,7 @@ from .geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
 from .hashing import TokenIds, segment_hashes
 from .key import MAC_BYTES, NO_MAC
 from .pread import PAGE
+from .strict_json import once_each
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -342,14 +343,7 @@ def _loads(text: bytes) -> Any:
     """The JSON in a header. Where readers could differ on what it says, it is refused."""
     if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
         raise ValueError("it must begin with a brace, and end with one and spaces")
-    return json.loads(text.decode(), object_pairs_hook=_once_each, parse_int=_plain_int)
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
+    return json.loads(text.decode(), object_pairs_hook=once_each, parse_int=_plain_int)
 
 
 def _plain_int(digits: str) -> int:

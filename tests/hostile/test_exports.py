@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 from tally import Figures
 from typer.testing import CliRunner
-from unit.store_helpers import FINGERPRINT, geometry, some_tokens, write_prefix
+from unit.store_helpers import FINGERPRINT, geometry, some_tokens, spoil_key_index, write_prefix
 
 from hf_contiguouskv.cli import app
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError
@@ -117,15 +116,7 @@ def test_what_an_import_refuses_is_not_exported(tmp_path: Path, store_path: Path
 def test_approximations_that_are_wrong_are_not_exported(tmp_path: Path, store_path: Path, attacks: Figures) -> None:
     with PrefixStore(store_path) as store:
         (key, *_) = stored(store)
-        path = store.path / "segments" / key[:2] / f"{key}.safetensors"
-        segment = store._opener(store.backend.open(key))
-        offset, nbytes = segment.tensor_extent("key_index.1")
-        last, _ = segment.tensor_extent("checksums.tensors")
-        row = segment.header.checked_tensors.index("key_index.1")
-        octets = bytearray(path.read_bytes())
-    octets[offset : offset + nbytes] = bytes(nbytes)
-    octets[last + 8 * row : last + 8 * row + 8] = xxhash.xxh3_64_intdigest(bytes(nbytes)).to_bytes(8, "little")
-    path.write_bytes(octets)
+        spoil_key_index(store, key)
     with PrefixStore(store_path) as store:
         assert store.verify() == []
         with pytest.raises(SegmentCorruptError, match=r"key_index\.1: not the payload's keys"):

@@ -12,11 +12,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import xxhash
 from tally import Figures
 from typer.testing import CliRunner, Result
 from unit.fake_hub import COMMIT, FakeHub
-from unit.store_helpers import geometry, some_tokens, write_prefix
+from unit.store_helpers import some_tokens, spoil_key_index, write_prefix
 
 from hf_contiguouskv.cli import app
 from hf_contiguouskv.errors import StoreError, StoreFullError
@@ -330,17 +329,8 @@ def test_a_store_that_others_may_write_is_used_only_when_asked_for(
 
 
 def test_verify_deep_sees_what_verify_does_not(keys: list[str], store_path: Path, attacks: Figures) -> None:
-    path = next(store_path.glob(f"segments/*/{keys[0]}.safetensors"))
     with PrefixStore(store_path) as store:
-        segment = store._opener(store.backend.open(keys[0]))
-        offset, nbytes = segment.tensor_extent("key_index.1")
-        last, _ = segment.tensor_extent("checksums.tensors")
-        row = segment.header.checked_tensors.index("key_index.1")
-    octets = bytearray(path.read_bytes())
-    octets[offset : offset + nbytes] = bytes(nbytes)
-    octets[last + 8 * row : last + 8 * row + 8] = xxhash.xxh3_64_intdigest(bytes(nbytes)).to_bytes(8, "little")
-    path.write_bytes(octets)
-    assert geometry().indexed_layers == (1,)
+        spoil_key_index(store, keys[0])
     assert run("verify", store_path).exit_code == 0
     result = run("verify", store_path, "--deep")
     assert result.exit_code == 1

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from clock import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 from tally import Figures
@@ -82,21 +83,6 @@ def store_measured(store: PrefixStore, ids: TokenIds, compute_s: float) -> str:
         for layer in range(g.num_layers):
             writer.write_chunks(layer, 0, expected_kv(g, ids, layer))
         return writer.commit(compute_s=compute_s).spans[0].segment.key
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(time, "time", found)
-    return found
 
 
 def test_a_segment_that_claims_years_goes_all_the_same(store_path: Path, clock: Clock, attacks: Figures) -> None:

@@ -42,6 +42,21 @@ def path_of(segment: Segment) -> Path:
     return segment.blob.path
 
 
+def spoil_key_index(store: PrefixStore, key: str, layer: int = 1) -> None:
+    """Make the key index of a stored segment zeros, with a checksum that matches."""
+    segment = store._opener(store.backend.open(key))
+    path, name = path_of(segment), f"key_index.{layer}"
+    offset, nbytes = segment.tensor_extent(name)
+    last, _ = segment.tensor_extent("checksums.tensors")
+    row = last + 8 * segment.header.checked_tensors.index(name)
+    checksum = segment.checksum(bytes(nbytes)).to_bytes(8, "little")
+    segment.close()
+    octets = bytearray(path.read_bytes())
+    octets[offset : offset + nbytes] = bytes(nbytes)
+    octets[row : row + 8] = checksum
+    path.write_bytes(octets)
+
+
 def tokens(*numbers: int) -> TokenIds:
     return np.array(numbers, dtype=np.int64)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clock import Clock
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from store_helpers import FINGERPRINT, expected_kv, geometry, path_of, some_tokens, write_prefix
@@ -259,21 +260,6 @@ def write_measured(store: PrefixStore, ids: TokenIds, compute_s: float) -> None:
 
 def kept(store: PrefixStore, prefixes: list[TokenIds]) -> list[bool]:
     return [store.lookup(FINGERPRINT, ids, 4, count=False) is not None for ids in prefixes]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(time, "time", found)
-    return found
 
 
 def test_what_is_dear_to_compute_stays_and_what_is_cheap_goes(store_path: Path, clock: Clock) -> None:

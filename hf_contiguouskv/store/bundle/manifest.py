@@ -9,12 +9,12 @@ import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ...errors import InputError, StoreError, StoreFormatError
 from ...wording import quoted
 from ..backend import checked_key
 from ..local_disk import SUFFIX
+from ..strict_json import once_each
 
 BUNDLE_FORMAT = 1
 MANIFEST = "bundle.json"
@@ -101,7 +101,7 @@ def parse_manifest(text: bytes, name: str) -> list[BundledSegment]:
         if text.count(sign) > most:
             raise BundleError(f"{name}: lists more than {MAX_SEGMENTS:,} segments, or is not a list of segments")
     try:
-        content = json.loads(text.decode(), object_pairs_hook=_once_each, parse_int=_plain_int)
+        content = json.loads(text.decode(), object_pairs_hook=once_each, parse_int=_plain_int)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{name}: not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != _NAME:
@@ -117,14 +117,6 @@ def parse_manifest(text: bytes, name: str) -> list[BundledSegment]:
     if len({segment.key for segment in segments}) != len(segments):
         raise BundleError(f"{name}: lists a segment twice")
     return segments
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Two readers may take different ones of two values, and check what they do not use.
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice in an object")
-    return found
 
 
 def _plain_int(digits: str) -> int:
