@@ -32,7 +32,7 @@ now = count()
 
 
 class Descriptors:
-    """The descriptors of one file, closed with the last reference: whoever reads holds one meanwhile.
+    """The descriptors of one file, closed with the last reference: each reader holds one meanwhile.
 
     Attributes:
         buffered: an ordinary one.

@@ -1,7 +1,7 @@
 """A folder that is held open: what is in it is reached through its descriptor, and no path can be swapped under us.
 
-A path is looked up anew at each use, so whoever may rename a folder on it, or put a link there, decides what a later
-call opens, moves or deletes. A descriptor means one folder for good. No link is followed in it, and no folder that
+A path is looked up again at each use, so anyone who may rename a folder on it, or put a link there, decides what a
+later call opens, moves or deletes. A descriptor means one folder for good. No link is followed in it, and no folder that
 holds something is ever deleted.
 """
 
@@ -110,7 +110,7 @@ class Directory:
             if not create:
                 raise
             for above in [parent for parent in reversed(place.parents) if not parent.exists()]:
-                _make_folder(above, None, 0o755)  # (Whoever may write it could rename this folder.)
+                _make_folder(above, None, 0o755)  # (Those who may write it could rename this folder.)
             made = _make_folder(place, None)
             descriptor = os.open(place, flags)
             if made:

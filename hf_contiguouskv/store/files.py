@@ -37,7 +37,7 @@ class FileBlob:
     Args:
         path: where it lies.
         direct: read past the page cache where the file system can.
-        folder: opens the folder that it lies in, each time anew; default: what lies at the path of that folder.
+        folder: opens the folder that it lies in, at each call; default: what lies at the path of that folder.
 
     Attributes:
         held: its descriptors, unless they were given back or it is closed.
@@ -159,7 +159,7 @@ class FileBlob:
 
 def identity_of(status: os.stat_result) -> Hashable:
     """Tells files under one name apart."""
-    # An inode is used again only when nobody has the file open any more, so whoever compares has the right one.
+    # An inode is used again only when nobody has the file open any more, so a comparison finds the right one.
     return status.st_dev, status.st_ino, status.st_size
 
 

@@ -63,7 +63,7 @@ def _make_marker(folder: Directory) -> None:
     _require_empty(folder)
     status = os.fstat(folder.fd)
     if status.st_uid == os.geteuid() and not folder.trust_owner and status.st_mode & 0o077:
-        # From here on nobody else puts anything in it. What somebody has put there meanwhile is looked for once more.
+        # From here on nobody else puts anything in it. What others have put there meanwhile is looked for once more.
         os.fchmod(folder.fd, 0o700)
         _require_empty(folder)
     folder.require_trusted()

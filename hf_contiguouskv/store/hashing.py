@@ -8,8 +8,8 @@ A hash therefore stands for the whole prefix up to the end of its chunk, for one
 ids are hashed as little-endian int64. A partial last chunk is hashed the same way; it has fewer bytes, so its name
 differs from that of every whole chunk.
 
-The three functions are one with different personalisation: a segment that calls the name of somebody's chunk its root
-cannot have the names of the chunks that follow there.
+The three functions are one with different personalisation: a segment that calls the name of another prefix's chunk its
+root cannot have the names of the chunks that follow there.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Without a key, checksums are XXH3: they tell damage from soundness, and anybody can make them. With a key they are keyed
 BLAKE2b, of 8 bytes each, with a key of their own for every segment; and the header has a code of 32 bytes (`mac`) over
-itself and all checksums. Whoever does not have the key can delete segments, but not make one that is used.
+itself and all checksums. Those who do not have the key can delete segments, but not make one that is used.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class StoreKey:
                 return cls(text.strip())
             if kind == "file" and name:
                 return cls(_from_file(Path(name)))
-        # (Not the value: somebody may have passed the secret as text.)
+        # (Not the value: the secret itself may have been passed as text.)
         raise ConfigError(
             f"key must be bytes, a path, 'file:PATH' or 'env:NAME', got a {type(source).__name__} that is none of these"
         )

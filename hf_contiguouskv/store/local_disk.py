@@ -211,7 +211,7 @@ class LocalDisk:
             else:
                 removed.append(f"partial/{name}")
                 freed += nbytes
-        # A link in the place of a folder leads out of the store. What was in the folder is stored anew.
+        # A link in the place of a folder leads out of the store. What was in the folder is stored again.
         for name in self._segments.names():
             status = self._segments.stat(name)
             if status is not None and stat.S_ISLNK(status.st_mode):
@@ -251,7 +251,7 @@ def remove_unlocked(folder: Directory, name: str, *, dry_run: bool) -> int | Non
     """Delete a file that no process is writing.
 
     Returns:
-        what it took up, in bytes, or `None` when it was left alone: it is in use, or somebody else's, or a folder that
+        what it took up, in bytes, or `None` when it was left alone: it is in use, or another user's, or a folder that
         holds something.
     """
     try:

@@ -49,7 +49,7 @@ def _index_segment(
     except sqlite3.OperationalError:
         raise  # It is the index that cannot be written.
     except Exception as error:
-        # Whoever made this segment may have made it to stop us, by whatever a parser or an allocation can raise.
+        # This segment may have been made to stop us, by whatever a parser or an allocation can raise.
         return in_words(key, error)
     return None
 

@@ -80,7 +80,7 @@ class PrefixStore(Upkeep):
         backend: where segments lie, if not in `path`; index and pins are in `path` all the same.
         key: a secret that those share who may put prefixes into the store: its bytes, a path or `"file:PATH"` of a file
             that holds it, or `"env:NAME"` of an environment variable. What was stored without it, or with another one,
-            is not used. Without a key, whoever can write to the store decides what is answered.
+            is not used. Without a key, anyone who can write to the store decides what is answered.
         trust_owner: accept a folder and files in it that other users of this machine own, or may write. They can read
             the prompts that are stored, and without a `key` choose what is answered.
 

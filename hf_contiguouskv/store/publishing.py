@@ -240,7 +240,7 @@ class Publisher:
     def _same_there(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> Segment | None:
         """The segment that is stored under this name already, if it is of use; otherwise the new one replaces it.
 
-        It must be possible to open it, and it must prove to be the same: whoever made it may lie. And segments with
+        It must be possible to open it, and it must prove to be the same: it may be a lie. And segments with
         the same end may begin at different chunks: one that continues nothing is of no use.
         """
         there = self._opened_now(header.key)
@@ -253,7 +253,7 @@ class Publisher:
         return None
 
     def _repair_rows(self, db: sqlite3.Connection, segment: Segment) -> None:
-        """Let the index say of a segment what it is: whoever has computed it again should find it the next time."""
+        """Let the index say of a segment what it is: a request that computed it again should find it the next time."""
         row = segment_by_key(db, segment.key)
         if row is None or not row_problems(db, segment, row, bool(row.pinned)):
             return

@@ -165,7 +165,7 @@ class Room:
         def delete(db: sqlite3.Connection, some: list[SegmentRow]) -> list[SegmentRow]:
             pinned, gone = self._pins.keys(), []
             for row in some:
-                # (Somebody may have used it meanwhile, or continued it.)
+                # (Another process may have used it meanwhile, or continued it.)
                 if is_expired(db, row.key, unused_since, pinned):
                     drop_segment(db, row.key)
                     self._backend.delete(row.key)
@@ -185,7 +185,7 @@ class Room:
 
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
-                # Somebody may have stored it anew, or indexed it again, meanwhile.
+                # Another process may have stored or indexed it again meanwhile.
                 if self._backend.identity(key) == identity:
                     self.delete_unindexed(db, key)
 

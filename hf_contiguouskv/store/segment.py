@@ -210,7 +210,7 @@ class Segment:
             SegmentReadError: the storage failed.
         """
         if nbytes > _UNASKED_BYTES and not self.blob.is_backed(offset, nbytes):
-            # Memory for it would be taken on the word of whoever made the file.
+            # Memory for it would be taken on the word of the file alone.
             raise SegmentCorruptError(f"{self.name}: {self.describe(offset)} is a hole in the file", self)
         octets = bytearray(nbytes)
         try:

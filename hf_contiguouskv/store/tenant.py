@@ -25,7 +25,7 @@ class Tenant:
     """Whose view of a store this is.
 
     Args:
-        salt: of the tenant; `None`: of whoever looks after the whole store.
+        salt: of the tenant; `None`: of the operator, who looks after the whole store.
 
     Attributes:
         salt: as bytes; empty for `None`.
@@ -74,7 +74,7 @@ class Tenant:
         """The segment named `key`.
 
         Raises:
-            StoreError: there is none, or it is somebody else's: which of the two is not said.
+            StoreError: there is none, or it is another tenant's: which of the two is not said.
         """
         row = segment_by_key(db, key) if is_key(key) else None
         if row is None or not self.owns(row):

@@ -228,7 +228,7 @@ class Upkeep:
     def gc(self, dry_run: bool = False) -> GcReport:
         """Clean up: remove leftovers of crashes, damaged and expired segments; make index and segments agree.
 
-        A store that was opened with a salt leaves damaged segments to whoever opens it without, and tells only of its
+        A store that was opened with a salt leaves damaged segments to the handle without one, and tells only of its
         own.
 
         Args:

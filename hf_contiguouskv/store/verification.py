@@ -85,7 +85,7 @@ def segment_problems(
 
 
 def in_words(key: str, error: Exception) -> str:
-    """What one segment raised, in words that name it: whoever made it may have made it to raise anything."""
+    """What one segment raised, in words that name it: it may have been made to raise anything."""
     if isinstance(error, (StoreError, OSError)):
         return str(error)
     return f"segment {key}: {type(error).__name__}: {shown(error)}"

@@ -199,7 +199,7 @@ def _in_the_making(target: Path) -> Iterator[_Bundle]:
             ) from error
         if names:
             raise InputError(f"{target} exists and is not an empty folder; a bundle needs a folder of its own")
-        with contextlib.suppress(PermissionError):  # (It is somebody else's; what is made in it is ours alone.)
+        with contextlib.suppress(PermissionError):  # (Another user owns it; what is made in it is ours alone.)
             os.fchmod(folder.fd, 0o700)
         with _undone_after_errors(_Bundle(folder)) as bundle:
             yield bundle

@@ -1,6 +1,6 @@
 """Bundles on the Hugging Face Hub: fetched at one commit, the list first, and of the rest only what it lists.
 
-Whoever owns a repository decides what it holds and how large that is. So the revision is resolved to a commit once, the
+The owner of a repository decides what it holds and how large that is. So the revision is resolved to a commit once, the
 list is fetched and checked, and before anything else is fetched, the sizes that the Hub tells must be those of the list
 and fit in a bound.
 """
@@ -157,7 +157,7 @@ def _locked_folder(above: Directory) -> tuple[str, Directory]:
         require_trusted(os.fstat(folder.fd), folder.name)
         with contextlib.suppress(OSError):  # (Without locks on this file system, nothing that is left is collected.)
             fcntl.flock(folder.fd, fcntl.LOCK_EX)
-        # Whoever collected between the two calls has deleted it.
+        # A `collect` that came between the two calls has deleted it.
         if _is_at(above, name, folder):
             return name, folder
         folder.close()
