@@ -1,8 +1,8 @@
 """A folder that is held open: what is in it is reached through its descriptor, and no path can be swapped under us.
 
 A path is looked up again at each use, so anyone who may rename a folder on it, or put a link there, decides what a
-later call opens, moves or deletes. A descriptor means one folder for good. No link is followed in it, and no folder that
-holds something is ever deleted.
+later call opens, moves or deletes. A descriptor means one folder for good. No link is followed in it, and no folder
+that holds something is ever deleted.
 """
 
 from __future__ import annotations
