@@ -207,8 +207,8 @@ class IndexFile:
 
         A user who can read a file can lock it. We lock only files that nobody else could read when we did, so what is
         held although others can read it is held by a stranger; or by one of us, if its owner has opened the whole
-        store to others meanwhile. So such a lock is waited for, but not for long, before it is replaced. Where two build after
-        all, `is_due` makes one of them give up.
+        store to others meanwhile. So such a lock is waited for, but not for long, before it is replaced. Where two
+        build after all, `is_due` makes one of them give up.
         """
         doubtful_until = time.monotonic() + _DOUBTFUL_LOCK_S
         while (status := self.folder.stat(_LOCK)) is not None and not self._is_own_lock(status):

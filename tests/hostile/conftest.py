@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,18 @@ def in_child(work: Callable[[], object], *, user: int | None = None, memory: int
         said = pipe.read().decode(errors="replace")
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status == 0, f"the child ended with {status}:\n{said}"
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    """This process cannot take more than 2 GiB of addresses besides what it has (threads reserve much of that).
+
+    For tests that try many things, where a child for each would take too long.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + 2**31, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def as_stranger(work: Callable[[], object]) -> None:

@@ -146,6 +146,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.usefixtures("bounded_memory")
 @given(
     entry=st.dictionaries(st.sampled_from([*ENTRY, "file"]), json_values), more=st.dictionaries(st.text(), json_values)
 )

@@ -139,6 +139,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.usefixtures("bounded_memory")
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(told=FIELDS, size=st.sampled_from([4096, 2**20, 2**40, 2**62]))
 def test_whatever_a_header_says_is_a_segment_or_one_of_our_errors(

@@ -150,6 +150,7 @@ SLOW = settings(
 )
 
 
+@pytest.mark.usefixtures("bounded_memory")
 @SLOW
 @given(statements=st.lists(edits(), min_size=1, max_size=4), first=st.sampled_from([None, "tenant"]))
 @example(statements=[("UPDATE segments SET last_used = ?", (1e300,))], first=None)
@@ -179,6 +180,7 @@ def test_whatever_is_in_the_rows(
     attacks.add("indexes with an enemy's rows lived through")
 
 
+@pytest.mark.usefixtures("bounded_memory")
 @SLOW
 @given(statements=st.lists(edits(), min_size=1, max_size=4), bound=st.integers(0, 200_000))
 @example(statements=[("UPDATE segments SET nbytes = ?", (2**53 - 1,))], bound=50_000)
