@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clock import Clock
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from store_helpers import FINGERPRINT, path_of, read_back, some_tokens, write_prefix
 from test_eviction import (
     NOW,
-    Clock,
     Known,
-    clock,  # noqa: F401 (a fixture)
     database,
     kept,
     key_of,
