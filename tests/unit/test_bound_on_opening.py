@@ -73,7 +73,7 @@ def filled(path: Path, count: int) -> tuple[list[TokenIds], int]:
     return prefixes, size
 
 
-def test_a_lower_bound_holds_and_what_is_worth_most_stays(store_path: Path, clock: Clock) -> None:  # noqa: F811
+def test_a_lower_bound_holds_and_what_is_worth_most_stays(store_path: Path, clock: Clock) -> None:
     prefixes = [some_tokens(16, seed) for seed in range(4)]
     with PrefixStore(store_path) as store:
         for ids, seconds in zip(prefixes, (5.0, 0.5, 2.0, 9.0), strict=True):
