@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from .dtypes import Dtype, dtype_name
 from .systems.attentionstore import Loading, full_load

@@ -24,8 +24,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.support import require_support
+from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
 
 from .dtypes import DtypeOption, choose_dtype, dtype_name
 from .random_models import random_model

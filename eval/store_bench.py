@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_contiguouskv import PrefixStore
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.store import KVGeometry, fingerprint
+from hf_contiguouskv.hardware.aligned_memory import aligned_buffer, as_memoryview
+from hf_contiguouskv.model import fingerprint
+from hf_contiguouskv.store import KVGeometry
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.hashing import ChainMemory, TokenIds, chain_hashes
-from hf_contiguouskv.store.pread import aligned_buffer, as_memoryview
 from hf_contiguouskv.store.search import longest_match
 
 from .store_fixtures import CHUNK, MODEL, TINY, Sizes, fill, large_model, no_fsync, some_ids, store_kv

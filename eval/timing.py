@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 T = TypeVar("T")
 

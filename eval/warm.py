@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from .dtypes import DtypeOption, dtype_name
 from .timing import interleave, machine, median_spread, time_to_first_token

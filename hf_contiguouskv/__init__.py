@@ -1,6 +1,6 @@
 """Prefix KV caches on disk, read back in chunks that attention needs: a drop-in transformers `Cache`."""
 
-from .cache import ContiguousKVCache
+from .cache.contiguous_cache import ContiguousKVCache
 from .config import ContiguousKVConfig
 from .stats import RequestStats, StoreStats
 from .store import PrefixInfo, PrefixStore

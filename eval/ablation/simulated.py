@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, choose_chunks, voting_queries
 from hf_contiguouskv.store.key_index import build_key_index
-from hf_contiguouskv.transformers_internals import cache_argument
 
 from .rounding import round_keys, round_values
 from .variants import Variant

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv.store.pread import aligned_buffer, as_memoryview
+from hf_contiguouskv.hardware.aligned_memory import aligned_buffer, as_memoryview
 
 from ..timing import median_spread
 

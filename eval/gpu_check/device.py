@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from hf_contiguouskv import device as devices
+from hf_contiguouskv.hardware import accelerator as devices
 from hf_contiguouskv.memory import tiers
 
 from ..systems import bringing

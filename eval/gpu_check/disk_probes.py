@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_contiguouskv.store.pread import aligned_buffer, as_memoryview
+from hf_contiguouskv.hardware.aligned_memory import aligned_buffer, as_memoryview
 
 from ..timing import drop_page_cache
 

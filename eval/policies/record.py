@@ -15,11 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVCache, PrefixStore
-from hf_contiguouskv.keys import KeySource
-from hf_contiguouskv.prefill import geometry_of
+from hf_contiguouskv.loading.key_source import KeySource
+from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.model.transformers_internals import cache_argument
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
 from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
-from hf_contiguouskv.support import require_support
-from hf_contiguouskv.transformers_internals import cache_argument
 
 from ..timing import machine
 from .texts import Document, questions

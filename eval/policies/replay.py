@@ -14,13 +14,14 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.keys import KeySource
+from hf_contiguouskv.loading.key_source import KeySource
 from hf_contiguouskv.memory import EvictionPolicy
-from hf_contiguouskv.plan import LayerPlan, Rows
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.request import PrefixRequest
+from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.request.prefix_request import PrefixRequest
+from hf_contiguouskv.request.rows import Rows
 from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
 from hf_contiguouskv.store import KVGeometry
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.reader import ExtentReader, Read, Ticket
 
 from ..store_fixtures import MODEL, no_fsync, some_ids

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from ..metrics import scores
 from ..metrics.fidelity import agreement, divergence

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.support import decoder_config, innermost_causal_lm, layer_windows, require_support
+from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, layer_windows, require_support
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
 
 from .. import streams
 from ..tasks import Request, task_named

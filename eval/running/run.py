@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import __version__
-from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.model.fingerprint import model_fingerprint
 
 from .. import streams
 from ..dtypes import DtypeChoice, choose_dtype, dtype_name

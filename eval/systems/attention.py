@@ -15,9 +15,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_contiguouskv.attention import Installation, tagged
 from hf_contiguouskv.errors import UnsupportedModelError
-from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
+from hf_contiguouskv.model.attention import Installation, tagged
+from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, require_support
 
 from .states import on_accelerator
 
@@ -41,7 +41,7 @@ class GroupedLayer(DynamicLayer):
     def visible_kv(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `hf_contiguouskv.attention.KVSource`."""
+        """See `hf_contiguouskv.model.attention.KVSource`."""
         return self.keys, self.values
 
 

@@ -18,13 +18,13 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv.loading.payload_reads import Lookahead, PayloadReads
+from hf_contiguouskv.loading.placement import copy_in_order
 from hf_contiguouskv.memory import Usage
-from hf_contiguouskv.prefetch import Lookahead, PayloadReads
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.slots import copy_in_order
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.support import innermost_causal_lm, require_support
 from hf_contiguouskv.store import PrefixStore
-from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.support import innermost_causal_lm, require_support
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.timeline import Timeline
 
 from .attention import GroupedAttention, GroupedLayer

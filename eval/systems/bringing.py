@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.loading.payload_reads import PayloadReads
 from hf_contiguouskv.memory import MemoryTiers
 from hf_contiguouskv.memory.tier import Tier
-from hf_contiguouskv.plan import LayerPlan
-from hf_contiguouskv.prefetch import PayloadReads
-from hf_contiguouskv.prefix import AttachedPrefix, Chunks
-from hf_contiguouskv.request import PrefixRequest
+from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.request.prefix_request import PrefixRequest
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix, Chunks
 
 from .states import State, StateError
 

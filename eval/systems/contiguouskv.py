@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from .stored import Stored
 

@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
-from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.support import innermost_causal_lm, require_support
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.transformers_internals import cache_argument
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
 
 from .attention import GroupedAttention, grouped_cache
 from .base import NotStoredError, key_of, require_states

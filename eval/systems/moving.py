@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_contiguouskv import device as devices
+from hf_contiguouskv.hardware import accelerator as devices
 
 
 def send(numbers: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:

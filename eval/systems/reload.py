@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
-from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.support import innermost_causal_lm, require_support
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
 
 from ..timing import drop_page_cache, storage_bytes_read
 from .attention import GroupedAttention, grouped_cache

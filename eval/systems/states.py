@@ -7,7 +7,7 @@ from enum import StrEnum
 import torch
 
 from hf_contiguouskv import RequestStats
-from hf_contiguouskv import device as devices
+from hf_contiguouskv.hardware import accelerator as devices
 
 
 class State(StrEnum):

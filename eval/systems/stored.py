@@ -12,12 +12,12 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.prefill import geometry_of, persist_rows
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.transformers_internals import cache_argument
+from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.timeline import Timeline
-from hf_contiguouskv.transformers_internals import cache_argument
 
 from ..timing import drop_page_cache
 from .base import NotStoredError, key_of, require_states

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.counting import Noted, count_hits
 from hf_contiguouskv.errors import SegmentCorruptError, SegmentReadError
+from hf_contiguouskv.loading.hit_counting import Noted, count_hits
+from hf_contiguouskv.loading.payload_reads import PayloadReads
 from hf_contiguouskv.memory.blocks import neighbours
-from hf_contiguouskv.plan import LayerPlan
-from hf_contiguouskv.prefetch import PayloadReads
-from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.request import PrefixRequest
+from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
+from hf_contiguouskv.request.prefix_request import PrefixRequest
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 
 from .moving import send
 from .states import on_accelerator

@@ -14,13 +14,13 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
 from hf_contiguouskv.memory.policies import EvictionPolicy
-from hf_contiguouskv.plan import LayerPlan
-from hf_contiguouskv.prefill import geometry_of
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, require_support
+from hf_contiguouskv.model.transformers_internals import cache_argument
+from hf_contiguouskv.prefill.exact_prefill import geometry_of
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.hashing import TokenIds
-from hf_contiguouskv.support import decoder_config, innermost_causal_lm, require_support
-from hf_contiguouskv.transformers_internals import cache_argument
 
 from .base import key_of, require_states
 from .bringing import Parts, UnitParts

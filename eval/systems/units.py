@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_contiguouskv.prefix import AttachedPrefix
 from hf_contiguouskv.store import PrefixStore
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.format import KVGeometry
 from hf_contiguouskv.store.hashing import TokenIds
 

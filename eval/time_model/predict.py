@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.needs import bytes_to_read
-from hf_contiguouskv.plan import LayerPlan
+from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.planning.read_plan import bytes_to_read
 
 from ..systems import State
 from .counting import METHODS, Counts, Method
@@ -82,7 +82,7 @@ def library_bytes(shape: Shape, method: Method, tokens: int) -> int:
         raise ValueError(f"{method.label} is not the library's own")
     from types import SimpleNamespace
 
-    from hf_contiguouskv.prefix import AttachedPrefix
+    from hf_contiguouskv.store.attached_prefix import AttachedPrefix
     from hf_contiguouskv.store.entries import SegmentSpan
 
     geometry = shape.geometry(method.config.chunk_size)

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from hf_contiguouskv.store.geometry import KVGeometry
+from hf_contiguouskv.model.kv_geometry import KVGeometry
 
 from . import pretend
 from .machines import Machine
@@ -45,7 +45,7 @@ class Shape:
 
     def geometry(self, chunk_size: int = 16) -> KVGeometry:
         """How the library stores the KV of such a model (`prefill.geometry_of`)."""
-        from hf_contiguouskv.prefill import LEADER_PERIOD
+        from hf_contiguouskv.prefill.exact_prefill import LEADER_PERIOD
 
         every = tuple(range(self.layers))
         return KVGeometry(

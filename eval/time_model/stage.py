@@ -14,8 +14,11 @@ from unittest import mock
 
 import torch
 
-from hf_contiguouskv import device as devices
-from hf_contiguouskv import keys, prefetch, residency, staging
+from hf_contiguouskv.hardware import accelerator as devices
+from hf_contiguouskv.loading import device_residency as staging
+from hf_contiguouskv.loading import host_residency as residency
+from hf_contiguouskv.loading import key_source as keys
+from hf_contiguouskv.loading import payload_reads as prefetch
 from hf_contiguouskv.store import reader
 
 from . import pretend

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..device import send
-from ..store.pread import PAGE, as_memoryview
+from ..hardware.accelerator import send
+from ..hardware.aligned_memory import PAGE, as_memoryview
 
 Slots = npt.NDArray[np.int64]
 Integer = TypeVar("Integer", np.int32, np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..device import Device, StreamOrder
+from ..hardware.accelerator import Device, StreamOrder
 from .arena import Arena
 from .blocks import Blocks, Slots, TensorBlocks, neighbours
 from .entries import Buffer

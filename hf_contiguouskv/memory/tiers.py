@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..device import Device, device_of, pinned_buffer, release_pinned, reserve_pinned
 from ..errors import ConfigError
+from ..hardware.accelerator import Device, device_of, pinned_buffer, release_pinned, reserve_pinned
+from ..hardware.aligned_memory import aligned_buffer
 from ..store.extents import Form
-from ..store.pread import aligned_buffer
 from ..store.segment import Segment
 from .blocks import Blocks, PageableBlocks, Slots, TensorBlocks
 from .device_tier import DeviceTier

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import UntrustedOwnerError
+from ..hardware.aligned_memory import PAGE
 from .backend import Extent
 from .descriptors import Descriptors, new_number, note_closed, note_open, now, with_room
 from .directory import Directory
-from .pread import PAGE, read_joined, read_range, read_scattered
+from .pread import read_joined, read_range, read_scattered
 
 SUFFIX = ".safetensors"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

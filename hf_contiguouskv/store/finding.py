@@ -24,9 +24,9 @@ from ..errors import (
     StoreFormatError,
     UntrustedOwnerError,
 )
+from ..model.kv_geometry import KVGeometry
 from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
-from .geometry import KVGeometry
 from .hashing import ChainMemory, TokenIds, chunk_hash, root_hash, segment_hashes
 from .index import StoreIndex
 from .opened import OpenSegments

@@ -32,12 +32,12 @@ from typing import Any
 import xxhash
 
 from ..errors import InputError, SegmentCorruptError, StoreFormatError
+from ..hardware.aligned_memory import PAGE
+from ..model.kv_geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
 from ..wording import quoted
 from .backend import Blob
-from .geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
 from .hashing import TokenIds, segment_hashes
 from .key import MAC_BYTES, NO_MAC
-from .pread import PAGE
 from .strict_json import once_each
 
 __all__ = [

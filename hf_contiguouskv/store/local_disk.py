@@ -25,10 +25,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from ..errors import SegmentMissingError, UntrustedOwnerError
+from ..hardware.aligned_memory import PAGE, aligned_buffer, as_memoryview
 from .backend import BlobInfo, Leftovers, checked_key
 from .directory import Directory
 from .files import SUFFIX, FileBlob, FileBlobWriter, identity_of
-from .pread import PAGE, aligned_buffer, as_memoryview
 
 __all__ = ["SUFFIX", "FileBlob", "FileBlobWriter", "LocalDisk", "remove_unlocked"]
 

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import count
 
 from ..errors import SegmentMissingError
+from ..hardware.aligned_memory import aligned_buffer, as_memoryview
 from .backend import BlobInfo, Extent, Leftovers, checked_key
-from .pread import aligned_buffer, as_memoryview
 
 _numbers = count(1)
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from ..errors import StoreError, StoreFullError
+from ..hardware.aligned_memory import as_memoryview
 from .backend import BlobWriter
 from .finite import NumberPlaces
 from .format import SegmentHeader, covered_by_mac
 from .hashing import TokenIds
 from .key import Checksums, StoreKey
 from .packing import pack_values
-from .pread import as_memoryview
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

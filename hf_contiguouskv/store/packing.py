@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .geometry import KVGeometry, channels_per_scale
+from ..model.kv_geometry import KVGeometry, channels_per_scale
 
 _LARGEST_CODE = 15
 

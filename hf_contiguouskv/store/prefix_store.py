@@ -15,13 +15,13 @@ from typing import Any
 
 from ..errors import ConfigError, InputError, StoreError
 from ..memory import EvictionPolicy, MemoryTiers
+from ..model.fingerprint import model_fingerprint
 from ..stats import StoreCounters
 from ..wording import quoted
 from .backend import SegmentBackend
 from .background import Background
 from .entries import SegmentSpan, StoredPrefix
 from .finding import Finder, Found
-from .fingerprint import model_fingerprint
 from .folder import Pins, open_folder
 from .format import KVGeometry
 from .hashing import TokenIds, as_token_ids, chain_hashes, shared_beginning

@@ -12,10 +12,7 @@ from ..errors import InputError, StoreError
 from ..stats import StoreCounters
 from .backend import BlobWriter, SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
-from .eviction import (
-    superseded_by,
-    too_large,
-)
+from .eviction import superseded_by, too_large
 from .finding import Finder
 from .folder import Pins
 from .format import KVGeometry, SegmentHeader

@@ -17,8 +17,9 @@ from queue import SimpleQueue
 from types import TracebackType
 
 from ..errors import InputError, StoreClosedError
+from ..hardware.aligned_memory import aligned_buffer, as_memoryview
 from .finite import FiniteCheck
-from .pread import MAX_PART, aligned_buffer, as_memoryview
+from .pread import MAX_PART
 from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, cut, explain, finish
 
 __all__ = ["Check", "ExtentReader", "Read", "Ticket", "aligned_buffer", "as_memoryview"]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
+from ..hardware.aligned_memory import PAGE
 from .finite import FiniteCheck
-from .pread import MAX_PART, PAGE
+from .pread import MAX_PART
 from .segment import Segment
 
 Check = tuple[int, int, int]

@@ -19,15 +19,7 @@ from ..wording import quoted
 from .format import SegmentHeader
 from .hashing import TokenIds
 from .segment_row import COLUMNS, SegmentRow, checked_name, distinct, is_key
-from .totals import (
-    TOTALS,
-    IndexDamagedError,
-    Roots,
-    add_to_totals,
-    is_number,
-    take_from_totals,
-    totals_are_right,
-)
+from .totals import TOTALS, IndexDamagedError, Roots, add_to_totals, is_number, take_from_totals, totals_are_right
 
 __all__ = [
     "ANY_ROOT",

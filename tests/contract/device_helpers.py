@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv import cache as cache_module
+from hf_contiguouskv.cache import contiguous_cache as cache_module
 from hf_contiguouskv.memory import MemoryTiers
 
 from .models import token_ids

@@ -10,11 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig, auto_budget, speeds
-from hf_contiguouskv.auto_budget import BUDGETS, choose_budget
+from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import ConfigError, SegmentReadError
-from hf_contiguouskv.needs import WORTH_READING_BYTES, bytes_to_read
-from hf_contiguouskv.speeds import ComputeSpeeds
+from hf_contiguouskv.planning import auto_budget
+from hf_contiguouskv.planning import measured_speeds as speeds
+from hf_contiguouskv.planning.auto_budget import BUDGETS, choose_budget
+from hf_contiguouskv.planning.measured_speeds import ComputeSpeeds
+from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, bytes_to_read
 
 from .models import CACHE, token_ids
 from .references import assert_close, forward

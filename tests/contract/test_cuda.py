@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hf_contiguouskv.attention import attend
-from hf_contiguouskv.device import Accelerator, pinned_buffer
-from hf_contiguouskv.pinned import PinnedPool, available_bytes, register_with_cuda
-from hf_contiguouskv.prefill import geometry_of, persist_rows
+from hf_contiguouskv.hardware.accelerator import Accelerator, pinned_buffer
+from hf_contiguouskv.hardware.aligned_memory import PAGE, as_memoryview
+from hf_contiguouskv.hardware.pinned_memory import PinnedPool, available_bytes, register_with_cuda
+from hf_contiguouskv.model.attention import attend
+from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
 from hf_contiguouskv.store.local_disk import FileBlob
-from hf_contiguouskv.store.pread import PAGE, as_memoryview
-from hf_contiguouskv.support import require_support
 
 from .device_helpers import CONFIGS, MEBIBYTE, PREFIX, PRUNED, SUFFIX, ask, assert_idle, on_a_cpu, opened
 from .models import build, token_ids

@@ -17,9 +17,11 @@ from transformers import DynamicCache
 from unit.fake_device import FakeDevice, accelerated
 
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.device import Accelerator
+from hf_contiguouskv.hardware.accelerator import Accelerator
 from hf_contiguouskv.memory import blocks
-from hf_contiguouskv.prefill import geometry_of, persist_rows
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
 from hf_contiguouskv.selection import (
     AttentionMass,
     IndexedKeys,
@@ -28,8 +30,6 @@ from hf_contiguouskv.selection import (
     choose_chunks,
     voting_queries,
 )
-from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.support import require_support
 
 from .device_helpers import CONFIGS, MEBIBYTE, PREFIX, PRUNED, SUFFIX, ask, assert_idle, opened
 from .models import PAD, build, token_ids

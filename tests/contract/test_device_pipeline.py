@@ -22,10 +22,13 @@ from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 from unit.test_grouped_attention import flash_on_a_cpu
 
-from hf_contiguouskv import ContiguousKVConfig, attention, prefill, staging
-from hf_contiguouskv.request import KEYS_AHEAD
-from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.support import require_support
+from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.loading import device_residency as staging
+from hf_contiguouskv.model import attention
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.prefill import exact_prefill as prefill
+from hf_contiguouskv.request.prefix_request import KEYS_AHEAD
 
 from .device_helpers import (
     CONFIGS,

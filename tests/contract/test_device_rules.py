@@ -11,11 +11,11 @@ import pytest
 from unit.device_log import races
 from unit.fake_device import EARLY, LATE, FakeDevice, accelerated
 
-from hf_contiguouskv.device import StreamOrder
+from hf_contiguouskv.hardware.accelerator import StreamOrder
+from hf_contiguouskv.loading.device_residency import DeviceResidency, StagedBatch
 from hf_contiguouskv.memory.device_tier import DeviceTier
 from hf_contiguouskv.memory.entries import Buffer
 from hf_contiguouskv.memory.tier import Tier
-from hf_contiguouskv.staging import DeviceResidency, StagedBatch
 from hf_contiguouskv.store.reader import Ticket
 
 from .device_helpers import CONFIGS, MEBIBYTE, PREFIX, ask, opened

@@ -12,8 +12,8 @@ import transformers as hf
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_contiguouskv import transformers_internals as internals
 from hf_contiguouskv.errors import AttentionNotActiveError, UnsupportedModelError
+from hf_contiguouskv.model import transformers_internals as internals
 
 from .models import CACHE, FAMILIES, build, token_ids
 from .references import assert_close, assert_same_generation, forward, generate, prefilled
@@ -278,7 +278,7 @@ def test_models_may_pass_more_to_update_than_we_use(tiny_model, family):
 
 def blind(monkeypatch):
     """A transformers release that passes the cache in a way that our hooks do not know."""
-    monkeypatch.setattr("hf_contiguouskv.hook._hooked", lambda args, kwargs: False)
+    monkeypatch.setattr("hf_contiguouskv.model.forward_hooks._hooked", lambda args, kwargs: False)
 
 
 def test_a_model_whose_hooks_do_not_see_the_cache_is_refused_at_construction(monkeypatch):

@@ -20,8 +20,8 @@ from transformers.masking_utils import eager_mask
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import UnsupportedModelError
-from hf_contiguouskv.support import layer_windows
-from hf_contiguouskv.transformers_internals import attention_function
+from hf_contiguouskv.model.support import layer_windows
+from hf_contiguouskv.model.transformers_internals import attention_function
 
 from .model_zoo import KINDS, Kind, build
 from .models import token_ids

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.model.fingerprint import model_fingerprint
 
 from .memory_helpers import CONFIGS, ask, assert_nothing_in_use
 from .models import CACHE, build, quiet, token_ids

@@ -10,7 +10,9 @@ import dataclasses
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig, needs, prefill
+from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.planning import read_plan as needs
+from hf_contiguouskv.prefill import exact_prefill as prefill
 
 from .models import full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, forward, visible_tokens

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hf_contiguouskv import unserved
+from hf_contiguouskv.session import unserved
 
 from .models import CACHE, PAD, VOCABULARY, build, quiet, token_ids
 from .references import assert_close, assert_same_generation, forward, generate

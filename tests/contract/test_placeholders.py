@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from hf_contiguouskv.placeholders import MEDIA, is_placeholder, placeholder_ids
+from hf_contiguouskv.model.media_placeholders import MEDIA, is_placeholder, placeholder_ids
 
 MODELS = Path(hf.__file__).parent / "models"
 

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import SegmentCorruptError, StoreClosedError
-from hf_contiguouskv.prefill import SegmentFeed
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.prefill.exact_prefill import SegmentFeed
 from hf_contiguouskv.store import KVGeometry
-from hf_contiguouskv.store.fingerprint import model_fingerprint
 from hf_contiguouskv.store.local_disk import FileBlob, FileBlobWriter
 from hf_contiguouskv.store.memory_backend import MemoryBlob
 from hf_contiguouskv.store.segment import Segment

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv.errors import UnsupportedModelError
-from hf_contiguouskv.refusals import NOT_CAUSAL, TRIAL_IDS, looks_ahead, reason_after_trial, reason_for_refusal
+from hf_contiguouskv.model.refusals import NOT_CAUSAL, TRIAL_IDS, looks_ahead, reason_after_trial, reason_for_refusal
 
 from .model_zoo import KINDS, build
 from .models import token_ids

@@ -21,9 +21,9 @@ from eval.ablation.variants import FULL, PACKED, PUBLISHED, SETS, Variant, at
 from eval.tasks import Request
 from eval.tasks.base import encode
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
-from hf_contiguouskv.store.geometry import KVGeometry
+from hf_contiguouskv.model.kv_geometry import KVGeometry
+from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.store.packing import pack_values, unpack_values
-from hf_contiguouskv.transformers_internals import cache_argument
 
 CACHE = cache_argument()
 

@@ -17,7 +17,7 @@ from tiny_model import save_tiny_model
 
 from eval.models import load_model
 from hf_contiguouskv import PrefixStore
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 pytestmark = pytest.mark.skipif(
     cache_argument() != "cache", reason="examples call the cache as transformers 5.24 and later do"

@@ -17,7 +17,7 @@ from eval.gpu_check import copy_probes, device, disk_probes, file_system, kernel
 from eval.gpu_check.file_system import InMemoryError, choose_folder, memory_behind, mount_of, read_mounts
 from eval.gpu_check.results import Clock, FatalError, Results
 from eval.gpu_check.settings import Settings
-from hf_contiguouskv.store.pread import aligned_buffer
+from hf_contiguouskv.hardware.aligned_memory import aligned_buffer
 
 CPU = torch.device("cpu")
 

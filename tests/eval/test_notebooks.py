@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 from tiny_model import save_tiny_model
 
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 # Of quickstart, which calls the model itself.
 needs_5_24 = pytest.mark.skipif(

@@ -30,7 +30,7 @@ from eval.running.run import distinct_tokens
 from eval.systems import SYSTEMS, InMemory
 from eval.tasks import TASKS, Request
 from eval.tasks.base import encode
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 CACHE = cache_argument()
 

@@ -31,7 +31,7 @@ from eval.systems.token_system import random_importance
 from eval.tasks import Request
 from eval.timing import resident_pages
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
 

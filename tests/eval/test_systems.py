@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from eval.systems import AttentionStore, ContiguousKV, InMemory, NotStoredError, Recompute, Reload, System
 from eval.timing import drop_page_cache, resident_pages
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 CACHE = cache_argument()
 

@@ -32,10 +32,11 @@ from eval.systems import (
 )
 from eval.systems.choices import best_on_device, held_by, voted_on_device
 from eval.systems.token_scores import best_tokens, column_sums, similarity, voted
-from hf_contiguouskv import ContiguousKVConfig, attention
-from hf_contiguouskv import device as devices
+from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv.hardware import accelerator as devices
 from hf_contiguouskv.memory import tiers
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model import attention
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 8
 # With a number it is no CPU to the fake accelerator's tests, but the host's memory.

@@ -15,7 +15,7 @@ from eval.timing import (
     resident_pages,
     time_to_first_token,
 )
-from hf_contiguouskv.transformers_internals import cache_argument
+from hf_contiguouskv.model.transformers_internals import cache_argument
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -18,8 +18,8 @@ from eval.systems.token_scores import column_sums, similar_enough, similarity, t
 from eval.systems.token_system import observed_importance
 from eval.systems.units import Nodes, UnitLayout
 from hf_contiguouskv.memory.history import Uses
+from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.store.format import KVGeometry
-from hf_contiguouskv.transformers_internals import cache_argument
 
 CACHE = cache_argument()
 

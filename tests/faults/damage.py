@@ -22,7 +22,7 @@ from contract.models import build, token_ids
 from contract.references import assert_close, assert_same_generation, generate, prefilled
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
-from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.model.fingerprint import model_fingerprint
 
 CHUNK = 16
 NEW_TOKENS = 3

@@ -198,7 +198,7 @@ def test_a_signal_leaves_no_half_of_an_export(
         store, keys, to, _, base_model = arguments
         return export_bundle(store, keys, to, lambda done, total: os.kill(os.getpid(), number), base_model)
 
-    monkeypatch.setattr("hf_contiguouskv.cli_bundle.export_bundle", export_and_die)
+    monkeypatch.setattr("hf_contiguouskv.cli.bundle.export_bundle", export_and_die)
     before = signal.getsignal(number)
     result = CliRunner().invoke(app, ["export", str(store_path), "--all", "--to", str(tmp_path / "exports" / "bundle")])
     assert result.exit_code == 128 + number

@@ -21,8 +21,9 @@ from tally import Figures
 from typer.testing import CliRunner, Result
 from unit.store_helpers import some_tokens, write_prefix
 
-from hf_contiguouskv import cli_output, errors, metrics
+from hf_contiguouskv import errors, metrics
 from hf_contiguouskv.cli import app
+from hf_contiguouskv.cli import output as cli_output
 from hf_contiguouskv.errors import ContiguousKVError, InputError, SegmentCorruptError, StoreError, StoreFullError
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.format import parse_header

@@ -26,10 +26,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit.device_log import HOST, Entry, Touch, races
 
-from hf_contiguouskv import device, keys, staging
+from hf_contiguouskv.hardware import accelerator as device
+from hf_contiguouskv.hardware.aligned_memory import PAGE, as_memoryview
+from hf_contiguouskv.loading import device_residency as staging
+from hf_contiguouskv.loading import key_source as keys
 from hf_contiguouskv.memory import blocks, tiers
 from hf_contiguouskv.store import reader
-from hf_contiguouskv.store.pread import PAGE, as_memoryview
 
 POISON = 0xFF  # NaN in every float type, -1 in every integer type.
 # How the scheduler runs queued copies; a number is the seed of one that decides at random.
@@ -151,14 +153,14 @@ class Machine:
     # -- what the fakes use -------------------------------------------------------------------------------------------
 
     def device_of(self, device: torch.device) -> FakeDevice:
-        """In place of `hf_contiguouskv.device.device_of`: every CPU is an accelerator."""
+        """In place of `hf_contiguouskv.hardware.accelerator.device_of`: every CPU is an accelerator."""
         with self._lock:
             if device not in self.devices:
                 self.devices[device] = FakeDevice(self, str(device))
             return self.devices[device]
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """In place of `hf_contiguouskv.device.pinned_buffer`."""
+        """In place of `hf_contiguouskv.hardware.accelerator.pinned_buffer`."""
         return self.allocate(nbytes, HOST, HOST)
 
     def into_host(self, tensor: torch.Tensor) -> memoryview:
@@ -316,7 +318,7 @@ class Machine:
 
 
 class FakeDevice:
-    """`hf_contiguouskv.device.Device`; see the module's docstring."""
+    """`hf_contiguouskv.hardware.accelerator.Device`; see the module's docstring."""
 
     def __init__(self, machine: Machine, name: str) -> None:
         self.name = name

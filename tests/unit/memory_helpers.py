@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_contiguouskv.hardware.aligned_memory import PAGE, aligned_buffer
 from hf_contiguouskv.memory import Usage
 from hf_contiguouskv.memory.arena import Arena
 from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorBlocks
@@ -19,7 +20,6 @@ from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, Floats, SegmentTable, Uses
 from hf_contiguouskv.memory.policies import EvictionPolicy
 from hf_contiguouskv.memory.tier import Tier
-from hf_contiguouskv.store.pread import PAGE, aligned_buffer
 from hf_contiguouskv.store.segment import Segment
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_contiguouskv.cached_tokens import CachedTokens
+from hf_contiguouskv.session.cached_tokens import CachedTokens
 
 PREFIX = torch.tensor([5, 6, 7])
 SUFFIX = torch.tensor([[1, 2, 3, 4]])

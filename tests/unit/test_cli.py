@@ -12,8 +12,8 @@ from store_helpers import FINGERPRINT, expected_kv, geometry, some_tokens, write
 from typer.testing import CliRunner, Result
 
 from hf_contiguouskv.cli import app, human_bytes
-from hf_contiguouskv.cli_app import messages_instead_of_tracebacks
-from hf_contiguouskv.cli_output import human_age, human_seconds, seconds_from
+from hf_contiguouskv.cli.app import messages_instead_of_tracebacks
+from hf_contiguouskv.cli.output import human_age, human_seconds, seconds_from
 from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.store import PrefixStore
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_contiguouskv.errors import UnsupportedModelError
-from hf_contiguouskv.store import fingerprint
-from hf_contiguouskv.store.fingerprint import model_fingerprint
+from hf_contiguouskv.model import fingerprint
+from hf_contiguouskv.model.fingerprint import model_fingerprint
 
 
 def make_model(seed: int = 0, **changes: object) -> PreTrainedModel:

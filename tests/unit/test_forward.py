@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_contiguouskv.errors import InputError
-from hf_contiguouskv.forward import (
+from hf_contiguouskv.session.forward_inputs import (
     Prompt,
     cut_cached,
     is_refed,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
 
-from hf_contiguouskv import attention
-from hf_contiguouskv.attention import attend
+from hf_contiguouskv.model import attention
+from hf_contiguouskv.model.attention import attend
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from memory_helpers import FourPerBlock, check_arena, content_of, heap_victims, octets, pageable, places
 
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import arena as arena_module
 from hf_contiguouskv.memory.arena import Arena
 from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorBlocks, neighbours, runs
-from hf_contiguouskv.store.pread import PAGE
 
 KINDS: dict[str, Callable[[int, int], Blocks]] = {"pageable": pageable, "tensors": FourPerBlock}
 

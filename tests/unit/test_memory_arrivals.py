@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from memory_helpers import Joined, check_tier, fake_segment, here, load, new_table, new_tier, places, usage
 
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import POLICIES, MemoryTiers, Tier
 from hf_contiguouskv.memory.history import Clock, SegmentTable
 from hf_contiguouskv.memory.policies import policy_named
-from hf_contiguouskv.store.pread import PAGE
 
 
 def tell(tier: Tier, clock: Clock, table: SegmentTable, used: list[int], mass: float = 0.0) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from memory_helpers import ByImportance, Joined, check_arena, content_of, fake_segment, here, load, places, usage
 
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import MemoryTiers, blocks
 from hf_contiguouskv.memory.device_tier import DeviceTier
 from hf_contiguouskv.memory.history import SegmentTable
 from hf_contiguouskv.memory.policies import EvictionPolicy
-from hf_contiguouskv.store.pread import PAGE
 
 
 class Event:

@@ -25,11 +25,11 @@ from memory_helpers import (
 from store_helpers import expected_kv, geometry, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import StoreClosedError
+from hf_contiguouskv.hardware.aligned_memory import PAGE
+from hf_contiguouskv.loading.host_residency import Batch, HostResidency, PrefixTables
 from hf_contiguouskv.memory import MemoryTiers
-from hf_contiguouskv.prefix import AttachedPrefix
-from hf_contiguouskv.residency import Batch, HostResidency, PrefixTables
 from hf_contiguouskv.store import PrefixStore
-from hf_contiguouskv.store.pread import PAGE
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 
 # ---- after `close` ----
 

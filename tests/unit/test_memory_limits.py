@@ -22,7 +22,7 @@ from memory_helpers import (
 )
 
 from hf_contiguouskv.errors import ConfigError
-from hf_contiguouskv.store.pread import PAGE
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 
 # ---- the bound ----
 

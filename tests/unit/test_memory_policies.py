@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from memory_helpers import ByImportance, Joined, fake_segment, here, keys_in, load, new_table, new_tier, places, usage
 
 from hf_contiguouskv.errors import ConfigError
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import POLICIES, EvictionPolicy, MemoryTiers
 from hf_contiguouskv.memory.history import HALF_LIFE, Clock, SegmentTable, Uses
 from hf_contiguouskv.memory.policies import (
@@ -20,7 +21,6 @@ from hf_contiguouskv.memory.policies import (
     LeastRecentlyUsed,
     policy_named,
 )
-from hf_contiguouskv.store.pread import PAGE
 
 Request = tuple[SegmentTable, list[int]]
 

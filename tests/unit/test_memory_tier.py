@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from memory_helpers import ByImportance, FourPerBlock, check_tier, content_of, new_table, new_tier, pageable, places
 
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import POLICIES, Buffer, Tier
 from hf_contiguouskv.memory.blocks import Slots
 from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, SegmentTable
-from hf_contiguouskv.store.pread import PAGE
 
 SIZES = [PAGE // 8, PAGE, 2 * PAGE, 3 * PAGE]
 CHUNKS = 12

@@ -13,9 +13,9 @@ import torch
 from memory_helpers import Joined, check_tier, content_of, fake_segment, here, load, places, read, usage
 
 from hf_contiguouskv.errors import ConfigError
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import MemoryTiers, Usage, tiers
 from hf_contiguouskv.memory.history import SegmentTable
-from hf_contiguouskv.store.pread import PAGE
 from hf_contiguouskv.store.segment import Segment
 
 CHUNKS = 16

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from store_helpers import geometry
 
 from hf_contiguouskv.errors import InputError
+from hf_contiguouskv.model.kv_geometry import channels_per_scale
 from hf_contiguouskv.store import KVGeometry
-from hf_contiguouskv.store.geometry import channels_per_scale
 from hf_contiguouskv.store.packing import pack_values, unpack_values
 
 

@@ -9,9 +9,10 @@ import threading
 import pytest
 import torch
 
-from hf_contiguouskv import device, pinned
-from hf_contiguouskv.pinned import PinnedPool
-from hf_contiguouskv.store.pread import PAGE
+from hf_contiguouskv.hardware import accelerator as device
+from hf_contiguouskv.hardware import pinned_memory as pinned
+from hf_contiguouskv.hardware.aligned_memory import PAGE
+from hf_contiguouskv.hardware.pinned_memory import PinnedPool
 
 MEBIBYTE = 2**20
 

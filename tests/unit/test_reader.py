@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from store_helpers import geometry, open_segment, path_of, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.store import PrefixStore
-from hf_contiguouskv.store.pread import PAGE
 from hf_contiguouskv.store.reader import ExtentReader, Read, aligned_buffer, as_memoryview
 from hf_contiguouskv.store.segment import Segment
 

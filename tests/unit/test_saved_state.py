@@ -14,9 +14,9 @@ from test_fingerprint import make_model
 from transformers import PreTrainedModel
 
 from hf_contiguouskv.errors import UnsupportedModelError
-from hf_contiguouskv.store import fingerprint
-from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.store.saved_state import saves_more
+from hf_contiguouskv.model import fingerprint
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.saved_state import saves_more
 
 # Quantised tensors of torch's own are on their way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_contiguouskv.loading.placement import chosen
 from hf_contiguouskv.memory.blocks import among, distinct
-from hf_contiguouskv.slots import chosen
 
 numbers = st.integers(0, 30)
 

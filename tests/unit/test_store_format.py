@@ -14,11 +14,11 @@ from safetensors import safe_open
 from store_helpers import expected_kv, geometry, open_segment, path_of, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError, StoreFormatError
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.format import SegmentHeader, parse_header, place_tensors
 from hf_contiguouskv.store.hashing import ChainMemory, chain_hashes, chunk_hash, root_hash, segment_hashes
 from hf_contiguouskv.store.key_index import build_key_index
-from hf_contiguouskv.store.pread import PAGE
 
 
 @st.composite

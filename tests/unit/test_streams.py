@@ -11,7 +11,7 @@ import torch
 from unit.device_log import HOST, Entry, Touch, races
 from unit.fake_device import EARLY, LATE, SCHEDULES, Machine, Watch, install
 
-from hf_contiguouskv.device import StreamOrder
+from hf_contiguouskv.hardware.accelerator import StreamOrder
 from hf_contiguouskv.memory import MemoryTiers, blocks
 from hf_contiguouskv.memory.device_tier import DeviceTier, OrderedBlocks
 from hf_contiguouskv.memory.history import SegmentTable

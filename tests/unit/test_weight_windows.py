@@ -11,9 +11,9 @@ import torch
 from test_fingerprint import make_model
 from transformers import PreTrainedModel
 
-from hf_contiguouskv.store import weight_windows
-from hf_contiguouskv.store.fingerprint import model_fingerprint
-from hf_contiguouskv.store.weight_windows import BYTES_PER_LOOK, WeightWindows
+from hf_contiguouskv.model import weight_windows
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.weight_windows import BYTES_PER_LOOK, WeightWindows
 
 ROUND = 12
 """Calls in which every weight of `large_model` is looked at, at least once."""

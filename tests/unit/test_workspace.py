@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_helpers import check_tier, load, new_table, new_tier, places
 
+from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import MemoryTiers, Tier
 from hf_contiguouskv.memory.workspace import workspace_capacity
-from hf_contiguouskv.store.pread import PAGE
 
 LIMIT = 64 * PAGE  # Of which attention's memory may be 8 pages.
 

@@ -9,19 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..backend import Blob
-from .tools import (
-    PAGE,
-    Make,
-    is_whole,
-    made,
-    new_key,
-    promise,
-    publish,
-    read,
-    refuses,
-    require,
-    some_bytes,
-)
+from .tools import PAGE, Make, is_whole, made, new_key, promise, publish, read, refuses, require, some_bytes
 
 
 @promise

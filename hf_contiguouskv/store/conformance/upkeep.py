@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from .tools import (
-    Make,
-    is_gone,
-    is_whole,
-    listed,
-    made,
-    new_key,
-    promise,
-    publish,
-    read,
-    require,
-    some_bytes,
-    written,
-)
+from .tools import Make, is_gone, is_whole, listed, made, new_key, promise, publish, read, require, some_bytes, written
 
 
 @promise

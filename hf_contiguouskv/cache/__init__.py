@@ -1,0 +1,1 @@
+"""The transformers contract: `ContiguousKVCache` and its layers."""

@@ -1,0 +1,217 @@
+"""What all commands share: the application, its options, errors in one line, keys that may be abbreviated.
+
+Modules add their commands with `@app.command()` and wrap them in `messages_instead_of_tracebacks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import ContiguousKVError, StoreError
+from ..store import PrefixInfo, PrefixStore
+from ..wording import MESSAGE_LIMIT, quoted, shown
+from .output import print_json, say
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_WANTS_JSON = "hf_contiguouskv.json"
+_MAX_SALT_BYTES = 64 * 1024
+# What ends a command in order: what it made for a while is taken away again.
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# How this command opens stores: arguments of `PrefixStore`.
+_access: ContextVar[dict[str, Any]] = ContextVar("access")
+
+
+class _Commands(TyperGroup):
+    """The group of all commands. What is wrong with a command line is said in JSON as well, if it asks for that."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_WANTS_JSON] = "--json" in args
+        with self._mistakes_in_json(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with self._mistakes_in_json(ctx), _ended_by_signals():
+            return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def _mistakes_in_json(self, ctx: Any) -> Iterator[None]:
+        try:
+            yield
+        except _UsageError as error:
+            if isinstance(words := getattr(error, "message", None), str):
+                error.message = shown(words, MESSAGE_LIMIT)  # type: ignore[attr-defined]  # (It quotes the line.)
+            if ctx.meta[_WANTS_JSON]:
+                print_json({"error": described(error)})
+            raise  # typer says it on stderr, and ends with status 2.
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within it, signals that end a command do so by `SystemExit`, with status 128 and the signal's number."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for later in _ENDING:  # Nothing interrupts what is taken away now; a second Ctrl-C does, at once.
+            signal.signal(later, signal.SIG_DFL if later == signal.SIGINT else signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread can have handlers.
+        return
+    # (A signal that is ignored, as under nohup, stays so.)
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    heeded = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heeded:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+app = typer.Typer(
+    name="contiguouskv", cls=_Commands, help="Prefix KV caches on disk.", no_args_is_help=True, add_completion=False
+)
+
+
+@app.callback()
+def _options(
+    salt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Act as the tenant whose salt is in this file.", show_default=False),
+    ] = None,
+    salt_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The same, in this environment variable.", show_default=False),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="file:PATH|env:NAME", help="Where the key of the store is.", show_default=False),
+    ] = None,
+    trust_owner: Annotated[
+        bool, typer.Option("--trust-owner", help="Use a store although other users own it or may write it.")
+    ] = False,
+) -> None:
+    """Prefix KV caches on disk."""
+    # (The secrets themselves are no arguments: everybody on the machine can see those.)
+    access: dict[str, Any] = {}
+    if salt_file is not None and salt_env is not None:
+        raise typer.BadParameter("give --salt-file or --salt-env, not both")
+    if salt_file is not None:
+        try:
+            with open(salt_file, "rb") as file:
+                access["salt"] = file.read(_MAX_SALT_BYTES).strip()
+        except OSError as error:
+            raise typer.BadParameter(f"the salt cannot be read: {error}") from None
+    if salt_env is not None:
+        salt = os.environb.get(os.fsencode(salt_env))
+        if salt is None:
+            raise typer.BadParameter(f"there is no environment variable {quoted(salt_env)}")
+        access["salt"] = salt.strip()
+    if access.get("salt") == b"":
+        raise typer.BadParameter("the salt is empty")
+    if key is not None:
+        access["key"] = key
+    if trust_owner:
+        access["trust_owner"] = True
+    _access.set(access)
+
+
+def open_store(path: Path, **more: Any) -> PrefixStore:
+    """The store at `path`, opened as the options before the command say.
+
+    Args:
+        path: of its folder.
+        more: further arguments of `PrefixStore`.
+    """
+    return PrefixStore(path, **_access.get({}), **more)
+
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys, or their beginnings.", show_default=False)]
+OptionalKey = Annotated[
+    str | None,
+    typer.Argument(metavar="KEY", help="Key, or its beginning; all of them if left out.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def messages_instead_of_tracebacks(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Errors of this library, and of the operating system, become one line on stderr and exit status 2.
+
+    With `--json`, stdout has an object with `error` then.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # `contiguouskv ls | head` is no mistake; typer ends quietly.
+        except (ContiguousKVError, OSError) as error:
+            complain(error, as_json=bool(kwargs.get("as_json") or kwargs.get("json_path")))
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def complain(error: Exception, *, as_json: bool = False, **done: Any) -> None:
+    """One line on stderr; for programs also an object on stdout.
+
+    Args:
+        error: what went wrong.
+        as_json: whether there is an object.
+        done: more fields of it, such as what had been done before.
+    """
+    if as_json:
+        print_json(done | {"error": described(error)})
+    say(f"contiguouskv: {described(error)['message']}", err=True)
+
+
+def described(error: Exception) -> dict[str, str]:
+    """An error for programs: its `type`, and its `message` in one line."""
+    # (Errors of a command line know how to put it.)
+    text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    return {"type": type(error).__name__, "message": shown(" ".join(text.split()), MESSAGE_LIMIT)}
+
+
+def find_entries(store: PrefixStore, beginnings: list[str]) -> list[PrefixInfo]:
+    """The stored prefixes whose keys begin so, each of them once.
+
+    Raises:
+        StoreError: for one of them there is none, or more than one.
+    """
+    found = [find_entry(store, beginning) for beginning in beginnings]
+    return list({entry.key: entry for entry in found}.values())
+
+
+def find_entry(store: PrefixStore, beginning: str) -> PrefixInfo:
+    """The one stored prefix whose key begins with `beginning`.
+
+    Raises:
+        StoreError: none, or more than one.
+    """
+    found = store.entries(beginning.lower()) if beginning else []
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise StoreError(
+            f"no stored prefix has a key that begins with {quoted(beginning)}; `contiguouskv ls` lists them"
+        )
+    names = ", ".join(entry.key for entry in found[:5]) + (", ..." if len(found) > 5 else "")
+    raise StoreError(f"{len(found)} keys begin with {quoted(beginning)} ({names}); give more digits")

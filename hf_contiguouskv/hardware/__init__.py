@@ -1,0 +1,1 @@
+"""Accelerators and memory: streams, events, pinned and page-aligned buffers."""

@@ -1,0 +1,340 @@
+"""Chunks on their way to an accelerator: gathered in one pinned buffer per layer, which crosses in one copy.
+
+In time order, for one layer: reads land in the host buffer (chunks of the host's tier are packed in front of them);
+when the last one has ended, whoever ended it queues the copy on the side stream; when attention needs the layer, its
+stream waits for the copy's event, and gathers. What stays is put into the device's slots when the first token is out.
+The host waits for the disk, never for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import numpy as np
+import torch
+
+from ..hardware.accelerator import send
+from ..hardware.aligned_memory import as_memoryview
+from ..memory import Buffer, MemoryTiers
+from ..memory.blocks import neighbours
+from ..memory.device_tier import DeviceTier
+from ..store.attached_prefix import AttachedPrefix, Chunks
+from ..store.reader import ExtentReader, Ticket
+from .host_residency import PIECE_BYTES, Batch, PrefixTables
+
+# What waits to be put into the tiers may take up so much of the smaller limit.
+ARRIVALS_SHARE = 4
+
+
+class DeviceSlotBatch:
+    """Chunks that are in the device's slots."""
+
+    def __init__(self, chunks: Chunks, slots: Chunks, tier: DeviceTier, extent_bytes: int, speculative: bool) -> None:
+        self.chunks = chunks
+        self.speculative = speculative
+        self.ticket: Ticket | None = None
+        self.from_disk = self.from_host = 0
+        self._slots = slots
+        self._tier = tier
+        self._size = extent_bytes
+
+    def extents(self, take: Chunks | None) -> torch.Tensor:
+        """See `residency.Batch`."""
+        slots = self._slots if take is None else self._slots[take]
+        return self._tier.where_it_fits(len(slots) * self._size, lambda: self._tier.blocks(self._size).select(slots))
+
+    def release(self) -> None:
+        """See `residency.Batch`: whoever gets these slots next writes behind what has been queued."""
+        self._tier.release(self._slots, self._size)
+
+
+class StagedBatch:
+    """Chunks that cross from a host buffer to a device buffer. The first `from_host` of them are in memory already.
+
+    Args:
+        layer, chunks, from_host: what; the others are read.
+        host: pinned, has room for all chunks.
+        target: on the device, has room for all chunks.
+        arrivals: gets the batch when attention's buffer is filled, if chunks may stay in the tiers (their checksums are
+            compared).
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        chunks: Chunks,
+        from_host: int,
+        host: Buffer,
+        target: Buffer,
+        memory: MemoryTiers,
+        tier: DeviceTier,
+        tables: PrefixTables,
+        extent_bytes: int,
+        speculative: bool,
+        arrivals: Arrivals | None,
+    ) -> None:
+        self.chunks = chunks
+        self.from_host, self.from_disk = from_host, len(chunks) - from_host
+        self.speculative = speculative
+        self.ticket: Ticket | None = None
+        self._layer = layer
+        self._host = host
+        self._target = target
+        self._memory = memory
+        self._tier = tier
+        self._tables = tables
+        self._size = extent_bytes
+        self._arrivals = arrivals
+        self._copied: object = None
+        self._used: object = None
+        self._waited = False
+        self._lock = threading.Lock()
+
+    def start_copy(self) -> None:
+        """Queue the copy to the device; called by whoever ends the last read, and again by whoever needs it."""
+        with self._lock:
+            if self._copied is None:
+                nbytes = len(self.chunks) * self._size
+                device, target = self._tier.device, self._target
+                self._copied = device.copy_in(self._host.data[:nbytes], target.data[:nbytes], after=target.busy)
+                self._host.busy = self._copied
+
+    def extents(self, take: Chunks | None) -> torch.Tensor:
+        """See `residency.Batch`."""
+        self.start_copy()
+        device = self._tier.device
+        if not self._waited:
+            device.wait(self._copied)
+            device.uses(self._target.data)
+            self._waited = True
+        count = len(self.chunks)
+        rows = self._target.data[: count * self._size].view(count, self._size)
+        if take is None:
+            return rows
+        if neighbours(take):
+            return rows[int(take[0]) : int(take[0]) + len(take)]
+        return rows.index_select(0, send(torch.from_numpy(take), rows.device))
+
+    def release(self) -> None:
+        """See `residency.Batch`: what stays is put in its place when the first token is out."""
+        if not self._waited:
+            self._target.busy = self._copied or self._target.busy
+            self._give_back()
+            return
+        self._target.busy = self._used = self._tier.device.mark()
+        if self._arrivals is None:
+            self._give_back()
+        else:
+            self._arrivals.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Of each of its two buffers."""
+        return len(self.chunks) * self._size
+
+    def arrive(self) -> None:
+        """Put into the tiers what stays, on whatever stream is current, and give the buffers back."""
+        device = self._tier.device
+        try:
+            device.wait(self._used)
+            device.uses(self._target.data)
+            self._stay()
+        finally:
+            self._target.busy = device.mark()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._tier.give_back(self._target)
+        self._memory.host.give_back(self._host)
+
+    def _stay(self) -> None:
+        """Put the chunks into the device's slots, as far as these can be had; what was read into the host's, if not."""
+        order = np.argsort(self.chunks)
+        slots = self._tier.take(self._size, len(order))
+        if len(slots):
+            try:
+                self._put(order[: len(slots)], slots)
+            except torch.OutOfMemoryError:
+                pass  # The model needs it more: what is here was used, and is forgotten.
+            finally:
+                self._tier.release(slots, self._size)
+        else:
+            self._stay_on_host(order[order >= self.from_host])
+
+    def _stay_on_host(self, order: Chunks) -> None:
+        host = self._memory.host
+        slots = host.take(self._size, len(order))
+        if not len(slots):
+            return
+        try:
+            order = order[: len(slots)]
+            rows = self._host.data[: len(self.chunks) * self._size].view(-1, self._size)
+            host.blocks(self._size).write(slots, rows.index_select(0, torch.from_numpy(order)))
+            mass = self._tables.importance(self._layer, self.chunks[order])
+            for table, part, places in self._tables.split(self._layer, self.chunks[order]):
+                if table is not None:
+                    found = None if mass is None else mass[part]
+                    host.keep(table, places, slots[part], self._size, importance=found)
+        finally:
+            host.release(slots, self._size)
+
+    def _put(self, order: Chunks, slots: Chunks) -> None:
+        self._tier.blocks(self._size).write(slots, self.extents(order))
+        loaded = order >= self.from_host
+        mass = self._tables.importance(self._layer, self.chunks[order])
+        for table, part, places in self._tables.split(self._layer, self.chunks[order]):
+            if table is not None:
+                for from_disk in (True, False):
+                    some = loaded[part] == from_disk
+                    found = None if mass is None else mass[part][some]
+                    self._tier.keep(
+                        table, places[some], slots[part][some], self._size, loaded=from_disk, importance=found
+                    )
+
+
+class Arrivals:
+    """Batches that attention has used and whose chunks are going to stay: sorted, booked and copied to their slots once
+    the first token is out, so that it does not wait for that.
+
+    Their buffers count towards the limits until then, and may take up a share of them. Thread-safe.
+    """
+
+    def __init__(self, memory: MemoryTiers, tier: DeviceTier) -> None:
+        limits = [one.max_bytes for one in (memory.host, tier) if one.max_bytes]
+        self._limit = min(limits, default=0) // ARRIVALS_SHARE
+        self._waiting: deque[StagedBatch] = deque()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, batch: StagedBatch) -> None:
+        """Attention's buffer was filled from `batch`."""
+        with self._lock:
+            self._waiting.append(batch)
+            self._nbytes += batch.nbytes
+        self.settle(self._limit)
+
+    def settle(self, left: int = 0) -> bool:
+        """Put batches into the tiers until at most `left` bytes wait; whether there was one."""
+        found = False
+        while True:
+            with self._lock:
+                if self._nbytes <= left or not self._waiting:
+                    return found
+                batch = self._waiting.popleft()
+                self._nbytes -= batch.nbytes
+            found = True
+            batch.arrive()
+
+
+class DeviceResidency:
+    """Where attention runs on an accelerator. See `residency.Residency`."""
+
+    def __init__(
+        self,
+        prefix: AttachedPrefix,
+        memory: MemoryTiers,
+        tier: DeviceTier,
+        reader: ExtentReader,
+        tables: PrefixTables,
+        verify: bool,
+    ) -> None:
+        self._prefix = prefix
+        self._memory = memory
+        self._tier = tier
+        self._reader = reader
+        self._tables = tables
+        self._verify = verify
+        self.arrivals = Arrivals(memory, tier)
+
+    def bring(
+        self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
+    ) -> tuple[list[Batch], Chunks]:
+        """See `residency.Residency`."""
+        size = self._prefix.extent_bytes
+        slots = self._tables.find(self._tier, layer, chunks)
+        there = slots >= 0
+        batches: list[Batch] = []
+        if there.any():
+            batches.append(DeviceSlotBatch(chunks[there], slots[there], self._tier, size, speculative))
+        missing = chunks[~there]
+        if len(missing):
+            try:
+                staged = self._stage(layer, missing, speculative, alone, must=False)
+            except BaseException:
+                for batch in batches:
+                    batch.release()
+                raise
+            if staged is None and self.arrivals.settle():
+                staged = self._stage(layer, missing, speculative, alone, must=False)
+            if staged is None:
+                return batches, missing
+            batches.append(staged)
+        return batches, missing[:0]
+
+    def bring_piece(self, layer: int, chunks: Chunks) -> tuple[Batch, Chunks]:
+        """See `residency.Residency`."""
+        self.arrivals.settle()
+        count = max(1, PIECE_BYTES // self._prefix.extent_bytes)
+        piece = self._stage(layer, chunks[:count], False, True, must=True)
+        assert piece is not None
+        return piece, chunks[count:]
+
+    def settle(self) -> None:
+        """See `residency.Residency`."""
+        self.arrivals.settle()
+
+    def _stage(self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool) -> StagedBatch | None:
+        """Start gathering chunks in a host buffer; `None`: there is no room for it in the tiers."""
+        size, host = self._prefix.extent_bytes, self._memory.host
+        source = host.lease(len(chunks) * size, must=must)
+        if source is None:
+            return None
+        try:
+            target = self._tier.lease(len(chunks) * size, must=must)
+        except BaseException:
+            host.give_back(source)
+            raise
+        if target is None:
+            host.give_back(source)
+            return None
+        slots = self._tables.find(host, layer, chunks)
+        packed, rest = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        batch = StagedBatch(
+            layer,
+            chunks[np.concatenate([packed, rest])],
+            len(packed),
+            source,
+            target,
+            self._memory,
+            self._tier,
+            self._tables,
+            size,
+            speculative,
+            self.arrivals if self._verify else None,
+        )
+        try:
+            if len(packed):
+                rows = source.data[: len(packed) * size].view(len(packed), size)
+                try:
+                    rows.copy_(host.blocks(size).select(slots[packed]))
+                finally:
+                    host.release(slots[packed], size)
+            if len(rest):
+                octets = as_memoryview(source.data)
+
+                def into(first: int, count: int) -> memoryview:
+                    return octets[first * size : (first + count) * size]
+
+                order = np.arange(len(packed), len(chunks))
+                reads = self._prefix.reads(layer, chunks[rest], order, into, self._verify)
+                batch.ticket = self._reader.submit(
+                    reads, threads=None if alone else 1, then=batch.start_copy, joins=True
+                )
+            else:
+                batch.start_copy()
+        except BaseException:
+            self._tier.give_back(target)
+            host.give_back(source)
+            raise
+        return batch

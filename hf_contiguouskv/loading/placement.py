@@ -1,0 +1,135 @@
+"""From the extents of a batch to the rows of K and V that attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..hardware.accelerator import send
+from ..memory.blocks import neighbours
+from ..store.attached_prefix import AttachedPrefix, Chunks
+from ..store.packing import unpack_values
+from .host_residency import Batch
+
+
+def chosen(
+    chunks: Chunks, selected: Chunks | None, keep: int, *, selected_only: bool = False
+) -> tuple[Chunks | None, Chunks]:
+    """What a row uses of a batch, and where each of these chunks goes.
+
+    Args:
+        chunks: int64, each once, what the batch holds.
+        selected: int64 `(keep,)`, ascending, what the row has selected; `None`: the first `keep` chunks of the prefix.
+        keep: how many chunks the row uses.
+        selected_only: it is known that `chunks` holds nothing else, but for a partial last chunk.
+
+    Returns:
+        positions in `chunks` (`None`: all of them), and which of the row's chunks each is, int64 `(n,)` both.
+    """
+    if selected is not None and len(chunks) > keep and _covers(chunks, selected):
+        return selected - chunks[0], np.arange(keep)  # A whole layer was read: no need to look up each of its chunks.
+    places = chunks if selected is None else np.searchsorted(selected, chunks)
+    used = places < keep
+    if selected is not None and not selected_only:
+        used &= selected[np.minimum(places, keep - 1)] == chunks
+    if used.all():
+        return None, places
+    take = np.flatnonzero(used)
+    return take, places[take]
+
+
+def _covers(chunks: Chunks, selected: Chunks) -> bool:
+    """Whether `chunks` are neighbours and everything `selected` (ascending) is among them."""
+    first, last = int(chunks[0]), int(chunks[-1])
+    return first <= int(selected[0]) and int(selected[-1]) <= last and neighbours(chunks)
+
+
+def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:
+    """Put chunks where they belong.
+
+    Args:
+        kv: `(n, 2, kv_heads, c, head_dim)`.
+        positions: int64 `(n,)`, each once.
+        destination: `(2, kv_heads, chunks, c, head_dim)`.
+    """
+    turned = kv.permute(1, 2, 0, 3, 4)
+    if neighbours(positions):
+        destination.narrow(2, int(positions[0]), len(positions)).copy_(turned)
+    else:
+        where = send(torch.from_numpy(positions), destination.device)
+        destination.index_copy_(2, where, turned)
+
+
+def assemble(
+    prefix: AttachedPrefix,
+    batch: Batch,
+    selected: Sequence[Chunks] | None,
+    keep: int,
+    destination: torch.Tensor,
+    *,
+    selected_only: bool = False,
+) -> None:
+    """Put the chunks of a batch where the rows that selected them want them.
+
+    In the order of the text, wherever they come from: the same chunks give the same answer, bit for bit. Of a packed
+    prefix, only values are put: `packed.place_keys` does the rest.
+
+    Args:
+        prefix: whose chunks, in the form in which the batch has them.
+        batch: has arrived.
+        selected: per row int64 `(keep,)`, ascending; `None`: each row uses the first `keep` chunks.
+        keep: whole chunks that each row uses.
+        destination: `(2 (K, V), rows, kv_heads, kept_tokens, head_dim)`; a partial last chunk comes behind the others.
+        selected_only: it is known that all rows want all of the batch.
+    """
+    c, tail = prefix.geometry.chunk_size, prefix.tail_tokens
+    whole = keep * c
+    chunks = destination.narrow(3, 0, whole).view(*destination.shape[:3], keep, c, destination.shape[4])
+    if tail:
+        last = np.flatnonzero(batch.chunks == prefix.whole_chunks)
+        if len(last):
+            put(prefix, batch.extents(last), None, destination[:, :, :, None, whole:])
+    for row in range(destination.shape[1]):
+        own = None if selected is None else selected[row]
+        take, places = chosen(batch.chunks, own, keep, selected_only=selected_only)
+        if len(places):
+            put(prefix, batch.extents(take), places, chunks[:, row : row + 1])
+
+
+def put(prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, destination: torch.Tensor) -> None:
+    """Put extents, uint8 `(n, extent_bytes)`, into `destination` `(2, rows, kv_heads, chunks, tokens, head_dim)`.
+
+    At `places`, int64 `(n,)`; `None`: there is one extent, a partial chunk, and room for one.
+    """
+    if prefix.form == "packed":
+        _put_values(prefix, extents, places, destination[1])
+    elif places is None:
+        destination.copy_(prefix.kv_view(extents)[0, :, None, :, None, : destination.shape[4]])
+    else:
+        place(prefix.kv_view(extents), places, destination[:, 0])
+
+
+def _put_values(
+    prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, destination: torch.Tensor
+) -> None:
+    """As `put`, of packed extents into `destination` `(rows, kv_heads, chunks, tokens, head_dim)`."""
+    g = prefix.geometry
+    if places is not None and neighbours(places):
+        # Straight to where attention looks.
+        part = destination[0].narrow(1, int(places[0]), len(places))
+        unpack_values(extents, g, part.transpose(0, 1))
+        return
+    values = destination.new_empty(g.kv_heads, len(extents), g.chunk_size, g.head_dim)
+    unpack_values(extents, g, values.transpose(0, 1))
+    if places is None:
+        destination.copy_(values[None, :, :, : destination.shape[3]])
+    else:
+        where = send(torch.from_numpy(places), destination.device)
+        destination[0].index_copy_(1, where, values)
+
+
+def copy_in_order(prefix: AttachedPrefix, batch: Batch, first_chunk: int, destination: torch.Tensor) -> None:
+    """Put all chunks of a batch into `destination` `(2, kv_heads, chunks, c, head_dim)`, from `first_chunk` on."""
+    place(prefix.kv_view(batch.extents(None)), batch.chunks - first_chunk, destination)

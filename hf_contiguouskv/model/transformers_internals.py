@@ -1,0 +1,211 @@
+"""What this library knows about the inside of transformers, all in one place.
+
+transformers promises none of this, and releases come every two to three weeks. `tests/contract/test_internals.py` has
+a canary for every function here, and `make compat` runs them on the oldest and the newest supported release.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedModelError
+
+# -- what the cache is called -----------------------------------------------------------------------------------------
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument of `generate` and of every forward that holds the cache: 5.24 renamed the second to the first."""
+
+_DEFAULT_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+
+
+def cache_argument(model: Any = None) -> str:
+    """What the forward of `model` (a module or a function) calls its cache; without a model: what `generate` does."""
+    if model is not None:
+        parameters = inspect.signature(getattr(model, "forward", model)).parameters
+        for name in CACHE_NAMES:
+            if name in parameters:
+                return name
+    return _DEFAULT_NAME
+
+
+def bound_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, those that it gathers in `**kwargs` included.
+
+    A cache under the name that this transformers deprecates stays under it: the warning is for who wrote the call.
+    """
+    old = next((name for name in CACHE_NAMES if name in kwargs and name not in signature.parameters), None)
+    set_aside = {} if old is None else {old: kwargs[old]}
+    others = {name: value for name, value in kwargs.items() if name not in set_aside}
+    inputs = dict(signature.bind_partial(*args, **others).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            inputs.update(inputs.pop(name, {}))
+    return inputs | set_aside
+
+
+# -- what `generate` is doing -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """A running call of `generate`.
+
+    Attributes:
+        config: its generation config.
+        prompt: int64 `(rows, n)`, what it was given (after expansion to beams), if it is tokens.
+        attention_mask: 2D or `None`.
+        embeddings: `(rows, n, hidden)`, where the prompt is embeddings; always all of it.
+    """
+
+    config: Any
+    prompt: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    embeddings: torch.Tensor | None
+
+    @property
+    def whole_prompt(self) -> torch.Tensor | None:
+        """`prompt`, unless it holds only tokens that come after those of the cache (the mask covers both)."""
+        if self.prompt is None or self.prompt.shape[1] == 0:
+            return None
+        length = self.prompt.shape[1]
+        # generate drops a mask of ones, but notes its length.
+        mask = self.attention_mask
+        covered = getattr(self.config, "_mask_length", length) if mask is None else mask.shape[-1]
+        return self.prompt if covered == length else None
+
+    @property
+    def block(self) -> int | None:
+        """Tokens per forward of a chunked prefill, or `None`."""
+        return getattr(self.config, "prefill_chunk_size", None)
+
+
+def _is_generate(frame: Any) -> bool:
+    return frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__", "")).startswith("transformers.")
+
+
+def running_generate() -> GenerateCall | None:
+    """The innermost `generate` that is running on this thread, or `None`.
+
+    A forward cannot tell whether its tokens are a whole prompt or the first block of several (`prefill_chunk_size`),
+    nor whether a cache is about to be used for another prompt; the frame of `generate` can.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if _is_generate(frame):
+            known = frame.f_locals
+            arguments = known.get("model_kwargs") or {}
+            prompt, mask = known.get("input_ids"), arguments.get("attention_mask")
+            return GenerateCall(
+                known.get("generation_config"),
+                prompt if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else None,
+                mask if isinstance(mask, torch.Tensor) else None,
+                arguments.get("inputs_embeds"),
+            )
+        frame = frame.f_back
+    return None
+
+
+_BLOCKS_LEAVE_OUT_CACHED = "prefill_ids" in GenerationMixin._prefill.__code__.co_varnames
+
+
+def cut_before_blocks(call: GenerateCall) -> None:
+    """Let a `generate` with `prefill_chunk_size` cut what is cached from its prompt before it is split into blocks.
+
+    Until 5.22 it does so only without blocks: there this call prefills in one block. (Its config is a copy of its own.)
+    """
+    if not _BLOCKS_LEAVE_OUT_CACHED:
+        call.config.prefill_chunk_size = None
+
+
+def in_use_on_thread(cache: Any, thread: int) -> bool:
+    """Whether a `generate` or a forward that was given `cache` is running on the thread with this identifier."""
+    frame: Any = sys._current_frames().get(thread)
+    while frame is not None:
+        given: Any = ()
+        if _is_generate(frame):
+            given = (frame.f_locals.get("model_kwargs") or {}).values()
+        elif frame.f_code.co_name == "_call_impl":  # nn.Module's: a forward and its hooks.
+            given = (*(frame.f_locals.get("kwargs") or {}).values(), *(frame.f_locals.get("args") or ()))
+        if any(value is cache for value in given):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class NotifiedByGenerate:
+    """Mixed into a cache: `generate` sets `_is_user_defined` on a cache that it is given, before its first forward."""
+
+    _given_to_generate = False
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return self._given_to_generate
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self._given_to_generate = bool(value)
+        if value:
+            self.generate_begins(running_generate())
+
+    def generate_begins(self, call: GenerateCall | None) -> None:
+        """A `generate` has been given this cache; `call` is `None` where its frame was not found."""
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def register_attention(name: str, function: Callable[..., Any], like: str) -> None:
+    """Make `name` an attention implementation, with the mask that `like` has (without one, masks would be `None`)."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+
+
+def attention_function(base: str, module: nn.Module) -> Callable[..., Any]:
+    """The function behind the implementation `base`, for an attention module of a model."""
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+    # `eager` is not in the registry: it is a function of the module in which the attention class was written.
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward in the module that defines it")
+
+
+def attention_implementation(config: Any) -> Any:
+    """The name of the attention implementation that layers with this config use now."""
+    # Asked several times per layer: not through the config's own attribute access, which takes its time.
+    return object.__getattribute__(config, "_attn_implementation_internal")
+
+
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Let layers with this config use another implementation, without the checks of `set_attn_implementation`."""
+    config._attn_implementation_internal = name
+
+
+# -- positions --------------------------------------------------------------------------------------------------------
+
+
+def shifted_positions(model: nn.Module) -> list[nn.Module]:
+    """Modules that remember a shift of positions from the images of an earlier call (`rope_deltas` of Qwen-VL)."""
+    return [module for module in model.modules() if "rope_deltas" in module.__dict__]
+
+
+def forget_shift(modules: list[nn.Module]) -> None:
+    """Let these modules place the next tokens as if no image had been seen."""
+    for module in modules:
+        setattr(module, "rope_deltas", None)  # noqa: B010 (mypy knows of no such attribute)

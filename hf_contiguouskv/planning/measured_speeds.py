@@ -1,0 +1,189 @@
+"""How fast this model computes and this store reads, measured here and now: what `budget="auto"` goes by."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..config import ContiguousKVConfig
+from ..hardware.aligned_memory import PAGE, as_memoryview
+from ..model.attention import attend
+from ..model.support import ModelSupport, decoder_config, input_device, run_forward
+from ..selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index, voting_queries
+from ..store import PrefixStore
+from ..store.attached_prefix import AttachedPrefix
+from ..store.reader import Read
+from ..store.segment import Segment
+
+# What is measured: a short suffix behind some tokens, a choice among many, a block of a prefill, a read.
+SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 1024, 8192, 256, 16 * 2**20
+# A read that is shorter than this says more of latency than of speed: it counts until a much longer one can be made.
+TELLING_BYTES = 4 * 2**20
+# Each is repeated so often, or for so long if it is slow; but once in any case, behind one that is not counted.
+REPEATS, SECONDS = 3, 1.0
+
+
+@dataclass(frozen=True)
+class ComputeSpeeds:
+    """Seconds of compute, over all layers.
+
+    Attributes:
+        forward_s: of a suffix of `SUFFIX_TOKENS` without any prefix: the floor.
+        used_s: more for each prefix token that full attention uses: putting it in its place, and attending to it.
+        considered_s: more for each prefix token among which a leader layer chooses, in all leader layers.
+        prefill_s: of each token of a prefix that is computed (attention over a long prefix left out).
+    """
+
+    forward_s: float
+    used_s: float
+    considered_s: float
+    prefill_s: float
+
+
+_Rules = tuple[ModelSupport, str, int | None, int, int]
+_known: weakref.WeakKeyDictionary[nn.Module, dict[_Rules, ComputeSpeeds]] = weakref.WeakKeyDictionary()
+# Bytes per second of each store's disk, and by a read of how many bytes that was found.
+_disks: weakref.WeakKeyDictionary[PrefixStore, tuple[float, int]] = weakref.WeakKeyDictionary()
+# Two measurements at once would measure each other.
+_lock = threading.Lock()
+
+
+def compute_speeds(model: nn.Module, support: ModelSupport, config: ContiguousKVConfig) -> ComputeSpeeds:
+    """Those of `model` as it is now, for the selection of `config`: measured once, with a handful of short forwards.
+
+    Raises:
+        Exception: whatever a model raises that cannot be run by itself.
+    """
+    rules = (support, config.selection, config.suffix_queries, config.chunk_size, config.period)
+    with _lock:
+        found = _known.setdefault(model, {}).get(rules)
+        if found is None:
+            device = input_device(model)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                found = _known[model][rules] = _measured(model, support, config)
+        return found
+
+
+def _measured(model: nn.Module, support: ModelSupport, config: ContiguousKVConfig) -> ComputeSpeeds:
+    full = support.plan.full_layers
+    forward = _shortest(lambda: _forward(model, SUFFIX_TOKENS))
+    # Where a short forward takes long it is arithmetic that takes its time, in proportion to the tokens.
+    quick = forward < SECONDS / 2
+    prefill = _shortest(lambda: _forward(model, PREFILL_TOKENS)) / PREFILL_TOKENS if quick else forward / SUFFIX_TOKENS
+    used = considered = 0.0
+    if full:
+        layer = full[0]
+        long, short = (_shortest(_attend(model, support, layer, tokens)) for tokens in (USED_TOKENS, 0))
+        copied = _shortest(_copy(support, layer))
+        used = len(full) * (max(0.0, long - short) + copied) / USED_TOKENS
+        leaders = len(full[:: config.period])
+        considered = leaders * _shortest(_choose(model, support, layer, config)) / CONSIDERED_TOKENS
+    return ComputeSpeeds(forward, used, considered, prefill)
+
+
+def read_speed(store: PrefixStore, prefix: AttachedPrefix) -> float:
+    """Bytes per second that `store` delivers, by a read of the prefix's longest segment.
+
+    Remembered; a short read until a prefix comes along that allows one of twice the length.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with _lock:
+        known, length = _disks.get(store, (0.0, 0))
+        if length >= TELLING_BYTES:
+            return known
+        segment = max(prefix.spans, key=lambda span: span.segment.num_chunks).segment
+        begin = segment.extents("exact").offset(0, 0)
+        nbytes = min(READ_BYTES, segment.nbytes - begin, max(store.memory.host.max_bytes // 4, 2**20))
+        if nbytes >= 2 * length:
+            _disks[store] = known, _ = _timed_read(store, segment, begin, nbytes), nbytes
+        return known
+
+
+def _timed_read(store: PrefixStore, segment: Segment, begin: int, nbytes: int) -> float:
+    """Bytes per second of one read, from byte `begin` of a segment."""
+    host = store.memory.host
+    buffer = host.lease(nbytes)
+    assert buffer is not None
+    try:
+        octets = as_memoryview(buffer.data[:nbytes].zero_())  # As in a tier in use, its pages are there.
+        first = min(nbytes, PAGE)
+        store.reader.submit([Read(segment, begin, first, octets[:first])]).wait()  # Threads are up now.
+        began = time.perf_counter()
+        store.reader.submit([Read(segment, begin, nbytes, octets)]).wait()
+        return nbytes / max(time.perf_counter() - began, 1e-9)
+    finally:
+        host.give_back(buffer)
+
+
+def _shortest(action: Callable[[], Any]) -> float:
+    """Seconds of the shortest of several calls, after one that is not counted."""
+    action()
+    times: list[float] = []
+    while not times or (len(times) < REPEATS and sum(times) < SECONDS):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    tensor.flatten()[-1].item()  # Where a device computes, its results are waited for.
+
+
+def _forward(model: Any, tokens: int) -> None:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
+    _wait(run_forward(model, ids, DynamicCache(config=model.config), 0)[0])
+
+
+def _query_heads(model: nn.Module, support: ModelSupport) -> int:
+    heads = int(getattr(decoder_config(model), "num_attention_heads", support.kv_heads))
+    return max(1, heads // support.kv_heads) * support.kv_heads
+
+
+def _attend(model: nn.Module, support: ModelSupport, layer: int, tokens: int) -> Callable[[], None]:
+    """Attention of one layer, of a suffix behind so many tokens."""
+    heads, device = _query_heads(model, support), support.plan.devices[layer]
+    numbers = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
+    seen = numbers[:, : support.kv_heads, :1].repeat(1, 1, tokens + SUFFIX_TOKENS, 1)
+    mask = torch.ones(SUFFIX_TOKENS, tokens + SUFFIX_TOKENS, dtype=torch.bool, device=device).tril(tokens)[None, None]
+    options = {"scaling": support.head_dim**-0.5}
+    plain = device.type != "cpu"
+    return lambda: _wait(attend(numbers, seen, seen, mask, options, plain=plain))
+
+
+def _copy(support: ModelSupport, layer: int) -> Callable[[], None]:
+    """Chunks from anywhere in memory put together, for one layer."""
+    chunk = 16
+    count, device = USED_TOKENS // chunk, support.plan.devices[layer]
+    shape = (2 * count, 2, support.kv_heads, chunk, support.head_dim)
+    source = torch.zeros(shape, dtype=support.dtype, device=device)
+    every_other = torch.arange(0, 2 * count, 2, device=device)
+    target = source.new_empty(2, support.kv_heads, count, chunk, support.head_dim)
+    return lambda: _wait(target.copy_(source.index_select(0, every_other).permute(1, 2, 0, 3, 4)))
+
+
+def _choose(model: nn.Module, support: ModelSupport, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
+    """One selection among the chunks of one layer, as `config` makes it."""
+    device, c = support.plan.devices[layer], config.chunk_size
+    heads = _query_heads(model, support)
+    keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(support.kv_heads, support.head_dim, -1).transpose(1, 2)
+    queries = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
+    visible = torch.ones(1, SUFFIX_TOKENS, dtype=torch.bool, device=device)
+    voters = voting_queries(visible[0], config.suffix_queries, config.recent_queries)
+    inputs = SelectionInput(queries, queries[:, : support.kv_heads], [voters], visible, support.head_dim**-0.5)
+    if config.selection == "indexed_keys":
+        index, scale = build_key_index(keys.to(device), c)
+        indexed = IndexedKeys([(index, scale)], CONSIDERED_TOKENS // c, config.concentration)
+        return lambda: _wait(indexed(inputs).importance)
+    exact = AttentionMass(keys.to(device, support.dtype), c, config.concentration)
+    return lambda: _wait(exact(inputs).importance)

@@ -1,0 +1,1 @@
+"""Computes KV exactly, writes it to the store, and computes again what proved damaged."""

@@ -1,0 +1,276 @@
+"""What a forward pre-hook must do to the inputs of a model before a cache with a prefix can serve them.
+
+Plain functions on the forward's arguments, by name: cutting tokens that are cached already, moving left padding behind
+the prefix, and telling which rows and queries count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..model.transformers_internals import CACHE_NAMES
+from ..request.rows import Rows
+
+# Arguments of a forward that leave K and V what token ids, mask and positions make them.
+ORDINARY_INPUTS = frozenset(
+    (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *CACHE_NAMES,
+        "use_cache",
+        "logits_to_keep",
+        "labels",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "cache_position",
+    )
+)
+
+
+SURELY_THE_PREFIX = 16
+"""So many tokens that are those of the prefix's beginning are no new ones."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that starts an empty cache, if it has the ordinary form.
+
+    Attributes:
+        ids: int64 `(batch, length)`.
+        pads: tokens of left padding, per row.
+    """
+
+    ids: torch.Tensor
+    pads: list[int]
+
+    def row(self, index: int) -> torch.Tensor:
+        """The real tokens of one row, int64 `(n,)`."""
+        return self.ids[index, self.pads[index] :]
+
+
+def foreign_inputs(inputs: dict[str, Any], multimodal: bool) -> list[str]:
+    """Names of arguments that may make K and V something else than token ids, mask and positions do.
+
+    What says that there is nothing of the kind does not count: `None`, an empty container (vision-language models get
+    an empty `mm_encoder_outputs` with every text), and with a `multimodal` model token types that are all zero, which
+    say "text" there. (GPT-2 adds an embedding for type zero.) Nor do objects count that `generate` hands through to
+    the model without meaning it, such as the tokenizer of `stop_strings`.
+    """
+    return [
+        name
+        for name, value in inputs.items()
+        if name not in ORDINARY_INPUTS
+        and not _says_nothing(value)
+        and not (multimodal and name.endswith("token_type_ids") and torch.is_tensor(value) and not bool(value.any()))
+    ]
+
+
+def _says_nothing(value: Any) -> bool:
+    if value is None or isinstance(value, PreTrainedTokenizerBase):
+        return True
+    if isinstance(value, Mapping):
+        return all(one is None for one in value.values())
+    return isinstance(value, list | tuple) and len(value) == 0
+
+
+def ordinary_prompt(inputs: dict[str, Any], multimodal: bool = False) -> Prompt | str:
+    """The prompt in `inputs`, or why its KV may not be that of its tokens at positions 0, 1, 2, ...
+
+    Args:
+        inputs: the forward's arguments by name.
+        multimodal: the model takes images and the like, see `foreign_inputs`.
+    """
+    ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
+        return "embeddings instead of token ids" if inputs.get("inputs_embeds") is not None else "no token ids"
+    foreign = foreign_inputs(inputs, multimodal)
+    if foreign:
+        return f"arguments that may change K/V: {', '.join(sorted(foreign))}"
+    batch, length = ids.shape
+    pads = [0] * batch
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+            return "an attention mask that is not one column for each token"
+        real = mask.to(torch.bool).cpu()
+        counted = real.long().sum(1)
+        left_padded = torch.arange(length)[None, :] >= (length - counted)[:, None]
+        if not torch.equal(real, left_padded) or int(counted.min()) == 0:
+            return "an attention mask that hides more than left padding"
+        pads = (length - counted).tolist()
+    if positions is None:
+        return "padding without position ids" if any(pads) else Prompt(ids, pads)
+    if positions.shape[-1] != length or positions.ndim not in (2, 3):
+        return "position ids of another shape than the tokens"
+    expected = (torch.arange(length)[None, :] - torch.tensor(pads)[:, None]).clamp_min(0)
+    # Multimodal RoPE has several rows of positions, (kinds, batch, n): all alike for a text.
+    shown = positions.cpu().expand(*positions.shape[:-2], batch, -1)
+    counts = torch.arange(length)[None, :] >= torch.tensor(pads)[:, None]
+    if not bool(((shown == expected) | ~counts).all()):
+        return "position ids that do not count the tokens"
+    return Prompt(ids, pads)
+
+
+def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_ids: torch.Tensor | None) -> bool:
+    """Whether `input_ids` are the whole prompt again, although its first `cached` tokens are in the cache.
+
+    Args:
+        inputs: the forward's arguments by name.
+        cached: tokens in the cache, prefix and suffix.
+        from_generate: this is the first forward of a `generate` call.
+        prefix_ids: int64 `(n,)`, the attached prefix, or `None`.
+    """
+    ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
+    if cached == 0 or not isinstance(ids, torch.Tensor) or ids.shape[1] < 1:
+        return False
+    length = ids.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask.shape[1] == length
+    if isinstance(positions, torch.Tensor) and positions.ndim in (2, 3):
+        return bool((positions[..., 0] == 0).all())
+    if mask is not None or prefix_ids is None:
+        return False
+    # Neither mask nor positions say where these tokens belong. Those that repeat the prefix are the prompt; a few that
+    # repeat its beginning may be an answer.
+    shown = min(length, len(prefix_ids))
+    if shown < SURELY_THE_PREFIX and length <= len(prefix_ids) - from_generate:
+        return False
+    return bool((ids[:, :shown].cpu() == prefix_ids[:shown]).all())
+
+
+def text_positions(inputs: dict[str, Any], cached: int) -> torch.Tensor:
+    """Positions of new tokens that follow `cached` others, all of them text: int64, shaped as the model passes them.
+
+    Padding does not count; without a mask over all tokens there is none.
+    """
+    ids, mask, given = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
+    states = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
+    batch, length = states.shape[:2]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+    else:
+        positions = torch.arange(cached, cached + length, device=states.device).expand(batch, -1)
+    if isinstance(given, torch.Tensor) and given.ndim == 3:
+        return positions.expand(given.shape[0], -1, -1)
+    return positions
+
+
+def cut_cached(inputs: dict[str, Any], cached: int) -> None:
+    """Remove the first `cached` columns from everything that runs along the new tokens (not from the mask)."""
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = inputs["input_ids"][:, cached:]
+    for name, value in inputs.items():
+        along = name == "position_ids" or name.endswith("token_type_ids")
+        if along and isinstance(value, torch.Tensor) and value.shape[-1] == length:
+            inputs[name] = value[..., cached:]
+
+
+def sees_everything(inputs: dict[str, Any]) -> bool:
+    """Whether the attention mask hides no token from those behind it. One new token is not asked for: it needs no mask
+    then, and transformers has seen to that."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return True
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and not decoding(inputs) and bool(mask.all())
+
+
+def decoding(inputs: dict[str, Any]) -> bool:
+    """Whether one token per row is passed."""
+    ids = inputs.get("input_ids")
+    return isinstance(ids, torch.Tensor) and ids.shape[1] == 1
+
+
+def uncut_prefix(inputs: dict[str, Any], prefix_ids: torch.Tensor) -> None:
+    """Put the prefix back into inputs that were cut to the columns after it, in a left-padded batch.
+
+    Row `r` has `p` columns of padding in the mask: its cut ids are `p` columns that repeat the prefix, then its suffix.
+    (A block of a chunked prefill may end before that.)
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    prefix = prefix_ids.to(ids.device)
+    pads = pads_before_prefix(mask).tolist()
+    columns = len(prefix) + ids.shape[1]
+    rows = [torch.cat([row.new_zeros(p), prefix, row[p:]])[:columns] for row, p in zip(ids, pads, strict=True)]
+    inputs["input_ids"] = torch.stack(rows)
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def pads_before_prefix(mask: torch.Tensor) -> torch.Tensor:
+    """Zeros at the beginning of each row of a 2D mask, int64 `(batch,)`."""
+    return (mask.to(torch.bool).long().cumsum(1) == 0).sum(1)
+
+
+def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int, more_follows: bool = False) -> torch.Tensor:
+    """The 2D mask with left padding moved between prefix and suffix, where the cache has it.
+
+    A row `[pad * p][prefix][suffix]` becomes `[prefix][pad * p][suffix]`: the model gets the columns after the first
+    `prefix_tokens` as input, of which the first `p` repeat tokens of the prefix and must not be seen.
+
+    Args:
+        mask: `(batch, columns)`, nonzero where there is a token.
+        prefix_tokens: tokens of the prefix.
+        more_follows: this is a block of a prompt that goes on (chunked prefill): its columns may all be padding.
+
+    Raises:
+        InputError: a row is too short to begin with the prefix.
+    """
+    pads = pads_before_prefix(mask)
+    if int(pads.max()) == 0:
+        return mask
+    if int(pads.max()) + prefix_tokens >= mask.shape[1] and not more_follows:
+        raise InputError(
+            f"a row of the batch has {mask.shape[1] - int(pads.max())} tokens; it must begin with the prefix of "
+            f"{prefix_tokens} tokens and have at least one more"
+        )
+    columns = torch.arange(mask.shape[1], device=mask.device)[None, :]
+    moved = (columns >= prefix_tokens) & (columns < prefix_tokens + pads[:, None])
+    in_prefix = columns < prefix_tokens
+    return torch.where(moved, 0, torch.where(in_prefix & (pads[:, None] > 0), 1, mask)).to(mask.dtype)
+
+
+def rows_of(inputs: dict[str, Any], cached: int, drafts: int) -> Rows:
+    """Which rows are distinct and which of their suffix tokens are real and vote.
+
+    Args:
+        inputs: the forward's arguments, after `cut_cached` and `mask_behind_prefix`.
+        cached: tokens in the cache before this forward.
+        drafts: candidate tokens of assisted decoding at the end, which never vote.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    states = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
+    batch, length = states.shape[:2]
+    visible = torch.ones(batch, length, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        if mask.shape[1] != cached + length:
+            raise InputError(
+                f"attention_mask has {mask.shape[1]} columns, expected {cached + length}: one for each of the "
+                f"{cached} cached and {length} new tokens"
+            )
+        visible = mask[:, cached:].to(torch.bool).cpu()
+    voting = visible.clone()
+    if drafts:
+        voting[:, -drafts:] = False
+    if batch == 1:
+        first = torch.zeros(1, dtype=torch.long)
+        return Rows(first, first, voting, visible)
+    if not isinstance(ids, torch.Tensor):
+        return Rows(torch.arange(batch), torch.arange(batch), voting, visible)
+    # Padding tokens may differ without a difference in what is seen.
+    content = torch.cat([ids.cpu().masked_fill(~visible, -1), visible.long()], dim=1)
+    # In order of first appearance: where all rows differ, distinct rows are the batch's rows, in its order.
+    first_of: dict[bytes, int] = {}
+    for row in range(batch):
+        first_of.setdefault(content[row].numpy().tobytes(), row)
+    position = {key: number for number, key in enumerate(first_of)}
+    of_batch = torch.tensor([position[content[row].numpy().tobytes()] for row in range(batch)])
+    representatives = torch.tensor(list(first_of.values()))
+    return Rows(representatives, of_batch, voting[representatives], visible[representatives])
