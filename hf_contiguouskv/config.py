@@ -1,15 +1,106 @@
-"""The knobs of a cache, in one frozen dataclass."""
+"""The knobs of a cache, in frozen dataclasses: what is used, how it is chosen, how it is read."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
-PAYLOADS = ("packed", "exact")
-SELECTIONS = ("attention_mass", "indexed_keys")
+Payload = Literal["packed", "exact"]
+Budget = float | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How chunks of the prefix are chosen. Use one of its kinds: `IndexedKeys` or `AttentionMass`.
+
+    Args:
+        queries: how many of the real suffix tokens (per row) vote; `None` is all of them.
+        recent: how many of these are the last ones; the others are spread evenly over the suffix before them. As many
+            as `queries`, or more: only the last ones vote.
+        concentration: exponent on a chunk's attention mass per (head, query) before the sum. 1 favours breadth,
+            4 favours needles. The published rule is 1.
+        keep_first: chunks at the beginning of the prefix that are always kept (attention sinks).
+        keep_last: whole chunks at the end of the prefix that are always kept (recent window).
+        period: consecutive full-attention layers that share one selection. The first of them is the leader layer.
+        subperiod: layers of a period after which reads of the current selection start for the next period
+            (inter-period prefetch). Equal to `period`: none.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    queries: int | None = None
+    recent: int = 4
+    concentration: float = 1.0
+    keep_first: int = 0
+    keep_last: int = 0
+    period: int = 1
+    subperiod: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self) is Selection:
+            raise ConfigError("selection must be IndexedKeys(...) or AttentionMass(...), not their base class")
+        if self.queries is not None:
+            _require_integer(self, "queries", 1, 2**20)
+        _require_integer(self, "recent", 0, 2**20)
+        number = isinstance(self.concentration, int | float) and not isinstance(self.concentration, bool)
+        if not number or not (math.isfinite(self.concentration) and 0.0 < self.concentration <= 16.0):
+            raise ConfigError(f"concentration must be in (0, 16], got {self.concentration!r}")
+        _require_integer(self, "keep_first", 0, 2**20)
+        _require_integer(self, "keep_last", 0, 2**20)
+        _require_integer(self, "period", 1, 4096)
+        _require_integer(self, "subperiod", 1, self.period)
+
+
+@dataclass(frozen=True)
+class IndexedKeys(Selection):
+    """Score chunks with the resident int8 index of all keys, and reward concentrated attention. The default.
+
+    The fields are those of `Selection`; every layer leads its own period of one.
+    """
+
+    queries: int | None = 16
+    concentration: float = 2.0
+    keep_first: int = 1
+    keep_last: int = 1
+
+
+@dataclass(frozen=True)
+class AttentionMass(Selection):
+    """The published rule: softmax over the exact keys of the leader layer, in float32, summed over queries and tokens,
+    averaged over heads (arXiv 2601.13631: p = 8, sp = 4).
+
+    The fields are those of `Selection`. It needs `payload="exact"`: a packed prefix gets its keys from the index, which
+    this rule does not read.
+    """
+
+    period: int = 8
+    subperiod: int = 4
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the bytes of a prefix are read.
+
+    Args:
+        lookahead_bytes: how many bytes may be read ahead of compute when every chunk is used.
+        verify: compare the checksum of every extent that is read from disk, and refuse numbers that are not finite. A
+            store with a key is always verified.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    lookahead_bytes: int = 64 * 2**20
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _require_integer(self, "lookahead_bytes", 1, 2**40)
+        if not isinstance(self.verify, bool):
+            raise ConfigError(f"verify must be True or False, got {self.verify!r}")
 
 
 @dataclass(frozen=True)
@@ -21,65 +112,34 @@ class ContiguousKVConfig:
     Args:
         budget: share of the prefix chunks that attention uses in every full-attention layer, in (0, 1].
             1.0 uses every chunk and gives the exact answer. `"auto"`: the largest one whose reads hide behind compute,
-            by speeds measured here (`auto_budget`).
+            by speeds measured here (`planning.auto_budget`).
         chunk_size: tokens per ContiguousChunk, a power of two from 1 to 256.
         payload: what attention gets of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`:
-            values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits. Always exact: where a
-            prefix was stored without packed values, at `budget=1.0`, layers with a sliding window, and without
-            `selection="indexed_keys"`.
-        selection: how chunks are scored. `"attention_mass"` is the published rule: softmax over the exact keys of
-            the leader layer, in float32, summed over queries and tokens, averaged over heads.
-            `"indexed_keys"` scores with a resident int8 copy of the keys and rewards concentrated attention.
-        period: consecutive full-attention layers that share one selection. The first of them is the leader layer.
-        subperiod: layers of a period after which reads of the current selection start for the next period
-            (inter-period prefetch). Equal to `period`: none.
-        suffix_queries: how many of the real suffix tokens (per row) vote; `None` is all of them.
-        recent_queries: how many of these are the last ones; the others are spread evenly over the suffix before them.
-            As many as `suffix_queries`, or more: only the last ones vote.
-        concentration: exponent on a chunk's attention mass per (head, query) before the sum. 1 favours breadth,
-            4 favours needles. The published rule is 1.
-        keep_first: chunks at the beginning of the prefix that are always kept (attention sinks).
-        keep_last: whole chunks at the end of the prefix that are always kept (recent window).
+            values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits; it needs
+            `selection=IndexedKeys(...)`. Exact all the same: prefixes that were stored without packed values,
+            `budget=1.0`, and layers with a sliding window.
+        selection: how chunks are scored: `IndexedKeys(...)` or `AttentionMass(...)`.
+        reading: how bytes are read.
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less
             memory and more time: attention of all but the first block cannot use a plain causal kernel.
-        lookahead_bytes: how many bytes of payload may be read ahead of compute when every chunk is used.
-        verify: compare the checksum of every extent that is read from disk, and refuse numbers that are not finite. A
-            store with a key is always verified.
         timeline: record when each layer read, waited, identified, copied and computed (`ContiguousKVCache.timeline`).
 
     Raises:
-        ConfigError: a field is out of its range.
+        ConfigError: a field is out of its range, or payload and selection cannot work together.
     """
 
-    budget: float | Literal["auto"] = 0.25
+    budget: Budget = 0.25
     chunk_size: int = 16
-    payload: str = "packed"
-    selection: str = "indexed_keys"
-    period: int = 1
-    subperiod: int = 1
-    suffix_queries: int | None = 16
-    recent_queries: int = 4
-    concentration: float = 2.0
-    keep_first: int = 1
-    keep_last: int = 1
+    payload: Payload = "packed"
+    selection: Selection = field(default_factory=IndexedKeys)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     prefill_block: int = 8192
-    lookahead_bytes: int = 64 * 2**20
-    verify: bool = True
     timeline: bool = False
 
     @classmethod
-    def paper(cls, budget: float | Literal["auto"] = 0.05, **overrides: Any) -> ContiguousKVConfig:
+    def paper(cls, budget: Budget = 0.05, **overrides: Any) -> ContiguousKVConfig:
         """The published algorithm and nothing else (arXiv 2601.13631: c = 16, p = 8, sp = 4)."""
-        published: dict[str, Any] = {
-            "payload": "exact",
-            "selection": "attention_mass",
-            "period": 8,
-            "subperiod": 4,
-            "suffix_queries": None,
-            "concentration": 1.0,
-            "keep_first": 0,
-            "keep_last": 0,
-        }
+        published: dict[str, Any] = {"payload": "exact", "selection": AttentionMass()}
         return cls(budget=budget, **(published | overrides))
 
     def __post_init__(self) -> None:
@@ -87,39 +147,24 @@ class ContiguousKVConfig:
             raise ConfigError(f"budget must be a number in (0, 1] or 'auto', got {self.budget!r}")
         if self.budget != "auto" and not (math.isfinite(self.budget) and 0.0 < self.budget <= 1.0):
             raise ConfigError(f"budget is the share of chunks to use and must be in (0, 1], got {self.budget!r}")
-        self._integer("chunk_size", 1, 256)
+        _require_integer(self, "chunk_size", 1, 256)
         if self.chunk_size & (self.chunk_size - 1):
             raise ConfigError(f"chunk_size must be a power of two, got {self.chunk_size}")
-        if self.payload not in PAYLOADS:
-            raise ConfigError(f"payload must be one of {PAYLOADS}, got {self.payload!r}")
-        if self.selection not in SELECTIONS:
-            raise ConfigError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
-        self._integer("period", 1, 4096)
-        self._integer("subperiod", 1, self.period)
-        if self.suffix_queries is not None:
-            self._integer("suffix_queries", 1, 2**20)
-        self._integer("recent_queries", 0, 2**20)
-        if not (math.isfinite(self.concentration) and 0.0 < self.concentration <= 16.0):
-            raise ConfigError(f"concentration must be in (0, 16], got {self.concentration!r}")
-        self._integer("keep_first", 0, 2**20)
-        self._integer("keep_last", 0, 2**20)
-        self._integer("prefill_block", self.chunk_size, 2**20)
-        self._integer("lookahead_bytes", 1, 2**40)
+        if self.payload not in get_args(Payload):
+            raise ConfigError(f"payload must be one of {get_args(Payload)}, got {self.payload!r}")
+        if not isinstance(self.selection, Selection):
+            raise ConfigError(f"selection must be IndexedKeys(...) or AttentionMass(...), got {self.selection!r}")
+        if self.payload == "packed" and not isinstance(self.selection, IndexedKeys):
+            raise ConfigError(
+                f"payload='packed' takes keys from the key index, which {type(self.selection).__name__} does not read: "
+                "pass payload='exact' with it, or selection=IndexedKeys(...)"
+            )
+        if not isinstance(self.reading, ReadOptions):
+            raise ConfigError(f"reading must be ReadOptions(...), got {self.reading!r}")
+        _require_integer(self, "prefill_block", self.chunk_size, 2**20)
 
-    def _integer(self, field: str, low: int, high: int) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{field} must be a whole number from {low} to {high}, got {value!r}")
 
-    def chunks_kept(self, whole_chunks: int) -> int:
-        """How many of `whole_chunks` chunks the budget keeps: `ceil(whole_chunks * budget)`, at least one.
-
-        Raises:
-            ConfigError: the budget is "auto"; a cache decides it for each prefix.
-        """
-        if self.budget == "auto":
-            raise ConfigError("budget is 'auto': it is decided when a prefix is attached")
-        if whole_chunks == 0:
-            return 0
-        # Guard against 0.1 * 30 == 3.0000000000000004 becoming 4.
-        return min(whole_chunks, max(1, math.ceil(whole_chunks * self.budget - 1e-9)))
+def _require_integer(owner: object, name: str, low: int, high: int) -> None:
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")

@@ -10,7 +10,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from hf_contiguouskv.model.transformers_internals import cache_argument
-from hf_contiguouskv.selection import AttentionMass, IndexedKeys, SelectionInput, choose_chunks, voting_queries
+from hf_contiguouskv.selection import (
+    AttentionMassScorer,
+    IndexedKeysScorer,
+    SelectionInput,
+    choose_chunks,
+    voting_queries,
+)
 from hf_contiguouskv.store.key_index import build_key_index
 
 from .rounding import round_keys, round_values
@@ -101,12 +107,12 @@ class Simulation:
             if variant.index_bits < 8:
                 keys = round_keys(keys, variant.index_bits, variant.key_group)
             if variant.rule == "mass":
-                self._scorers[known] = AttentionMass(
+                self._scorers[known] = AttentionMassScorer(
                     round_keys(keys, variant.index_bits, 64) if variant.index_bits == 8 else keys, CHUNK, variant.power
                 )
             else:
                 parts = [build_key_index(keys, CHUNK)]
-                self._scorers[known] = IndexedKeys(parts, self._tokens // CHUNK, variant.power)
+                self._scorers[known] = IndexedKeysScorer(parts, self._tokens // CHUNK, variant.power)
         return self._scorers[known]
 
     def _stored(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
 from hf_contiguouskv.loading.key_source import KeySource
 from hf_contiguouskv.memory import EvictionPolicy
 from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.planning.read_plan import ReadPlan
 from hf_contiguouskv.request.prefix_request import PrefixRequest
 from hf_contiguouskv.request.rows import Rows
 from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
@@ -132,11 +133,11 @@ class RecordedRequest(PrefixRequest):
         pace: float,
     ) -> None:
         self._pool, self._number, self._pace = pool, number, pace
-        super().__init__(prefix, config, plan, store, stats)
+        super().__init__(ReadPlan.of(prefix, config, plan), store, stats)
 
     def _open_reads(self) -> None:
         super()._open_reads()
-        arguments = self.prefix, self.config, self._store, self._payload, self.stats
+        arguments = self.plan, self._store, self._payload, self.stats
         self._keys: RecordedKeys = RecordedKeys(*arguments, pool=self._pool, number=self._number, pace=self._pace)
 
     @property
@@ -149,7 +150,7 @@ class RecordedRequest(PrefixRequest):
         nothing = torch.zeros(1, 1, 1, 1)
         started = time.perf_counter()
         self.begin(Rows.distinct(1, 1))
-        for layer in range(len(self.plan.windows)):
+        for layer in range(len(self.plan.layers.windows)):
             self.load_full(layer, nothing, nothing, {"scaling": 1.0}, destination)
             pause(self._pool.compute_s[self._number, layer] * self._pace)
         return time.perf_counter() - started

@@ -55,7 +55,7 @@ class H2ORequest(TokenRequest):
         there = self.places_on_device(best_on_device(mass, self.kept), layer)
         unit_of = there // u * heads + torch.arange(heads, device=there.device)[:, None]
         held = held_by(unit_of, units)
-        return Chosen(there, unit_of, held, fetch(held, self.plan.devices[layer]))
+        return Chosen(there, unit_of, held, fetch(held, self.plan.layers.devices[layer]))
 
 
 class AttentionStoreH2O(TokenSystem):

@@ -15,6 +15,7 @@ from hf_contiguouskv.loading.payload_reads import PayloadReads
 from hf_contiguouskv.memory import MemoryTiers
 from hf_contiguouskv.memory.tier import Tier
 from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.planning.read_plan import ReadPlan
 from hf_contiguouskv.request.prefix_request import PrefixRequest
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix, Chunks
 
@@ -160,12 +161,12 @@ class ChunkParts(PrefixRequest):
         for device in plan.devices:
             store.memory.on(device)  # From then on host memory is pinned.
         places = replace(plan, devices=(HOST,) * len(plan.devices)) if on_host else plan
-        super().__init__(prefix, config, places, store, RequestStats())
+        super().__init__(ReadPlan.of(prefix, config, places), store, RequestStats())
 
     def payload(self) -> Mapping[int, Payload]:
         """See `Parts`."""
         found = {}
-        for layer, (window, device) in enumerate(zip(self.plan.windows, self.plan.devices, strict=True)):
+        for layer, (window, device) in enumerate(zip(self.plan.layers.windows, self.plan.layers.devices, strict=True)):
             if window is None:
                 found[layer] = Payload(self._payload, device, np.arange(self.prefix.chunks))
             else:
@@ -175,13 +176,13 @@ class ChunkParts(PrefixRequest):
     def _key_layers(self) -> Sequence[int]:
         if self.keeps_all:
             return ()
-        leaders = [layer for layer in self._full if self._packed or self._is_leader(layer)]
+        leaders = [layer for layer in self._full if self.plan.packed or self._is_leader(layer)]
         return [layer for layer in leaders if not self._keys.reads_payload(layer)]
 
     def bring_keys(self) -> None:
         """See `Parts`."""
         for layer in self._key_layers():
-            device = self.plan.devices[layer]
+            device = self.plan.layers.devices[layer]
             self._keys.ask(layer, device)
             self._keys.scorer(layer, device)
             self._keys.used(layer, device)
@@ -192,9 +193,11 @@ class ChunkParts(PrefixRequest):
         return any(not self._has_keys(layer) for layer in self._key_layers())
 
     def _has_keys(self, layer: int) -> bool:
-        tier = _tier(self._store.memory, self.plan.devices[layer])
+        tier = _tier(self._store.memory, self.plan.layers.devices[layer])
         keys = self._keys
-        return all(tier.has_keys(keys._key(span, name)) for span in self.served.spans for name in keys._tensors(layer))
+        return all(
+            tier.has_keys(keys._key(span, name)) for span in self.plan.served.spans for name in keys._tensors(layer)
+        )
 
 
 class UnitParts:

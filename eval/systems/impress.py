@@ -133,7 +133,7 @@ class ImpressRequest(TokenRequest):
         places = self.places_on_device(tokens, layer)
         block_of = places // self.layout.unit_tokens
         held = held_by(block_of, self.nodes.blocks)
-        came = fetch(torch.cat([held, *(one.flatten() for one in more)]), self.plan.devices[layer])
+        came = fetch(torch.cat([held, *(one.flatten() for one in more)]), self.plan.layers.devices[layer])
         counts, *others = np.split(came, np.cumsum([len(held), *(one.numel() for one in more)])[:-1])
         shaped = [other.reshape(one.shape) for other, one in zip(others, more, strict=True)]
         return Chosen(places, block_of, held, counts), shaped
@@ -147,7 +147,7 @@ class ImpressRequest(TokenRequest):
         self.ask(self.layout.keys_of(layer), units)
         found = self.take(self.layout.keys_of(layer), units, identifies).view(len(blocks), len(others), u, -1)
         with self.timed("copy", layer):
-            device = self.plan.devices[layer]
+            device = self.plan.layers.devices[layer]
             heads, where = self.sent("other heads", others, layer), send(blocks, device)
             keys.view(len(keys), -1, u, keys.shape[-1])[heads[:, None], where] = found.transpose(0, 1)
 

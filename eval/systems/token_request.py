@@ -19,6 +19,7 @@ from hf_contiguouskv.loading.hit_counting import Noted, count_hits
 from hf_contiguouskv.loading.payload_reads import PayloadReads
 from hf_contiguouskv.memory.blocks import neighbours
 from hf_contiguouskv.model.layer_plan import LayerPlan
+from hf_contiguouskv.planning.read_plan import ReadPlan
 from hf_contiguouskv.prefill.exact_prefill import geometry_of
 from hf_contiguouskv.request.prefix_request import PrefixRequest
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
@@ -66,7 +67,7 @@ class TokenRequest(PrefixRequest):
         self._layers_ahead = ahead
         self._asked: set[int] = set()
         self._sent: dict[tuple[str, torch.device], torch.Tensor] = {}
-        super().__init__(prefix, config, plan, store, stats)
+        super().__init__(ReadPlan.of(prefix, config, plan), store, stats)
 
     @property
     def kept_tokens(self) -> int:
@@ -83,7 +84,7 @@ class TokenRequest(PrefixRequest):
         if store.memory.behind:
             store.reader.run(store.memory.catch_up)
         self._payload = PayloadReads(
-            self.units, store.reader, store.memory, self.stats, self.config.verify, self.timeline
+            self.units, store.reader, store.memory, self.stats, self.plan.config.reading.verify, self.timeline
         )
         self._reading = False
 
@@ -103,11 +104,11 @@ class TokenRequest(PrefixRequest):
 
     def on_device(self, layer: int) -> bool:
         """Whether a layer is on an accelerator."""
-        return on_accelerator(self.plan.devices[layer])
+        return on_accelerator(self.plan.layers.devices[layer])
 
     def sent(self, name: str, numbers: Tokens, layer: int) -> torch.Tensor:
         """`numbers`, the same in all of a request, on the device of a layer; sent there once."""
-        device = self.plan.devices[layer]
+        device = self.plan.layers.devices[layer]
         found = self._sent.get((name, device))
         if found is None:
             found = self._sent[name, device] = send(numbers, device)
@@ -163,14 +164,14 @@ class TokenRequest(PrefixRequest):
 
     def ask(self, stored_layer: int, units: Tokens) -> None:
         """Start reading units of one stored layer (int64, ascending)."""
-        self._payload.ask([stored_layer], units, self.plan.devices[stored_layer // 2])
+        self._payload.ask([stored_layer], units, self.plan.layers.devices[stored_layer // 2])
 
     def take(self, stored_layer: int, units: Tokens, identifies: bool = False) -> torch.Tensor:
         """Units that were asked for, in the order of `units`, where attention runs: `(len(units), u, head_dim)`.
 
         `identifies`: they serve to choose tokens (counted as `bytes_identified`).
         """
-        g, size, device = self.prefix.geometry, self.layout.unit_bytes, self.plan.devices[stored_layer // 2]
+        g, size, device = self.prefix.geometry, self.layout.unit_bytes, self.plan.layers.devices[stored_layer // 2]
         before = self.stats.bytes_read
         found = torch.empty(len(units), self.layout.unit_tokens, g.head_dim, dtype=g.dtype, device=device)
         rows = found.view(torch.uint8).view(len(units), size)

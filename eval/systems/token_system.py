@@ -124,7 +124,9 @@ class TokenSystem(Stored):
         options = {"eviction": self.published_eviction} | store_options
         lfu = "_lfu" if options["eviction"] == "lfu" else ""
         name = self.published + lfu + ("_overlapped" if overlap else "")
-        super().__init__(name, model, folder, ContiguousKVConfig(budget=budget, timeline=timeline), **options)
+        super().__init__(
+            name, model, folder, ContiguousKVConfig(budget=budget, payload="exact", timeline=timeline), **options
+        )
         self._ahead = AHEAD if overlap else 0
         lm = innermost_causal_lm(model)
         geometry = geometry_of(require_support(lm), self._config.chunk_size)

@@ -8,7 +8,7 @@ import torch
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.model.layer_plan import LayerPlan
-from hf_contiguouskv.planning.read_plan import bytes_to_read
+from hf_contiguouskv.planning.read_plan import ReadPlan
 
 from ..systems import State
 from .counting import METHODS, Counts, Method
@@ -53,7 +53,7 @@ def predict(counts: Counts, machine: Machine, shape: Shape, method: Method, stat
     Raises:
         CountError: it was not counted.
     """
-    lookahead = (method.config or ContiguousKVConfig()).lookahead_bytes
+    lookahead = (method.config or ContiguousKVConfig()).reading.lookahead_bytes
     record = counts.record(shape.name, method.label, state)
     timing = replay(record, machine, tokens, lookahead)
     floor = METHODS[0]
@@ -73,7 +73,7 @@ def predict_all(counts: Counts) -> list[Prediction]:
 
 
 def library_bytes(shape: Shape, method: Method, tokens: int) -> int:
-    """What the library itself expects a cold request of its own to read, in bytes (`needs.bytes_to_read`).
+    """What the library itself expects a cold request of its own to read, in bytes (`ReadPlan.bytes_to_read`).
 
     Raises:
         ValueError: it is another system's request.
@@ -91,4 +91,4 @@ def library_bytes(shape: Shape, method: Method, tokens: int) -> int:
     span = SegmentSpan(segment, 0, chunks, 0)  # type: ignore[arg-type]
     prefix = AttachedPrefix(tokens, (span,), geometry)
     plan = LayerPlan((None,) * shape.layers, (torch.device("cuda", 0),) * shape.layers)
-    return bytes_to_read(prefix, method.config, plan)
+    return ReadPlan.of(prefix, method.config, plan).bytes_to_read()

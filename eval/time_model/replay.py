@@ -62,7 +62,7 @@ def replay(record: Record, machine: Machine, tokens: int, lookahead_bytes: int) 
         record: of the request.
         machine: its speeds.
         tokens: length of the prefix.
-        lookahead_bytes: of the configuration (`ContiguousKVConfig.lookahead_bytes`).
+        lookahead_bytes: of the configuration (`ReadOptions.lookahead_bytes`).
     """
     run = _Run(record, machine, tokens, lookahead_bytes)
     for layer, program in enumerate(record.sections, start=-1):

@@ -62,7 +62,7 @@ def on_cpu(counts: Counts, growth: Path = GROWTH) -> list[Compared]:
     found = json.loads(growth.read_text())
     measured = {(row["system"], row["tokens"]): row["seconds"]["median"] for row in found["rows"]}
     compared = []
-    lookahead = ContiguousKVConfig().lookahead_bytes
+    lookahead = ContiguousKVConfig().reading.lookahead_bytes
     for lengths in CPU_LENGTHS:
         records = counts.records[f"cpu {lengths[0]}-{lengths[1]}"]
         for system, state in CPU_SYSTEMS:

@@ -27,6 +27,7 @@ from ..model.transformers_internals import (
     shifted_positions,
 )
 from ..planning.auto_budget import AutoBudget, BudgetChoice
+from ..planning.read_plan import ReadPlan
 from ..prefill.exact_prefill import Prefill, geometry_of
 from ..prefill.recovery import Recovery
 from ..request.prefix_request import PrefixRequest
@@ -124,7 +125,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         self._cropped_to: int | None = None
         # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
         self._before: int | None = None
-        self.store, self._temporary = opened_store(store, ids is not None, self.config.verify)
+        self.store, self._temporary = opened_store(store, ids is not None, self.config.reading.verify)
         if self.store is None:
             return
         require_no_virtual_tokens(model, automatic=ids is None)
@@ -247,7 +248,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
     def _new_request(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> PrefixRequest:
         """What serves `prefix`. (The evaluation package puts other methods here.)"""
         assert self.store is not None
-        return PrefixRequest(prefix, config, self._support.plan, self.store, self._stats, Recovery(self))
+        return PrefixRequest(ReadPlan.of(prefix, config, self._support.plan), self.store, self._stats, Recovery(self))
 
     def _close_request(self) -> None:
         if self._attached is not None:
@@ -401,7 +402,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             return None
         request, rows = self._attached.request, layer.row_of.cpu()
         if request.keeps_all:
-            return torch.arange(request.keep).expand(len(rows), -1)
+            return torch.arange(request.plan.keep).expand(len(rows), -1)
         return request.selected[layer_idx].cpu()[rows]
 
     def reset(self) -> None:
@@ -467,7 +468,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         assert self._attached is not None
         request = self._attached.request
         if tokens > 0:
-            self._attach(request.prefix.truncated(tokens), request.config, stats=self._stats)
+            self._attach(request.prefix.truncated(tokens), request.plan.config, stats=self._stats)
         else:
             self._attach(None)
 

@@ -11,16 +11,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..config import ContiguousKVConfig
 from ..hardware.aligned_memory import as_memoryview
 from ..memory import Buffer, Tier
 from ..memory.device_tier import DeviceTier
 from ..memory.entries import KeptKeys
-from ..selection import AttentionMass, ChunkScorer, IndexedKeys, Scratch
+from ..planning.read_plan import ReadPlan
+from ..selection import AttentionMassScorer, ChunkScorer, IndexedKeysScorer, Scratch
 from ..selection.indexed_keys import Part
 from ..stats import RequestStats
 from ..store import PrefixStore
-from ..store.attached_prefix import AttachedPrefix
 from ..store.entries import SegmentSpan
 from ..store.reader import Read, Ticket
 from .payload_reads import PayloadReads, wait
@@ -122,14 +121,14 @@ class KeySource:
 
     def __init__(
         self,
-        prefix: AttachedPrefix,
-        config: ContiguousKVConfig,
+        plan: ReadPlan,
         store: PrefixStore,
         payload: PayloadReads,
         stats: RequestStats,
     ) -> None:
-        self._prefix = prefix
-        self._config = config
+        self._plan = plan
+        prefix = self._prefix = plan.served
+        self._verify = plan.config.reading.verify
         self._store = store
         self._memory = store.memory
         self._payload = payload
@@ -140,7 +139,7 @@ class KeySource:
         }
         self._scratch = Scratch()
         self._parts: dict[int, list[Part]] = {}
-        self._indexed = prefix.layers_with("indexed_layers") if config.selection == "indexed_keys" else frozenset()
+        self._indexed = plan.indexed_layers
         self._leading = prefix.layers_with("leader_layers")
         self._taken = _Taken()
         give_up = partial(_give_up, self._taken, stats)
@@ -242,7 +241,7 @@ class KeySource:
                 pending.upload()
             else:
                 # There is one checksum for all of it, so all of it is read, whatever part the prefix needs.
-                checks = ((0, length, segment.tensor_checksum(tensor)),) if self._config.verify else ()
+                checks = ((0, length, segment.tensor_checksum(tensor)),) if self._verify else ()
                 read = Read(segment, offset, length, as_memoryview(buffer.data[:length]), checks)
                 pending.ticket = self._store.reader.submit([read], then=pending.upload)
         except BaseException:
@@ -252,15 +251,15 @@ class KeySource:
 
     def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
         """Wait for the keys of a layer, and make its scorer. `used` gives them back."""
-        g, concentration = self._prefix.geometry, self._config.concentration
+        g, concentration = self._prefix.geometry, self._plan.config.selection.concentration
         if self.reads_payload(layer):
-            return AttentionMass(self._keys_of_payload(layer, device), g.chunk_size, concentration)
+            return AttentionMassScorer(self._keys_of_payload(layer, device), g.chunk_size, concentration)
         if self.uses_index(layer):
             on_device = self._memory.on(device) is not None
             parts, whole = self.index(layer, device), self._prefix.whole_chunks
-            return IndexedKeys(parts, whole, concentration, self._scratch, on_device)
+            return IndexedKeysScorer(parts, whole, concentration, self._scratch, on_device)
         self._collect(layer, device)
-        return AttentionMass(self._leader_keys(layer, device), g.chunk_size, concentration)
+        return AttentionMassScorer(self._leader_keys(layer, device), g.chunk_size, concentration)
 
     def index(self, layer: int, device: torch.device) -> list[Part]:
         """Wait for the key index of a layer, one part per segment. `used` gives it back."""
@@ -327,7 +326,7 @@ class KeySource:
             data[pending.name] = buffer.data
         # What was not compared with its checksum must not reach a request that wants that.
         table = self._memory.table(pending.span.segment, self._prefix.form)
-        kept = tier.keep_keys(pending.name, pending.which, buffer, table) if self._config.verify else None
+        kept = tier.keep_keys(pending.name, pending.which, buffer, table) if self._verify else None
         if kept is not None:
             self._taken.held.setdefault(layer, []).append((tier, kept))
         else:

@@ -16,7 +16,7 @@ from ..model.support import ModelSupport
 from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
-from .read_plan import WORTH_READING_BYTES, bytes_to_read
+from .read_plan import WORTH_READING_BYTES, ReadPlan
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -97,12 +97,10 @@ def _estimated(
     speeds: ComputeSpeeds,
     bytes_per_s: float,
 ) -> BudgetChoice:
-    config = replace(config, budget=budget)
-    keep = config.chunks_kept(prefix.whole_chunks)
-    used = keep * prefix.geometry.chunk_size + prefix.tail_tokens
-    considered = 0 if keep == prefix.whole_chunks else prefix.tokens
-    compute = speeds.forward_s + used * speeds.used_s + considered * speeds.considered_s
-    read = bytes_to_read(prefix, config, plan, WORTH_READING_BYTES) / bytes_per_s
+    reads = ReadPlan.of(prefix, replace(config, budget=budget), plan)
+    considered = 0 if reads.keeps_all else prefix.tokens
+    compute = speeds.forward_s + reads.kept_tokens * speeds.used_s + considered * speeds.considered_s
+    read = reads.bytes_to_read(WORTH_READING_BYTES) / bytes_per_s
     return BudgetChoice(budget, False, read, compute, "")
 
 

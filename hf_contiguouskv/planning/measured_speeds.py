@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..config import ContiguousKVConfig
+from ..config import ContiguousKVConfig, IndexedKeys, Selection
 from ..hardware.aligned_memory import PAGE, as_memoryview
 from ..model.attention import attend
 from ..model.support import ModelSupport, decoder_config, input_device, run_forward
-from ..selection import AttentionMass, IndexedKeys, SelectionInput, build_key_index, voting_queries
+from ..selection import AttentionMassScorer, IndexedKeysScorer, SelectionInput, build_key_index, voting_queries
 from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
 from ..store.reader import Read
@@ -48,7 +48,7 @@ class ComputeSpeeds:
     prefill_s: float
 
 
-_Rules = tuple[ModelSupport, str, int | None, int, int]
+_Rules = tuple[ModelSupport, Selection, int]
 _known: weakref.WeakKeyDictionary[nn.Module, dict[_Rules, ComputeSpeeds]] = weakref.WeakKeyDictionary()
 # Bytes per second of each store's disk, and by a read of how many bytes that was found.
 _disks: weakref.WeakKeyDictionary[PrefixStore, tuple[float, int]] = weakref.WeakKeyDictionary()
@@ -62,7 +62,7 @@ def compute_speeds(model: nn.Module, support: ModelSupport, config: ContiguousKV
     Raises:
         Exception: whatever a model raises that cannot be run by itself.
     """
-    rules = (support, config.selection, config.suffix_queries, config.chunk_size, config.period)
+    rules = (support, config.selection, config.chunk_size)
     with _lock:
         found = _known.setdefault(model, {}).get(rules)
         if found is None:
@@ -84,7 +84,7 @@ def _measured(model: nn.Module, support: ModelSupport, config: ContiguousKVConfi
         long, short = (_shortest(_attend(model, support, layer, tokens)) for tokens in (USED_TOKENS, 0))
         copied = _shortest(_copy(support, layer))
         used = len(full) * (max(0.0, long - short) + copied) / USED_TOKENS
-        leaders = len(full[:: config.period])
+        leaders = len(full[:: config.selection.period])
         considered = leaders * _shortest(_choose(model, support, layer, config)) / CONSIDERED_TOKENS
     return ComputeSpeeds(forward, used, considered, prefill)
 
@@ -179,11 +179,11 @@ def _choose(model: nn.Module, support: ModelSupport, layer: int, config: Contigu
     keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(support.kv_heads, support.head_dim, -1).transpose(1, 2)
     queries = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
     visible = torch.ones(1, SUFFIX_TOKENS, dtype=torch.bool, device=device)
-    voters = voting_queries(visible[0], config.suffix_queries, config.recent_queries)
+    voters = voting_queries(visible[0], config.selection.queries, config.selection.recent)
     inputs = SelectionInput(queries, queries[:, : support.kv_heads], [voters], visible, support.head_dim**-0.5)
-    if config.selection == "indexed_keys":
+    if isinstance(config.selection, IndexedKeys):
         index, scale = build_key_index(keys.to(device), c)
-        indexed = IndexedKeys([(index, scale)], CONSIDERED_TOKENS // c, config.concentration)
+        indexed = IndexedKeysScorer([(index, scale)], CONSIDERED_TOKENS // c, config.selection.concentration)
         return lambda: _wait(indexed(inputs).importance)
-    exact = AttentionMass(keys.to(device, support.dtype), c, config.concentration)
+    exact = AttentionMassScorer(keys.to(device, support.dtype), c, config.selection.concentration)
     return lambda: _wait(exact(inputs).importance)

@@ -1,8 +1,13 @@
-"""What a request needs of its prefix: in which form, read in which pieces, and how many bytes that is."""
+"""What a request is going to read of its prefix: the only place where a budget becomes numbers."""
 
 from __future__ import annotations
 
-from ..config import ContiguousKVConfig
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..config import ContiguousKVConfig, IndexedKeys
+from ..errors import ConfigError
 from ..hardware.aligned_memory import PAGE
 from ..model.layer_plan import LayerPlan
 from ..store.attached_prefix import AttachedPrefix
@@ -16,45 +21,108 @@ WORTH_READING_BYTES = DEFAULT_GAP
 WHOLE_LAYER_BYTES = 2 * 2**20
 
 
-def served_prefix(prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan) -> AttachedPrefix:
-    """The prefix in the form in which full-attention layers get it (windows see exact K and V)."""
-    full = plan.full_layers
-    wanted = config.payload == "packed" and config.selection == "indexed_keys" and bool(full)
-    selects = config.chunks_kept(prefix.whole_chunks) < prefix.whole_chunks
-    return prefix.packed() if wanted and selects and prefix.packable.issuperset(full) else prefix
+def chunks_kept(budget: float | str, whole_chunks: int) -> int:
+    """How many of `whole_chunks` chunks a budget keeps: `ceil(whole_chunks * budget)`, at least one.
 
-
-def reads_whole_layers(served: AttachedPrefix, keep: int, plan: LayerPlan) -> bool:
-    """Whether reading all chunks of a layer costs no more time than reading the `keep` selected ones.
-
-    Then nothing has to wait for a selection: layers are read ahead, in one piece each.
+    Raises:
+        ConfigError: the budget is "auto"; `AutoBudget` decides it for each prefix.
     """
-    layer_bytes = served.whole_chunks * served.extent_bytes
-    small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in plan.devices) else 0
-    return served.form == "packed" and layer_bytes <= max(small, keep * WORTH_READING_BYTES)
+    if isinstance(budget, str):
+        raise ConfigError("budget is 'auto': it is decided when a prefix is attached")
+    if whole_chunks == 0:
+        return 0
+    # Guard against 0.1 * 30 == 3.0000000000000004 becoming 4.
+    return min(whole_chunks, max(1, math.ceil(whole_chunks * budget - 1e-9)))
 
 
-def bytes_to_read(prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, per_read: int = PAGE) -> int:
-    """About how many bytes a request reads of a prefix of which nothing is in memory.
+@dataclass(frozen=True)
+class ReadPlan:
+    """What one request uses of its prefix, and how that is read.
 
-    A chunk that is read by itself counts as `per_read` bytes at least: with `WORTH_READING_BYTES`, what storage would
-    have delivered in that time.
+    Attributes:
+        prefix: in its exact form: what sliding-window layers see.
+        served: the same prefix in the form in which full-attention layers get it.
+        keep: whole chunks that each full-attention layer uses.
+        layers: of the model.
+        config: with a budget that is a number.
     """
-    keep, chunks, g = config.chunks_kept(prefix.whole_chunks), prefix.chunks, prefix.geometry
-    tails = sum(min(prefix.tokens, window) for window in plan.windows if window is not None)
-    found = tails * g.extent_bytes // g.chunk_size
-    full = plan.full_layers
-    if keep == prefix.whole_chunks:
-        return found + len(full) * chunks * g.extent_bytes
-    served = served_prefix(prefix, config, plan)
-    indexed = prefix.layers_with("indexed_layers") if config.selection == "indexed_keys" else frozenset()
-    leading = prefix.layers_with("leader_layers")
-    for position, layer in enumerate(full):
-        leads = position % config.period == 0
-        if layer in indexed and (leads or served.form == "packed"):
-            found += chunks * g.keys_bytes // g.itemsize
-        elif leads:
-            found += chunks * (g.keys_bytes if layer in leading else g.extent_bytes)
-    if reads_whole_layers(served, keep, plan):
-        return found + len(full) * chunks * served.extent_bytes
-    return found + len(full) * keep * max(per_read, -(-served.extent_bytes // PAGE) * PAGE)
+
+    prefix: AttachedPrefix
+    served: AttachedPrefix
+    keep: int
+    layers: LayerPlan
+    config: ContiguousKVConfig
+
+    @classmethod
+    def of(cls, prefix: AttachedPrefix, config: ContiguousKVConfig, layers: LayerPlan) -> ReadPlan:
+        """The plan for `prefix`.
+
+        Raises:
+            ConfigError: the budget is "auto".
+        """
+        keep, full = chunks_kept(config.budget, prefix.whole_chunks), layers.full_layers
+        packs = config.payload == "packed" and keep < prefix.whole_chunks and bool(full)
+        served = prefix.packed() if packs and prefix.packable.issuperset(full) else prefix
+        return cls(prefix, served, keep, layers, config)
+
+    def on(self, prefix: AttachedPrefix) -> ReadPlan:
+        """The same plan for another prefix of the same tokens."""
+        return ReadPlan.of(prefix, self.config, self.layers)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every chunk is used: no selection, the exact answer."""
+        return self.keep == self.prefix.whole_chunks
+
+    @property
+    def kept_tokens(self) -> int:
+        """Prefix tokens that a full-attention layer shows to attention: the same for every layer and row."""
+        return self.keep * self.prefix.geometry.chunk_size + self.prefix.tail_tokens
+
+    @property
+    def packed(self) -> bool:
+        """Whether values come in 4 bits, and keys from the key index."""
+        return self.served.form == "packed"
+
+    @cached_property
+    def reads_whole_layers(self) -> bool:
+        """Whether reading all chunks of a layer costs no more time than reading the `keep` selected ones.
+
+        Then nothing has to wait for a selection: layers are read ahead, in one piece each.
+        """
+        layer_bytes = self.served.whole_chunks * self.served.extent_bytes
+        small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
+        return self.packed and layer_bytes <= max(small, self.keep * WORTH_READING_BYTES)
+
+    @cached_property
+    def indexed_layers(self) -> frozenset[int]:
+        """Layers whose chunks are scored from the int8 key index."""
+        indexed = isinstance(self.config.selection, IndexedKeys)
+        return self.prefix.layers_with("indexed_layers") if indexed else frozenset()
+
+    def is_leader(self, layer: int) -> bool:
+        """Whether a full-attention layer chooses the chunks of its period."""
+        return self.layers.full_layers.index(layer) % self.config.selection.period == 0
+
+    def bytes_to_read(self, per_read: int = PAGE) -> int:
+        """About how many bytes a request reads of a prefix of which nothing is in memory.
+
+        A chunk that is read by itself counts as `per_read` bytes at least: with `WORTH_READING_BYTES`, what storage
+        would have delivered in that time.
+        """
+        prefix, served, g = self.prefix, self.served, self.prefix.geometry
+        tails = sum(min(prefix.tokens, window) for window in self.layers.windows if window is not None)
+        found = tails * g.extent_bytes // g.chunk_size
+        full = self.layers.full_layers
+        if self.keeps_all:
+            return found + len(full) * prefix.chunks * g.extent_bytes
+        leading = prefix.layers_with("leader_layers")
+        for layer in full:
+            leads = self.is_leader(layer)
+            if layer in self.indexed_layers and (leads or self.packed):
+                found += prefix.chunks * g.keys_bytes // g.itemsize
+            elif leads:
+                found += prefix.chunks * (g.keys_bytes if layer in leading else g.extent_bytes)
+        if self.reads_whole_layers:
+            return found + len(full) * prefix.chunks * served.extent_bytes
+        return found + len(full) * self.keep * max(per_read, -(-served.extent_bytes // PAGE) * PAGE)

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from ..config import ContiguousKVConfig
+from ..config import ContiguousKVConfig, ReadOptions
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from ..hardware import accelerator as hardware
 from ..hardware.accelerator import Device
@@ -341,7 +341,7 @@ def load_exactly(prefix: AttachedPrefix, store: PrefixStore, support: ModelSuppo
     """Put all tokens of all layers of a stored prefix into an empty `DynamicCache`."""
     g = prefix.geometry
     payload = PayloadReads(prefix, store.reader, store.memory, RequestStats(), verify=True)
-    ahead = Lookahead(ContiguousKVConfig().lookahead_bytes)
+    ahead = Lookahead(ReadOptions().lookahead_bytes)
     chunks = np.arange(prefix.chunks)
     for layer, device in enumerate(support.plan.devices):
         ahead.add(layer, len(chunks) * g.extent_bytes, partial(payload.ask_ahead, layer, chunks, device))

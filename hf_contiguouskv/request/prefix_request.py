@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..config import ContiguousKVConfig
+from ..config import IndexedKeys
 from ..errors import InputError, SegmentCorruptError, SegmentReadError
 from ..hardware.accelerator import send
 from ..loading.hit_counting import Noted, count_hits
@@ -25,8 +25,7 @@ from ..loading.placement import assemble
 from ..loading.window_tails import WindowTails
 from ..memory import Usage
 from ..memory.blocks import among
-from ..model.layer_plan import LayerPlan
-from ..planning.read_plan import reads_whole_layers, served_prefix
+from ..planning.read_plan import ReadPlan
 from ..selection import ChunkScores, SelectionInput, choose_chunks, device_product
 from ..stats import RequestStats
 from ..store import PrefixStore
@@ -57,23 +56,18 @@ class PrefixRequest:
 
     def __init__(
         self,
-        prefix: AttachedPrefix,
-        config: ContiguousKVConfig,
-        plan: LayerPlan,
+        plan: ReadPlan,
         store: PrefixStore,
         stats: RequestStats,
         recover: Recover | None = None,
     ) -> None:
-        self.prefix = prefix
-        self.config = config
         self.plan = plan
         self.stats = stats
         self._store = store
         self._recover = recover
-        self.keep = config.chunks_kept(prefix.whole_chunks)
         self.selected: dict[int, torch.Tensor] = {}
         self.rows: Rows | None = None
-        self._full = plan.full_layers
+        self._full = plan.layers.full_layers
         self._ordinal = {layer: ordinal for ordinal, layer in enumerate(self._full)}
         self._wanted: dict[int, Chunks] = {}
         self._loaded: set[int] = set()
@@ -83,10 +77,10 @@ class PrefixRequest:
         self._asking: dict[torch.device, AskingRows] = {}
         # Whether bytes of this prefix proved wrong, and could not be computed anew.
         self.damaged = False
-        self.timeline = Timeline() if config.timeline else None
-        for device in set(plan.devices):
-            if store.memory.on(device) is not None and config.selection == "indexed_keys":
-                device_product(device, prefix.geometry.head_dim)  # Found out now, not in the first layer.
+        self.timeline = Timeline() if plan.config.timeline else None
+        for device in set(plan.layers.devices):
+            if store.memory.on(device) is not None and isinstance(plan.config.selection, IndexedKeys):
+                device_product(device, plan.prefix.geometry.head_dim)  # Found out now, not in the first layer.
         # What the memory tiers are told of this request once its first token is out.
         self._usage, self._tail_usage = Usage(), Usage()
         self._settled = weakref.finalize(self, store.memory.finished, self._usage, self._tail_usage)
@@ -94,49 +88,45 @@ class PrefixRequest:
         self._open_reads()
 
     def _open_reads(self) -> None:
-        store, stats, verify = self._store, self.stats, self.config.verify
+        store, stats, verify = self._store, self.stats, self.plan.config.reading.verify
         if store.memory.behind:
             store.reader.run(store.memory.catch_up)  # Requests before this one were dropped without `close`.
-        # The prefix in the form in which full-attention layers get it; windows see exact K and V.
-        self.served = served_prefix(self.prefix, self.config, self.plan)
-        self._payload = PayloadReads(self.served, store.reader, store.memory, stats, verify, self.timeline)
+        self._payload = PayloadReads(self.plan.served, store.reader, store.memory, stats, verify, self.timeline)
         exact = self._payload
-        if self.served.form != self.prefix.form and len(self._full) < len(self.plan.windows):
+        if self.plan.packed and len(self._full) < len(self.plan.layers.windows):
             exact = PayloadReads(self.prefix, store.reader, store.memory, stats, verify, self.timeline)
         self._tails = WindowTails(self.prefix, exact, stats, self._tail_usage)
-        self._keys = KeySource(self.served, self.config, store, self._payload, stats)
+        self._keys = KeySource(self.plan, store, self._payload, stats)
         self._ahead = Lookahead(self._ahead_bytes())
         self._reading = False
 
     @property
+    def prefix(self) -> AttachedPrefix:
+        """The prefix that is attached, in its exact form."""
+        return self.plan.prefix
+
+    @property
     def keeps_all(self) -> bool:
         """Whether every chunk is used: no selection, the exact answer."""
-        return self.keep == self.prefix.whole_chunks
+        return self.plan.keeps_all
 
     @property
     def kept_tokens(self) -> int:
         """Prefix tokens that a full-attention layer shows to attention: the same for every layer and row."""
-        return self.keep * self.prefix.geometry.chunk_size + self.prefix.tail_tokens
+        return self.plan.kept_tokens
 
     def _ahead_bytes(self) -> int:
         """How far ahead of compute to read. Reads are served in order, so keys that are far from being needed must
         not stand in the way of the chunks that a selection has just named."""
-        if self.keeps_all or not self._full or self._reads_whole_layers:
+        lookahead = self.plan.config.reading.lookahead_bytes
+        if self.keeps_all or not self._full or self.plan.reads_whole_layers:
             # Nothing that a selection names is going to wait for them. Where a layer crosses to an accelerator, the
             # next one is read meanwhile, however large they are.
-            layer_bytes = self.prefix.chunks * self.served.extent_bytes
-            crosses = any(self._store.memory.on(device) is not None for device in self.plan.devices)
-            return max(self.config.lookahead_bytes, LAYERS_AHEAD * layer_bytes if crosses else 0)
-        layers_ahead = KEYS_AHEAD if self.config.period == 1 else 1
-        return min(self.config.lookahead_bytes, layers_ahead * self._keys.nbytes(self._full[0]))
-
-    @property
-    def _packed(self) -> bool:
-        return self.served.form == "packed"
-
-    @property
-    def _reads_whole_layers(self) -> bool:
-        return reads_whole_layers(self.served, self.keep, self.plan)
+            layer_bytes = self.prefix.chunks * self.plan.served.extent_bytes
+            crosses = any(self._store.memory.on(device) is not None for device in self.plan.layers.devices)
+            return max(lookahead, LAYERS_AHEAD * layer_bytes if crosses else 0)
+        layers_ahead = KEYS_AHEAD if self.plan.config.selection.period == 1 else 1
+        return min(lookahead, layers_ahead * self._keys.nbytes(self._full[0]))
 
     # -- the schedule -------------------------------------------------------------------------------------------------
 
@@ -145,7 +135,7 @@ class PrefixRequest:
         self.rows = rows
         self._row_of.clear()
         self._asking.clear()
-        self._voters = rows.voters(self.config.suffix_queries, self.config.recent_queries)
+        self._voters = rows.voters(self.plan.config.selection.queries, self.plan.config.selection.recent)
         self.start()
 
     def start(self) -> None:
@@ -168,7 +158,7 @@ class PrefixRequest:
         self.damaged = True
         if self._recover is None or attempt > MAX_RECOVERIES:
             raise error
-        self.prefix = self._recover(self.prefix, error, attempt)
+        self.plan = self.plan.on(self._recover(self.prefix, error, attempt))
         self.damaged = False
         self._open_reads()
 
@@ -176,9 +166,9 @@ class PrefixRequest:
         if self._reading:
             return
         self._reading = True
-        exact, whole = self.prefix.extent_bytes, self._reads_whole_layers
-        for layer, window in enumerate(self.plan.windows):
-            device = self.plan.devices[layer]
+        exact, whole = self.prefix.extent_bytes, self.plan.reads_whole_layers
+        for layer, window in enumerate(self.plan.layers.windows):
+            device = self.plan.layers.devices[layer]
             if layer in self._loaded:
                 continue
             if window is not None:
@@ -189,43 +179,44 @@ class PrefixRequest:
                 chunks = np.arange(self.prefix.chunks)
                 self._ahead.add(layer, len(chunks) * exact, partial(self._payload.ask_ahead, layer, chunks, device))
                 continue
-            if self._packed or (self._is_leader(layer) and layer not in self._wanted):
+            if self.plan.packed or (self._is_leader(layer) and layer not in self._wanted):
                 self._ahead.add(layer, self._keys.nbytes(layer, device), partial(self._keys.ask, layer, device))
             if layer in self._wanted:
                 self._ask([layer], self._wanted[layer])  # Selected before the prefix was replaced.
             elif whole:
-                size = self.prefix.chunks * self.served.extent_bytes
+                size = self.prefix.chunks * self.plan.served.extent_bytes
                 self._ahead.add(layer, size, partial(self._read_whole, layer, device))
         self._ahead.pump()
 
     def _read_whole(self, layer: int, device: torch.device, must: bool) -> bool:
         # Where memory has as much as a request uses, what it lacks is asked for by name: it may be nothing.
-        if self._payload.tables.resident(layer) < self.keep:
+        if self._payload.tables.resident(layer) < self.plan.keep:
             self._payload.ask([layer], np.arange(self.prefix.chunks), device, speculative=True)
         return True
 
     def _is_leader(self, layer: int) -> bool:
-        return self._ordinal[layer] % self.config.period == 0
+        return self._ordinal[layer] % self.plan.config.selection.period == 0
 
     def _period(self, leader: int) -> list[int]:
         start = self._ordinal[leader]
-        return self._full[start : start + self.config.period]
+        return self._full[start : start + self.plan.config.selection.period]
 
     @torch.no_grad()
     def _identify(self, layer: int, inputs: SelectionInput) -> None:
         """Select for the period that `layer` leads, and ask for what that needs (intra-period prefetch)."""
         self._ahead.need(layer)
-        scorer = self._keys.scorer(layer, self.plan.devices[layer])
+        scorer = self._keys.scorer(layer, self.plan.layers.devices[layer])
         began = perf_counter()
         scores = scorer(inputs)
-        if not self._packed:
-            self._keys.used(layer, self.plan.devices[layer])
-        there = self._store.memory.on(self.plan.devices[layer])
+        if not self.plan.packed:
+            self._keys.used(layer, self.plan.layers.devices[layer])
+        there = self._store.memory.on(self.plan.layers.devices[layer])
         if there is not None:  # The choice is made where reads are issued: one copy, one wait.
             alone = scores.mass is scores.importance
             both = there.device.fetch(scores.mass[None] if alone else torch.stack(scores))
             scores = ChunkScores(both[0], both[-1])
-        selected = choose_chunks(scores.importance, self.keep, self.config.keep_first, self.config.keep_last)
+        ends = self.plan.config.selection.keep_first, self.plan.config.selection.keep_last
+        selected = choose_chunks(scores.importance, self.plan.keep, *ends)
         mass = scores.mass.detach().numpy().sum(0)
         if self.timeline is not None:
             self.timeline.add("identify", layer, began, perf_counter())
@@ -236,11 +227,11 @@ class PrefixRequest:
         for member in members:
             self.selected[member], self._wanted[member] = selected, wanted
         self._ask(members, wanted)
-        if not self._packed:
+        if not self.plan.packed:
             self._ahead.used(layer)
 
     def _ask(self, layers: Sequence[int], chunks: Chunks, speculative: bool = False) -> None:
-        for device, group in groupby(layers, key=lambda layer: self.plan.devices[layer]):
+        for device, group in groupby(layers, key=lambda layer: self.plan.layers.devices[layer]):
             self._payload.ask(list(group), chunks, device, speculative)
 
     def _chunks_to_read(self, selected: torch.Tensor) -> Chunks:
@@ -249,11 +240,11 @@ class PrefixRequest:
 
     def _speculate(self, layer: int) -> None:
         """At the subperiod boundary, start reading the current selection for the next period (inter-period)."""
-        ordinal, config = self._ordinal[layer], self.config
-        if config.subperiod == config.period or ordinal % config.period != config.subperiod:
+        ordinal, rule = self._ordinal[layer], self.plan.config.selection
+        if rule.subperiod == rule.period or ordinal % rule.period != rule.subperiod:
             return
-        start = ordinal - config.subperiod + config.period
-        members = self._full[start : start + config.period]
+        start = ordinal - rule.subperiod + rule.period
+        members = self._full[start : start + rule.period]
         if members and self._keys.reads_payload(members[0]):
             members = members[1:]  # All of the next leader's chunks are read for its keys anyway.
         self._ask(members, self._wanted[layer], speculative=True)
@@ -341,7 +332,7 @@ class PrefixRequest:
         self._bring(layer, query, suffix_keys, options)
         wanted = self._wanted[layer]
         selected = self._selected_of(layer)
-        if self._packed:
+        if self.plan.packed:
             self._place_keys(layer, selected, destination)
         # Mostly exactly the wanted chunks were asked for, and there is nothing to sort out.
         asked = self._payload.asked(layer)
@@ -351,7 +342,7 @@ class PrefixRequest:
             for batch in arriving:
                 began = perf_counter()
                 alike = exactly and destination.shape[1] == 1
-                assemble(self.served, batch, selected, self.keep, destination, selected_only=alike)
+                assemble(self.plan.served, batch, selected, self.plan.keep, destination, selected_only=alike)
                 if self.timeline is not None:
                     self.timeline.add("copy", layer, began, perf_counter())
                 batches.append(Noted.of(batch))
@@ -366,11 +357,11 @@ class PrefixRequest:
     def _place_keys(self, layer: int, selected: Sequence[Chunks] | None, destination: torch.Tensor) -> None:
         """Of a packed prefix, keys come from the index. Values may be under way meanwhile."""
         assert selected is not None
-        device = self.plan.devices[layer]
+        device = self.plan.layers.devices[layer]
         self._ahead.need(layer)
         parts = self._keys.index(layer, device)
         began = perf_counter()
-        place_keys(self.served, parts, selected, destination[0])
+        place_keys(self.plan.served, parts, selected, destination[0])
         self._keys.used(layer, device)
         self._ahead.used(layer)
         if self.timeline is not None:
@@ -397,7 +388,7 @@ class PrefixRequest:
 
         def load() -> tuple[torch.Tensor, torch.Tensor]:
             self._ahead.need(layer)
-            return self._tails.load(layer, window, self.plan.devices[layer])
+            return self._tails.load(layer, window, self.plan.layers.devices[layer])
 
         found = self._recovering(load)
         self._loaded.add(layer)
@@ -406,7 +397,7 @@ class PrefixRequest:
 
     def _count(self, layer: int, batches: Sequence[Noted]) -> None:
         wanted = self._wanted[layer]
-        size = self.served.extent_bytes
+        size = self.plan.served.extent_bytes
         exactly = sum(len(batch.chunks) for batch in batches) == len(wanted)
         for batch in batches:
             used = None if exactly else among(batch.chunks, wanted)
@@ -420,8 +411,8 @@ class PrefixRequest:
         tail = self.prefix.tail_tokens
         whole = len(wanted) - (1 if tail else 0)
         self._usage.used(self._payload.tables, layer, wanted)
-        self.stats.bytes_used += whole * size + tail * self.served.token_bytes()
-        self.stats.chunks_used.append(self.keep + (1 if tail else 0))
+        self.stats.bytes_used += whole * size + tail * self.plan.served.token_bytes()
+        self.stats.chunks_used.append(self.plan.keep + (1 if tail else 0))
 
     def count(self) -> None:
         """Count what layers have used, since the last time; they do not wait for that."""
@@ -445,7 +436,7 @@ class PrefixRequest:
 
     def twin(self, stats: RequestStats, recover: Recover | None) -> PrefixRequest:
         """The same request for a copy of the cache: selections are kept, reads under way are not."""
-        other = PrefixRequest(self.prefix, self.config, self.plan, self._store, stats, recover)
+        other = PrefixRequest(self.plan, self._store, stats, recover)
         other.rows, other.selected, other._wanted = self.rows, dict(self.selected), dict(self._wanted)
         other._loaded, other._voters = set(self._loaded), self._voters
         return other

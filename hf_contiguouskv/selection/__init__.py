@@ -1,18 +1,18 @@
 """Which chunks of the prefix a request needs: one module per method, one protocol."""
 
 from ..store.key_index import build_key_index
-from .attention_mass import AttentionMass
+from .attention_mass import AttentionMassScorer
 from .base import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, voting_queries
 from .device_products import device_product
-from .indexed_keys import IndexedKeys
+from .indexed_keys import IndexedKeysScorer
 from .integer_products import chosen_products
 from .scratch import Scratch
 
 __all__ = [
-    "AttentionMass",
+    "AttentionMassScorer",
     "ChunkScorer",
     "ChunkScores",
-    "IndexedKeys",
+    "IndexedKeysScorer",
     "Scratch",
     "SelectionInput",
     "build_key_index",

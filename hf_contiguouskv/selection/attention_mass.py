@@ -10,7 +10,7 @@ from .base import ChunkScores, SelectionInput, scores_of_rows
 LOGITS_AT_ONCE = 2**23
 
 
-class AttentionMass:
+class AttentionMassScorer:
     """`A_j`: softmax over [prefix ; suffix, causal] in float32, summed over queries, mean over heads, sum per chunk.
 
     Args:

@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
-class IndexedKeys:
+class IndexedKeysScorer:
     """Softmax over the chunks' best logits, raised to `concentration`, summed over queries and heads.
 
     The strongest token of a chunk stands for the chunk: that needs one exponential per chunk instead of one per token,

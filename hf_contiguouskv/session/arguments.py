@@ -96,7 +96,9 @@ def opened_store(
         store = PrefixStore.shared(store)
     if isinstance(store, PrefixStore):
         if store.has_key and not verify:
-            raise ConfigError("verify=False leaves out what the key of a store is for: let the cache verify")
+            raise ConfigError(
+                "reading=ReadOptions(verify=False) leaves out what the key of a store is for: let the cache verify"
+            )
         return store, None
     if store is not None:
         raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")

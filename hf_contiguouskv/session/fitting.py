@@ -35,7 +35,7 @@ SEAM_TOKENS = 8
 
 def voters_wanted(config: ContiguousKVConfig) -> int:
     """How many tokens of a prompt should stay behind a pruned prefix, because their queries choose its chunks."""
-    return 1 if config.budget == 1.0 else config.suffix_queries or config.chunk_size
+    return 1 if config.budget == 1.0 else config.selection.queries or config.chunk_size
 
 
 def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
@@ -68,7 +68,7 @@ def begin_prompt(cache: ContiguousKVCache, call: GenerateCall) -> None:
     if call.embeddings is None:
         check_rows(cache, prompt, mask)
     prefix, left = cache._attached.request.prefix.tokens, _shortest_row(prompt, mask)
-    keep_back = voters_wanted(cache._attached.request.config)
+    keep_back = voters_wanted(cache._attached.request.plan.config)
     if cache._suffix_length() == 0 and left - prefix < min(keep_back, FEWEST_VOTERS):
         # Cut before `generate` cuts the prompt by what is cached.
         cache.shorten_prefix(max(0, left - keep_back))
@@ -171,7 +171,7 @@ def fit_to_prefix(
     request, mask = cache._attached.request, inputs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         moved = mask_behind_prefix(mask, request.prefix.tokens, more_follows)
-        if moved is not mask and any(request.plan.windows):
+        if moved is not mask and any(request.plan.layers.windows):
             _compute_everything(cache, inputs, request.prefix.tokens)
             return
         inputs["attention_mask"] = moved

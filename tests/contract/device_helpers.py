@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
 from hf_contiguouskv.cache import contiguous_cache as cache_module
 from hf_contiguouskv.memory import MemoryTiers
 
@@ -29,7 +29,11 @@ CONFIGS = {
     "paper": ContiguousKVConfig.paper(0.3),
     "index": ContiguousKVConfig(budget=0.3),
     # Neither an index nor leader keys: whole leader layers are read.
-    "whole layers": ContiguousKVConfig(budget=0.3, selection="attention_mass", period=3, subperiod=1),
+    "whole layers": ContiguousKVConfig(
+        budget=0.3,
+        payload="exact",
+        selection=AttentionMass(queries=16, concentration=2.0, keep_first=1, keep_last=1, period=3, subperiod=1),
+    ),
 }
 PRUNED = [name for name in CONFIGS if name != "exact"]
 

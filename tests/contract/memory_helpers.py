@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig, RequestStats
 
 from .references import generate
 from .subject import ContiguousKVCache, PrefixStore
@@ -19,7 +19,7 @@ LAYERS, CHUNK_BYTES = 4, 4096
 
 CONFIGS: dict[str, Callable[[float], ContiguousKVConfig]] = {
     "paper": lambda budget: ContiguousKVConfig.paper(budget),
-    "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, period=2, subperiod=1),
+    "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, selection=AttentionMass(period=2, subperiod=1)),
     "default": lambda budget: ContiguousKVConfig(budget=budget),
 }
 POLICIES = ("expected-use", "published", "lru", "lfu")

@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
 from hf_contiguouskv.errors import ConfigError, SegmentReadError
 from hf_contiguouskv.planning import auto_budget
 from hf_contiguouskv.planning import measured_speeds as speeds
 from hf_contiguouskv.planning.auto_budget import BUDGETS, choose_budget
 from hf_contiguouskv.planning.measured_speeds import ComputeSpeeds
-from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, bytes_to_read
+from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, ReadPlan, chunks_kept
 
 from .models import CACHE, token_ids
 from .references import assert_close, forward
@@ -53,10 +53,10 @@ def test_the_largest_budget_whose_reads_hide_is_chosen(prefix):
         larger = [budget for budget in BUDGETS if budget > choice.budget]
         for budget in larger:
             config = replace(AUTO, budget=budget)
-            selects = config.chunks_kept(10) < 10
-            used = config.chunks_kept(10) * 16 + 5
+            selects = chunks_kept(config.budget, 10) < 10
+            used = chunks_kept(config.budget, 10) * 16 + 5
             compute = SPEEDS.forward_s + used * SPEEDS.used_s + (165 * SPEEDS.considered_s if selects else 0)
-            assert bytes_to_read(prefix[0], config, prefix[1], WORTH_READING_BYTES) / bytes_per_s > compute
+            assert ReadPlan.of(prefix[0], config, prefix[1]).bytes_to_read(WORTH_READING_BYTES) / bytes_per_s > compute
         assert f"budget {choice.budget:g}" in choice.reason
         assert not choice.recompute
     assert found[1e9] == 1.0
@@ -88,7 +88,11 @@ def test_what_hides_is_loaded_however_fast_it_could_be_computed(prefix):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(
     "config",
-    [ContiguousKVConfig(), ContiguousKVConfig(payload="exact"), ContiguousKVConfig.paper(period=2, subperiod=2)],
+    [
+        ContiguousKVConfig(),
+        ContiguousKVConfig(payload="exact"),
+        ContiguousKVConfig.paper(selection=AttentionMass(period=2, subperiod=2)),
+    ],
     ids=["default", "exact", "published"],
 )
 def test_bytes_are_foreseen(tiny_model, store_path, family, config, budget):
@@ -97,7 +101,7 @@ def test_bytes_are_foreseen(tiny_model, store_path, family, config, budget):
     with prefix_from_disk(tiny_model(family), ids, store_path, config=config) as cache:
         forward(cache._living_model(), SUFFIX, cache)
         request = cache._attached.request
-        foreseen = bytes_to_read(request.prefix, config, request.plan)
+        foreseen = request.plan.bytes_to_read()
         assert foreseen == pytest.approx(cache.stats.bytes_read, rel=0.35)
 
 
@@ -157,7 +161,7 @@ def test_what_has_just_been_computed_is_not_computed_again(tiny_model, store_pat
         write_prefix(model, PREFIX[:, :stored], store_path, budget=1.0)
     with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
         assert (cache.stats.tokens_prefilled, cache.stats.tokens_from_store) == (165 - stored, stored)
-        assert cache._attached.request.config.budget == BUDGETS[-1]
+        assert cache._attached.request.plan.config.budget == BUDGETS[-1]
         forward(model, SUFFIX, cache)
         assert cache.stats.chunks_used == [2] * 4
 
@@ -170,7 +174,7 @@ def test_a_model_in_training_mode_is_not_asked_to_compute_again(tiny_model, stor
     try:
         with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
             assert cache.stats.tokens_from_store == 165
-            assert cache._attached.request.config.budget == BUDGETS[-1]
+            assert cache._attached.request.plan.config.budget == BUDGETS[-1]
     finally:
         model.eval()
 
@@ -184,7 +188,7 @@ def test_automatic_mode_attaches_with_the_budget_that_was_chosen(tiny_model, sto
         model.generate(prompt, **{CACHE: cache}, max_new_tokens=1, do_sample=False)
         assert cache.budget_choice is not None
         assert cache.stats.tokens_from_store >= 160
-        keep = ContiguousKVConfig(budget=cache.budget_choice.budget).chunks_kept(10)
+        keep = chunks_kept(cache.budget_choice.budget, 10)
         assert keep < 10
         assert cache.selected_chunks(0).shape == (1, keep)
 
@@ -277,5 +281,5 @@ def test_auto_is_the_only_word():
     with pytest.raises(ConfigError, match="'fast'"):
         ContiguousKVConfig(budget="fast")
     with pytest.raises(ConfigError, match="decided when a prefix is attached"):
-        AUTO.chunks_kept(10)
+        chunks_kept(AUTO.budget, 10)
     assert ContiguousKVConfig.paper(budget="auto").budget == "auto"

@@ -23,8 +23,8 @@ from hf_contiguouskv.model.fingerprint import model_fingerprint
 from hf_contiguouskv.model.support import require_support
 from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
 from hf_contiguouskv.selection import (
-    AttentionMass,
-    IndexedKeys,
+    AttentionMassScorer,
+    IndexedKeysScorer,
     SelectionInput,
     build_key_index,
     choose_chunks,
@@ -99,7 +99,7 @@ def some_keys(kv_heads: int, tokens: int, head_dim: int) -> torch.Tensor:
 
 
 def indexed_in_float64(inputs: SelectionInput, parts: list[Any], whole: int, power: float) -> torch.Tensor:
-    """The scores of `IndexedKeys`, from the rounded keys and queries on in float64."""
+    """The scores of `IndexedKeysScorer`, from the rounded keys and queries on in float64."""
     kv_heads = parts[0][0].shape[0]
     queries = inputs.queries[0][:, inputs.voters[0]].float().reshape(kv_heads, -1, inputs.queries.shape[-1])
     peaks = []
@@ -145,8 +145,8 @@ def test_an_index_on_the_device_chooses_as_on_a_cpu_and_in_float64(
     there = [(index.to(DEVICE), scale.to(DEVICE)) for index, scale in parts]
     for power in (1.0, 2.0):
         exact = indexed_in_float64(inputs, parts, tokens // 16, power)
-        on_cpu, _ = IndexedKeys(parts, tokens // 16, power, on_device=False)(inputs)
-        found, _ = IndexedKeys(there, tokens // 16, power, on_device=True)(moved(inputs))
+        on_cpu, _ = IndexedKeysScorer(parts, tokens // 16, power, on_device=False)(inputs)
+        found, _ = IndexedKeysScorer(there, tokens // 16, power, on_device=True)(moved(inputs))
         for keep in (4, 13, 64):
             assert_same_choice(found.cpu(), exact, keep)
             assert_same_choice(on_cpu, exact, keep)
@@ -157,7 +157,7 @@ def test_an_index_on_the_device_chooses_as_on_a_cpu_and_in_float64(
 def test_the_published_scores_choose_as_in_float64(tokens, queries):
     inputs, keys = selection_input(28, 4, queries, 128, queries, 2), some_keys(4, tokens, 128)
     exact = mass_in_float64(inputs, keys, 16)
-    found, _ = AttentionMass(keys.to(DEVICE), 16, 1.0)(moved(inputs))
+    found, _ = AttentionMassScorer(keys.to(DEVICE), 16, 1.0)(moved(inputs))
     for keep in (7, 26, 64):
         assert_same_choice(found.cpu(), exact, keep)
 

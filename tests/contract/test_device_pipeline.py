@@ -22,7 +22,7 @@ from unit.device_log import races
 from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 from unit.test_grouped_attention import flash_on_a_cpu
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig, IndexedKeys, ReadOptions
 from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.model import attention
 from hf_contiguouskv.model.fingerprint import model_fingerprint
@@ -344,7 +344,9 @@ def test_requests_on_streams_of_their_own_share_what_is_on_the_device(model, sto
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIGS["paper"], ContiguousKVConfig(budget=0.3, period=4, subperiod=4)], ids=["exact keys", "index"]
+    "config",
+    [CONFIGS["paper"], ContiguousKVConfig(budget=0.3, selection=IndexedKeys(period=4, subperiod=4))],
+    ids=["exact keys", "index"],
 )
 def test_keys_that_are_on_the_device_are_waited_for_by_every_stream(model, store_path, config):
     with accelerated(LATE) as machine, opened(store_path) as store:
@@ -405,7 +407,7 @@ def test_what_stays_is_put_in_its_place_behind_the_first_token(model, store_path
 @pytest.mark.parametrize("config", PRUNED)
 def test_keys_that_do_not_stay_are_copied_for_each_request(tiny_model, store_path, config, schedule):
     """What is not compared with its checksum is kept nowhere, but its buffers are used again."""
-    settings, others = replace(CONFIGS[config], verify=False), token_ids(165, seed=1212)
+    settings, others = replace(CONFIGS[config], reading=ReadOptions(verify=False)), token_ids(165, seed=1212)
     model = tiny_model("llama", "sdpa")
     for prefix in (PREFIX, others):
         write_prefix(model, prefix, store_path)
@@ -425,7 +427,11 @@ def test_keys_that_do_not_stay_are_copied_for_each_request(tiny_model, store_pat
 def test_keys_cross_before_their_layer_is_reached(tiny_model, store_path, config):
     model = tiny_model("llama", "sdpa", layers=10)
     write_prefix(model, PREFIX, store_path)
-    settings = replace(CONFIGS[config], period=2, subperiod=1) if config == "paper" else CONFIGS[config]
+    settings = (
+        replace(CONFIGS[config], selection=AttentionMass(period=2, subperiod=1))
+        if config == "paper"
+        else CONFIGS[config]
+    )
     tensor = "key_index.8" if config == "index" else "leader_keys.8"
     begun: dict[int, int] = {}
     with accelerated(EARLY) as machine, opened(store_path) as store:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
 from hf_contiguouskv.memory import MemoryTiers
 from hf_contiguouskv.memory.history import SegmentTable
 
@@ -86,7 +86,7 @@ def test_a_pruned_answer_does_not_depend_on_the_limit(tiny_model, store_path, fa
 @pytest.mark.parametrize("limit", ["a few chunks", "one layer", "half of the prefix", "plenty"])
 def test_leaders_without_stored_keys_stay_within_the_limit(tiny_model, store_path, limit):
     """Odd leader layers have no keys on disk: their whole payload is read to choose from it."""
-    model, settings = tiny_model("llama"), ContiguousKVConfig.paper(0.2, period=1, subperiod=1)
+    model, settings = tiny_model("llama"), ContiguousKVConfig.paper(0.2, selection=AttentionMass(period=1, subperiod=1))
     write_prefix(model, PREFIX, store_path)
     with PrefixStore(store_path) as store:
         expected = ask(model, PREFIX, SUFFIXES[0], store, settings)

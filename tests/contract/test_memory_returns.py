@@ -10,6 +10,7 @@ import torch
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import StoreClosedError
+from hf_contiguouskv.planning.read_plan import chunks_kept
 
 from .memory_helpers import CHUNK_BYTES, LAYERS, POLICIES, ask, assert_nothing_in_use
 from .models import token_ids
@@ -179,7 +180,7 @@ def test_a_request_of_one_token_is_settled_when_it_ends(tiny_model, store_path, 
         assert table.uses == 1
         assert float(table.importance.sum()) > 0
         grid = table.requests.reshape(LAYERS, 11)
-        assert (grid.sum(1) == PRUNED.chunks_kept(10) + 1).all()
+        assert (grid.sum(1) == chunks_kept(PRUNED.budget, 10) + 1).all()
 
 
 def test_a_cache_that_was_never_asked_counts_nothing(tiny_model, store_path):

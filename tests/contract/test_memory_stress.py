@@ -17,7 +17,7 @@ import pytest
 import torch
 from faults.scale import SEED, scaled
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
 from hf_contiguouskv.errors import StoreError
 
 from .memory_helpers import CHUNK_BYTES, POLICIES, Answer, ask, assert_nothing_in_use
@@ -42,7 +42,11 @@ Key = tuple[int, int, float, bool]
 
 
 def config_of(budget: float, paper: bool) -> ContiguousKVConfig:
-    return ContiguousKVConfig.paper(budget, period=2, subperiod=1) if paper else ContiguousKVConfig(budget=budget)
+    return (
+        ContiguousKVConfig.paper(budget, selection=AttentionMass(period=2, subperiod=1))
+        if paper
+        else ContiguousKVConfig(budget=budget)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import threading
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVConfig, ReadOptions
+from hf_contiguouskv.planning.read_plan import chunks_kept
 from hf_contiguouskv.store.memory_backend import MemoryBackend
 
 from .memory_helpers import (
@@ -181,7 +182,7 @@ def test_caches_over_one_prefix_share_one_copy_in_memory(tiny_model, store_path,
         for cache in caches:
             forward(model, SUFFIX, cache)
             held.append(chunk_bytes(store))
-        kept = settings.chunks_kept(10) + 1
+        kept = chunks_kept(settings.budget, 10) + 1
         assert held == [LAYERS * kept * CHUNK_BYTES] * 4
         for cache in caches:
             cache.close()
@@ -292,7 +293,12 @@ def test_a_request_without_checks_uses_what_others_have_checked(tiny_model, stor
     write_prefix(model, prefix, store_path)
     with PrefixStore(store_path) as store:
         ask(model, prefix, SUFFIX, store, EXACT)
-        assert ask(model, prefix, SUFFIX, store, ContiguousKVConfig(budget=1.0, verify=False)).stats.bytes_read == 0
+        assert (
+            ask(
+                model, prefix, SUFFIX, store, ContiguousKVConfig(budget=1.0, reading=ReadOptions(verify=False))
+            ).stats.bytes_read
+            == 0
+        )
 
 
 @pytest.mark.parametrize("settings", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "pruned", "paper"])

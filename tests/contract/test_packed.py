@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVConfig, IndexedKeys
 from hf_contiguouskv.planning import read_plan as needs
 from hf_contiguouskv.prefill import exact_prefill as prefill
 
@@ -70,7 +70,7 @@ def test_layers_that_share_a_selection_have_their_own_keys(tiny_model, store_pat
     if not whole:
         chunks_alone(monkeypatch)
     model = tiny_model("llama", layers=5)
-    config = dataclasses.replace(PACKED, period=period, subperiod=period - 1)
+    config = dataclasses.replace(PACKED, selection=IndexedKeys(period=period, subperiod=period - 1))
     with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
         logits = forward(model, SUFFIX, cache)
         assert torch.equal(cache.selected_chunks(0), cache.selected_chunks(1))
@@ -166,9 +166,9 @@ def test_the_whole_budget_is_exact(tiny_model, store_path):
     assert_close(logits, exact.forward(SUFFIX))
 
 
-def test_without_an_index_it_is_exact(tiny_model, store_path):
+def test_an_exact_payload_of_a_packed_prefix_is_exact(tiny_model, store_path):
     model = tiny_model("llama")
-    config = dataclasses.replace(PACKED, selection="attention_mass")
+    config = dataclasses.replace(PACKED, payload="exact")
     with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
         logits = forward(model, SUFFIX, cache)
         visible = {layer: visible_tokens(cache.selected_chunks(layer), 165) for layer in range(4)}

@@ -11,7 +11,8 @@ import copy
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
+from hf_contiguouskv.planning.read_plan import chunks_kept
 
 from .models import IMPLEMENTATIONS, PAD, PRUNABLE, full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, forward, generate, visible_tokens
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.needs_library
 
 CONFIGS = {
     "paper": lambda budget: ContiguousKVConfig.paper(budget),
-    "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, period=2, subperiod=1),
+    "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, selection=AttentionMass(period=2, subperiod=1)),
     "default": lambda budget: ContiguousKVConfig(budget=budget),
     "default, exact payload": lambda budget: ContiguousKVConfig(budget=budget, payload="exact"),
 }
@@ -64,7 +65,7 @@ def test_pruned_chunks_are_as_good_as_masked(
     with prefix_from_disk(model, prefix, store_path, config=settings) as cache:
         logits = forward(model, SUFFIX, cache)
         for layer in full_attention_layers(model):
-            assert cache.selected_chunks(layer).shape == (1, settings.chunks_kept(prefix_tokens // 16))
+            assert cache.selected_chunks(layer).shape == (1, chunks_kept(settings.budget, prefix_tokens // 16))
         reference = masked_reference(model, cache, prefix)
         assert_as_masked(cache, logits, reference.forward(SUFFIX))
         for block, tokens in enumerate([1, 1, 3, 1]):

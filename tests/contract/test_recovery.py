@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVConfig, ReadOptions
 from hf_contiguouskv.errors import SegmentCorruptError, StoreClosedError
 from hf_contiguouskv.model.fingerprint import model_fingerprint
 from hf_contiguouskv.prefill.exact_prefill import SegmentFeed
@@ -145,16 +145,16 @@ def test_pruned_requests_select_the_same_chunks_after_a_repair(tiny_model, tmp_p
         (ContiguousKVConfig(budget=0.4), "values4", packed),
         (ContiguousKVConfig.paper(0.4), "payload", 4096),
     ):
-        write_prefix(model, PREFIX, tmp_path / str(config.period))
-        with PrefixStore(tmp_path / str(config.period)) as store:
+        write_prefix(model, PREFIX, tmp_path / str(config.selection.period))
+        with PrefixStore(tmp_path / str(config.selection.period)) as store:
             sound = ContiguousKVCache(model, PREFIX, store=store, config=config)
             expected = forward(model, SUFFIX, sound)
             selected = [sound.selected_chunks(layer).tolist() for layer in range(10)]
-        (file,) = (tmp_path / str(config.period)).rglob("*.safetensors")
+        (file,) = (tmp_path / str(config.selection.period)).rglob("*.safetensors")
         for layer in (1, 4, 9):
             for chunk in range(5):
                 damage(file, f"{tensor}.{layer}", at=chunk * extent + 3)
-        with PrefixStore(tmp_path / str(config.period)) as store:
+        with PrefixStore(tmp_path / str(config.selection.period)) as store:
             cache = ContiguousKVCache(model, PREFIX, store=store, config=config)
             assert_close(forward(model, SUFFIX, cache), expected)
             assert [cache.selected_chunks(layer).tolist() for layer in range(10)] == selected
@@ -323,7 +323,7 @@ def test_a_prefix_may_begin_on_disk_and_end_in_memory(tiny_model, store_path, mo
                 assert cache.stats.tokens_from_store == 83
                 assert cache.stats.tokens_prefilled == 60
             monkeypatch.undo()
-            with PrefixStore(store_path.with_name(f"sound-{config.period}-{config.budget}")) as sound:
+            with PrefixStore(store_path.with_name(f"sound-{config.selection.period}-{config.budget}")) as sound:
                 with ContiguousKVCache(model, PREFIX, store=sound):
                     pass
                 with ContiguousKVCache(model, LONGER, store=sound, config=config) as cache:
@@ -449,7 +449,7 @@ def test_a_chain_of_different_layouts_is_read_as_each_segment_lies(tiny_model, s
                     feed.feed(layer, states.keys[0, :, :end], states.values[0, :, :end], 0)
                 writer.commit()
         for verify in (True, False):
-            with ContiguousKVCache(model, LONGER, store=store, budget=1.0, verify=verify) as cache:
+            with ContiguousKVCache(model, LONGER, store=store, budget=1.0, reading=ReadOptions(verify=verify)) as cache:
                 assert cache.stats.tokens_from_store == 143
                 assert_close(forward(model, SUFFIX, cache), expected)
         assert store.stats.quarantined == 0
@@ -464,7 +464,7 @@ def test_what_was_read_without_a_check_is_not_kept_for_those_who_check(tiny_mode
     for at in range(0, 4096, 8):
         damage(file, "key_index.0", at=at)
     with PrefixStore(store_path) as store:
-        with ContiguousKVCache(model, PREFIX, store=store, budget=0.3, verify=False) as cache:
+        with ContiguousKVCache(model, PREFIX, store=store, budget=0.3, reading=ReadOptions(verify=False)) as cache:
             forward(model, SUFFIX, cache)
         with ContiguousKVCache(model, PREFIX, store=store, budget=0.3) as cache:
             assert_close(forward(model, SUFFIX, cache), expected)

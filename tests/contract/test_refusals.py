@@ -227,7 +227,7 @@ def test_a_field_that_does_not_exist_is_refused(tiny_model):
 def test_overrides_refine_a_given_config(tiny_model):
     cache = ContiguousKVCache(tiny_model("llama"), PREFIX, config=ContiguousKVConfig.paper(0.2), budget=0.7)
     assert cache.config.budget == 0.7
-    assert cache.config.period == 8
+    assert cache.config.selection.period == 8
 
 
 def test_a_refused_construction_leaves_the_model_as_it_was(tiny_model):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig, ReadOptions
 from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.store.local_disk import FileBlob
 from hf_contiguouskv.store.segment import Segment
@@ -455,7 +455,11 @@ def test_leaders_without_stored_keys_choose_as_published(
     reference = PrunedReference(model, prefix, budget=0.3, period=period)
     expected = reference.forward(suffix)
     assert reference.margin() > 1e-5, "an ambiguous seed: choose another"
-    config = ContiguousKVConfig.paper(0.3, period=period, subperiod=subperiod, lookahead_bytes=lookahead)
+    config = ContiguousKVConfig.paper(
+        0.3,
+        selection=AttentionMass(period=period, subperiod=subperiod),
+        reading=ReadOptions(lookahead_bytes=lookahead),
+    )
     with prefix_from_disk(model, prefix, store_path, config=config) as cache:
         assert_close(forward(model, suffix, cache), expected)
         for layer in full_attention_layers(model):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
+from hf_contiguouskv.planning.read_plan import chunks_kept
 
 from .models import IMPLEMENTATIONS, PAD, PRUNABLE, full_attention_layers, token_ids
 from .references import PrunedReference, forward, generate
@@ -54,7 +55,7 @@ def test_every_family_chooses_as_published(tiny_model, store_path, family, imple
     model = tiny_model(family, implementation, layers=6)
     prefix, suffix = token_ids(165, seed=210), token_ids(7, seed=310)
     reference = published_choice(model, prefix, suffix, budget=0.3, period=2)
-    config = ContiguousKVConfig.paper(0.3, period=2, subperiod=1)
+    config = ContiguousKVConfig.paper(0.3, selection=AttentionMass(period=2, subperiod=1))
     with prefix_from_disk(model, prefix, store_path, config=config) as cache:
         forward(model, suffix, cache)
         assert_same_choice(model, cache, reference)
@@ -65,7 +66,7 @@ def test_a_period_shares_its_leaders_choice(tiny_model, store_path, period):
     model = tiny_model("llama", layers=5)
     prefix, suffix = token_ids(165, seed=211), token_ids(7, seed=311)
     reference = published_choice(model, prefix, suffix, budget=0.3, period=period)
-    config = ContiguousKVConfig.paper(0.3, period=period, subperiod=1)
+    config = ContiguousKVConfig.paper(0.3, selection=AttentionMass(period=period, subperiod=1))
     with prefix_from_disk(model, prefix, store_path, config=config) as cache:
         forward(model, suffix, cache)
         assert_same_choice(model, cache, reference)
@@ -167,7 +168,7 @@ def test_few_voters_are_the_last_ones_and_others_spread_in_every_row(tiny_model,
     ids = torch.cat(
         [torch.cat([torch.full((1, 40 - suffix.shape[1]), PAD), prefix, suffix], dim=1) for suffix in suffixes]
     )
-    config = ContiguousKVConfig.paper(0.3, suffix_queries=5, recent_queries=2)
+    config = ContiguousKVConfig.paper(0.3, selection=AttentionMass(queries=5, recent=2))
     with prefix_from_disk(model, prefix, store_path, config=config) as cache:
         generate(model, ids, cache, attention_mask=(ids != PAD).long(), tokens=2)
         for layer in full_attention_layers(model):
@@ -178,7 +179,7 @@ def test_few_voters_are_the_last_ones_and_others_spread_in_every_row(tiny_model,
 def test_drafts_do_not_move_voters(tiny_model, store_path):
     model, prefix = tiny_model("llama", layers=10), token_ids(165, seed=224)
     suffix = torch.cat([token_ids(19, seed=326), prefix[:, 40:46]], dim=1)
-    config = ContiguousKVConfig.paper(0.3, suffix_queries=5, recent_queries=2)
+    config = ContiguousKVConfig.paper(0.3, selection=AttentionMass(queries=5, recent=2))
     with prefix_from_disk(model, prefix, store_path, config=config) as cache:
         generate(model, torch.cat([prefix, suffix], dim=1), cache, tokens=6, prompt_lookup_num_tokens=5)
         assert_same_choice(model, cache, choice_of_voters(model, prefix, suffix))
@@ -189,7 +190,7 @@ def test_as_many_recent_voters_as_voters_are_the_last_ones(tiny_model, store_pat
     reference = PrunedReference(model, prefix, rows=1, budget=0.3, period=8)
     reference.forward(suffix, voters=torch.arange(40)[None] >= 35)
     assert reference.margin() > CLEAR
-    config = ContiguousKVConfig.paper(0.3, suffix_queries=5, recent_queries=5)
+    config = ContiguousKVConfig.paper(0.3, selection=AttentionMass(queries=5, recent=5))
     with prefix_from_disk(model, prefix, store_path, config=config) as cache:
         forward(model, suffix, cache)
         assert_same_choice(model, cache, reference)
@@ -229,6 +230,6 @@ def test_the_default_configuration_keeps_its_budget_and_both_ends(tiny_model, st
         for layer in full_attention_layers(model):
             chunks = cache.selected_chunks(layer)[0].tolist()
             assert chunks == sorted(set(chunks))
-            assert len(chunks) == config.chunks_kept(whole)
-            if len(chunks) >= config.keep_first + config.keep_last:
+            assert len(chunks) == chunks_kept(config.budget, whole)
+            if len(chunks) >= config.selection.keep_first + config.selection.keep_last:
                 assert {0, whole - 1} <= set(chunks)

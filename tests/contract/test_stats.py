@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig, RequestStats
 
 from .models import token_ids
 from .references import generate
@@ -26,7 +26,7 @@ SUFFIX = token_ids(6, seed=601)
 
 CONFIGS = {
     "paper": lambda budget: ContiguousKVConfig.paper(budget),
-    "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, period=2, subperiod=1),
+    "paper, period 2": lambda budget: ContiguousKVConfig.paper(budget, selection=AttentionMass(period=2, subperiod=1)),
     "default, exact payload": lambda budget: ContiguousKVConfig(budget=budget, payload="exact"),
 }
 

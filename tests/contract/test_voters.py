@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVConfig, IndexedKeys
 
 from .models import CACHE, token_ids
 from .references import forward, generate
@@ -26,7 +26,7 @@ CONFIGS = {
     "the default": ContiguousKVConfig(),
     "as published": ContiguousKVConfig.paper(0.1),
     "automatic budget": ContiguousKVConfig(budget="auto"),
-    "few queries": ContiguousKVConfig(budget=0.1, suffix_queries=VOTERS),
+    "few queries": ContiguousKVConfig(budget=0.1, selection=IndexedKeys(queries=VOTERS)),
 }
 
 

@@ -20,6 +20,7 @@ from eval.policies.texts import Document
 from eval.policies.trace import Pool, Trace, Workload
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.memory import POLICIES
+from hf_contiguouskv.planning.read_plan import chunks_kept
 
 LAYERS, CHUNK = 3, 16
 # One chunk of one layer: K and V, 1 head, 16 tokens, 8 channels of 4 bytes.
@@ -58,13 +59,13 @@ def test_a_recorded_request_holds_what_the_cache_selected(trace: Trace) -> None:
     assert [pool.tokens for pool in trace.pools] == [320, 200, 333]
     for pool in trace.pools:
         whole = pool.tokens // CHUNK
-        kept = ContiguousKVConfig(budget=0.2).chunks_kept(whole)
+        kept = chunks_kept(0.2, whole)
         assert pool.selected.shape == (len(pool), LAYERS, kept)
         assert pool.mass.shape == (len(pool), LAYERS, whole)
         # Each voting query spreads a mass of 1.
         votes = pool.mass.astype(np.float32).sum(-1)
         np.testing.assert_allclose(votes, votes[:, :1].round().repeat(LAYERS, 1), rtol=0.01)
-        assert votes.max() <= 1.01 * (ContiguousKVConfig().suffix_queries or 0)
+        assert votes.max() <= 1.01 * (ContiguousKVConfig().selection.queries or 0)
         # The first and the last are always kept; the others are rather those with much mass.
         assert (pool.selected[..., 0] == 0).all()
         assert (pool.selected[..., -1] == whole - 1).all()

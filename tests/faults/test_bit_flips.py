@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hf_contiguouskv import PrefixStore
+from hf_contiguouskv import PrefixStore, ReadOptions
 
 from .damage import CONFIGS, Scene, Tally, draw_requests, flip, kind_of, regions, segment_path
 from .scale import SEED, scaled
@@ -163,7 +163,7 @@ def test_an_unnoticed_flip_would_be_counted_as_a_wrong_answer(scene, tmp_path, m
     start, _ = regions(path)["payload.0"]
     # The top bit of an exponent of a key: 0.1 becomes 1e37.
     flip(path, start + 3, 6)
-    monkeypatch.setitem(CONFIGS, "exact", replace(CONFIGS["exact"], verify=False))
+    monkeypatch.setitem(CONFIGS, "exact", replace(CONFIGS["exact"], reading=ReadOptions(verify=False)))
     with PrefixStore(folder) as store:
         scene.request(store, "lone", "explicit", "exact", tally)
     assert (len(tally.wrong), len(tally.crashes)) == (1, 0)

@@ -15,7 +15,7 @@ from tally import Figures
 from unit.format_by_document import read_segment
 from unit.store_helpers import FINGERPRINT, expected_kv, geometry, path_of, read_back, some_tokens, write_prefix
 
-from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, ReadOptions
 from hf_contiguouskv.errors import ConfigError, SegmentCorruptError, StoreError
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.bundle import export_bundle, import_bundle
@@ -223,5 +223,5 @@ def test_a_cache_answers_from_a_store_with_a_key(store_path: Path, budget: float
         PrefixStore(store_path.with_name(f"{store_path.name}-False"), key=SECRET) as store,
         pytest.raises(ConfigError, match="verify"),
     ):
-        ContiguousKVCache(model, ids, store=store, config=ContiguousKVConfig(verify=False))
+        ContiguousKVCache(model, ids, store=store, config=ContiguousKVConfig(reading=ReadOptions(verify=False)))
     attacks.add("verification that cannot be left out")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_contiguouskv.selection import (
-    AttentionMass,
-    IndexedKeys,
+    AttentionMassScorer,
+    IndexedKeysScorer,
     SelectionInput,
     build_key_index,
     choose_chunks,
@@ -71,7 +71,7 @@ def slow_importance(inputs, prefix_keys, chunk_size, power=1.0):
 def test_attention_mass_is_the_published_formula(tokens, votes, power, softcap):
     voters = [voting_queries(torch.ones(5, dtype=torch.bool), votes)] * 2
     inputs, keys = some_input(softcap=softcap, voters=voters), keys_of(tokens)
-    importance, mass = AttentionMass(keys, 4, power)(inputs)
+    importance, mass = AttentionMassScorer(keys, 4, power)(inputs)
     torch.testing.assert_close(importance, slow_importance(inputs, keys, 4, power), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mass, slow_importance(inputs, keys, 4), rtol=1e-5, atol=1e-6)
 
@@ -80,20 +80,20 @@ def test_padding_and_drafts_neither_vote_nor_are_seen():
     voters = [torch.tensor([2, 3]), torch.arange(5)]
     visible = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
     inputs, keys = some_input(voters=voters, visible=visible), keys_of(32)
-    fast = AttentionMass(keys, 4)(inputs).importance
+    fast = AttentionMassScorer(keys, 4)(inputs).importance
     torch.testing.assert_close(fast, slow_importance(inputs, keys, 4), rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_suffix_is_scored_in_pieces(monkeypatch):
     inputs, keys = some_input(), keys_of(32)
-    whole = AttentionMass(keys, 4, 2.0)(inputs)
+    whole = AttentionMassScorer(keys, 4, 2.0)(inputs)
     monkeypatch.setattr("hf_contiguouskv.selection.attention_mass.LOGITS_AT_ONCE", 3 * 37)
-    torch.testing.assert_close(AttentionMass(keys, 4, 2.0)(inputs), whole)
+    torch.testing.assert_close(AttentionMassScorer(keys, 4, 2.0)(inputs), whole)
 
 
 def test_large_logits_do_not_overflow():
     inputs, keys = some_input(scaling=300.0), keys_of(32)
-    assert torch.isfinite(AttentionMass(keys, 4)(inputs).importance).all()
+    assert torch.isfinite(AttentionMassScorer(keys, 4)(inputs).importance).all()
 
 
 def test_a_row_of_padding_lets_its_last_query_vote():
@@ -235,7 +235,7 @@ def test_a_cpu_and_a_device_choose_the_chunks_that_float64_chooses(power, softca
     voters = [torch.tensor([1, 2, 4]), torch.tensor([3])]
     inputs, keys = some_input(voters=voters, softcap=softcap, scaling=scaling), keys_of(67)
     parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
-    scorer = IndexedKeys(parts, 16, power)
+    scorer = IndexedKeysScorer(parts, 16, power)
     for row, (importance, mass) in enumerate(zip(*scorer(inputs), strict=True)):
         other = scorer._row_on_device(inputs, row)
         torch.testing.assert_close(importance, other.importance, rtol=1e-5, atol=1e-7)
@@ -274,24 +274,24 @@ def test_queries_that_require_a_gradient_are_scored_all_the_same():
     inputs, keys = some_input(), keys_of(32)
     inputs.queries.requires_grad_()
     with torch.no_grad():
-        scores = IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs)
+        scores = IndexedKeysScorer([build_key_index(keys, 4)], 8, 2.0)(inputs)
     assert not scores.importance.requires_grad
 
 
 def test_scores_of_very_large_and_of_no_logits_are_numbers():
     inputs, keys = some_input(scaling=1e6), keys_of(32)
-    assert torch.isfinite(IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs).importance).all()
+    assert torch.isfinite(IndexedKeysScorer([build_key_index(keys, 4)], 8, 2.0)(inputs).importance).all()
     inputs = some_input(queries=torch.zeros(1, 4, 5, 8), rows=1)
-    importance, mass = IndexedKeys([build_key_index(keys, 4)], 8, 2.0)(inputs)
+    importance, mass = IndexedKeysScorer([build_key_index(keys, 4)], 8, 2.0)(inputs)
     torch.testing.assert_close(mass, torch.full((1, 8), 5 / 8))
     torch.testing.assert_close(importance, torch.full((1, 8), 20 / 64))
 
 
 def test_segments_are_scored_as_one_prefix():
     inputs, keys = some_input(), keys_of(48)
-    whole = IndexedKeys([build_key_index(keys, 4)], 12, 2.0)(inputs)
+    whole = IndexedKeysScorer([build_key_index(keys, 4)], 12, 2.0)(inputs)
     parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
-    torch.testing.assert_close(IndexedKeys(parts, 12, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
+    torch.testing.assert_close(IndexedKeysScorer(parts, 12, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
@@ -299,7 +299,7 @@ def test_segments_are_scored_as_one_prefix():
 def test_the_mass_from_an_index_is_what_each_voter_spreads_whatever_the_emphasis(power, rows):
     voters = [torch.tensor([1, 2, 4]), torch.tensor([3])][:rows]
     inputs, keys = some_input(rows=rows, voters=voters), keys_of(64)
-    importance, mass = IndexedKeys([build_key_index(keys, 4)], 16, power)(inputs)
+    importance, mass = IndexedKeysScorer([build_key_index(keys, 4)], 16, power)(inputs)
     assert importance.shape == mass.shape == (rows, 16)
     torch.testing.assert_close(mass.sum(-1), torch.tensor([3.0, 1.0])[:rows])
     # The softmax over the chunks' best logits, by hand.
@@ -315,7 +315,7 @@ def test_the_mass_from_an_index_is_what_each_voter_spreads_whatever_the_emphasis
 def test_an_obvious_needle_is_found_by_both_scorers():
     inputs, keys = some_input(rows=1), keys_of(64) * 0.1
     keys[:, 41] = inputs.queries[0, :, -1].unflatten(0, (2, 2)).sum(1) * 5
-    for scorer in (AttentionMass(keys, 4), IndexedKeys([build_key_index(keys, 4)], 16, 2.0)):
+    for scorer in (AttentionMassScorer(keys, 4), IndexedKeysScorer([build_key_index(keys, 4)], 16, 2.0)):
         assert scorer(inputs).importance[0].argmax() == 10
         assert scorer(inputs).mass[0].argmax() == 10
 
