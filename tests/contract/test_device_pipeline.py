@@ -360,7 +360,7 @@ def test_the_host_waits_for_no_device_between_the_layers_of_a_period(tiny_model,
     model = tiny_model("llama", "sdpa", layers=10)
     write_prefix(model, PREFIX, store_path)
     settings = CONFIGS[config]
-    leaders = set(range(10)) if settings.period == 1 else set(range(0, 10, settings.period))
+    leaders = set(range(10)) if settings.selection.period == 1 else set(range(0, 10, settings.selection.period))
     if config == "exact":
         leaders = set()
     with accelerated(LATE) as machine, opened(store_path) as store:
