@@ -63,7 +63,9 @@ def test_paths_that_a_page_names_exist(page: Path) -> None:
     missing = []
     for token in re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8")):
         first = token.split("/")[0]
-        if not ("/" in token and (token.endswith("/") or Path(token).suffix in {".py", ".md", ".json", ".sh", ".ipynb"})):
+        if not (
+            "/" in token and (token.endswith("/") or Path(token).suffix in {".py", ".md", ".json", ".sh", ".ipynb"})
+        ):
             continue
         if not ((ROOT / first).is_dir() or (PACKAGE / first).is_dir()):
             continue  # (A path in a store or a run.)
