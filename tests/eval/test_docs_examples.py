@@ -68,7 +68,7 @@ def test_the_readme_stores_a_prompt_and_finds_it(
         pytest.skip("pages call the cache as transformers 5.24 and later do")
     ((_, code),) = blocks(ROOT / "README.md")
     exec(code.replace(MODEL, repr(str(tiny_model))), {})
-    tokens = [int(number) for number in re.findall(r"\| (\d+) tokens from the store", capsys.readouterr().out)]
+    tokens = [int(number) for number in re.findall(r"\| from disk: (\d+)", capsys.readouterr().out)]
     assert tokens[0] == 0
     assert tokens[1] > len(TEXT) // 2
     with PrefixStore(folder / "kv-store") as store:
@@ -79,7 +79,7 @@ def test_the_output_in_the_readme_has_the_form_of_the_real_one() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     output = re.search(r"```text\n(.*?)```", text, re.DOTALL)
     assert output is not None
-    assert re.fullmatch(r"(.* \| \d+ tokens from the store\n){2}", output[1])
+    assert re.fullmatch(r"(.* \| from disk: \d+\n){2}", output[1])
 
 
 def test_sizing_computes_the_bytes_of_its_table(folder: Path, tiny_model: Path) -> None:
