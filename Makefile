@@ -79,7 +79,7 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.eval
 	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
 
-# A run that was broken off goes on where it stopped; one that is complete is made anew.
+# An interrupted run continues where it stopped; a complete one is repeated.
 eval: $(VENV)/.eval
 	$(BIN)/python -m eval run .cache/eval $(EVAL_ARGS)
 	$(BIN)/python -m eval report .cache/eval --out $(EVAL_OUT)
