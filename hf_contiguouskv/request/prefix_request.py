@@ -395,6 +395,17 @@ class PrefixRequest:
         self._ahead.used(layer)
         return found
 
+    def selected_chunks(self, layer: int) -> torch.Tensor | None:
+        """Whole chunks that each distinct row uses in a layer, int64 `(rows, kept)` on the CPU, ascending.
+
+        `None` before they were selected; one row stands for all rows where all chunks are kept.
+        """
+        if self.keeps_all:
+            rows = 1 if self.rows is None else len(self.rows.representatives)
+            return torch.arange(self.plan.keep).expand(rows, -1)
+        found = self.selected.get(layer)
+        return None if found is None else found.cpu()
+
     def _count(self, layer: int, batches: Sequence[Noted]) -> None:
         wanted = self._wanted[layer]
         size = self.plan.served.extent_bytes

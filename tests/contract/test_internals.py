@@ -124,8 +124,11 @@ def test_the_library_itself_never_uses_a_deprecated_name(tiny_model, store_path)
 
 
 class Told(internals.NotifiedByGenerate, DynamicCache):
+    """A cache that is its own session."""
+
     def __init__(self, **options):
         super().__init__(**options)
+        self.session = self
         self.calls = []
 
     def generate_begins(self, call):

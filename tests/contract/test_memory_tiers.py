@@ -386,7 +386,7 @@ def make_room_on_disk(store, model):
 
 def take_out_of_service(store, model):
     cache = ContiguousKVCache(model, document(165), store=store)
-    segment = cache._whole_prefix.spans[0].segment
+    segment = cache.session.held.slot.whole.spans[0].segment
     cache.close()
     store.discard(segment, "a test says so")
 
