@@ -12,10 +12,9 @@ from unittest import mock
 import torch
 from transformers import DynamicCache
 
-from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
 from hf_contiguouskv.memory.policies import EvictionPolicy
 from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.model.layer_plan import LayerPlan
 from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, require_support
 from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.prefill.exact_prefill import geometry_of
@@ -27,8 +26,8 @@ from .bringing import Parts, UnitParts
 from .in_memory import prefill
 from .states import State, warm_states
 from .stored import Stored
-from .token_request import AHEAD, TokenCache, TokenRequest
 from .token_scores import column_sums
+from .token_strategy import AHEAD, TokenMethod, TokenStrategy
 from .units import Nodes, UnitLayout, find_nodes, write_nodes
 
 # Tokens of a unit, as of IMPRESS's blocks.
@@ -105,12 +104,14 @@ class TokenSystem(Stored):
     Attributes:
         published: name of the system as published, without overlap.
         published_eviction: what stays in memory, as published.
-        request: its kind of request.
+        strategy: its kind of strategy.
+        served: by what the last cache was served.
     """
 
     published: str
     published_eviction: str | EvictionPolicy
-    request: type[TokenRequest]
+    strategy: type[TokenStrategy]
+    served: TokenMethod
 
     def __init__(
         self,
@@ -211,11 +212,5 @@ class TokenSystem(Stored):
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
         nodes, units = self._found(prefix_ids)
-        store = self.opened()
-
-        def make(
-            prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, store: PrefixStore, stats: RequestStats
-        ) -> TokenRequest:
-            return self.request(units, nodes, self._ahead, prefix, config, plan, store, stats)
-
-        return TokenCache(self._model, prefix_ids, store, self._config, make)
+        self.served = TokenMethod(lambda context: self.strategy(context, units, nodes, self._ahead))
+        return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config, method=self.served)

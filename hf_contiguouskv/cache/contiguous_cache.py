@@ -31,6 +31,7 @@ from ..planning.read_plan import ReadPlan
 from ..prefill.exact_prefill import Prefill, geometry_of
 from ..prefill.recovery import Recovery
 from ..request.prefix_request import PrefixRequest
+from ..request.strategy import ServingMethod
 from ..session.arguments import checked_ids, configured, opened_store, require_storable
 from ..session.automatic import AutomaticPrefix
 from ..session.cached_tokens import CachedTokens
@@ -60,6 +61,7 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
             up and stored. `None` without a store: an ordinary `DynamicCache`.
         store: a `PrefixStore` or the path of one. `None` with `prefix_ids`: a temporary one that goes with the cache.
         config: how chunks are chosen and read; the default is the best we know.
+        method: serves `prefix_ids` in place of the library's own method.
         overrides: fields of `ContiguousKVConfig`, e.g. `budget=0.1`.
 
     Attributes:
@@ -82,8 +84,10 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         *,
         store: PrefixStore | str | Path | None = None,
         config: ContiguousKVConfig | None = None,
+        method: ServingMethod | None = None,
         **overrides: Any,
     ) -> None:
+        self._method = method
         self.config = configured(config, overrides)
         lm = innermost_causal_lm(model)
         windows = layer_windows(lm)
@@ -170,6 +174,13 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
 
     def _attach_ids(self, lm: nn.Module, ids: torch.Tensor) -> None:
         assert self.store is not None
+        if self._method is not None:
+            self.prefix_ids = ids
+            self._whole_prefix = self._method.attach(ids, geometry_of(self._support, self.config.chunk_size))
+            self._attach(self._whole_prefix)
+            assert self._attached is not None
+            self._attached.request.start()
+            return
         numbers = ids.numpy().astype(np.int64)
         stored = self._look_up(numbers)
         found = 0 if stored is None else stored.tokens
@@ -246,9 +257,10 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         return replace(choice, budget=1.0) if choice.recompute else None
 
     def _new_request(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> PrefixRequest:
-        """What serves `prefix`. (The evaluation package puts other methods here.)"""
+        """What serves `prefix`."""
         assert self.store is not None
-        return PrefixRequest(ReadPlan.of(prefix, config, self._support.plan), self.store, self._stats, Recovery(self))
+        plan = ReadPlan.of(prefix, config, self._support.plan)
+        return PrefixRequest(plan, self.store, self._stats, Recovery(self), self._method)
 
     def _close_request(self) -> None:
         if self._attached is not None:
@@ -400,10 +412,10 @@ class ContiguousKVCache(NotifiedByGenerate, HookedCache):
         layer = self.layers[layer_idx]
         if self._attached is None or not isinstance(layer, ContiguousLayer) or layer.row_of is None:
             return None
-        request, rows = self._attached.request, layer.row_of.cpu()
-        if request.keeps_all:
-            return torch.arange(request.plan.keep).expand(len(rows), -1)
-        return request.selected[layer_idx].cpu()[rows]
+        found = self._attached.request.selected_chunks(layer_idx)
+        if found is None:
+            return None
+        return found.expand(len(layer.row_of), -1) if self._attached.request.keeps_all else found[layer.row_of.cpu()]
 
     def reset(self) -> None:
         """Drop the suffix and keep the prefix attached, ready for the next question (automatic: the next prompt)."""

@@ -11,7 +11,7 @@ from .layers import AttachedState
 if TYPE_CHECKING:
     from .contiguous_cache import ContiguousKVCache
 
-_SHARED = ("_model", "store", "_support", "_temporary", "_whole_prefix", "_shifted", "prefix_ids")
+_SHARED = ("_model", "_method", "store", "_support", "_temporary", "_whole_prefix", "_shifted", "prefix_ids")
 _MADE_AGAIN = ("layers", "_attached", "_installation", "_hook", "_unserved")
 
 
