@@ -17,8 +17,8 @@ import torch
 from hf_contiguouskv.hardware import accelerator as devices
 from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.loading import host_residency as residency
-from hf_contiguouskv.loading import key_source as keys
-from hf_contiguouskv.loading import payload_reads as prefetch
+from hf_contiguouskv.loading import key_reads as keys
+from hf_contiguouskv.loading import lookahead
 from hf_contiguouskv.store import reader
 
 from . import pretend
@@ -50,11 +50,11 @@ class Stage:
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
         for kind in ("add", "pump", "need", "used"):
-            patch(prefetch.Lookahead, kind, partial(self._bound, "ahead", kind))
-        for method in ("ask", "index", "scorer"):
-            patch(keys.KeySource, method, lambda original: self._bound("targeting", original))
+            patch(lookahead.Lookahead, kind, partial(self._bound, "ahead", kind))
+        for method in ("start", "index", "scorer"):
+            patch(keys.KeyReads, method, lambda original: self._bound("targeting", original))
         for owner in (staging.DeviceResidency, residency.HostResidency):
-            for method in ("bring", "bring_piece"):
+            for method in ("find_or_read", "read_piece"):
                 patch(owner, method, lambda original: self._bound("targeting", original))
         kernels = {
             "SDPAParams": _Params,

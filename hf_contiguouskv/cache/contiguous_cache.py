@@ -15,6 +15,7 @@ from ..model.forward_hooks import ForwardHook, ListeningCache
 from ..model.peft_adapters import require_no_virtual_tokens
 from ..model.served_model import ServedModel
 from ..planning.auto_budget import BudgetChoice
+from ..request.strategy import ServingMethod
 from ..session.arguments import checked_ids, configured, opened_store
 from ..session.prefix_session import PrefixSession
 from ..session.prompt_checks import check_ids
@@ -38,6 +39,7 @@ class ContiguousKVCache(ListeningCache):
             up and stored. `None` without a store: an ordinary `DynamicCache`.
         store: a `PrefixStore` or the path of one. `None` with `prefix_ids`: a temporary one that goes with the cache.
         config: how chunks are chosen and read; the default is the best we know.
+        method: serves `prefix_ids` in place of the library's own method (`request.strategy`).
         overrides: fields of `ContiguousKVConfig`, e.g. `budget=0.1`.
 
     Attributes:
@@ -58,6 +60,7 @@ class ContiguousKVCache(ListeningCache):
         *,
         store: PrefixStore | str | Path | None = None,
         config: ContiguousKVConfig | None = None,
+        method: ServingMethod | None = None,
         **overrides: Any,
     ) -> None:
         self.config = configured(config, overrides)
@@ -76,7 +79,7 @@ class ContiguousKVCache(ListeningCache):
         if opened is None:
             return
         require_no_virtual_tokens(model, automatic=ids is None)
-        self.session = PrefixSession(self, served, opened, self.config, self.layers, automatic=ids is None)
+        self.session = PrefixSession(self, served, opened, self.config, self.layers, ids is None, method)
         try:
             self._hook = ForwardHook(self, served.lm)
             if ids is not None:

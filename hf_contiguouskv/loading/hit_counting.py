@@ -1,8 +1,8 @@
-"""What of the chunks that came was used, and where they came from."""
+"""Which tier used chunks came from."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,24 +10,17 @@ import numpy.typing as npt
 from ..memory import Usage
 from ..stats import RequestStats
 from ..store.attached_prefix import Chunks
-from .host_residency import Batch
+from .residency import LoadedChunks
 
 
-class Arrived(Protocol):
-    """Chunks that came from one place; see `residency.Batch`."""
+class Arrival(NamedTuple):
+    """Chunks that were taken, without the memory that they were in.
 
-    @property
-    def chunks(self) -> Chunks: ...
-
-    @property
-    def from_disk(self) -> int: ...
-
-    @property
-    def from_host(self) -> int: ...
-
-
-class Noted(NamedTuple):
-    """What is to be counted of a batch, without the memory that the batch holds."""
+    Attributes:
+        chunks: int64 `(n,)`: first those from the device, then those from the host's tier, then those from disk.
+        from_disk, from_host: how many came from there.
+        speculative: whether they were asked for before they were selected.
+    """
 
     chunks: Chunks
     from_disk: int
@@ -35,32 +28,32 @@ class Noted(NamedTuple):
     speculative: bool
 
     @classmethod
-    def of(cls, batch: Batch) -> Noted:
-        """Of a batch that has arrived."""
-        return cls(batch.chunks, batch.from_disk, batch.from_host, batch.speculative)
+    def of(cls, part: LoadedChunks) -> Arrival:
+        """Of chunks that were just taken."""
+        return cls(part.chunks, part.from_disk, part.from_host, part.speculative)
 
 
 def count_hits(
-    stats: RequestStats, usage: Usage, batch: Arrived, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
+    stats: RequestStats, usage: Usage, arrived: Arrival, extent_bytes: int, used: npt.NDArray[np.bool_] | None = None
 ) -> int:
-    """Count the chunks of a batch that were used by the tier they came from.
+    """Count used chunks by the tier that they came from.
 
     Args:
         stats: counts hits.
-        usage: counts what was loaded into memory, used or not.
-        batch: has arrived.
-        extent_bytes: of one of its chunks.
+        usage: counts bytes that were read into memory, used or not.
+        arrived: chunks that were taken.
+        extent_bytes: of one of them.
         used: bool `(n,)`, which of them attention uses; `None`: all.
 
     Returns:
         how many of those used came from disk.
     """
-    count, host, disk = len(batch.chunks), batch.from_host, batch.from_disk
+    count, host, disk = len(arrived.chunks), arrived.from_host, arrived.from_disk
     device = count - host - disk
     if used is not None:
         device, host, disk = (int(part.sum()) for part in np.split(used, [device, device + host]))
     stats.hits["device"] += device
     stats.hits["host"] += host
     stats.hits["disk"] += disk
-    usage.loaded_bytes += batch.from_disk * extent_bytes
+    usage.loaded_bytes += arrived.from_disk * extent_bytes
     return disk

@@ -77,6 +77,11 @@ class ServedModel:
             raise InputError("the model of this cache is gone")
         return lm
 
+    @property
+    def text_config(self) -> Any:
+        """The configuration that its attention layers share."""
+        return decoder_config(self.lm)
+
     # -- what its K/V are ---------------------------------------------------------------------------------------------
 
     @property
@@ -122,7 +127,7 @@ class ServedModel:
     def query_heads(self) -> int:
         """Query heads per layer, a multiple of the KV heads."""
         kv_heads = self.shape.kv_heads
-        heads = int(getattr(decoder_config(self.lm), "num_attention_heads", kv_heads))
+        heads = int(getattr(self.text_config, "num_attention_heads", kv_heads))
         return max(1, heads // kv_heads) * kv_heads
 
     # -- how it runs --------------------------------------------------------------------------------------------------
@@ -133,7 +138,7 @@ class ServedModel:
         Raises:
             UnsupportedModelError: the model uses an attention implementation that cannot be served.
         """
-        return Installation(decoder_config(self.lm))
+        return Installation(self.text_config)
 
     @property
     def input_device(self) -> torch.device:

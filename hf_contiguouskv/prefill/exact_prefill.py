@@ -16,12 +16,11 @@ from transformers import DynamicCache
 
 from ..config import ContiguousKVConfig, ReadOptions
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
-from ..loading.payload_reads import Lookahead, PayloadReads
+from ..loading.chunk_loader import ChunkLoader
 from ..loading.placement import copy_in_order
 from ..model.attention import tagged, uses_our_attention
 from ..model.layer_plan import LayerPlan
 from ..model.served_model import ServedModel
-from ..stats import RequestStats
 from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
 from ..store.entries import StoredPrefix
@@ -232,22 +231,19 @@ def _tagged_layers(layers: LayerPlan) -> frozenset[int]:
 
 def load_exactly(prefix: AttachedPrefix, store: PrefixStore, layers: LayerPlan, cache: DynamicCache) -> None:
     """Put all tokens of all layers of a stored prefix into an empty `DynamicCache`."""
-    g = prefix.geometry
-    payload = PayloadReads(prefix, store.reader, store.memory, RequestStats(), verify=True)
-    ahead = Lookahead(ReadOptions().lookahead_bytes)
+    g, devices = prefix.geometry, layers.devices
+    loader = ChunkLoader(store, [prefix] * len(devices), devices, lookahead_bytes=ReadOptions().lookahead_bytes)
     chunks = np.arange(prefix.chunks)
-    for layer, device in enumerate(layers.devices):
-        ahead.add(layer, len(chunks) * g.extent_bytes, partial(payload.ask_ahead, layer, chunks, device))
-    ahead.pump()
     try:
-        for layer, device in enumerate(layers.devices):
-            ahead.need(layer)
+        for layer in range(len(devices)):
+            loader.want_later(layer, chunks)
+        loader.start_queued()
+        for layer, device in enumerate(devices):
             kv = torch.empty(2, g.kv_heads, len(chunks), g.chunk_size, g.head_dim, dtype=g.dtype, device=device)
-            with closing(payload.take(layer)) as arriving:
-                for batch in arriving:
-                    copy_in_order(prefix, batch, 0, kv)
+            with closing(loader.take(layer)) as parts:
+                for part in parts:
+                    copy_in_order(prefix, part, 0, kv)
             keys, values = kv.flatten(2, 3)[:, None, :, : prefix.tokens]
             cache.update(keys, values, layer)
-            ahead.used(layer)
     finally:
-        payload.close()
+        loader.close()

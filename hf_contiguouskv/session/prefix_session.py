@@ -14,6 +14,7 @@ from ..model.peft_adapters import remove_row_hooks, require_one_adapter
 from ..model.served_model import ServedModel
 from ..model.transformers_internals import GenerateCall, running_generate
 from ..request.prefix_request import PrefixRequest
+from ..request.strategy import ServingMethod
 from ..stats import RequestStats
 from ..store import PrefixStore
 from .attached_request import PrefixLayer
@@ -37,6 +38,7 @@ class PrefixSession:
         model, store, config: what it serves, from where, and how.
         layers: of the cache.
         automatic: the prefix is found by each prompt; otherwise `held.slot.attach_ids` names it.
+        method: serves the prefix in place of the library's own method.
 
     Attributes:
         held: the prefix and the suffix.
@@ -51,8 +53,9 @@ class PrefixSession:
         config: ContiguousKVConfig,
         layers: Sequence[PrefixLayer],
         automatic: bool,
+        method: ServingMethod | None = None,
     ) -> None:
-        self.held = CachedSequence(PrefixSlot(model, store, config, layers), layers, automatic)
+        self.held = CachedSequence(PrefixSlot(model, store, config, layers, method), layers, automatic)
         self.announced = False
         self._automatic = AutomaticPrefix(self.held) if automatic else None
         self._positions = TextPositions(model)

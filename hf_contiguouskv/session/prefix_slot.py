@@ -18,6 +18,7 @@ from ..planning.read_plan import ReadPlan
 from ..prefill.exact_prefill import Prefill
 from ..prefill.recovery import Recovery
 from ..request.prefix_request import PrefixRequest
+from ..request.strategy import ServingMethod
 from ..stats import RequestStats
 from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
@@ -34,6 +35,7 @@ class PrefixSlot:
         store: where they are.
         config: how they are served.
         layers: of the cache.
+        method: serves prefixes in place of the library's own method.
 
     Attributes:
         ids: int64 `(n,)`: the tokens of the prefix; the first `tokens` of them are attached. `None`: no prefix.
@@ -45,7 +47,12 @@ class PrefixSlot:
     """
 
     def __init__(
-        self, model: ServedModel, store: PrefixStore, config: ContiguousKVConfig, layers: Sequence[PrefixLayer]
+        self,
+        model: ServedModel,
+        store: PrefixStore,
+        config: ContiguousKVConfig,
+        layers: Sequence[PrefixLayer],
+        method: ServingMethod | None = None,
     ) -> None:
         self.model = model
         self.store = store
@@ -56,6 +63,7 @@ class PrefixSlot:
         self.stats = RequestStats()
         self.budget_choice: BudgetChoice | None = None
         self._layers = layers
+        self._method = method
         model.shape  # noqa: B018 (A model that cannot be served is refused for that, before anything else.)
         self.installation = model.installation()
         self.refresh()
@@ -93,6 +101,11 @@ class PrefixSlot:
         Raises:
             InputError: it must not be stored.
         """
+        if self._method is not None:
+            self.ids, self.whole = ids, self._method.attach(ids, self.model.geometry(self.config.chunk_size))
+            self.attach(self.whole)
+            self.start()
+            return
         numbers = ids.numpy().astype(np.int64)
         stored = self.look_up(numbers)
         found = 0 if stored is None else stored.tokens
@@ -170,11 +183,11 @@ class PrefixSlot:
             self._count_tokens(before.tokens_from_store)
 
     def _attached(self, plan: ReadPlan) -> AttachedRequest:
-        request = PrefixRequest(plan, self.store, self.stats, self._recovery())
+        request = PrefixRequest(plan, self.store, self.stats, self._recovery(), self._method)
         return AttachedRequest(request, self.installation)
 
     def _recovery(self) -> Recovery | None:
-        if self.ids is None:
+        if self.ids is None or self._method is not None:
             return None
         # Weakly: the request must not keep the cache alive that it serves.
         report = weakref.WeakMethod(self._recovered)

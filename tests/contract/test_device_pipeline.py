@@ -27,8 +27,8 @@ from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.model import attention
 from hf_contiguouskv.model.fingerprint import model_fingerprint
 from hf_contiguouskv.model.served_model import ServedModel
+from hf_contiguouskv.planning.read_plan import KEYS_AHEAD
 from hf_contiguouskv.prefill import exact_prefill as prefill
-from hf_contiguouskv.request.prefix_request import KEYS_AHEAD
 
 from .device_helpers import (
     CONFIGS,
