@@ -172,6 +172,18 @@ def test_new_tokens_alone_are_no_whole_prompt(tiny_model):
     assert cache.calls[0].whole_prompt is None
 
 
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "assisted"])
+def test_assisted_decoding_shows_in_layers_with_a_window(tiny_model, options):
+    model = tiny_model("gemma3")
+    cache, seen = Told(config=model.config), []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(internals.is_assisted(cache.layers)))
+    try:
+        generate(model, QUESTION, cache, tokens=4, **options)
+    finally:
+        hook.remove()
+    assert set(seen) == {bool(options)}
+
+
 def test_outside_of_generate_there_is_no_call():
     assert internals.running_generate() is None
 
