@@ -62,7 +62,7 @@ def _arrive_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def _copy_early(patch: pytest.MonkeyPatch) -> None:
-    stage, serve = DeviceResidency.start_crossing, Ticket._serve
+    stage, serve = DeviceResidency.start_crossing, Ticket.serve
 
     def hasty(self: DeviceResidency, *arguments: Any, **options: Any) -> CrossingChunks | None:
         crossing = stage(self, *arguments, **options)
@@ -75,7 +75,7 @@ def _copy_early(patch: pytest.MonkeyPatch) -> None:
         serve(self, total)
 
     patch.setattr(DeviceResidency, "start_crossing", hasty)
-    patch.setattr(Ticket, "_serve", slow)
+    patch.setattr(Ticket, "serve", slow)
 
 
 ONE, TWO = ("a",), ("a", "b")

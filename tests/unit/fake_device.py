@@ -464,10 +464,10 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         patch.setattr(module, "pinned_buffer", machine.pinned)
     for module in (staging, keys):
         patch.setattr(module, "as_memoryview", machine.into_host)
-    work = reader._work
+    serve_queue = reader.serve_queue
 
     def watched(*args: Any) -> None:
         with Watch(machine):
-            work(*args)
+            serve_queue(*args)
 
-    patch.setattr(reader, "_work", watched)
+    patch.setattr(reader, "serve_queue", watched)
