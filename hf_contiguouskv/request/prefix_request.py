@@ -11,7 +11,7 @@ import torch
 
 from ..errors import SegmentCorruptError, SegmentReadError
 from ..loading.attention_memory import attention_memory
-from ..loading.hit_counting import Arrival
+from ..loading.chunk_accounts import Arrival
 from ..loading.request_usage import RequestUsage
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
