@@ -98,7 +98,7 @@ class ContiguousKVCache(ListeningCache):
     @property
     def store(self) -> PrefixStore | None:
         """The store in use; `None`: it is an ordinary cache, or closed."""
-        return None if self.session is None else self.session.held.slot.store
+        return None if self.session is None else self.session.held.slot.source.store
 
     @property
     def budget_choice(self) -> BudgetChoice | None:
@@ -158,7 +158,7 @@ class ContiguousKVCache(ListeningCache):
         if self.session is None:
             super().reset()
         else:
-            self.session.reset()
+            self.session.claim().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens. Back to the prefix, its chunks are selected again.
@@ -168,28 +168,28 @@ class ContiguousKVCache(ListeningCache):
         if self.session is None:
             super().crop(tokens_to_remove)
         else:
-            self.session.crop(tokens_to_remove)
+            self.session.claim().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` continues what row `beam_idx[i]` was."""
         if self.session is None:
             super().reorder_cache(beam_idx)
         else:
-            self.session.select_rows(beam_idx, reorder=True)
+            self.session.claim().select_rows(beam_idx, reorder=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         if self.session is None:
             super().batch_repeat_interleave(repeats)
         else:
-            self.session.repeat_rows(repeats)
+            self.session.claim().repeat_rows(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices` (positions, or a bool mask)."""
         if self.session is None:
             super().batch_select_indices(indices)
         else:
-            self.session.select_rows(indices)
+            self.session.claim().select_rows(indices)
 
     # -- its life -----------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class ContiguousKVCache(ListeningCache):
         attached = None
         if self.session is not None:
             twin.session = self.session.copy_for(twin, twin.layers, memo)
-            twin._hook = ForwardHook(twin, self.session.held.slot.model.lm)
+            twin._hook = ForwardHook(twin, self.session.held.slot.source.model.lm)
             attached = twin.session.held.slot.attached
         twin.layers.extend(layer.copy_of(attached, memo) for layer in self.layers)
         return twin

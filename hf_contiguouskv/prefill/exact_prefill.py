@@ -14,11 +14,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from ..config import ContiguousKVConfig, ReadOptions
+from ..config import ReadOptions
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from ..loading.chunk_loader import ChunkLoader
 from ..loading.placement import copy_in_order
 from ..model.attention import tagged, uses_our_attention
+from ..model.kv_geometry import KVGeometry
 from ..model.layer_plan import LayerPlan
 from ..model.served_model import ServedModel
 from ..store import PrefixStore
@@ -83,19 +84,22 @@ class Prefill:
     Args:
         model: runs under `torch.no_grad`.
         fingerprint: of the model, as whose KV it is stored.
+        geometry: how its KV is stored.
         store: where to.
-        config: of the cache: chunk size, and tokens per forward.
+        block: tokens per forward.
 
     Attributes:
         model, store: as passed.
     """
 
-    def __init__(self, model: ServedModel, fingerprint: str, store: PrefixStore, config: ContiguousKVConfig) -> None:
+    def __init__(
+        self, model: ServedModel, fingerprint: str, geometry: KVGeometry, store: PrefixStore, block: int
+    ) -> None:
         self.model = model
         self.store = store
         self._fingerprint = fingerprint
-        self._block = config.prefill_block
-        self._geometry = model.geometry(config.chunk_size)
+        self._block = block
+        self._geometry = geometry
 
     @property
     def is_current(self) -> bool:

@@ -41,7 +41,8 @@ class AutomaticPrefix:
     def __init__(self, held: CachedSequence) -> None:
         self._held = held
         self._slot = held.slot
-        self._config = held.slot.config
+        self._source = held.slot.source
+        self._config = held.slot.source.config
 
     def before_forward(self, inputs: dict[str, Any], from_generate: bool, block: int | None) -> None:
         """Look up the prompt of an empty cache; attach what is stored and cut it from `inputs`.
@@ -57,19 +58,19 @@ class AutomaticPrefix:
             return
         began = time.perf_counter()
         self._held.new_prompt = None
-        prompt = _not_ordinary(self._slot.model.lm) or ordinary_prompt(inputs, self._slot.model.is_multimodal)
+        prompt = _not_ordinary(self._source.model.lm) or ordinary_prompt(inputs, self._source.model.is_multimodal)
         if isinstance(prompt, str):
             note_unserved(self._slot, prompt)
             return
         # Weights, adapters and dtype may have changed since the last prompt: they decide what fits.
-        self._slot.refresh()
+        self._source.refresh()
         rows = 1
-        if from_generate and not block and _all_alike(prompt) and not _shows_inside(self._slot.model.lm, inputs):
+        if from_generate and not block and _all_alike(prompt) and not _shows_inside(self._source.model.lm, inputs):
             rows = len(prompt.ids)
             prompt = _one_row(inputs, prompt)
         limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs)
         # Sliding windows count columns: padding behind the prefix would push tokens out of them.
-        in_order = not any(prompt.pads) or not any(self._slot.model.windows)
+        in_order = not any(prompt.pads) or not any(self._source.model.windows)
         noticed = self._noticed(inputs, from_generate)
         if noticed or not in_order:
             note_unserved(self._slot, noticed or "left padding on a model with sliding windows", stored=True)
@@ -85,7 +86,7 @@ class AutomaticPrefix:
 
     def _attach(self, inputs: dict[str, Any], prompt: Prompt, limit: int, block: int | None) -> None:
         shared = _shared_beginning([prompt.row(row) for row in range(prompt.ids.shape[0])])
-        stored = self._slot.look_up(shared[:limit])
+        stored = self._source.look_up(shared[:limit])
         if stored is None or stored.tokens < self._config.chunk_size:
             return
         # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
@@ -95,7 +96,7 @@ class AutomaticPrefix:
         if tokens < self._config.chunk_size:
             return
         prefix = AttachedPrefix.of(stored, tokens)
-        if self._slot.faster_to_compute(prefix, config):
+        if self._source.faster_to_compute(prefix, config):
             return
         self._slot.ids = torch.from_numpy(shared[:tokens].copy())
         self._slot.attach(prefix, config)
@@ -143,14 +144,14 @@ class AutomaticPrefix:
                 pads, tokens = prompt.pads[row], len(numbers)
                 rows.append((numbers, [layer.row_states(row, pads, tokens) for layer in self._held.layers]))
         self._record(False)
-        self._slot.store.submit_background(
+        self._source.store.submit_background(
             self._persisting(rows, time.perf_counter() - new.began), [r for r, _ in rows]
         )
 
     def _persisting(self, rows: list[tuple[np.ndarray, list[LayerStates]]], seconds: float) -> Callable[[], None]:
         """What the background thread does to store `rows`. It keeps neither cache nor session alive."""
-        slot = self._slot
-        store, fingerprint, geometry = slot.store, slot.fingerprint, slot.model.geometry(self._config.chunk_size)
+        store, fingerprint = self._source.store, self._source.fingerprint
+        geometry = self._source.model.geometry(self._config.chunk_size)
         follow = after_this(states for _, layers in rows for keys, values, _ in layers for states in (keys, values))
 
         def persist() -> None:
@@ -161,7 +162,7 @@ class AutomaticPrefix:
 
     def _noticed(self, inputs: dict[str, Any], from_generate: bool) -> str | None:
         """Why the caller would get something else if cached tokens were left out of the forward, or `None`."""
-        lm = self._slot.model.lm
+        lm = self._source.model.lm
         if inputs.get("labels") is not None:
             return "a loss over all tokens"
         if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in lm.parameters()):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
 from .attached_request import PrefixLayer
 from .cached_tokens import CachedTokens
 from .forward_inputs import Prompt
@@ -54,6 +55,8 @@ class CachedSequence:
         self.automatic = automatic
         self.suffix = CachedTokens()
         self.new_prompt: NewPrompt | None = None
+        # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
+        self._before: int | None = None
         # What `crop` has left of a prefix that the user has named, in tokens, for the prompts that follow.
         self._cropped_to: int | None = None
 
@@ -83,7 +86,7 @@ class CachedSequence:
     def reset(self) -> None:
         """Drop the suffix and keep a prefix that the user has named; in automatic mode nothing stays."""
         slot = self.slot
-        self._cropped_to = self.new_prompt = None
+        self._cropped_to = self.new_prompt = self._before = None
         if self.automatic:
             slot.ids = None
             slot.detach()
@@ -105,8 +108,28 @@ class CachedSequence:
             self.shorten_prefix(cropped)
             self._cropped_to = cropped
 
-    def restart(self) -> None:
-        """The first forward behind the prefix was interrupted: begin again."""
+    def forward_begins(self, inputs: dict[str, Any]) -> None:
+        """The model's forward is about to cache the tokens of these arguments (by name)."""
+        self.suffix.append_new(inputs)
+        self._before = self.suffix_length
+
+    def forward_ended(self) -> None:
+        """Every layer has cached the tokens of the forward."""
+        self._before = None
+
+    def repair(self) -> None:
+        """After a forward that was interrupted: begin again if it was the first one behind the prefix.
+
+        Raises:
+            InputError: it was a later one: the layers hold different tokens.
+        """
+        if self._before is None:
+            return
+        if self._before > 0:
+            raise InputError(
+                "an earlier forward with this cache was interrupted, its layers hold different tokens; call reset()"
+            )
+        self._before = None
         if self.automatic or self.slot.is_damaged:
             self.reset()
         else:

@@ -24,6 +24,7 @@ from .fitting import Prefixed, fit_to_prefix
 from .forward_inputs import decoding, is_refed, uncut_prefix
 from .one_thread import OneThread
 from .prefix_slot import PrefixSlot
+from .prefix_source import PrefixSource
 from .prompt_start import begin_prompt, drop_cached
 from .text_positions import TextPositions
 from .unserved import note_unserved
@@ -55,7 +56,7 @@ class PrefixSession:
         automatic: bool,
         method: ServingMethod | None = None,
     ) -> None:
-        self.held = CachedSequence(PrefixSlot(model, store, config, layers, method), layers, automatic)
+        self.held = CachedSequence(PrefixSlot(PrefixSource(model, store, config), layers, method), layers, automatic)
         self.announced = False
         self._automatic = AutomaticPrefix(self.held) if automatic else None
         self._positions = TextPositions(model)
@@ -66,8 +67,6 @@ class PrefixSession:
         self._in_generate = False
         # The `generate` that is running has found another prompt in the cache than its own.
         self._started_over = False
-        # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
-        self._before: int | None = None
 
     # -- what the cache is asked to do --------------------------------------------------------------------------------
 
@@ -84,30 +83,18 @@ class PrefixSession:
             self.request.count()
         return self.held.slot.stats
 
-    def reset(self) -> None:
-        """Drop the suffix, ready for the next question (automatic mode: the next prompt)."""
-        self._thread.claim()
-        self._before = None
-        self.held.reset()
+    def claim(self) -> CachedSequence:
+        """What the cache holds, for this thread to change.
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens."""
+        Raises:
+            InputError: a `generate` or a forward with the cache is running on another thread.
+        """
         self._thread.claim()
-        self.held.crop(tokens_to_remove)
-
-    def select_rows(self, rows: torch.Tensor, *, reorder: bool = False) -> None:
-        """Only these rows (positions, or a bool mask), in this order. `reorder`: they are beams."""
-        self._thread.claim()
-        self.held.select_rows(rows, reorder=reorder)
-
-    def repeat_rows(self, times: int) -> None:
-        """Each row `times` times."""
-        self._thread.claim()
-        self.held.repeat_rows(times)
+        return self.held
 
     def close(self) -> None:
         """End the request; model and store may go."""
-        self._thread.claim()
+        self.claim()
         self.held.slot.close()
         self.held.suffix.clear()
 
@@ -121,7 +108,7 @@ class PrefixSession:
             self._generate_begins = False
         self._started_over = False
         if call is not None:
-            self._recover()
+            self.held.repair()
             try:
                 self._started_over = begin_prompt(self.held, call)
             except ContiguousKVError:
@@ -137,8 +124,7 @@ class PrefixSession:
         except ContiguousKVError:
             remove_row_hooks(self._model.lm)
             raise
-        self.held.suffix.append_new(inputs)
-        self._before = self.held.suffix_length
+        self.held.forward_begins(inputs)
         self.forward_runs(True)
 
     def forward_runs(self, running: bool) -> None:
@@ -159,7 +145,7 @@ class PrefixSession:
 
     def after_forward(self, output: Any) -> Any:
         """The forward is over; what is returned instead of `None` replaces its output."""
-        self._before = None
+        self.held.forward_ended()
         self._positions.forward_ended(self._in_generate)
         request = self.request
         if request is not None:
@@ -177,24 +163,14 @@ class PrefixSession:
 
     @property
     def _model(self) -> ServedModel:
-        return self.held.slot.model
+        return self.held.slot.source.model
 
     def _note(self, reason: str) -> None:
         note_unserved(self.held.slot, reason)
 
-    def _recover(self) -> None:
-        """After a forward that was interrupted: start over if it was the first, else the cache cannot be repaired."""
-        if self._before == 0:
-            self._before = None
-            self.held.restart()
-        elif self._before is not None:
-            raise InputError(
-                "an earlier forward with this cache was interrupted, its layers hold different tokens; call reset()"
-            )
-
     def _fit(self, inputs: dict[str, Any]) -> None:
-        self._recover()
         held = self.held
+        held.repair()
         if self.request is not None:
             self.request.settle()  # The forward before this one has had its token by now.
         call = running_generate()
@@ -232,7 +208,7 @@ class PrefixSession:
         if not held.automatic:
             require_one_adapter(self._model.lm)
         if fitted.rows is not None:
-            if not held.automatic and slot.is_changed:
+            if not held.automatic and slot.source.is_changed:
                 raise InputError(
                     "the model's weights, adapters or configuration have changed since this cache was made: its "
                     "prefix does not fit any more; make a new cache"

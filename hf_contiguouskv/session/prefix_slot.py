@@ -1,62 +1,48 @@
-"""The prefix in front of a cache: found in the store or computed, attached to the layers, and served by a request."""
+"""The prefix in front of a cache: attached to its layers, and served by a request."""
 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..config import ContiguousKVConfig
-from ..model.served_model import ServedModel
-from ..planning.auto_budget import AutoBudget, BudgetChoice
+from ..planning.auto_budget import BudgetChoice
 from ..planning.read_plan import ReadPlan
-from ..prefill.exact_prefill import Prefill
-from ..prefill.recovery import Recovery
 from ..request.prefix_request import PrefixRequest
 from ..request.strategy import ServingMethod
 from ..stats import RequestStats
-from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
-from ..store.entries import StoredPrefix
-from .arguments import require_storable
 from .attached_request import AttachedRequest, PrefixLayer
+from .prefix_source import PrefixSource
 
 
 class PrefixSlot:
-    """Where a prefix is attached. It begins and ends the requests on it, and has an attribute for each part of one.
+    """Where a prefix is attached. It begins and ends the requests on it.
 
     Args:
-        model: whose prefixes.
-        store: where they are.
-        config: how they are served.
+        source: where prefixes come from.
         layers: of the cache.
         method: serves prefixes in place of the library's own method.
 
     Attributes:
+        source: as passed.
+        installation: of the library's attention function in the model.
         ids: int64 `(n,)`: the tokens of the prefix; the first `tokens` of them are attached. `None`: no prefix.
         whole: the prefix of all `ids`, where the user has named it; automatic mode has none.
         attached: what the layers share; `None`: no prefix is attached.
         stats: of the running request.
         budget_choice: what `budget="auto"` has chosen for it, or `None`.
-        fingerprint: of the model, when the prefix was looked up.
     """
 
     def __init__(
-        self,
-        model: ServedModel,
-        store: PrefixStore,
-        config: ContiguousKVConfig,
-        layers: Sequence[PrefixLayer],
-        method: ServingMethod | None = None,
+        self, source: PrefixSource, layers: Sequence[PrefixLayer], method: ServingMethod | None = None
     ) -> None:
-        self.model = model
-        self.store = store
-        self.config = config
+        self.source = source
+        self.installation = source.model.installation()
         self.ids: torch.Tensor | None = None
         self.whole: AttachedPrefix | None = None
         self.attached: AttachedRequest | None = None
@@ -64,15 +50,6 @@ class PrefixSlot:
         self.budget_choice: BudgetChoice | None = None
         self._layers = layers
         self._method = method
-        model.shape  # noqa: B018 (A model that cannot be served is refused for that, before anything else.)
-        self.installation = model.installation()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Look at the model again: its weights, adapters, dtype or devices may have changed."""
-        self.fingerprint = self.model.fingerprint()
-        self._prefill = Prefill(self.model, self.fingerprint, self.store, self.config)
-        self._auto_budget = AutoBudget(self.model, self.store, self.config) if self.config.budget == "auto" else None
 
     @property
     def tokens(self) -> int:
@@ -84,76 +61,48 @@ class PrefixSlot:
         """Whether stored bytes of the prefix proved wrong, and could not be computed again."""
         return self.attached is not None and self.attached.request.damaged
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether the model would compute other K/V now than those of the prefix."""
-        return self.model.fingerprint() != self.fingerprint
-
-    # -- finding ------------------------------------------------------------------------------------------------------
-
-    def look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
-        """The longest stored beginning of `ids`."""
-        return self._prefill.look_up(ids, count=True)
-
     def attach_ids(self, ids: torch.Tensor) -> None:
-        """Attach the prefix `ids`, int64 `(n,)`: what is stored of it, and what is computed and stored now.
+        """Attach the prefix that the user has named, int64 `(n,)`, and start to read it.
 
         Raises:
-            InputError: it must not be stored.
+            InputError: it is not stored, and must not be.
         """
+        source = self.source
         if self._method is not None:
-            self.ids, self.whole = ids, self._method.attach(ids, self.model.geometry(self.config.chunk_size))
+            geometry = source.model.geometry(source.config.chunk_size)
+            self.ids, self.whole = ids, self._method.attach(ids, geometry)
             self.attach(self.whole)
-            self.start()
-            return
-        numbers = ids.numpy().astype(np.int64)
-        stored = self.look_up(numbers)
-        found = 0 if stored is None else stored.tokens
-        recomputed: BudgetChoice | None = None
-        if stored is None or found < len(numbers):
-            require_storable(self.model.lm, ids)
-            stored = self._prefill.complete(ids, stored)
-        elif not self.model.lm.training:
-            recomputed = self.faster_to_compute(AttachedPrefix.of(stored, found), self.config)
-            if recomputed is not None:
-                stored, found = self._prefill.complete(ids, None, in_memory=True), 0
-        self.ids = ids
-        self.whole = AttachedPrefix.of(stored, len(numbers))
-        self.attach(self.whole)
-        self.budget_choice = recomputed or self.budget_choice
-        self.stats.tokens_from_store, self.stats.tokens_prefilled = found, len(numbers) - found
-        self.start()
-
-    def start(self) -> None:
-        """Start reading: a cache is made to be used, and `generate` takes a while to prepare its inputs."""
+        else:
+            found = source.complete(ids)
+            self.ids, self.whole = ids, found.prefix
+            self.attach(self.whole)
+            self.budget_choice = found.recomputed or self.budget_choice
+            self._count_tokens(found.from_store)
+        # A cache is made to be used, and `generate` takes a while to prepare its inputs.
         if self.attached is not None:
             self.attached.request.start()
-
-    def faster_to_compute(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice | None:
-        """Why a stored prefix is computed again, where `budget="auto"` finds that faster than loading it."""
-        if config.budget != "auto" or self._auto_budget is None:
-            return None
-        choice = self._auto_budget.choose(prefix)
-        return replace(choice, budget=1.0) if choice.recompute else None
-
-    # -- attaching ----------------------------------------------------------------------------------------------------
 
     def attach(self, prefix: AttachedPrefix, config: ContiguousKVConfig | None = None) -> None:
         """Begin a new request on `prefix`: every layer forgets its suffix.
 
-        `config`: for this request; the budget of the cache is not decided again.
+        `config`: for this request; what was chosen for the budget stays.
         """
         self._end_request()
+        source = self.source
         self.budget_choice = None if config is None else self.budget_choice
-        config = config or self.config
-        if config.budget == "auto" and self._auto_budget is not None:
-            self.budget_choice = self._auto_budget.choose(prefix)
-            config = replace(config, budget=self.budget_choice.budget)
+        config = config or source.config
+        choice = source.choose_budget(prefix, config)
+        if choice is not None:
+            self.budget_choice = choice
+            config = replace(config, budget=choice.budget)
         self.stats = RequestStats(
             prefix_tokens=prefix.tokens, tokens_from_store=prefix.tokens, chunks_total=prefix.chunks
         )
-        self.attached = self._attached(ReadPlan.of(prefix, config, self.model.layers))
-        self.model.forget_shift()
+        recovery = None if self.ids is None else source.recovery(self.ids, self._recovered)
+        plan = ReadPlan.of(prefix, config, source.model.layers)
+        request = PrefixRequest(plan, source.store, self.stats, recovery, self._method)
+        self.attached = AttachedRequest(request, self.installation)
+        source.model.forget_shift()
         self._show()
 
     def detach(self) -> None:
@@ -175,29 +124,12 @@ class PrefixSlot:
 
     def restart(self) -> None:
         """Begin the request on the attached prefix again, if there is one."""
-        before = self.stats
         if self.attached is None:
             self.detach()
         else:
+            before = self.stats
             self.attach(self.attached.request.prefix)
             self._count_tokens(before.tokens_from_store)
-
-    def _attached(self, plan: ReadPlan) -> AttachedRequest:
-        request = PrefixRequest(plan, self.store, self.stats, self._recovery(), self._method)
-        return AttachedRequest(request, self.installation)
-
-    def _recovery(self) -> Recovery | None:
-        if self.ids is None or self._method is not None:
-            return None
-        # Weakly: the request must not keep the cache alive that it serves.
-        report = weakref.WeakMethod(self._recovered)
-
-        def tell(whole: AttachedPrefix, from_store: int) -> None:
-            told = report()
-            if told is not None:
-                told(whole, from_store)
-
-        return Recovery(self._prefill, self.ids, tell)
 
     def _recovered(self, whole: AttachedPrefix, from_store: int) -> None:
         """Damage showed in the middle of a request, and `whole`, the prefix of all `ids`, has replaced it."""
@@ -227,12 +159,13 @@ class PrefixSlot:
         self.installation.release()
 
     def copy_for(self, layers: Sequence[PrefixLayer], memo: dict[int, Any]) -> PrefixSlot:
-        """The same for a copy of the cache, whose `layers` are filled in by the caller: they are not told."""
+        """The same for a copy of the cache. Its `layers` are the caller's to fill: nothing is attached to them."""
         twin = copy.copy(self)
         twin._layers = layers
+        twin.source = copy.copy(self.source)
         twin.stats = copy.deepcopy(self.stats, memo)
-        twin.installation = self.model.installation()
+        twin.installation = self.source.model.installation()
         if self.attached is not None:
-            request = self.attached.request.twin(twin.stats, twin._recovery())
-            twin.attached = AttachedRequest(request, twin.installation)
+            recovery = None if self.ids is None else twin.source.recovery(self.ids, twin._recovered)
+            twin.attached = AttachedRequest(self.attached.request.twin(twin.stats, recovery), twin.installation)
         return twin

@@ -41,7 +41,7 @@ def begin_prompt(held: CachedSequence, call: GenerateCall) -> bool:
         if held.prefix is None:
             return False
         prompt = call.embeddings
-        check_embeddings(slot.model.lm, held.prefix, prompt, mask)
+        check_embeddings(slot.source.model.lm, held.prefix, prompt, mask)
     elif prompt is None:
         return False
     elif held.may_start_over and not continues(held, prompt, mask):
@@ -98,7 +98,7 @@ def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: b
 def _leave(held: CachedSequence, length: int, needed: int) -> None:
     """Give back the end of what is cached of a prompt of `length` tokens, so that `needed` are left to compute."""
     missing = needed - (length - held.length)
-    if missing > 0 and held.suffix_length > 0 and any(held.slot.model.windows):
+    if missing > 0 and held.suffix_length > 0 and any(held.slot.source.model.windows):
         held.next_prompt()  # Windows do not remember what has left them.
         missing = needed - (length - held.length)
     if missing > 0 and held.length > 0:
