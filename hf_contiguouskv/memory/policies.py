@@ -12,70 +12,68 @@ from .history import Floats, Uses
 
 @runtime_checkable
 class EvictionPolicy(Protocol):
-    """Says what keeping an entry is worth.
+    """Computes what keeping an entry in memory is worth.
 
     Attributes:
-        name: in statistics and plots.
-        arrivals_compete: whether what a request loaded is judged like everything else as soon as the request is over,
-            so that it may be what goes (room is then made after requests, not within them). If not, an arrival stays
-            until room is needed.
+        name: name in statistics and plots.
+        arrivals_compete: whether the chunks that a request loaded are judged with all others when the request is over,
+            and may be evicted then. If false, they stay until room is needed.
     """
 
     name: str
     arrivals_compete: bool
 
     def worth(self, uses: Uses) -> Floats:
-        """float64 `(n,)`, higher = keep. Asked anew whenever an entry was loaded or used; never as time goes by."""
+        """float64 `(n,)`, higher = keep. Called whenever an entry was loaded or used; time alone changes nothing."""
         ...
 
 
 class LeastRecentlyUsed:
-    """What was not used for the longest time goes first."""
+    """Evict what was unused for the longest time."""
 
     name = "lru"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Number of the last request that used it."""
+        """Number of the last request that used the entry."""
         return uses.last
 
 
 class LeastFrequentlyUsed:
-    """What the fewest requests used goes first; of equals, what was not used for the longest time."""
+    """Evict what the fewest requests used; break ties by the longest time without use."""
 
     name = "lfu"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Requests that used it, ever."""
+        """Number of requests that used the entry."""
         # A float64 holds both exactly for the first two million uses of one chunk; then ties lose their order.
         return uses.requests + uses.last * 2.0**-32
 
 
 class AttentionGuided:
-    """The published policy (arXiv 2601.13631): `S_j = I_j * F_j`, the least goes first."""
+    """The published policy (arXiv 2601.13631): evict the least `S_j = I_j * F_j`."""
 
     name = "published"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Attention mass summed over requests, times how often it was loaded."""
+        """Attention mass summed over requests, times the number of loads."""
         return uses.importance * uses.loads
 
 
 class ExpectedUse:
-    """Ours: what is least likely to be used by the next request goes first.
+    """The default: evict what the next request is least likely to use.
 
-    A chunk is used if its prefix is asked for, and then if the selection wants the chunk. The first is the prefix's
-    share of recent requests; the second the share of its requests that used the chunk, pulled towards a prior while
-    there are few of them. Uses fade with a half-life, bytes are worth what their entry is likely to save, and arrivals
-    must prove better than what is there.
+    The likelihood is the prefix's share of recent requests (fading with a half-life) times the share of these requests
+    that selected the chunk (pulled towards a prior while there are few of them). What a request loaded must prove
+    better than what is in memory already.
 
     Args:
-        prior: the share that a chunk is believed to have before anything is known.
-        weight: how many requests that belief counts for.
-        ahead: what a byte of keys is worth beside one of chunks: keys are read in one piece and before they are needed,
-            chunks here and there while attention waits for them.
+        prior: share of requests that is assumed to select a chunk before anything is known.
+        weight: number of requests that this assumption counts for.
+        ahead: worth of a byte of keys relative to a byte of chunks. Keys are read in one piece before they are needed;
+            chunks are read in many pieces while attention waits.
     """
 
     name = "expected-use"
@@ -100,10 +98,10 @@ POLICIES = {policy.name: policy for policy in (LeastRecentlyUsed, LeastFrequentl
 
 
 def policy_named(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """A policy by its name, or itself.
+    """The policy with this name, or the policy itself.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no policy has this name.
     """
     if not isinstance(policy, str):
         return policy
