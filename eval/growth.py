@@ -24,8 +24,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.model.support import require_support
-from hf_contiguouskv.prefill.exact_prefill import geometry_of
+from hf_contiguouskv.model.served_model import ServedModel
 
 from .dtypes import DtypeOption, choose_dtype, dtype_name
 from .random_models import random_model
@@ -66,7 +65,7 @@ class Measured:
 
 def random_states(model: Any, tokens: int) -> DynamicCache:
     """Random K and V of so many tokens, the same in every layer: for `System.store`."""
-    geometry = geometry_of(require_support(model), ContiguousKVConfig().chunk_size)
+    geometry = ServedModel(model).geometry(ContiguousKVConfig().chunk_size)
     shape = (2, 1, geometry.kv_heads, tokens, geometry.head_dim)
     keys, values = torch.randn(shape, generator=_generator()).to(geometry.dtype)
     layer = DynamicLayer()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 KINDS = ("read keys", "read", "wait", "identify", "copy", "compute")
 
@@ -28,6 +28,45 @@ class Span:
     end: float
 
 
+class SpanRecorder(Protocol):
+    """What a request reports its work to: a `Timeline`, or `NO_TIMELINE`."""
+
+    def add(self, kind: str, layer: int, start: float, end: float) -> None:
+        """Record a span of `kind` for `layer`, `start` and `end` in seconds on `time.perf_counter`."""
+        ...
+
+    def layer_reached(self, layer: int) -> None:
+        """The model reached the attention of `layer`; the time since the last layer was compute."""
+        ...
+
+    def layer_ready(self, layer: int) -> None:
+        """Attention of `layer` has what it needs: the model computes on."""
+        ...
+
+    def model_done(self) -> None:
+        """The forward is over."""
+        ...
+
+
+class NoTimeline:
+    """A recorder that records nothing."""
+
+    def add(self, kind: str, layer: int, start: float, end: float) -> None:
+        pass
+
+    def layer_reached(self, layer: int) -> None:
+        pass
+
+    def layer_ready(self, layer: int) -> None:
+        pass
+
+    def model_done(self) -> None:
+        pass
+
+
+NO_TIMELINE = NoTimeline()
+
+
 class Timeline:
     """Spans of one request, recorded as it goes (`ContiguousKVConfig(timeline=True)`)."""
 
@@ -37,16 +76,14 @@ class Timeline:
         self._computing: tuple[int, float] | None = None
 
     def add(self, kind: str, layer: int, start: float, end: float) -> None:
-        """Record a span; spans without length are dropped."""
+        """Record a span, unless it is empty."""
         if end > start:
             self.spans.append(Span(kind, layer, start, end))
 
-    def layer_reached(self, layer: int) -> float:
-        """The model reached the attention of `layer`; the time since the last layer was compute. Returns the time."""
-        now = time.perf_counter()
+    def layer_reached(self, layer: int) -> None:
+        """The model reached the attention of `layer`; the time since the last layer was compute."""
         since = self.begun if self._computing is None else self._computing[1]
-        self.add("compute", layer, since, now)
-        return now
+        self.add("compute", layer, since, time.perf_counter())
 
     def layer_ready(self, layer: int) -> None:
         """Attention of `layer` has its chunks; the model computes."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -15,35 +12,56 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVCache, PrefixStore
-from hf_contiguouskv.loading.key_source import KeySource
-from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.loading.key_loader import KeyLoader
+from hf_contiguouskv.model.fingerprint import model_fingerprint
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
-from hf_contiguouskv.prefill.exact_prefill import geometry_of
+from hf_contiguouskv.request.chunk_strategy import ChunkStrategy
+from hf_contiguouskv.request.strategy import RequestContext
 from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix
+from hf_contiguouskv.store.format import KVGeometry
 
 from ..timing import machine
 from .texts import Document, questions
 from .trace import Pool, Trace, Workload
 
 
-@contextmanager
-def _overheard() -> Iterator[list[npt.NDArray[np.float32]]]:
-    """Attention mass of the whole chunks, one array for each selection that is made while this context lasts."""
-    heard: list[npt.NDArray[np.float32]] = []
-    scorer_of = KeySource.scorer
+class Listening:
+    """The library's own method on a stored prefix, which tells what attention looks at.
 
-    def scorer(source: KeySource, layer: int, device: torch.device) -> ChunkScorer:
-        score = scorer_of(source, layer, device)
+    Args:
+        model: whose prefix.
+        store: of the prefix.
+
+    Attributes:
+        heard: attention mass of the whole chunks, float32 `(whole_chunks,)`: one for each selection that was made.
+    """
+
+    def __init__(self, model: Any, store: PrefixStore) -> None:
+        self._model = model
+        self._store = store
+        self.heard: list[npt.NDArray[np.float32]] = []
+
+    def attach(self, ids: torch.Tensor, geometry: KVGeometry) -> AttachedPrefix:
+        """See `ServingMethod`."""
+        stored = self._store.lookup(model_fingerprint(self._model), ids.numpy(), geometry.chunk_size, geometry=geometry)
+        assert stored is not None
+        return AttachedPrefix.of(stored, len(ids))
+
+    def strategy(self, context: RequestContext) -> ChunkStrategy:
+        """See `ServingMethod`."""
+        return ChunkStrategy(context, self._scorer)
+
+    def _scorer(self, keys: KeyLoader, layer: int) -> ChunkScorer:
+        score = keys.scorer(layer)
 
         def listen(inputs: SelectionInput) -> ChunkScores:
             scores = score(inputs)
-            heard.append(scores.mass.sum(0).numpy())
+            self.heard.append(scores.mass.sum(0).numpy())
             return scores
 
         return listen
-
-    with mock.patch.object(KeySource, "scorer", scorer):
-        yield heard
 
 
 def _one_request(
@@ -96,19 +114,21 @@ def record(
     counts = np.maximum(counts, fewest)
     pools = []
     bar = tqdm(total=int(counts.sum()), desc="requests", disable=not progress, leave=False)
-    with _overheard() as heard, bar:
+    with bar:
         for number, (text, count) in enumerate(zip(texts, counts.tolist(), strict=True)):
             chance = np.random.default_rng([workloads[0].seed, 3, number])
             with tempfile.TemporaryDirectory() as folder, PrefixStore(Path(folder) / "store") as store:
-                cache = ContiguousKVCache(model, text.ids, store=store, budget=budget, timeline=True)
+                ContiguousKVCache(model, text.ids, store=store, budget=budget).close()
+                method = Listening(model, store)
+                cache = ContiguousKVCache(model, text.ids, store=store, budget=budget, timeline=True, method=method)
                 made = []
                 for ids in questions(text, count, tokenizer, chance):
-                    made.append(_one_request(model, cache, ids, heard))
+                    made.append(_one_request(model, cache, ids, method.heard))
                     bar.update()
                 cache.close()
             pools.append(Pool(len(text.ids), *(np.stack(part) for part in zip(*made, strict=True))))
     about = {
-        "geometry": geometry_of(require_support(model), 16).to_metadata(),
+        "geometry": ServedModel(model).geometry(16).to_metadata(),
         "budget": budget,
         "seed": workloads[0].seed,
         "prefix_tokens": [len(text.ids) for text in texts],

@@ -14,16 +14,18 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.loading.key_source import KeySource
+from hf_contiguouskv.loading.key_loader import KeyLoader
 from hf_contiguouskv.memory import EvictionPolicy
 from hf_contiguouskv.model.layer_plan import LayerPlan
 from hf_contiguouskv.planning.read_plan import ReadPlan
+from hf_contiguouskv.request.chunk_strategy import ChunkStrategy
 from hf_contiguouskv.request.prefix_request import PrefixRequest
 from hf_contiguouskv.request.rows import Rows
+from hf_contiguouskv.request.strategy import RequestContext
 from hf_contiguouskv.selection import ChunkScorer, ChunkScores, SelectionInput
 from hf_contiguouskv.store import KVGeometry
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
-from hf_contiguouskv.store.reader import ExtentReader, Read, Ticket
+from hf_contiguouskv.store.reader import Read, Task, Ticket
 
 from ..store_fixtures import MODEL, no_fsync, some_ids
 from .trace import Pool, Trace
@@ -89,18 +91,33 @@ def pause(seconds: float) -> None:
         time.sleep(float(seconds))
 
 
-class RecordedKeys(KeySource):
-    """Brings the keys, and then hands out what they once led to. See `RecordedRequest`."""
+class RecordedMethod:
+    """The library's own strategy with the scores of a recorded request: keys are brought, but not looked at.
 
-    def __init__(self, *arguments: Any, pool: Pool, number: int, pace: float) -> None:
-        super().__init__(*arguments)
+    Args:
+        pool, number: the recorded request.
+        pace: what its compute times are multiplied by.
+
+    Attributes:
+        keys_read: bytes of keys that were not in memory.
+    """
+
+    def __init__(self, pool: Pool, number: int, pace: float) -> None:
         self._pool, self._number, self._pace = pool, number, pace
-        self.bytes_missed = 0
+        self.keys_read = 0
 
-    def scorer(self, layer: int, device: torch.device) -> ChunkScorer:
-        """See `KeySource`."""
-        self.bytes_missed += sum(pending.nbytes for pending in self._taken.pending.get(layer, []))
-        super().scorer(layer, device)
+    def attach(self, ids: torch.Tensor, geometry: KVGeometry) -> AttachedPrefix:
+        """See `ServingMethod`. Requests are made without a cache here."""
+        raise NotImplementedError
+
+    def strategy(self, context: RequestContext) -> ChunkStrategy:
+        """See `ServingMethod`."""
+        return ChunkStrategy(context, self._scorer)
+
+    def _scorer(self, keys: KeyLoader, layer: int) -> ChunkScorer:
+        keys.start(layer)
+        self.keys_read += keys.bytes_arriving(layer)
+        keys.scorer(layer)
 
         def recorded(inputs: SelectionInput) -> ChunkScores:
             pause(self._pool.identify_s[self._number, layer] * self._pace)
@@ -111,59 +128,40 @@ class RecordedKeys(KeySource):
 
         return recorded
 
-
-class RecordedRequest(PrefixRequest):
-    """A request that selects what was recorded, without a model. All else is as in the library.
-
-    Args:
-        prefix, config, plan, store, stats: see `PrefixRequest`.
-        pool, number: the recorded request.
-        pace: what its compute times are multiplied by.
-    """
-
-    def __init__(
-        self,
-        prefix: AttachedPrefix,
-        config: ContiguousKVConfig,
-        plan: LayerPlan,
-        store: PrefixStore,
-        stats: RequestStats,
-        pool: Pool,
-        number: int,
-        pace: float,
-    ) -> None:
-        self._pool, self._number, self._pace = pool, number, pace
-        super().__init__(ReadPlan.of(prefix, config, plan), store, stats)
-
-    def _open_reads(self) -> None:
-        super()._open_reads()
-        arguments = self.plan, self._store, self._payload, self.stats
-        self._keys: RecordedKeys = RecordedKeys(*arguments, pool=self._pool, number=self._number, pace=self._pace)
-
-    @property
-    def keys_read(self) -> int:
-        """Bytes of keys that were not in memory."""
-        return self._keys.bytes_missed
-
-    def run(self, destination: torch.Tensor) -> float:
-        """All layers in order; seconds to the first token. `destination` is as in `load_full`."""
+    def run(self, request: PrefixRequest, destination: torch.Tensor) -> float:
+        """All layers in order, without a model; seconds to the first token. `destination` is as in `load_full`."""
         nothing = torch.zeros(1, 1, 1, 1)
         started = time.perf_counter()
-        self.begin(Rows.distinct(1, 1))
-        for layer in range(len(self.plan.layers.windows)):
-            self.load_full(layer, nothing, nothing, {"scaling": 1.0}, destination)
+        request.begin(Rows.distinct(1, 1))
+        for layer in range(len(request.plan.layers.windows)):
+            request.load_full(layer, nothing, nothing, {"scaling": 1.0}, destination)
             pause(self._pool.compute_s[self._number, layer] * self._pace)
         return time.perf_counter() - started
 
 
-class NoReads(ExtentReader):
-    """Says that everything was read, and reads nothing: for hit rates alone."""
+class NoReads:
+    """A store and its reader, but every read ends at once and reads nothing: for hit rates alone.
 
-    def submit(
-        self, reads: Sequence[Read], *, threads: int | None = None, then: Callable[[], None] | None = None
-    ) -> Ticket:
+    Args:
+        store: whose memory tiers are used.
+    """
+
+    def __init__(self, store: PrefixStore) -> None:
+        self.memory = store.memory
+        self._reader = store.reader
+
+    @property
+    def reader(self) -> NoReads:
+        """This."""
+        return self
+
+    def submit(self, reads: Sequence[Read], **options: Any) -> Ticket:
         """See `ExtentReader`."""
-        return super().submit((), threads=threads, then=then)
+        return self._reader.submit((), **options)
+
+    def run(self, function: Callable[[], None]) -> Task:
+        """See `ExtentReader`."""
+        return self._reader.run(function)
 
 
 @dataclass(frozen=True)
@@ -206,11 +204,10 @@ class Replay:
         self._trace = trace
         self._geometry = g = geometry_of(trace)
         self._config = ContiguousKVConfig(budget=trace.about["budget"], chunk_size=g.chunk_size, payload="exact")
-        self._plan = LayerPlan((None,) * g.num_layers, (CPU,) * g.num_layers)
+        self._layers = LayerPlan((None,) * g.num_layers, (CPU,) * g.num_layers)
         self._attached: dict[int, AttachedPrefix] = {}
         self._rows: list[tuple[float, ...]] = []
         self._store = PrefixStore(path, host_bytes=host_bytes, eviction=policy)
-        self._readers = {True: self._store.reader, False: NoReads(1)}
 
     def __enter__(self) -> Replay:
         return self
@@ -235,15 +232,14 @@ class Replay:
             reads: whether anything is read from disk.
         """
         g, pool, stats = self._geometry, self._trace.pools[prefix], RequestStats()
-        self._store._reader = self._readers[reads]
-        request = RecordedRequest(
-            self._prefix(prefix), self._config, self._plan, self._store, stats, pool, number, pace
-        )
-        shape = (2, 1, g.kv_heads, request.kept_tokens, g.head_dim)
-        seconds = request.run(torch.empty(shape, dtype=g.dtype))
+        store = self._store if reads else NoReads(self._store)
+        method = RecordedMethod(pool, number, pace)
+        plan = ReadPlan.of(self._prefix(prefix), self._config, self._layers)
+        request = PrefixRequest(plan, store, stats, method=method)
+        seconds = method.run(request, torch.empty((2, 1, g.kv_heads, request.kept_tokens, g.head_dim), dtype=g.dtype))
         request.close()
         keys, hits, misses = keys_bytes(pool, g), stats.hits["host"], stats.hits["disk"]
-        self._rows.append((hits, misses, keys, request.keys_read, stats.bytes_read, seconds, stats.io_wait_s))
+        self._rows.append((hits, misses, keys, method.keys_read, stats.bytes_read, seconds, stats.io_wait_s))
 
     def outcome(self, warm_up: int, timed: int) -> Outcome:
         """Without the first `warm_up` requests; reads and TTFT of the last `timed`."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, layer_windows, require_support
-from hf_contiguouskv.prefill.exact_prefill import geometry_of
+from hf_contiguouskv.model.served_model import ServedModel
 
 from .. import streams
 from ..tasks import Request, task_named
@@ -91,7 +90,7 @@ def chat_of(request: Request) -> Any:
 
 def token_bytes(model: Any) -> int:
     """Bytes of K and V of one token in all layers."""
-    geometry = geometry_of(require_support(innermost_causal_lm(model)), 16)
+    geometry = ServedModel(model).geometry(16)
     return 2 * geometry.num_layers * geometry.kv_heads * geometry.head_dim * geometry.itemsize
 
 
@@ -102,10 +101,10 @@ def require_served(model: Any, asked: Asked) -> None:
         NotServedError: a prompt with its answer is longer than the model's context; the model has sliding windows
             (caches cannot go back behind them, which judging needs).
     """
-    lm = innermost_causal_lm(model)
-    if any(window is not None for window in layer_windows(lm)):
+    served = ServedModel(model)
+    if any(window is not None for window in served.windows):
         raise NotServedError("models with sliding-window layers cannot be evaluated yet")
-    context = getattr(decoder_config(lm), "max_position_embeddings", None)
+    context = getattr(served.text_config, "max_position_embeddings", None)
     for name, requests in asked.by_name().items():
         longest = max(map(_length, requests), default=0)
         if context is not None and longest > context:

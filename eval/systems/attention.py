@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_contiguouskv.errors import UnsupportedModelError
 from hf_contiguouskv.model.attention import Installation, tagged
-from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, require_support
+from hf_contiguouskv.model.served_model import ServedModel
 
 from .states import on_accelerator
 
@@ -49,7 +49,7 @@ def grouped_cache(model: Any) -> DynamicCache:
     """An empty `DynamicCache` for `model`, of such layers where they are of use."""
     if not on_accelerator(model.device):
         return DynamicCache(config=model.config)
-    plan = require_support(innermost_causal_lm(model)).plan
+    plan = ServedModel(model).layers
     if len(plan.full_layers) < len(plan.windows):
         return DynamicCache(config=model.config)
     cache = DynamicCache()
@@ -74,7 +74,7 @@ class GroupedAttention:
         self.end()
         if on_accelerator(self._model.device):
             with suppress(UnsupportedModelError):
-                self._installation = Installation(decoder_config(innermost_causal_lm(self._model)))
+                self._installation = ServedModel(self._model).installation()
                 self._installation.activate()
 
     def end(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
-from hf_contiguouskv.loading.payload_reads import Lookahead, PayloadReads
+from hf_contiguouskv.loading.chunk_accounts import Arrival
+from hf_contiguouskv.loading.chunk_loader import ChunkLoader
 from hf_contiguouskv.loading.placement import copy_in_order
-from hf_contiguouskv.memory import Usage
 from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.model.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.timeline import Timeline
@@ -41,14 +40,12 @@ class Loading:
     Attributes:
         stats: receives `bytes_read`, `bytes_used`, `hits` and `io_wait_s`.
         timeline: receives reads, waits and copies.
-        usage: what memory is to be told once the request is over (`MemoryTiers.finished`).
-        reads: of the request, to be closed with it.
+        loader: of the request, to be closed with it.
     """
 
     stats: RequestStats = field(default_factory=RequestStats)
     timeline: Timeline = field(default_factory=Timeline)
-    usage: Usage = field(default_factory=Usage)
-    reads: PayloadReads | None = None
+    loader: ChunkLoader | None = None
 
 
 class _LoadedLayer(GroupedLayer):
@@ -56,19 +53,15 @@ class _LoadedLayer(GroupedLayer):
 
     Args:
         layer: index.
-        prefix, reads: of the prefix.
-        ahead: what is read before attention gets there; it may be nothing.
+        prefix, loader: of the prefix.
         loading: see `Loading`.
     """
 
-    def __init__(
-        self, layer: int, prefix: AttachedPrefix, reads: PayloadReads, ahead: Lookahead, loading: Loading
-    ) -> None:
+    def __init__(self, layer: int, prefix: AttachedPrefix, loader: ChunkLoader, loading: Loading) -> None:
         super().__init__()
         self._layer = layer
         self._prefix = prefix
-        self._reads: PayloadReads | None = reads
-        self._ahead = ahead
+        self._loader: ChunkLoader | None = loader
         self._loading = loading
         self._buffers: list[torch.Tensor] = []
         self._length = 0
@@ -76,7 +69,7 @@ class _LoadedLayer(GroupedLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._reads is not None:
+        if self._loader is not None:
             self._load(key_states)
         end = self._length + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
@@ -88,39 +81,35 @@ class _LoadedLayer(GroupedLayer):
         return self.shown()
 
     def _load(self, key_states: torch.Tensor) -> None:
-        assert self._reads is not None
+        assert self._loader is not None
         self.lazy_initialization(key_states, key_states)
         g = self._prefix.geometry
         count = self._prefix.chunks
-        self._ahead.need(self._layer)
-        if not self._reads.asked(self._layer):
-            self._reads.ask([self._layer], np.arange(count), key_states.device)
+        loader, layer = self._loader, self._layer
+        if not loader.asked(layer):
+            loader.want([layer], np.arange(count))
         # One copy, from the chunks' order on disk to the order that attention wants.
         both = key_states.new_empty(2, 1, g.kv_heads, count * g.chunk_size + key_states.shape[2] + ROOM, g.head_dim)
         chunks = both[:, 0, :, : count * g.chunk_size].unflatten(2, (count, g.chunk_size))
-        for batch in self._reads.take(self._layer):
+        for part in loader.take(layer):
             began = time.perf_counter()
-            copy_in_order(self._prefix, batch, 0, chunks)
-            self._loading.timeline.add("copy", self._layer, began, time.perf_counter())
-            hits = self._loading.stats.hits
-            hits["host"] += batch.from_host
-            hits["disk"] += batch.from_disk
-            hits["device"] += len(batch.chunks) - batch.from_host - batch.from_disk
-        self._loading.usage.used(self._reads.tables, self._layer, np.arange(count))
+            copy_in_order(self._prefix, part, 0, chunks)
+            self._loading.timeline.add("copy", layer, began, time.perf_counter())
+            loader.accounts.count_hits(layer, Arrival.of(part))
+        loader.accounts.note_used(layer, np.arange(count))
         self._buffers = [both[0], both[1]]
-        self._reads = None
-        self._ahead.used(self._layer)
+        self._loader = None
         self._length = self._prefix.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """See `DynamicLayer.crop`."""
-        if tokens_to_remove > 0 or self._reads is not None:
+        if tokens_to_remove > 0 or self._loader is not None:
             raise ValueError("crop takes a negative number, once the prefix was used")
         self._length += tokens_to_remove
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
     def get_seq_length(self) -> int:
-        return self._prefix.tokens if self._reads is not None else self._length
+        return self._prefix.tokens if self._loader is not None else self._length
 
 
 def full_load(
@@ -147,19 +136,24 @@ def full_load(
     if stored is None or stored.tokens < len(ids):
         raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
     prefix = AttachedPrefix.of(stored, len(ids))
-    reads = PayloadReads(prefix, store.reader, store.memory, loading.stats, True, loading.timeline)
-    loading.reads = reads
-    # What is under way takes up memory in all tiers that it goes through, and what finds no room is read late.
-    ahead = Lookahead(min(tier.max_bytes for tier in store.memory.tiers) // 2)
+    devices = ServedModel(model).layers.devices
+    loader = loading.loader = ChunkLoader(
+        store,
+        [prefix] * len(devices),
+        devices,
+        loading.stats,
+        # What is under way takes up memory in all tiers that it goes through, and what finds no room is read late.
+        lookahead_bytes=min(tier.max_bytes for tier in store.memory.tiers) // 2,
+        timeline=loading.timeline,
+    )
     cache = DynamicCache()
     layers = range(prefix.geometry.num_layers)
-    cache.layers = [_LoadedLayer(layer, prefix, reads, ahead, loading) for layer in layers]
+    cache.layers = [_LoadedLayer(layer, prefix, loader, loading) for layer in layers]
     cache.layer_class_to_replicate = None
     if overlap:
-        nbytes, chunks = prefix.chunks * prefix.extent_bytes, np.arange(prefix.chunks)
-        for layer, device in enumerate(require_support(innermost_causal_lm(model)).plan.devices):
-            ahead.add(layer, nbytes, partial(reads.ask_ahead, layer, chunks, device))
-        ahead.pump()
+        for layer in layers:
+            loader.want_later(layer, np.arange(prefix.chunks))
+        loader.start_queued()
     loading.stats.bytes_used = len(layers) * prefix.tokens * prefix.token_bytes()
     return cache
 
@@ -195,9 +189,6 @@ class AttentionStore(Stored):
     def finish(self, cache: Any) -> RequestStats:
         """See `System`."""
         self._attention.end()
-        if self._loading.reads is not None:
-            self._loading.reads.close()
-        memory = self.opened().memory
-        memory.finished(self._loading.usage)
-        memory.catch_up()
+        if self._loading.loader is not None:
+            self._loading.loader.close()
         return self._loading.stats

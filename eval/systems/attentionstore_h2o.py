@@ -12,18 +12,18 @@ import torch
 
 from .choices import Chosen, best_on_device, held_by
 from .moving import fetch
-from .token_request import TokenRequest
 from .token_scores import best_tokens, column_sums
+from .token_strategy import TokenStrategy
 from .token_system import TokenSystem
 
 
-class H2ORequest(TokenRequest):
+class H2OStrategy(TokenStrategy):
     """See the module."""
 
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
-        """See `TokenRequest`."""
+        """See `TokenStrategy`."""
         nodes = self.nodes
         stored_keys, stored_values = self.layout.keys_of(layer), self.layout.values_of(layer)
         heads, tokens = self.prefix.geometry.kv_heads, self.prefix.tokens
@@ -55,7 +55,7 @@ class H2ORequest(TokenRequest):
         there = self.places_on_device(best_on_device(mass, self.kept), layer)
         unit_of = there // u * heads + torch.arange(heads, device=there.device)[:, None]
         held = held_by(unit_of, units)
-        return Chosen(there, unit_of, held, fetch(held, self.plan.layers.devices[layer]))
+        return Chosen(there, unit_of, held, fetch(held, self.devices[layer]))
 
 
 class AttentionStoreH2O(TokenSystem):
@@ -63,7 +63,7 @@ class AttentionStoreH2O(TokenSystem):
 
     published = "attentionstore_h2o"
     published_eviction = "lru"
-    request = H2ORequest
+    strategy = H2OStrategy
 
     def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:
         """See `TokenSystem`: all of them."""

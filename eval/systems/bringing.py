@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.loading.payload_reads import PayloadReads
+from hf_contiguouskv.config import ReadOptions
+from hf_contiguouskv.loading.chunk_loader import ChunkLoader
 from hf_contiguouskv.memory import MemoryTiers
 from hf_contiguouskv.memory.tier import Tier
 from hf_contiguouskv.model.layer_plan import LayerPlan
 from hf_contiguouskv.planning.read_plan import ReadPlan
-from hf_contiguouskv.request.prefix_request import PrefixRequest
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix, Chunks
 
 from .states import State, StateError
@@ -28,27 +28,18 @@ HOST = torch.device("cpu")
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Payload:
-    """Chunks of one stored layer that requests may ask for.
+class Parts(Protocol):
+    """What is stored of one prefix, as the requests of one kind of system read it.
 
     Attributes:
-        reads: bring them.
-        device: where to.
-        chunks: all of them, int64 ascending.
+        loader: brings it.
+        devices: where to, by stored layer.
+        chunks: all chunks that requests may ask for, by stored layer.
     """
 
-    reads: PayloadReads
-    device: torch.device
-    chunks: Chunks
-
-
-class Parts(Protocol):
-    """What is stored of one prefix, as the requests of one kind of system read it."""
-
-    def payload(self) -> Mapping[int, Payload]:
-        """Chunks, by stored layer."""
-        ...
+    loader: ChunkLoader
+    devices: Sequence[torch.device]
+    chunks: Named
 
     def bring_keys(self) -> None:
         """Have in memory what tells which tokens matter."""
@@ -65,38 +56,29 @@ class Parts(Protocol):
 
 def bring(parts: Parts, memory: MemoryTiers, named: Named | None) -> None:
     """Read chunks (the named ones, or all), or find them; what is read stays in the tier of its device."""
-    for layer, payload in parts.payload().items():
-        chunks = _wanted(payload, layer, named)
+    for layer in parts.chunks:
+        chunks = _wanted(parts, layer, named)
         if len(chunks):
-            payload.reads.ask([layer], chunks, payload.device)
-            with closing(payload.reads.take(layer)) as arriving:
-                for batch in arriving:
-                    if memory.on(payload.device) is not None and batch.from_disk + batch.from_host:
-                        batch.extents(None)  # Only what was waited for stays on a device. (A view: nothing is copied.)
-    for reads in {payload.reads for payload in parts.payload().values()}:
-        reads.close()  # Whatever arrived is in its place afterwards.
-    memory.catch_up()
+            parts.loader.want([layer], chunks)
+            with closing(parts.loader.take(layer)) as arriving:
+                for part in arriving:
+                    if memory.on(parts.devices[layer]) is not None and part.from_disk + part.from_host:
+                        part.extents(None)  # Only what was waited for stays on a device. (A view: nothing is copied.)
+    parts.loader.close()  # Whatever arrived is in its place afterwards.
 
 
 def resident(parts: Parts) -> Named:
     """Chunks that are in some tier."""
-    return {layer: _resident(layer, payload, None) for layer, payload in parts.payload().items()}
+    return {layer: parts.loader.resident(layer, chunks) for layer, chunks in parts.chunks.items()}
 
 
 def lacking(parts: Parts, memory: MemoryTiers, named: Named | None) -> int:
     """How many chunks (of the named ones, or all) are not in the tier of their device."""
-    return sum(
-        len(np.setdiff1d(_wanted(payload, layer, named), _resident(layer, payload, _tier(memory, payload.device))))
-        for layer, payload in parts.payload().items()
-    )
-
-
-def leave_devices(parts: Parts, memory: MemoryTiers) -> None:
-    """Have neither chunks nor keys of the prefix on an accelerator."""
-    for payload in parts.payload().values():
-        for table in payload.reads.tables.known:
-            for tier in memory.devices.values():
-                tier.forget(table)
+    count = 0
+    for layer, chunks in parts.chunks.items():
+        there = parts.loader.resident(layer, chunks, _tier(memory, parts.devices[layer]))
+        count += len(np.setdiff1d(_wanted(parts, layer, named), there))
+    return count
 
 
 def move_to(state: State, parts: Parts, memory: MemoryTiers, named: Named | None) -> None:
@@ -114,7 +96,7 @@ def move_to(state: State, parts: Parts, memory: MemoryTiers, named: Named | None
     if state is State.KEYS_RESIDENT:
         memory.drop_chunks()
     elif state is State.WARM_HOST:
-        leave_devices(parts, memory)
+        parts.loader.forget_on_devices()
     parts.bring_keys()
     if parts.lacks_keys():
         raise StateError(f"{state}: there is no room for all keys in {_sizes(memory)}")
@@ -125,79 +107,61 @@ def move_to(state: State, parts: Parts, memory: MemoryTiers, named: Named | None
             raise StateError(f"{state}: there is no room for {missing} chunks in {_sizes(memory)}")
 
 
-def _wanted(payload: Payload, layer: int, named: Named | None) -> Chunks:
-    return payload.chunks if named is None else named.get(layer, _NONE)
+def _wanted(parts: Parts, layer: int, named: Named | None) -> Chunks:
+    return parts.chunks[layer] if named is None else named.get(layer, _NONE)
 
 
 def _tier(memory: MemoryTiers, device: torch.device) -> Tier:
     return memory.on(device) or memory.host
 
 
-def _resident(layer: int, payload: Payload, tier: Tier | None) -> Chunks:
-    there = np.zeros(len(payload.chunks), dtype=bool)
-    for table, part, places in payload.reads.tables.split(layer, payload.chunks):
-        if table is not None:
-            for name, slots in table.slots.items():
-                if tier is None or tier.name == name:
-                    there[part] |= slots[places] >= 0
-    return payload.chunks[there]
-
-
 def _sizes(memory: MemoryTiers) -> str:
     return ", ".join(f"{tier.name} ({tier.max_bytes:,} bytes)" for tier in memory.tiers)
 
 
-class ChunkParts(PrefixRequest):
+class ChunkParts:
     """Chunks and keys, as our requests, the published method's and AttentionStore's read them.
 
     Args:
-        prefix, config, plan, store: see `PrefixRequest`.
+        prefix: attached.
+        config: of the requests.
+        layers: of the model.
+        store: of the prefix.
         on_host: bring everything to the host's tier, whatever the layers' devices are.
     """
 
     def __init__(
-        self, prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, store: PrefixStore, on_host: bool
+        self, prefix: AttachedPrefix, config: ContiguousKVConfig, layers: LayerPlan, store: PrefixStore, on_host: bool
     ) -> None:
-        for device in plan.devices:
+        for device in layers.devices:
             store.memory.on(device)  # From then on host memory is pinned.
-        places = replace(plan, devices=(HOST,) * len(plan.devices)) if on_host else plan
-        super().__init__(ReadPlan.of(prefix, config, places), store, RequestStats())
-
-    def payload(self) -> Mapping[int, Payload]:
-        """See `Parts`."""
-        found = {}
-        for layer, (window, device) in enumerate(zip(self.plan.layers.windows, self.plan.layers.devices, strict=True)):
-            if window is None:
-                found[layer] = Payload(self._payload, device, np.arange(self.prefix.chunks))
-            else:
-                found[layer] = Payload(self._tails.payload, device, self._tails.chunks(window))
-        return found
-
-    def _key_layers(self) -> Sequence[int]:
-        if self.keeps_all:
-            return ()
-        leaders = [layer for layer in self._full if self.plan.packed or self._is_leader(layer)]
-        return [layer for layer in leaders if not self._keys.reads_payload(layer)]
+        places = replace(layers, devices=(HOST,) * len(layers.devices)) if on_host else layers
+        self._memory = store.memory
+        self._plan = plan = ReadPlan.of(prefix, config, places)
+        self.devices: Sequence[torch.device] = places.devices
+        self.loader = ChunkLoader.of(plan, store, RequestStats())
+        self.chunks: Named = {
+            layer: np.arange(prefix.chunks) if window is None else plan.tail_chunks(window)
+            for layer, window in enumerate(places.windows)
+        }
+        self._key_layers = [layer for layer in plan.key_layers if not plan.scored_from_payload(layer)]
 
     def bring_keys(self) -> None:
         """See `Parts`."""
-        for layer in self._key_layers():
-            device = self.plan.layers.devices[layer]
-            self._keys.ask(layer, device)
-            self._keys.scorer(layer, device)
-            self._keys.used(layer, device)
-        self._store.memory.catch_up()
+        for layer in self._key_layers:
+            self.loader.keys.want(layer)
+            self.loader.keys.scorer(layer)
+            self.loader.keys.release(layer)
+            self.loader.read_on(layer)
+        self._memory.catch_up()
 
     def lacks_keys(self) -> bool:
         """See `Parts`."""
-        return any(not self._has_keys(layer) for layer in self._key_layers())
+        return not all(self.loader.keys.resident(layer) for layer in self._key_layers)
 
-    def _has_keys(self, layer: int) -> bool:
-        tier = _tier(self._store.memory, self.plan.layers.devices[layer])
-        keys = self._keys
-        return all(
-            tier.has_keys(keys._key(span, name)) for span in self.plan.served.spans for name in keys._tensors(layer)
-        )
+    def close(self) -> None:
+        """See `Parts`."""
+        self.loader.close()
 
 
 class UnitParts:
@@ -217,21 +181,14 @@ class UnitParts:
         self._memory = store.memory
         for device in devices:
             store.memory.on(device)
-        self._reads = PayloadReads(units, store.reader, store.memory, RequestStats(), verify=True)
-        places = [HOST] * len(devices) if on_host else devices
         # Two stored layers for each of the model's: keys, values.
-        self._payload = {
-            2 * layer + half: Payload(self._reads, device, np.arange(units.chunks))
-            for layer, device in enumerate(places)
-            for half in (0, 1)
-        }
-        self._keys = {2 * layer: keys for layer in range(len(devices))} | {
-            2 * layer + 1: _NONE for layer in range(len(devices))
-        }
-
-    def payload(self) -> Mapping[int, Payload]:
-        """See `Parts`."""
-        return self._payload
+        self.devices: Sequence[torch.device] = [HOST if on_host else device for device in devices for _ in range(2)]
+        layers = range(len(self.devices))
+        self.loader = ChunkLoader(
+            store, [units for _ in layers], self.devices, lookahead_bytes=ReadOptions().lookahead_bytes
+        )
+        self.chunks: Named = {layer: np.arange(units.chunks) for layer in layers}
+        self._keys = {layer: _NONE if layer % 2 else keys for layer in layers}
 
     def bring_keys(self) -> None:
         """See `Parts`."""
@@ -243,4 +200,4 @@ class UnitParts:
 
     def close(self) -> None:
         """See `Parts`."""
-        self._reads.close()
+        self.loader.close()

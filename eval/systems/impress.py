@@ -26,8 +26,8 @@ from hf_contiguouskv.memory.history import Floats, Uses
 
 from .choices import Chosen, best_on_device, held_by, voted_on_device
 from .moving import fetch, send
-from .token_request import TokenRequest
 from .token_scores import Tokens, best_tokens, column_sums, mean_jaccard, similar_enough, similarity, voted
+from .token_strategy import TokenStrategy
 from .token_system import TokenSystem
 
 PROBES = ("first", "groups")
@@ -56,7 +56,7 @@ class UsedAndImportant:
         return uses.importance
 
 
-class ImpressRequest(TokenRequest):
+class ImpressStrategy(TokenStrategy):
     """See the module.
 
     Attributes:
@@ -65,14 +65,14 @@ class ImpressRequest(TokenRequest):
 
     probes = "first"
 
-    def _open_reads(self) -> None:
-        super()._open_reads()
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.agreed = 0
 
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
-        """See `TokenRequest`."""
+        """See `TokenStrategy`."""
         nodes, layout, u, kv_heads = self.nodes, self.layout, self.layout.unit_tokens, destination.shape[1]
         stored_keys, stored_values = layout.keys_of(layer), layout.values_of(layer)
         first_keys = nodes.keys_apart()
@@ -95,7 +95,7 @@ class ImpressRequest(TokenRequest):
         blocks = chosen.units
         share = chosen.counts / u
         value_units, value_share = nodes.values(blocks), share.repeat(kv_heads)
-        self._payload.tables.mass[stored_values] = value_share.astype(np.float32)
+        self.loader.accounts.expect_importance([stored_values], value_share.astype(np.float32))
         if agree:  # Only blocks that hold a chosen token.
             self.ask(stored_keys, nodes.other_keys(blocks))
         self.ask(stored_values, value_units)
@@ -133,7 +133,7 @@ class ImpressRequest(TokenRequest):
         places = self.places_on_device(tokens, layer)
         block_of = places // self.layout.unit_tokens
         held = held_by(block_of, self.nodes.blocks)
-        came = fetch(torch.cat([held, *(one.flatten() for one in more)]), self.plan.layers.devices[layer])
+        came = fetch(torch.cat([held, *(one.flatten() for one in more)]), self.devices[layer])
         counts, *others = np.split(came, np.cumsum([len(held), *(one.numel() for one in more)])[:-1])
         shaped = [other.reshape(one.shape) for other, one in zip(others, more, strict=True)]
         return Chosen(places, block_of, held, counts), shaped
@@ -147,7 +147,7 @@ class ImpressRequest(TokenRequest):
         self.ask(self.layout.keys_of(layer), units)
         found = self.take(self.layout.keys_of(layer), units, identifies).view(len(blocks), len(others), u, -1)
         with self.timed("copy", layer):
-            device = self.plan.layers.devices[layer]
+            device = self.devices[layer]
             heads, where = self.sent("other heads", others, layer), send(blocks, device)
             keys.view(len(keys), -1, u, keys.shape[-1])[heads[:, None], where] = found.transpose(0, 1)
 
@@ -187,7 +187,7 @@ class ImpressRequest(TokenRequest):
         )
 
 
-class ImpressGroupsRequest(ImpressRequest):
+class ImpressGroupsStrategy(ImpressStrategy):
     """One probe head for each KV head."""
 
     probes = "groups"
@@ -203,13 +203,19 @@ class Impress(TokenSystem):
     """
 
     published_eviction = UsedAndImportant()
-    request: type[ImpressRequest]
+    strategy: type[ImpressStrategy]
 
     def __init__(self, *arguments: Any, probes: str = "first", reorder: bool = True, **options: Any) -> None:
         self.published = "impress" if probes == "first" else f"impress_{probes}"
-        self.request = ImpressRequest if probes == "first" else ImpressGroupsRequest
+        self.strategy = ImpressStrategy if probes == "first" else ImpressGroupsStrategy
         self._reorder = reorder
         super().__init__(*arguments, **options)
+
+    @property
+    def agreed(self) -> int:
+        """In how many layers of the last request the probe heads agreed."""
+        assert isinstance(self.served.last, ImpressStrategy)
+        return self.served.last.agreed
 
     @property
     def method(self) -> str:
@@ -218,7 +224,7 @@ class Impress(TokenSystem):
 
     def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:
         """See `TokenSystem`: those of the probe heads."""
-        return tuple(np.unique(probe_heads(heads, kv_heads, self.request.probes) // (heads // kv_heads)).tolist())
+        return tuple(np.unique(probe_heads(heads, kv_heads, self.strategy.probes) // (heads // kv_heads)).tolist())
 
     def order(self, importance: torch.Tensor) -> torch.Tensor:
         """See `TokenSystem`: the most important first."""

@@ -9,9 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
-from hf_contiguouskv.model.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
-from hf_contiguouskv.prefill.exact_prefill import geometry_of
 
 from .attention import GroupedAttention, grouped_cache
 from .base import NotStoredError, key_of, require_states
@@ -33,10 +32,10 @@ def copied(model: Any, states: DynamicCache, tokens: int) -> DynamicCache:
     Raises:
         ValueError: they are not those of `tokens` tokens in this model.
     """
-    support = require_support(innermost_causal_lm(model))
-    require_states(states, tokens, geometry_of(support, ContiguousKVConfig().chunk_size))
+    served = ServedModel(model)
+    require_states(states, tokens, served.geometry(ContiguousKVConfig().chunk_size))
     cache = grouped_cache(model)
-    for number, (layer, device) in enumerate(zip(states.layers, support.plan.devices, strict=True)):
+    for number, (layer, device) in enumerate(zip(states.layers, served.layers.devices, strict=True)):
         cache.update(layer.keys.to(device), layer.values.to(device), number)  # Which copies them.
     return cache
 

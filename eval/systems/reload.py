@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
-from hf_contiguouskv.model.support import innermost_causal_lm, require_support
-from hf_contiguouskv.prefill.exact_prefill import geometry_of
+from hf_contiguouskv.model.served_model import ServedModel
 
 from ..timing import drop_page_cache, storage_bytes_read
 from .attention import GroupedAttention, grouped_cache
@@ -55,8 +54,8 @@ class Reload:
         if states is None:
             states = prefill(self._model, prefix_ids)
         else:
-            support = require_support(innermost_causal_lm(self._model))
-            require_states(states, len(prefix_ids), geometry_of(support, ContiguousKVConfig().chunk_size))
+            geometry = ServedModel(self._model).geometry(ContiguousKVConfig().chunk_size)
+            require_states(states, len(prefix_ids), geometry)
         for before in [one for one in self._stored if key.startswith(one)]:
             self._stored.pop(before).unlink()  # A chat goes on: nobody asks for its beginning any more.
         self._stored[key] = path

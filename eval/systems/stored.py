@@ -12,10 +12,9 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
-from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.model.support import innermost_causal_lm, require_support
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
-from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
+from hf_contiguouskv.prefill.persisting import persist_rows
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.timeline import Timeline
 
@@ -72,11 +71,11 @@ class Stored:
                 self._store_states(prefix_ids, states, store)
 
     def _store_states(self, prefix_ids: torch.Tensor, states: DynamicCache, store: PrefixStore) -> None:
-        lm = innermost_causal_lm(self._model)
-        geometry = geometry_of(require_support(lm), self._config.chunk_size)
+        served = ServedModel(self._model)
+        geometry = served.geometry(self._config.chunk_size)
         require_states(states, len(prefix_ids), geometry)
         layers = [(layer.keys[0], layer.values[0], 0) for layer in states.layers]
-        persist_rows([(prefix_ids.numpy().astype(np.int64), layers)], store, model_fingerprint(lm), geometry)
+        persist_rows([(prefix_ids.numpy().astype(np.int64), layers)], store, served.fingerprint(), geometry)
         if store.match(self._model, prefix_ids) < len(prefix_ids):
             raise OSError(f"the prefix of {len(prefix_ids)} tokens could not be stored in {self._folder}")
 
@@ -117,7 +116,7 @@ class Stored:
         if state is State.COLD:
             self.close_store()
             memory = self.opened().memory
-            for device in require_support(innermost_causal_lm(self._model)).plan.devices:
+            for device in ServedModel(self._model).layers.devices:
                 memory.on(device)
         else:
             warm = state is not State.KEYS_RESIDENT
@@ -136,13 +135,13 @@ class Stored:
         Raises:
             NotStoredError: it is not stored.
         """
-        lm = innermost_causal_lm(self._model)
+        served = ServedModel(self._model)
         store, ids = self.opened(), prefix_ids.numpy().astype(np.int64)
-        found = store.lookup(model_fingerprint(lm), ids, self._config.chunk_size, count=False)
+        found = store.lookup(served.fingerprint(), ids, self._config.chunk_size, count=False)
         if found is None or found.tokens < len(ids):
             raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
         prefix = AttachedPrefix.of(found, len(ids))
-        return ChunkParts(prefix, self._config, require_support(lm).plan, store, on_host)
+        return ChunkParts(prefix, self._config, served.layers, store, on_host)
 
     def _named_by(self, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None) -> Named | None:
         """What a request with this suffix leaves in memory (found out once); `None`: no suffix was given."""

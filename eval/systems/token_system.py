@@ -12,13 +12,10 @@ from unittest import mock
 import torch
 from transformers import DynamicCache
 
-from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
 from hf_contiguouskv.memory.policies import EvictionPolicy
-from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.model.layer_plan import LayerPlan
-from hf_contiguouskv.model.support import decoder_config, innermost_causal_lm, require_support
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
-from hf_contiguouskv.prefill.exact_prefill import geometry_of
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.hashing import TokenIds
 
@@ -27,8 +24,8 @@ from .bringing import Parts, UnitParts
 from .in_memory import prefill
 from .states import State, warm_states
 from .stored import Stored
-from .token_request import AHEAD, TokenCache, TokenRequest
 from .token_scores import column_sums
+from .token_strategy import AHEAD, TokenMethod, TokenStrategy
 from .units import Nodes, UnitLayout, find_nodes, write_nodes
 
 # Tokens of a unit, as of IMPRESS's blocks.
@@ -105,12 +102,14 @@ class TokenSystem(Stored):
     Attributes:
         published: name of the system as published, without overlap.
         published_eviction: what stays in memory, as published.
-        request: its kind of request.
+        strategy: its kind of strategy.
+        served: by what the last cache was served.
     """
 
     published: str
     published_eviction: str | EvictionPolicy
-    request: type[TokenRequest]
+    strategy: type[TokenStrategy]
+    served: TokenMethod
 
     def __init__(
         self,
@@ -128,11 +127,11 @@ class TokenSystem(Stored):
             name, model, folder, ContiguousKVConfig(budget=budget, payload="exact", timeline=timeline), **options
         )
         self._ahead = AHEAD if overlap else 0
-        lm = innermost_causal_lm(model)
-        geometry = geometry_of(require_support(lm), self._config.chunk_size)
-        apart = self.apart(decoder_config(lm).num_attention_heads, geometry.kv_heads)
+        served = ServedModel(model)
+        geometry = served.geometry(self._config.chunk_size)
+        apart = self.apart(served.query_heads, geometry.kv_heads)
         self.layout = UnitLayout(geometry, UNIT_TOKENS, apart)
-        self._fingerprint = self.layout.fingerprint_of(model_fingerprint(lm), self.method)
+        self._fingerprint = self.layout.fingerprint_of(served.fingerprint(), self.method)
         # Which prefixes were stored, and in which nodes: the prefix tree of such a system.
         self._nodes: dict[bytes, Nodes] = {}
         # What stands for a prefix in the store.
@@ -172,7 +171,7 @@ class TokenSystem(Stored):
         else:
             require_states(states, len(prefix_ids), self.layout.geometry)
             cache, importance = states, None
-        heads = decoder_config(innermost_causal_lm(self._model)).num_attention_heads
+        heads = ServedModel(self._model).query_heads
 
         def arranged(layer: int, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
             if importance is not None:
@@ -205,17 +204,11 @@ class TokenSystem(Stored):
     def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
         """See `Stored`."""
         nodes, units = self._found(prefix_ids)
-        plan = require_support(innermost_causal_lm(self._model)).plan
+        plan = ServedModel(self._model).layers
         return UnitParts(units, plan.devices, nodes.keys_apart(), self.opened(), on_host)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         """See `System`."""
         nodes, units = self._found(prefix_ids)
-        store = self.opened()
-
-        def make(
-            prefix: AttachedPrefix, config: ContiguousKVConfig, plan: LayerPlan, store: PrefixStore, stats: RequestStats
-        ) -> TokenRequest:
-            return self.request(units, nodes, self._ahead, prefix, config, plan, store, stats)
-
-        return TokenCache(self._model, prefix_ids, store, self._config, make)
+        self.served = TokenMethod(lambda context: self.strategy(context, units, nodes, self._ahead))
+        return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config, method=self.served)

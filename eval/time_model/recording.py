@@ -10,7 +10,7 @@ begins with its kind:
 | event | what |
 |---|---|
 | `work`, amounts | of the one that does it, see `AMOUNTS` |
-| `add`, layer, bytes / `pump` / `need`, layer / `used`, layer | calls of `prefetch.Lookahead` |
+| `add`, layer, bytes / `pump` / `need`, layer / `used`, layer | calls of `loading.lookahead.Lookahead` |
 | `submit`, ticket, reads, bytes, threads, amounts | reads are queued; the amounts are the readers' |
 | `task`, events | what a reader thread does next |
 | `copy`, copy, bytes, ticket or none | a copy to the device is queued once a ticket is done, or now |
@@ -77,10 +77,12 @@ class Recorder:
     """Notes what happens in one request. A `pretend.Ledger`.
 
     Args:
+        queue: of what readers have to serve.
         stored_per_layer: how many layers of the store belong to one of the model.
     """
 
-    def __init__(self, stored_per_layer: int = 1) -> None:
+    def __init__(self, queue: Queue, stored_per_layer: int = 1) -> None:
+        self._queue = queue
         self._stored_per_layer = stored_per_layer
         self.muted = 0
         self.layers: dict[int, list[Event]] = defaultdict(list)
@@ -103,25 +105,27 @@ class Recorder:
         return self._own
 
     def operation(self, kernels: int, moved: int, flops: float, kind: str, on_device: bool) -> None:
-        self._count("operations", 1)
+        self.count("operations", 1)
         if on_device:
-            self._count("kernels", kernels)
-        self._count("moved" if on_device else "host_moved", moved)
+            self.count("kernels", kernels)
+        self.count("moved" if on_device else "host_moved", moved)
         if kind:
-            self._count(kind if on_device else f"host_{kind}", flops)
+            self.count(kind if on_device else f"host_{kind}", flops)
 
     def crossed(self, nbytes: int, *, out: bool, waits: bool) -> None:
-        self._count("operations", 1)
-        self._add(["cross", nbytes, waits])
+        self.count("operations", 1)
+        self.add(["cross", nbytes, waits])
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _count(self, what: str, number: float) -> None:
+    def count(self, what: str, number: float) -> None:
+        """Add to what the thread does (one of `AMOUNTS`)."""
         if not self._events or self._events[-1][0] != "work":
             self._events.append(["work", [0] * len(AMOUNTS)])
         self._events[-1][1][_POSITION[what]] += number
 
-    def _add(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
+        """Something happens now."""
         self._events.append(event)
 
     def reached(self, layer: int) -> None:
@@ -149,31 +153,31 @@ class Recorder:
             return
         name = frame.f_code.co_filename
         if not any(part in name for part in _OURS):
-            self._count("calls", 1)
+            self.count("calls", 1)
 
     # -- what the library calls ---------------------------------------------------------------------------------------
 
-    def serve(self, item: Any, total: Any) -> None:
+    def serve(self, item: Any, totals: Any) -> None:
         """In place of a reader thread."""
         if isinstance(item, reader.Task):
             events: list[Event] = []
             with self._elsewhere(events):
-                item._serve(total)
-            self._add(["task", events])
+                item.serve(totals)
+            self.add(["task", events])
             return
         if item.done:
             return
         before, self._ticket = self._ticket, self._tickets[id(item)][1]
         events = []
         with self._elsewhere(events):
-            item._serve(total)
+            item.serve(totals)
         self._ticket = before
         for event in self._events:
             if event[0] == "submit" and event[1] == self._tickets[id(item)][1]:
                 event[5] = _total(events)
         for event in events:
             if event[0] != "work":
-                self._add(event)
+                self.add(event)
 
     def submitted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def submit(this: Any, reads: Any, *, threads: int | None = None, **options: Any) -> Any:
@@ -185,8 +189,8 @@ class Recorder:
             event[2] = ticket.parts
             event[4] = min(event[4], max(1, ticket.parts))
             self._tickets[id(ticket)] = ticket, label
-            self._add(event)
-            self._serve_queue(this)
+            self.add(event)
+            self._serve_queue()
             event[3] = ticket.bytes_read
             return ticket
 
@@ -195,20 +199,19 @@ class Recorder:
     def queued(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(this: Any, function: Any) -> Any:
             task = original(this, function)
-            self._serve_queue(this)
+            self._serve_queue()
             return task
 
         return run
 
-    def _serve_queue(self, this: Any) -> None:
-        items, this._queue.items = this._queue.items, []
-        for item in items:
-            self.serve(item, this._total)
+    def _serve_queue(self) -> None:
+        for item, totals in self._queue.taken():
+            self.serve(item, totals)
 
     def waited(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wait(this: Any) -> None:
             if id(this) in self._tickets:
-                self._add(["wait", self._tickets[id(this)][1]])
+                self.add(["wait", self._tickets[id(this)][1]])
             original(this)
 
         return wait
@@ -231,12 +234,12 @@ class Recorder:
         def method(this: Any, *args: Any) -> None:
             if kind == "add":
                 key, nbytes, start = args
-                self._add(["add", key, nbytes])
+                self.add(["add", key, nbytes])
                 args = (key, nbytes, self._starting(key, start))
                 if not self.limits:
-                    self.limits.append(this._limit)
+                    self.limits.append(this.limit)
             elif not self._ahead:
-                self._add([kind, *args])
+                self.add([kind, *args])
             self._ahead += 1
             try:
                 original(this, *args)
@@ -270,35 +273,35 @@ class Recorder:
         with self._own, _disable_current_modes():
             label = self._label("copy")
             target.numbers.copy_(source)
-            self._add(["copy", label, source.numel() * source.element_size(), self._ticket])
+            self.add(["copy", label, source.numel() * source.element_size(), self._ticket])
             return _StreamEvent(self, label)
 
     def copy_out(self, source: Any, target: torch.Tensor) -> _StreamEvent:
         """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
             target.copy_(source.numbers)
-            self._add(["out", source.numel() * source.element_size()])
+            self.add(["out", source.numel() * source.element_size()])
             return _StreamEvent(self)
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
-            self._count("operations", 2)
-            self._add(["cross", values.numel() * values.element_size(), False])
+            self.count("operations", 2)
+            self.add(["cross", values.numel() * values.element_size(), False])
             return pretend.on_device(values.clone())
 
     def fetch(self, values: Any) -> torch.Tensor:
         """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
-            self._count("operations", 2)
-            self._add(["cross", values.numel() * values.element_size(), True])
+            self.count("operations", 2)
+            self.add(["cross", values.numel() * values.element_size(), True])
             found: torch.Tensor = values.numbers.clone()
             return found
 
     def wait(self, event: Any) -> None:
         """See `hf_contiguouskv.hardware.accelerator.Device`."""
         if event is not None and event.label is not None and event.recorder is self:
-            self._add(["arrive", event.label])
+            self.add(["arrive", event.label])
 
     def mark(self) -> _StreamEvent:
         """See `hf_contiguouskv.hardware.accelerator.Device`."""
@@ -320,14 +323,40 @@ class Recorder:
 
 
 class Queue:
-    """In place of the readers' queue: what is put into it is served by the thread that put it there."""
+    """In place of the readers' queues: what is put into it is served by the thread that put it there."""
 
     def __init__(self) -> None:
-        self.items: list[Any] = []
+        self._items: list[tuple[Any, Any]] = []
+
+    def put(self, item: Any, totals: Any) -> None:
+        """Have `item` served, once; `totals` are those of its reader."""
+        if all(one is not item for one, _ in self._items):
+            self._items.append((item, totals))
+
+    def taken(self) -> list[tuple[Any, Any]]:
+        """Everything that was put, with its totals. The queue is empty afterwards."""
+        items, self._items = self._items, []
+        return items
+
+
+class InlineThreads:
+    """In place of `store.reader.ReaderThreads`: there are none."""
+
+    forked = False
+
+    def __init__(self, queue: Queue, totals: Any) -> None:
+        self._queue = queue
+        self._totals = totals
 
     def put(self, item: Any) -> None:
-        if item is not None and all(one is not item for one in self.items):
-            self.items.append(item)
+        """See `ReaderThreads`."""
+        self._queue.put(item, self._totals)
+
+    def stop(self) -> None:
+        """See `ReaderThreads`."""
+
+    def join(self) -> None:
+        """See `ReaderThreads`."""
 
 
 def _total(events: list[Event]) -> list[float]:

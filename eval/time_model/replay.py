@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
-from hf_contiguouskv.loading.payload_reads import Lookahead
+from hf_contiguouskv.loading.lookahead import Lookahead
 
 from .machines import Gpu, Host, Machine
 from .record import Record
@@ -89,7 +89,7 @@ class _Run:
         self._ahead = Lookahead(self._limit(tokens, lookahead_bytes))
 
     def _limit(self, tokens: int, lookahead_bytes: int) -> int:
-        """The limit is so many layers' keys, or `lookahead_bytes`, whichever is less (`PrefixRequest._ahead_bytes`)."""
+        """The limit is so many layers' keys, or `lookahead_bytes`, whichever is less (`ReadPlan.lookahead_bytes`)."""
         limits = self._record.limits
         if limits is None or limits[0] == limits[1]:
             return lookahead_bytes if limits is None else limits[0]

@@ -44,8 +44,8 @@ class Shape:
     flash: bool = True
 
     def geometry(self, chunk_size: int = 16) -> KVGeometry:
-        """How the library stores the KV of such a model (`prefill.geometry_of`)."""
-        from hf_contiguouskv.prefill.exact_prefill import LEADER_PERIOD
+        """How the library stores the KV of such a model (`ServedModel.geometry`)."""
+        from hf_contiguouskv.model.served_model import LEADER_PERIOD
 
         every = tuple(range(self.layers))
         return KVGeometry(

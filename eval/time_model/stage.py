@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,12 +15,12 @@ import torch
 from hf_contiguouskv.hardware import accelerator as devices
 from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.loading import host_residency as residency
-from hf_contiguouskv.loading import key_source as keys
-from hf_contiguouskv.loading import payload_reads as prefetch
+from hf_contiguouskv.loading import key_reads as keys
+from hf_contiguouskv.loading import lookahead
 from hf_contiguouskv.store import reader
 
 from . import pretend
-from .recording import Queue, Recorder
+from .recording import InlineThreads, Queue, Recorder
 
 
 class Stage:
@@ -34,7 +32,8 @@ class Stage:
     """
 
     def __init__(self, flash: bool = True, disk_bytes_s: float = 1e9) -> None:
-        self.recorder = Recorder()
+        self.queue = Queue()
+        self.recorder = Recorder(self.queue)
         self._flash = flash
         self._disk = disk_bytes_s
         self._stack = ExitStack()
@@ -44,17 +43,17 @@ class Stage:
 
     def __enter__(self) -> Stage:
         patch = self._patch
-        patch(reader.ExtentReader, "_start", self._start_reader)
-        self._stack.enter_context(mock.patch.object(reader._Total, "note_speed"))
+        patch(reader, "ReaderThreads", lambda original: self._inline_threads)
+        self._stack.enter_context(mock.patch.object(reader.ReadTotals, "note_speed"))
         patch(reader.ExtentReader, "submit", lambda original: self._bound("submitted", original))
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
         for kind in ("add", "pump", "need", "used"):
-            patch(prefetch.Lookahead, kind, partial(self._bound, "ahead", kind))
-        for method in ("ask", "index", "scorer"):
-            patch(keys.KeySource, method, lambda original: self._bound("targeting", original))
+            patch(lookahead.Lookahead, kind, partial(self._bound, "ahead", kind))
+        for method in ("start", "index", "scorer"):
+            patch(keys.KeyReads, method, lambda original: self._bound("targeting", original))
         for owner in (staging.DeviceResidency, residency.HostResidency):
-            for method in ("bring", "bring_piece"):
+            for method in ("find_or_read", "read_piece"):
                 patch(owner, method, lambda original: self._bound("targeting", original))
         kernels = {
             "SDPAParams": _Params,
@@ -71,7 +70,7 @@ class Stage:
         capability = (8, 0) if self._flash else (7, 5)
         self._stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
         self._stack.enter_context(mock.patch.object(torch.accelerator, "is_available", return_value=False))
-        self._stack.enter_context(mock.patch.dict(devices._opened, {pretend.DEVICE: self}))
+        self._stack.enter_context(mock.patch.dict(devices.opened_devices, {pretend.DEVICE: self}))
         self._stack.enter_context(pretend.noted_in(self))
         return self
 
@@ -87,20 +86,14 @@ class Stage:
 
         return method
 
-    def _start_reader(self, original: Any) -> Callable[[Any], None]:
-        def start(this: Any) -> None:
-            this._pid = os.getpid()
-            this._workers = []
-            this._total.bytes_per_second = self._disk
-            this._queue = Queue()
-            this._finalizer = weakref.finalize(this, lambda: None)
-
-        return start
+    def _inline_threads(self, count: int, totals: reader.ReadTotals) -> InlineThreads:
+        totals.bytes_per_second = self._disk
+        return InlineThreads(self.queue, totals)
 
     @contextmanager
     def recording(self, layers: Any, stored_per_layer: int = 1) -> Iterator[Recorder]:
         """What happens inside is recorded, by layer of the model (the modules `layers`, in order)."""
-        self.recorder = recorder = Recorder(stored_per_layer)
+        self.recorder = recorder = Recorder(self.queue, stored_per_layer)
         hooks = [
             layer.register_forward_pre_hook(lambda *_, number=number: recorder.reached(number))
             for number, layer in enumerate(layers)
@@ -114,7 +107,7 @@ class Stage:
             sys.setprofile(None)
             for hook in hooks:
                 hook.remove()
-            self.recorder = Recorder()
+            self.recorder = Recorder(self.queue)
 
 
 class _Params:

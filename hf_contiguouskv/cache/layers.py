@@ -13,61 +13,22 @@ from typing import Any, TypeVar
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import AttentionNotActiveError, InputError
-from ..model.attention import NO_FULL_GRAPH, Installation, tagged
-from ..request.prefix_request import PrefixRequest
+from ..errors import InputError
+from ..model.attention import NO_FULL_GRAPH, tagged
+from ..session.attached_request import AttachedRequest
 
 GROWTH = 64
-
-
-class AttachedState:
-    """What all layers of one cache share while a prefix is attached."""
-
-    def __init__(self, request: PrefixRequest, installation: Installation) -> None:
-        self.request = request
-        self.installation = installation
-
-        # Whether a forward of the cache's own model is running, and whether its tokens see all tokens before them.
-        self.announced = False
-        self.plain = False
-        # The layer whose K/V went to the model last, until attention has asked for what belongs to them.
-        self.expected: int | None = None
-
-    def expect(self, layer: int) -> None:
-        """A layer hands its suffix to the model; raise if the one before was attended to without its prefix."""
-        if self.expected is not None:
-            raise AttentionNotActiveError(
-                f"attention of layer {self.expected} did not ask this cache for its prefix: the cache was made for "
-                "another model, or the model's attention implementation was changed; make a new cache"
-            )
-        self.expected = layer
-
-    def require_own_model(self) -> None:
-        """Raise if no forward of the model that this cache was made for is running."""
-        if not self.announced:
-            raise AttentionNotActiveError(
-                "this cache with a prefix was passed to another model than it was made for, or to a forward that the "
-                "library's hook does not see in this version of transformers; make a cache for that model"
-            )
-
-    def require_active(self) -> None:
-        """Raise if the model would not call our attention function: its answers would be silently wrong."""
-        if not self.installation.active:
-            raise AttentionNotActiveError(
-                "the model's attention implementation was changed in the middle of a forward with this cache; set it "
-                "before the cache is made"
-            )
 
 
 L = TypeVar("L", bound="ContiguousLayer | ContiguousSlidingLayer")
 
 
-def _twin(layer: L, state: AttachedState | None, memo: dict[int, Any]) -> L:
+def _twin(layer: L, attached: AttachedRequest | None, memo: dict[int, Any]) -> L:
     twin = copy.copy(layer)
     for name, value in vars(layer).items():
         if name != "attached":
             setattr(twin, name, copy.deepcopy(value, memo))
-    twin.attached = state
+    twin.attached = attached
     return twin
 
 
@@ -82,7 +43,7 @@ class ContiguousLayer(DynamicLayer):
         super().__init__()
         self.is_initialized: bool = False
         self.layer_idx = layer_idx
-        self.attached: AttachedState | None = None
+        self.attached: AttachedRequest | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -99,22 +60,22 @@ class ContiguousLayer(DynamicLayer):
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
-    def attach(self, state: AttachedState | None) -> None:
+    def attach(self, attached: AttachedRequest | None) -> None:
         """Put a prefix in front (nothing else stays), or take it away."""
         super().reset()
-        self.attached = state
+        self.attached = attached
         self._forget()
 
-    def copy_of(self, state: AttachedState | None, memo: dict[int, Any]) -> ContiguousLayer:
-        """A deep copy whose prefix belongs to `state`.
+    def copy_of(self, attached: AttachedRequest | None, memo: dict[int, Any]) -> ContiguousLayer:
+        """A deep copy whose prefix is that of `attached`.
 
         Prefix K/V are shared: nothing changes them once they are there. So a copy keeps prefix and suffix apart, and
         puts them together again for each step.
         """
-        if state is None or self._buffer is None or not self._loaded:
-            return _twin(self, state, memo)
+        if attached is None or self._buffer is None or not self._loaded:
+            return _twin(self, attached, memo)
         twin = copy.copy(self)
-        twin.attached, twin._joined = state, False
+        twin.attached, twin._joined = attached, False
         if self._joined:
             twin._prefix = self._buffer.narrow(3, 0, self._offset)
             twin._prefix_row = torch.arange(self._buffer.shape[1], device=self._buffer.device)
@@ -133,8 +94,7 @@ class ContiguousLayer(DynamicLayer):
         """Append K/V `(batch, kv_heads, q, head_dim)`; with a prefix, the returned K leads attention back here."""
         if self.attached is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        self.attached.require_own_model()
-        self.attached.require_active()
+        self.attached.require_running()
         self.attached.expect(self.layer_idx)
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
@@ -234,14 +194,22 @@ class ContiguousLayer(DynamicLayer):
     def prefetch(self) -> None:
         """See `offload`."""
 
-    def row_states(self, row: int, pads: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """K and V `(kv_heads, n, head_dim)` of one batch row at budget 1.0, without its `pads` columns of padding.
+    def record(self, recording: bool) -> None:
+        """All of a full-attention layer's K/V are in the cache anyway."""
 
-        Returns also the first token: from the prefix, the chunk that it shares with the suffix is enough.
+    def row_states(self, row: int, pads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """K and V `(kv_heads, n, head_dim)` of a row at budget 1.0, and the token that they begin with.
+
+        Args:
+            row: of the batch.
+            pads: its columns of left padding.
+            tokens: how many real tokens it has, prefix included.
         """
-        assert self.attached is not None
+        if self.attached is None:
+            return self.keys[row, :, pads:], self.values[row, :, pads:], 0
         assert self._buffer is not None
         prefix = self.attached.request.prefix
+        # Of the prefix, the chunk that it shares with the suffix is enough.
         tail = prefix.tail_tokens
         end = self._offset + self._suffix
         before = self._buffer[:, row] if self._joined else self._prefix_rows()[:, row]
@@ -328,21 +296,21 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
     def __init__(self, layer_idx: int, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self.layer_idx = layer_idx
-        self.attached: AttachedState | None = None
+        self.attached: AttachedRequest | None = None
         # While set, `update` keeps the K/V of all tokens it has seen, for the store.
-        self.recording = False
-        self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._recording = False
+        self._recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def attach(self, state: AttachedState | None) -> None:
+    def attach(self, attached: AttachedRequest | None) -> None:
         """Put a prefix in front (nothing else stays), or take it away."""
         super().reset()
-        self.recorded = None
-        self.attached = state
-        self.cumulative_length = 0 if state is None else state.request.prefix.tokens
+        self._recorded = None
+        self.attached = attached
+        self.cumulative_length = 0 if attached is None else attached.request.prefix.tokens
 
-    def copy_of(self, state: AttachedState | None, memo: dict[int, Any]) -> ContiguousSlidingLayer:
-        """A deep copy whose prefix belongs to `state`."""
-        return _twin(self, state, memo)
+    def copy_of(self, attached: AttachedRequest | None, memo: dict[int, Any]) -> ContiguousSlidingLayer:
+        """A deep copy whose prefix is that of `attached`."""
+        return _twin(self, attached, memo)
 
     @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def update(
@@ -350,14 +318,33 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `DynamicSlidingWindowLayer.update`; the prefix's tail is loaded when the first suffix tokens come."""
         if self.attached is not None:
-            self.attached.require_own_model()
-            self.attached.require_active()
+            self.attached.require_running()
             if not self.is_initialized:
                 self._load_tail(key_states, value_states)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if self.recording:
-            self.recorded = (keys, values)
+        if self._recording:
+            self._recorded = (keys, values)
         return keys, values
+
+    def record(self, recording: bool) -> None:
+        """Keep the K/V of all tokens of the next forward (more than the window holds), or forget them."""
+        self._recording = recording
+        self._recorded = None
+
+    def row_states(self, row: int, pads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """K and V `(kv_heads, n, head_dim)` of a row that was recorded, and the token that they begin with.
+
+        Args:
+            row: of the batch.
+            pads: its columns of left padding.
+            tokens: how many real tokens it has, prefix included.
+        """
+        assert self._recorded is not None
+        # What the layer saw ends with the prompt. (With padding nothing is attached before a sliding window.)
+        keys, values = (states[row] for states in self._recorded)
+        padded = self.attached is None and keys.shape[1] == tokens + pads
+        known = min(keys.shape[1] - (pads if padded else 0), tokens)
+        return keys[:, -known:], values[:, -known:], tokens - known
 
     def _load_tail(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         assert self.attached is not None

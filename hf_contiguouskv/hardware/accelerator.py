@@ -212,7 +212,7 @@ class Accelerator:
         return torch.accelerator.current_stream(self._device).stream_id
 
 
-_opened: dict[torch.device, Device] = {}
+opened_devices: dict[torch.device, Device] = {}
 _pools: list[PinnedPool] = []
 # A collector of garbage may close a store in the middle of anything that this thread does.
 _lock = threading.RLock()
@@ -223,9 +223,9 @@ def device_of(device: torch.device) -> Device | None:
     if device.type == "cpu":
         return None
     with _lock:
-        if device not in _opened:
-            _opened[device] = Accelerator(device)
-        return _opened[device]
+        if device not in opened_devices:
+            opened_devices[device] = Accelerator(device)
+        return opened_devices[device]
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -257,7 +257,7 @@ def after_this(tensors: Iterable[torch.Tensor]) -> Callable[[], AbstractContextM
 
 
 def _marks() -> list[Any]:
-    return [event for device in tuple(_opened.values()) for event in device.copies_so_far()]
+    return [event for device in tuple(opened_devices.values()) for event in device.copies_so_far()]
 
 
 def _pool() -> PinnedPool | None:

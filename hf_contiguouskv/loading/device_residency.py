@@ -1,9 +1,9 @@
 """Chunks on their way to an accelerator: gathered in one pinned buffer per layer, which crosses in one copy.
 
-In time order, for one layer: reads land in the host buffer (chunks of the host's tier are packed in front of them);
-when the last one has ended, whoever ended it queues the copy on the side stream; when attention needs the layer, its
-stream waits for the copy's event, and gathers. What stays is put into the device's slots when the first token is out.
-The host waits for the disk, never for the device.
+For one layer, in order: reads land in the host buffer, behind chunks that were in the host's tier. The reader thread
+that ends the last read queues the copy on the side stream. When attention needs the layer, its stream waits for the
+copy's event and gathers. Once the first token is out, the chunks that stay are put into the device's slots. The host
+waits for the disk, never for the device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ..memory.blocks import neighbours
 from ..memory.device_tier import DeviceTier
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..store.reader import ExtentReader, Ticket
-from .host_residency import PIECE_BYTES, Batch, PrefixTables
+from .prefix_tables import PrefixTables
+from .residency import PIECE_BYTES, LoadedChunks
 
-# What waits to be put into the tiers may take up so much of the smaller limit.
+# Chunks that wait to be put into the tiers take up at most this share (1 / n) of the smaller limit.
 ARRIVALS_SHARE = 4
 
 
-class DeviceSlotBatch:
+class ChunksInDeviceSlots:
     """Chunks that are in the device's slots."""
 
     def __init__(self, chunks: Chunks, slots: Chunks, tier: DeviceTier, extent_bytes: int, speculative: bool) -> None:
@@ -40,24 +41,24 @@ class DeviceSlotBatch:
         self._size = extent_bytes
 
     def extents(self, take: Chunks | None) -> torch.Tensor:
-        """See `residency.Batch`."""
         slots = self._slots if take is None else self._slots[take]
         return self._tier.where_it_fits(len(slots) * self._size, lambda: self._tier.blocks(self._size).select(slots))
 
     def release(self) -> None:
-        """See `residency.Batch`: whoever gets these slots next writes behind what has been queued."""
+        # The next user of these slots writes behind the work that has been queued.
         self._tier.release(self._slots, self._size)
 
 
-class StagedBatch:
-    """Chunks that cross from a host buffer to a device buffer. The first `from_host` of them are in memory already.
+class CrossingChunks:
+    """Chunks that cross from a host buffer to a device buffer.
 
     Args:
-        layer, chunks, from_host: what; the others are read.
-        host: pinned, has room for all chunks.
-        target: on the device, has room for all chunks.
-        arrivals: gets the batch when attention's buffer is filled, if chunks may stay in the tiers (their checksums are
-            compared).
+        layer: layer index.
+        chunks: int64 `(n,)`; the first `from_host` of them were in the host's tier, the others are read.
+        host: pinned, with room for all chunks.
+        target: on the device, with room for all chunks.
+        arrivals: gets the chunks once attention's buffer is filled; `None`: they do not stay in the tiers, because
+            their checksums are not compared.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class StagedBatch:
         self._lock = threading.Lock()
 
     def start_copy(self) -> None:
-        """Queue the copy to the device; called by whoever ends the last read, and again by whoever needs it."""
+        """Queue the copy to the device, unless it is queued. The thread that ends the last read calls this, and so does
+        the thread that needs the chunks."""
         with self._lock:
             if self._copied is None:
                 nbytes = len(self.chunks) * self._size
@@ -101,7 +103,6 @@ class StagedBatch:
                 self._host.busy = self._copied
 
     def extents(self, take: Chunks | None) -> torch.Tensor:
-        """See `residency.Batch`."""
         self.start_copy()
         device = self._tier.device
         if not self._waited:
@@ -117,7 +118,6 @@ class StagedBatch:
         return rows.index_select(0, send(torch.from_numpy(take), rows.device))
 
     def release(self) -> None:
-        """See `residency.Batch`: what stays is put in its place when the first token is out."""
         if not self._waited:
             self._target.busy = self._copied or self._target.busy
             self._give_back()
@@ -130,11 +130,11 @@ class StagedBatch:
 
     @property
     def nbytes(self) -> int:
-        """Of each of its two buffers."""
+        """Bytes of each of the two buffers."""
         return len(self.chunks) * self._size
 
     def arrive(self) -> None:
-        """Put into the tiers what stays, on whatever stream is current, and give the buffers back."""
+        """Put the chunks that stay into the tiers, on the current stream, and give the buffers back."""
         device = self._tier.device
         try:
             device.wait(self._used)
@@ -149,14 +149,14 @@ class StagedBatch:
         self._memory.host.give_back(self._host)
 
     def _stay(self) -> None:
-        """Put the chunks into the device's slots, as far as these can be had; what was read into the host's, if not."""
+        """Put the chunks into the device's slots; if there are none, put those that were read into the host's."""
         order = np.argsort(self.chunks)
         slots = self._tier.take(self._size, len(order))
         if len(slots):
             try:
                 self._put(order[: len(slots)], slots)
             except torch.OutOfMemoryError:
-                pass  # The model needs it more: what is here was used, and is forgotten.
+                pass  # The model needs the memory more, and the chunks have been used.
             finally:
                 self._tier.release(slots, self._size)
         else:
@@ -194,41 +194,41 @@ class StagedBatch:
 
 
 class Arrivals:
-    """Batches that attention has used and whose chunks are going to stay: sorted, booked and copied to their slots once
-    the first token is out, so that it does not wait for that.
+    """Chunks that attention has used and that are going to stay. They are sorted, booked and copied to their slots once
+    the first token is out, so that the token does not wait for it.
 
-    Their buffers count towards the limits until then, and may take up a share of them. Thread-safe.
+    Until then their buffers count towards the limits and take up at most a share of them. Thread-safe.
     """
 
     def __init__(self, memory: MemoryTiers, tier: DeviceTier) -> None:
         limits = [one.max_bytes for one in (memory.host, tier) if one.max_bytes]
         self._limit = min(limits, default=0) // ARRIVALS_SHARE
-        self._waiting: deque[StagedBatch] = deque()
+        self._waiting: deque[CrossingChunks] = deque()
         self._nbytes = 0
         self._lock = threading.Lock()
 
-    def add(self, batch: StagedBatch) -> None:
-        """Attention's buffer was filled from `batch`."""
+    def add(self, used: CrossingChunks) -> None:
+        """Attention's buffer was filled from `used`."""
         with self._lock:
-            self._waiting.append(batch)
-            self._nbytes += batch.nbytes
+            self._waiting.append(used)
+            self._nbytes += used.nbytes
         self.settle(self._limit)
 
     def settle(self, left: int = 0) -> bool:
-        """Put batches into the tiers until at most `left` bytes wait; whether there was one."""
+        """Put chunks into the tiers until at most `left` bytes wait; whether any were waiting."""
         found = False
         while True:
             with self._lock:
                 if self._nbytes <= left or not self._waiting:
                     return found
-                batch = self._waiting.popleft()
-                self._nbytes -= batch.nbytes
+                used = self._waiting.popleft()
+                self._nbytes -= used.nbytes
             found = True
-            batch.arrive()
+            used.arrive()
 
 
 class DeviceResidency:
-    """Where attention runs on an accelerator. See `residency.Residency`."""
+    """`Residency` on an accelerator: chunks cross to it in one copy per layer."""
 
     def __init__(
         self,
@@ -247,45 +247,47 @@ class DeviceResidency:
         self._verify = verify
         self.arrivals = Arrivals(memory, tier)
 
-    def bring(
+    def find_or_read(
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
-    ) -> tuple[list[Batch], Chunks]:
-        """See `residency.Residency`."""
+    ) -> tuple[list[LoadedChunks], Chunks]:
         size = self._prefix.extent_bytes
         slots = self._tables.find(self._tier, layer, chunks)
         there = slots >= 0
-        batches: list[Batch] = []
+        parts: list[LoadedChunks] = []
         if there.any():
-            batches.append(DeviceSlotBatch(chunks[there], slots[there], self._tier, size, speculative))
+            parts.append(ChunksInDeviceSlots(chunks[there], slots[there], self._tier, size, speculative))
         missing = chunks[~there]
         if len(missing):
             try:
-                staged = self._stage(layer, missing, speculative, alone, must=False)
+                crossing = self.start_crossing(layer, missing, speculative, alone, must=False)
             except BaseException:
-                for batch in batches:
-                    batch.release()
+                for part in parts:
+                    part.release()
                 raise
-            if staged is None and self.arrivals.settle():
-                staged = self._stage(layer, missing, speculative, alone, must=False)
-            if staged is None:
-                return batches, missing
-            batches.append(staged)
-        return batches, missing[:0]
+            if crossing is None and self.arrivals.settle():
+                crossing = self.start_crossing(layer, missing, speculative, alone, must=False)
+            if crossing is None:
+                return parts, missing
+            parts.append(crossing)
+        return parts, missing[:0]
 
-    def bring_piece(self, layer: int, chunks: Chunks) -> tuple[Batch, Chunks]:
-        """See `residency.Residency`."""
+    def read_piece(self, layer: int, chunks: Chunks) -> tuple[LoadedChunks, Chunks]:
         self.arrivals.settle()
         count = max(1, PIECE_BYTES // self._prefix.extent_bytes)
-        piece = self._stage(layer, chunks[:count], False, True, must=True)
+        piece = self.start_crossing(layer, chunks[:count], False, True, must=True)
         assert piece is not None
         return piece, chunks[count:]
 
     def settle(self) -> None:
-        """See `residency.Residency`."""
         self.arrivals.settle()
 
-    def _stage(self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool) -> StagedBatch | None:
-        """Start gathering chunks in a host buffer; `None`: there is no room for it in the tiers."""
+    def start_crossing(
+        self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool
+    ) -> CrossingChunks | None:
+        """Start gathering chunks in a host buffer and copying them to the device.
+
+        `None`: the tiers have no room for the buffers. With `must`, they are allocated beside the limits.
+        """
         size, host = self._prefix.extent_bytes, self._memory.host
         source = host.lease(len(chunks) * size, must=must)
         if source is None:
@@ -300,7 +302,7 @@ class DeviceResidency:
             return None
         slots = self._tables.find(host, layer, chunks)
         packed, rest = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-        batch = StagedBatch(
+        crossing = CrossingChunks(
             layer,
             chunks[np.concatenate([packed, rest])],
             len(packed),
@@ -328,13 +330,13 @@ class DeviceResidency:
 
                 order = np.arange(len(packed), len(chunks))
                 reads = self._prefix.reads(layer, chunks[rest], order, into, self._verify)
-                batch.ticket = self._reader.submit(
-                    reads, threads=None if alone else 1, then=batch.start_copy, joins=True
+                crossing.ticket = self._reader.submit(
+                    reads, threads=None if alone else 1, then=crossing.start_copy, joins=True
                 )
             else:
-                batch.start_copy()
+                crossing.start_copy()
         except BaseException:
             self._tier.give_back(target)
             host.give_back(source)
             raise
-        return batch
+        return crossing

@@ -1,4 +1,4 @@
-"""From the extents of a batch to the rows of K and V that attention reads."""
+"""From chunks as they are stored to the rows of K and V that attention reads."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..hardware.accelerator import send
 from ..memory.blocks import neighbours
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..store.packing import unpack_values
-from .host_residency import Batch
+from .residency import LoadedChunks
 
 
 def chosen(
     chunks: Chunks, selected: Chunks | None, keep: int, *, selected_only: bool = False
 ) -> tuple[Chunks | None, Chunks]:
-    """What a row uses of a batch, and where each of these chunks goes.
+    """Which of the chunks that have arrived a row uses, and where each of them goes.
 
     Args:
-        chunks: int64, each once, what the batch holds.
-        selected: int64 `(keep,)`, ascending, what the row has selected; `None`: the first `keep` chunks of the prefix.
+        chunks: int64, each once, those that have arrived.
+        selected: int64 `(keep,)`, ascending, the row's selection; `None`: the first `keep` chunks of the prefix.
         keep: how many chunks the row uses.
-        selected_only: it is known that `chunks` holds nothing else, but for a partial last chunk.
+        selected_only: whether `chunks` is known to hold nothing else, but for a partial last chunk.
 
     Returns:
         positions in `chunks` (`None`: all of them), and which of the row's chunks each is, int64 `(n,)` both.
@@ -47,7 +47,7 @@ def _covers(chunks: Chunks, selected: Chunks) -> bool:
 
 
 def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:
-    """Put chunks where they belong.
+    """Copy chunks into their positions.
 
     Args:
         kv: `(n, 2, kv_heads, c, head_dim)`.
@@ -64,44 +64,44 @@ def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> Non
 
 def assemble(
     prefix: AttachedPrefix,
-    batch: Batch,
+    part: LoadedChunks,
     selected: Sequence[Chunks] | None,
     keep: int,
     destination: torch.Tensor,
     *,
     selected_only: bool = False,
 ) -> None:
-    """Put the chunks of a batch where the rows that selected them want them.
+    """Copy the chunks of `part` into the rows that selected them.
 
-    In the order of the text, wherever they come from: the same chunks give the same answer, bit for bit. Of a packed
-    prefix, only values are put: `packed.place_keys` does the rest.
+    Chunks keep the order of the text, wherever they come from: the same chunks give the same answer, bit for bit. Of a
+    packed prefix only values are copied: `packed_keys.place_keys` copies the keys.
 
     Args:
-        prefix: whose chunks, in the form in which the batch has them.
-        batch: has arrived.
+        prefix: in the form in which the chunks were read.
+        part: chunks that have arrived.
         selected: per row int64 `(keep,)`, ascending; `None`: each row uses the first `keep` chunks.
         keep: whole chunks that each row uses.
         destination: `(2 (K, V), rows, kv_heads, kept_tokens, head_dim)`; a partial last chunk comes behind the others.
-        selected_only: it is known that all rows want all of the batch.
+        selected_only: it is known that all rows want all of the part.
     """
     c, tail = prefix.geometry.chunk_size, prefix.tail_tokens
     whole = keep * c
     chunks = destination.narrow(3, 0, whole).view(*destination.shape[:3], keep, c, destination.shape[4])
     if tail:
-        last = np.flatnonzero(batch.chunks == prefix.whole_chunks)
+        last = np.flatnonzero(part.chunks == prefix.whole_chunks)
         if len(last):
-            put(prefix, batch.extents(last), None, destination[:, :, :, None, whole:])
+            put(prefix, part.extents(last), None, destination[:, :, :, None, whole:])
     for row in range(destination.shape[1]):
         own = None if selected is None else selected[row]
-        take, places = chosen(batch.chunks, own, keep, selected_only=selected_only)
+        take, places = chosen(part.chunks, own, keep, selected_only=selected_only)
         if len(places):
-            put(prefix, batch.extents(take), places, chunks[:, row : row + 1])
+            put(prefix, part.extents(take), places, chunks[:, row : row + 1])
 
 
 def put(prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, destination: torch.Tensor) -> None:
-    """Put extents, uint8 `(n, extent_bytes)`, into `destination` `(2, rows, kv_heads, chunks, tokens, head_dim)`.
+    """Copy extents, uint8 `(n, extent_bytes)`, into `destination` `(2, rows, kv_heads, chunks, tokens, head_dim)`.
 
-    At `places`, int64 `(n,)`; `None`: there is one extent, a partial chunk, and room for one.
+    They go to `places`, int64 `(n,)`. `None`: there is one extent, a partial chunk, and room for one.
     """
     if prefix.form == "packed":
         _put_values(prefix, extents, places, destination[1])
@@ -114,7 +114,7 @@ def put(prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, de
 def _put_values(
     prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, destination: torch.Tensor
 ) -> None:
-    """As `put`, of packed extents into `destination` `(rows, kv_heads, chunks, tokens, head_dim)`."""
+    """As `put`, for packed extents and a `destination` of `(rows, kv_heads, chunks, tokens, head_dim)`."""
     g = prefix.geometry
     if places is not None and neighbours(places):
         # Straight to where attention looks.
@@ -130,6 +130,6 @@ def _put_values(
         destination[0].index_copy_(1, where, values)
 
 
-def copy_in_order(prefix: AttachedPrefix, batch: Batch, first_chunk: int, destination: torch.Tensor) -> None:
-    """Put all chunks of a batch into `destination` `(2, kv_heads, chunks, c, head_dim)`, from `first_chunk` on."""
-    place(prefix.kv_view(batch.extents(None)), batch.chunks - first_chunk, destination)
+def copy_in_order(prefix: AttachedPrefix, part: LoadedChunks, first_chunk: int, destination: torch.Tensor) -> None:
+    """Copy all chunks of `part` into `destination` `(2, kv_heads, chunks, c, head_dim)`, from `first_chunk` on."""
+    place(prefix.kv_view(part.extents(None)), part.chunks - first_chunk, destination)

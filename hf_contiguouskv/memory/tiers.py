@@ -40,7 +40,7 @@ FREE_SHARE, UNKNOWN_DEVICE_BYTES = 4, 2**30
 
 
 class Tables(Protocol):
-    """The tables of a prefix's segments, and which chunk is where in them (`residency.PrefixTables`)."""
+    """The tables of a prefix's segments, and which chunk is where in them (`loading.prefix_tables.PrefixTables`)."""
 
     @property
     def known(self) -> list[SegmentTable]:

@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 
+from .causal_lm import innermost_causal_lm
 from .saved_state import Snapshot, add_attributes, saved_beyond, saves_more
 from .weight_windows import WeightWindows, probe, probe_places
 from .weights import WHOLE_BYTES, counts, digest_whole, named_tensors, sample, state_of
@@ -108,7 +109,7 @@ def model_fingerprint(model: Any) -> str:
         UnsupportedModelError: weights that cannot be read (on the `meta` device without an offload map, or saved by a
             module in a form of its own).
     """
-    model = _unwrap(model)
+    model = innermost_causal_lm(model)
     with _lock:
         known = _known.get(model)
         signature = _signature(model)
@@ -120,19 +121,6 @@ def model_fingerprint(model: Any) -> str:
         known = _compute(model, signature, known, edited)
         _known[model] = known
         return known.fingerprint
-
-
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside `torch.compile`, data-parallel and PEFT wrappers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
 
 
 def _signature(model: torch.nn.Module) -> Snapshot:

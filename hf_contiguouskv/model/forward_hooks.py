@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import NO_FULL_GRAPH
-from .transformers_internals import bound_arguments
+from .transformers_internals import GenerateListener, NotifiedByGenerate, bound_arguments
 
 
-class HookedCache(Cache):
-    """A cache that is told of the forwards that it is given to."""
+class ForwardListener(GenerateListener, Protocol):
+    """What a cache tells of the calls that it is given to."""
 
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """The model's forward begins; `inputs` are its arguments by name and may be changed in place."""
+        ...
+
+    def forward_runs(self, running: bool) -> None:
+        """A forward of the model, or of its decoder alone, begins or is over, whether it failed or not."""
+        ...
 
     def after_forward(self, output: Any) -> Any:
         """The model's forward has returned `output`; what is returned instead of `None` replaces it."""
+        ...
 
-    def announce(self, running: bool) -> None:
-        """A forward of the model, or of its decoder alone, begins or is over, whether it failed or not."""
+
+class ListeningCache(NotifiedByGenerate, Cache):
+    """A cache whose `session` hears of every `generate` and forward that the cache is given to."""
+
+    session: ForwardListener | None
 
 
 class ForwardHook:
-    """Binds the arguments of the model's forward by name and hands them to the cache.
+    """Binds the arguments of the model's forward by name and hands them to the session of the cache.
 
     The model keeps the hooks, so they hold the cache weakly (a bound method would keep it alive), and the cache holds
     the model weakly (`copy.deepcopy` of a cache must not copy a model).
     """
 
-    def __init__(self, cache: HookedCache, model: nn.Module) -> None:
+    def __init__(self, cache: ListeningCache, model: nn.Module) -> None:
         owner = weakref.ref(cache)
         handles = [
             model.register_forward_pre_hook(_Before(owner, inspect.signature(model.forward)), with_kwargs=True),
@@ -74,9 +83,9 @@ def _hooked(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
     if kwargs is None:
         return False
     for value in kwargs.values():
-        if isinstance(value, HookedCache):
+        if isinstance(value, ListeningCache):
             return True
-    return any(isinstance(value, HookedCache) for value in args)
+    return any(isinstance(value, ListeningCache) for value in args)
 
 
 _disabled = torch.compiler.disable(reason=NO_FULL_GRAPH)
@@ -89,7 +98,7 @@ class _Hook:
     (not the one of this forward) off the model in between.
     """
 
-    def __init__(self, owner: weakref.ref[HookedCache]) -> None:
+    def __init__(self, owner: weakref.ref[ListeningCache]) -> None:
         self._owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, *output: Any) -> Any:
@@ -100,12 +109,13 @@ class _Hook:
     @_disabled
     def _handle(self, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         cache = self._owner()
-        if cache is None or not any(value is cache for value in (*kwargs.values(), *args)):
+        session = None if cache is None else cache.session
+        if session is None or not any(value is cache for value in (*kwargs.values(), *args)):
             return None
-        return self.act(cache, args, kwargs, *output)
+        return self.act(session, args, kwargs, *output)
 
-    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """What this hook does for its cache."""
+    def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """What this hook tells the session of its cache."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -116,28 +126,28 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __init__(self, owner: weakref.ref[HookedCache], signature: inspect.Signature) -> None:
+    def __init__(self, owner: weakref.ref[ListeningCache], signature: inspect.Signature) -> None:
         super().__init__(owner)
         self._signature = signature
 
-    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+    def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         inputs = bound_arguments(self._signature, args, kwargs)
-        cache.before_forward(inputs)
+        session.before_forward(inputs)
         return (), inputs
 
 
 class _After(_Hook):
-    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        cache.announce(False)
+    def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        session.forward_runs(False)
         # A forward that failed has no output: what it left in the layers is not a whole forward's.
-        return None if not output or output[0] is None else cache.after_forward(output[0])
+        return None if not output or output[0] is None else session.after_forward(output[0])
 
 
 class _DecoderBegins(_Hook):
-    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        cache.announce(True)
+    def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        session.forward_runs(True)
 
 
 class _DecoderEnds(_Hook):
-    def act(self, cache: HookedCache, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        cache.announce(False)
+    def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        session.forward_runs(False)

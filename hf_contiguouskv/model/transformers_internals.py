@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -146,9 +146,18 @@ def in_use_on_thread(cache: Any, thread: int) -> bool:
     return False
 
 
+class GenerateListener(Protocol):
+    """Hears of calls of `generate`."""
+
+    def generate_begins(self, call: GenerateCall | None) -> None:
+        """A `generate` has been given the cache; `call` is `None` where its frame was not found."""
+        ...
+
+
 class NotifiedByGenerate:
     """Mixed into a cache: `generate` sets `_is_user_defined` on a cache that it is given, before its first forward."""
 
+    session: GenerateListener | None
     _given_to_generate = False
 
     @property
@@ -158,11 +167,8 @@ class NotifiedByGenerate:
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         self._given_to_generate = bool(value)
-        if value:
-            self.generate_begins(running_generate())
-
-    def generate_begins(self, call: GenerateCall | None) -> None:
-        """A `generate` has been given this cache; `call` is `None` where its frame was not found."""
+        if value and self.session is not None:
+            self.session.generate_begins(running_generate())
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -195,6 +201,11 @@ def attention_implementation(config: Any) -> Any:
 def set_attention_implementation(config: Any, name: str) -> None:
     """Let layers with this config use another implementation, without the checks of `set_attn_implementation`."""
     config._attn_implementation_internal = name
+
+
+def is_assisted(layers: Iterable[Any]) -> bool:
+    """Whether assisted decoding runs with the cache of these layers: it lets them keep what it may take back."""
+    return any(getattr(layer, "record_past", False) for layer in layers)
 
 
 # -- positions --------------------------------------------------------------------------------------------------------

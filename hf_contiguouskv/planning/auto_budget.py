@@ -7,12 +7,10 @@ import sys
 import weakref
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..config import ContiguousKVConfig
 from ..errors import StoreError
 from ..model.layer_plan import LayerPlan
-from ..model.support import ModelSupport
+from ..model.served_model import ServedModel
 from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
@@ -112,22 +110,19 @@ class AutoBudget:
     Args:
         model: its speed is measured now, unless it is known.
         store: its disk's speed is measured with the first prefix.
-        support: of the model.
         config: of the cache.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, store: PrefixStore, support: ModelSupport, config: ContiguousKVConfig
-    ) -> None:
+    def __init__(self, model: ServedModel, store: PrefixStore, config: ContiguousKVConfig) -> None:
         self._store = store
-        self._plan = support.plan
+        self._plan = model.layers
         self._config = config
         self._speeds: ComputeSpeeds | None = None
         self._problem = ""
-        # The last prefix and what was chosen: it is asked for twice, by whoever finds it and whoever attaches it.
+        # The last prefix and what was chosen: it is asked for twice, before and when a prefix is attached.
         self._last: tuple[AttachedPrefix, BudgetChoice] | None = None
         try:
-            self._speeds = compute_speeds(model, support, config)
+            self._speeds = compute_speeds(model, config)
         except Exception as error:  # A model that cannot run by itself can be served all the same.
             self._problem = f"this model's speed cannot be measured ({error})"
 

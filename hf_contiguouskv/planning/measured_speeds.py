@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from ..config import ContiguousKVConfig, IndexedKeys, Selection
 from ..hardware.aligned_memory import PAGE, as_memoryview
 from ..model.attention import attend
-from ..model.support import ModelSupport, decoder_config, input_device, run_forward
+from ..model.served_model import ServedModel
+from ..model.trial_forward import KVShape
 from ..selection import AttentionMassScorer, IndexedKeysScorer, SelectionInput, build_key_index, voting_queries
 from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
@@ -48,32 +48,29 @@ class ComputeSpeeds:
     prefill_s: float
 
 
-_Rules = tuple[ModelSupport, Selection, int]
-_known: weakref.WeakKeyDictionary[nn.Module, dict[_Rules, ComputeSpeeds]] = weakref.WeakKeyDictionary()
 # Bytes per second of each store's disk, and by a read of how many bytes that was found.
 _disks: weakref.WeakKeyDictionary[PrefixStore, tuple[float, int]] = weakref.WeakKeyDictionary()
 # Two measurements at once would measure each other.
 _lock = threading.Lock()
 
 
-def compute_speeds(model: nn.Module, support: ModelSupport, config: ContiguousKVConfig) -> ComputeSpeeds:
+def compute_speeds(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
     """Those of `model` as it is now, for the selection of `config`: measured once, with a handful of short forwards.
 
     Raises:
         Exception: whatever a model raises that cannot be run by itself.
     """
-    rules = (support, config.selection, config.chunk_size)
+    rules: tuple[str, KVShape, Selection, int] = ("speeds", model.shape, config.selection, config.chunk_size)
     with _lock:
-        found = _known.setdefault(model, {}).get(rules)
-        if found is None:
-            device = input_device(model)
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                found = _known[model][rules] = _measured(model, support, config)
+        found = model.measured.get(rules)
+        if not isinstance(found, ComputeSpeeds):
+            with torch.no_grad(), torch.autocast(model.input_device.type, enabled=False):
+                found = model.measured[rules] = _measured(model, config)
         return found
 
 
-def _measured(model: nn.Module, support: ModelSupport, config: ContiguousKVConfig) -> ComputeSpeeds:
-    full = support.plan.full_layers
+def _measured(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
+    full = model.layers.full_layers
     forward = _shortest(lambda: _forward(model, SUFFIX_TOKENS))
     # Where a short forward takes long it is arithmetic that takes its time, in proportion to the tokens.
     quick = forward < SECONDS / 2
@@ -81,11 +78,11 @@ def _measured(model: nn.Module, support: ModelSupport, config: ContiguousKVConfi
     used = considered = 0.0
     if full:
         layer = full[0]
-        long, short = (_shortest(_attend(model, support, layer, tokens)) for tokens in (USED_TOKENS, 0))
-        copied = _shortest(_copy(support, layer))
+        long, short = (_shortest(_attend(model, layer, tokens)) for tokens in (USED_TOKENS, 0))
+        copied = _shortest(_copy(model, layer))
         used = len(full) * (max(0.0, long - short) + copied) / USED_TOKENS
         leaders = len(full[:: config.selection.period])
-        considered = leaders * _shortest(_choose(model, support, layer, config)) / CONSIDERED_TOKENS
+        considered = leaders * _shortest(_choose(model, layer, config)) / CONSIDERED_TOKENS
     return ComputeSpeeds(forward, used, considered, prefill)
 
 
@@ -140,50 +137,45 @@ def _wait(tensor: torch.Tensor) -> None:
     tensor.flatten()[-1].item()  # Where a device computes, its results are waited for.
 
 
-def _forward(model: Any, tokens: int) -> None:
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
-    _wait(run_forward(model, ids, DynamicCache(config=model.config), 0)[0])
+def _forward(model: ServedModel, tokens: int) -> None:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.input_device)
+    _wait(model.run(ids, DynamicCache(config=model.lm.config), 0)[0])
 
 
-def _query_heads(model: nn.Module, support: ModelSupport) -> int:
-    heads = int(getattr(decoder_config(model), "num_attention_heads", support.kv_heads))
-    return max(1, heads // support.kv_heads) * support.kv_heads
-
-
-def _attend(model: nn.Module, support: ModelSupport, layer: int, tokens: int) -> Callable[[], None]:
+def _attend(model: ServedModel, layer: int, tokens: int) -> Callable[[], None]:
     """Attention of one layer, of a suffix behind so many tokens."""
-    heads, device = _query_heads(model, support), support.plan.devices[layer]
-    numbers = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
-    seen = numbers[:, : support.kv_heads, :1].repeat(1, 1, tokens + SUFFIX_TOKENS, 1)
+    shape, heads, device = model.shape, model.query_heads, model.layers.devices[layer]
+    numbers = torch.full((1, heads, SUFFIX_TOKENS, shape.head_dim), 0.1, dtype=shape.dtype, device=device)
+    seen = numbers[:, : shape.kv_heads, :1].repeat(1, 1, tokens + SUFFIX_TOKENS, 1)
     mask = torch.ones(SUFFIX_TOKENS, tokens + SUFFIX_TOKENS, dtype=torch.bool, device=device).tril(tokens)[None, None]
-    options = {"scaling": support.head_dim**-0.5}
+    options = {"scaling": shape.head_dim**-0.5}
     plain = device.type != "cpu"
     return lambda: _wait(attend(numbers, seen, seen, mask, options, plain=plain))
 
 
-def _copy(support: ModelSupport, layer: int) -> Callable[[], None]:
+def _copy(model: ServedModel, layer: int) -> Callable[[], None]:
     """Chunks from anywhere in memory put together, for one layer."""
     chunk = 16
-    count, device = USED_TOKENS // chunk, support.plan.devices[layer]
-    shape = (2 * count, 2, support.kv_heads, chunk, support.head_dim)
-    source = torch.zeros(shape, dtype=support.dtype, device=device)
+    count, shape, device = USED_TOKENS // chunk, model.shape, model.layers.devices[layer]
+    stored = (2 * count, 2, shape.kv_heads, chunk, shape.head_dim)
+    source = torch.zeros(stored, dtype=shape.dtype, device=device)
     every_other = torch.arange(0, 2 * count, 2, device=device)
-    target = source.new_empty(2, support.kv_heads, count, chunk, support.head_dim)
+    target = source.new_empty(2, shape.kv_heads, count, chunk, shape.head_dim)
     return lambda: _wait(target.copy_(source.index_select(0, every_other).permute(1, 2, 0, 3, 4)))
 
 
-def _choose(model: nn.Module, support: ModelSupport, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
+def _choose(model: ServedModel, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
     """One selection among the chunks of one layer, as `config` makes it."""
-    device, c = support.plan.devices[layer], config.chunk_size
-    heads = _query_heads(model, support)
-    keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(support.kv_heads, support.head_dim, -1).transpose(1, 2)
-    queries = torch.full((1, heads, SUFFIX_TOKENS, support.head_dim), 0.1, dtype=support.dtype, device=device)
+    shape, device, c = model.shape, model.layers.devices[layer], config.chunk_size
+    heads = model.query_heads
+    keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(shape.kv_heads, shape.head_dim, -1).transpose(1, 2)
+    queries = torch.full((1, heads, SUFFIX_TOKENS, shape.head_dim), 0.1, dtype=shape.dtype, device=device)
     visible = torch.ones(1, SUFFIX_TOKENS, dtype=torch.bool, device=device)
     voters = voting_queries(visible[0], config.selection.queries, config.selection.recent)
-    inputs = SelectionInput(queries, queries[:, : support.kv_heads], [voters], visible, support.head_dim**-0.5)
+    inputs = SelectionInput(queries, queries[:, : shape.kv_heads], [voters], visible, shape.head_dim**-0.5)
     if isinstance(config.selection, IndexedKeys):
         index, scale = build_key_index(keys.to(device), c)
         indexed = IndexedKeysScorer([(index, scale)], CONSIDERED_TOKENS // c, config.selection.concentration)
         return lambda: _wait(indexed(inputs).importance)
-    exact = AttentionMassScorer(keys.to(device, support.dtype), c, config.selection.concentration)
+    exact = AttentionMassScorer(keys.to(device, shape.dtype), c, config.selection.concentration)
     return lambda: _wait(exact(inputs).importance)

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from ..config import ContiguousKVConfig, IndexedKeys
 from ..errors import ConfigError
 from ..hardware.aligned_memory import PAGE
 from ..model.layer_plan import LayerPlan
-from ..store.attached_prefix import AttachedPrefix
+from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..store.reads import DEFAULT_GAP
 
 # Storage delivers this much in the time that one more read costs (1.7 GB/s, 10 us of processor time: measured).
@@ -19,6 +21,11 @@ WORTH_READING_BYTES = DEFAULT_GAP
 # in less time than a layer takes to compute, and asking for chunks by name costs processor time that reading does not
 # (docs/research.md). On storage that is many times slower this costs time instead.
 WHOLE_LAYER_BYTES = 2 * 2**20
+# Leader layers whose keys are read ahead where every layer leads. In a longer period there is time to read the next
+# leader's keys once this one's are used.
+KEYS_AHEAD = 3
+# Whole layers that are read ahead at least where they cross to an accelerator: one read, one hashed, one copied.
+LAYERS_AHEAD = 3
 
 
 def chunks_kept(budget: float | str, whole_chunks: int) -> int:
@@ -100,9 +107,95 @@ class ReadPlan:
         indexed = isinstance(self.config.selection, IndexedKeys)
         return self.prefix.layers_with("indexed_layers") if indexed else frozenset()
 
+    @cached_property
+    def prefixes(self) -> tuple[AttachedPrefix, ...]:
+        """Per layer, the prefix in the form in which the layer reads it."""
+        return tuple(self.served if window is None else self.prefix for window in self.layers.windows)
+
+    # -- leaders and periods ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _ordinals(self) -> dict[int, int]:
+        return {layer: ordinal for ordinal, layer in enumerate(self.layers.full_layers)}
+
     def is_leader(self, layer: int) -> bool:
         """Whether a full-attention layer chooses the chunks of its period."""
-        return self.layers.full_layers.index(layer) % self.config.selection.period == 0
+        return self._ordinals[layer] % self.config.selection.period == 0
+
+    def period_of(self, leader: int) -> list[int]:
+        """The full-attention layers that use the chunks that `leader` chooses, itself included."""
+        start = self._ordinals[leader]
+        return self.layers.full_layers[start : start + self.config.selection.period]
+
+    def to_speculate(self, layer: int) -> list[int]:
+        """Layers of the next period whose reads start once `layer` has its chunks: at a subperiod boundary only."""
+        ordinal, rule = self._ordinals[layer], self.config.selection
+        if rule.subperiod == rule.period or ordinal % rule.period != rule.subperiod:
+            return []
+        start = ordinal - rule.subperiod + rule.period
+        members = self.layers.full_layers[start : start + rule.period]
+        # Where the next leader is scored from its payload, all of its chunks are read for that anyway.
+        return members[1:] if members and self.scored_from_payload(members[0]) else members
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _leader_layers(self) -> frozenset[int]:
+        return self.prefix.layers_with("leader_layers")
+
+    def key_tensors(self, layer: int) -> tuple[str, ...]:
+        """Names of the tensors of a segment that `layer` is scored from; none if it is scored from its payload."""
+        if layer in self.indexed_layers:
+            return (f"key_index.{layer}", f"key_scale.{layer}")
+        return (f"leader_keys.{layer}",) if layer in self._leader_layers else ()
+
+    def scored_from_payload(self, layer: int) -> bool:
+        """Whether all chunks of `layer` must be read to score them."""
+        return layer not in self.indexed_layers and layer not in self._leader_layers
+
+    def keys_bytes(self, layer: int) -> int:
+        """Bytes that `layer` is scored from."""
+        tensors = self.key_tensors(layer)
+        if not tensors:
+            return self.prefix.chunks * self.prefix.geometry.extent_bytes
+        return sum(span.segment.tensor_extent(tensors[0])[1] for span in self.prefix.spans)
+
+    @cached_property
+    def key_layers(self) -> list[int]:
+        """Full-attention layers whose keys a request needs: leaders, and all layers of a packed prefix."""
+        if self.keeps_all:
+            return []
+        return [layer for layer in self.layers.full_layers if self.packed or self.is_leader(layer)]
+
+    # -- windows ------------------------------------------------------------------------------------------------------
+
+    def tail_start(self, window: int) -> int:
+        """The first token that a layer with a sliding window of `window` tokens can see."""
+        return max(0, self.prefix.tokens - window + 1)
+
+    def tail_chunks(self, window: int) -> Chunks:
+        """The chunks that a layer with a sliding window of `window` tokens can see, int64 `(n,)`."""
+        return np.arange(self.tail_start(window) // self.prefix.geometry.chunk_size, self.prefix.chunks)
+
+    # -- bytes --------------------------------------------------------------------------------------------------------
+
+    def lookahead_bytes(self, crosses: bool) -> int:
+        """Bytes that may be read ahead of compute.
+
+        Reads are served in order, so keys that are not needed soon must not delay the chunks that a selection has just
+        named.
+
+        Args:
+            crosses: whether chunks cross to an accelerator.
+        """
+        limit = self.config.reading.lookahead_bytes
+        full = self.layers.full_layers
+        if self.keeps_all or not full or self.reads_whole_layers:
+            # No selection names chunks that could wait. Where a layer crosses to an accelerator, the next one is read
+            # meanwhile, however large they are.
+            return max(limit, LAYERS_AHEAD * self.prefix.chunks * self.served.extent_bytes if crosses else 0)
+        layers_ahead = KEYS_AHEAD if self.config.selection.period == 1 else 1
+        return min(limit, layers_ahead * self.keys_bytes(full[0]))
 
     def bytes_to_read(self, per_read: int = PAGE) -> int:
         """About how many bytes a request reads of a prefix of which nothing is in memory.
@@ -116,13 +209,12 @@ class ReadPlan:
         full = self.layers.full_layers
         if self.keeps_all:
             return found + len(full) * prefix.chunks * g.extent_bytes
-        leading = prefix.layers_with("leader_layers")
         for layer in full:
             leads = self.is_leader(layer)
             if layer in self.indexed_layers and (leads or self.packed):
                 found += prefix.chunks * g.keys_bytes // g.itemsize
             elif leads:
-                found += prefix.chunks * (g.keys_bytes if layer in leading else g.extent_bytes)
+                found += prefix.chunks * (g.keys_bytes if layer in self._leader_layers else g.extent_bytes)
         if self.reads_whole_layers:
             return found + len(full) * prefix.chunks * served.extent_bytes
         return found + len(full) * self.keep * max(per_read, -(-served.extent_bytes // PAGE) * PAGE)

@@ -1,19 +1,16 @@
-"""What a request does when stored bytes of its prefix prove wrong or unreadable: it computes them anew, and goes on."""
+"""What a request does when stored bytes of its prefix are wrong or unreadable: it computes them again, and goes on."""
 
 from __future__ import annotations
 
 import logging
-import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+
+import torch
 
 from ..errors import SegmentCorruptError, SegmentReadError
-from ..model.fingerprint import model_fingerprint
 from ..store.attached_prefix import AttachedPrefix
 from ..store.segment import Segment
-from .exact_prefill import Prefill, geometry_of
-
-if TYPE_CHECKING:
-    from ..cache.contiguous_cache import ContiguousKVCache
+from .exact_prefill import Prefill
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -22,14 +19,21 @@ _MAX_ATTEMPTS_WITH_STORE = 16
 
 
 class Recovery:
-    """Replaces the attached prefix of one cache by a sound one, in the middle of a request.
+    """Replaces the prefix of one request by a sound one, in the middle of the request.
 
     The damaged segment is taken out of service, its tokens are computed exactly (a forward of the model with a cache of
-    its own, inside the forward that is waiting) and stored. The cache is held weakly: its request holds this.
+    its own, inside the forward that is waiting) and stored.
+
+    Args:
+        prefill: computes and stores.
+        ids: int64 `(n,)`, the whole prefix; the request may use only the beginning of it.
+        report: called with the sound prefix of all `ids`, and how many of its tokens came from the store.
     """
 
-    def __init__(self, cache: ContiguousKVCache) -> None:
-        self._cache = weakref.ref(cache)
+    def __init__(self, prefill: Prefill, ids: torch.Tensor, report: Callable[[AttachedPrefix, int], None]) -> None:
+        self._prefill = prefill
+        self._ids = ids
+        self._report = report
 
     def __call__(
         self, prefix: AttachedPrefix, error: SegmentCorruptError | SegmentReadError, attempt: int
@@ -42,32 +46,23 @@ class Recovery:
             attempt: 1, 2, ... within one request.
 
         Raises:
-            error: the tokens cannot be computed: the model is gone, was changed, or is in training mode.
+            error: the tokens cannot be computed: the model was changed, or is in training mode.
+            InputError: the model is gone.
         """
-        cache = self._cache()
-        if cache is None or cache.store is None or cache.prefix_ids is None:
-            raise error
-        store = cache.store
+        store, ids = self._prefill.store, self._ids
         if attempt == 1:
             store.counters.add("recovered")
             store.counters.add("misses.corrupt")
         lasting = isinstance(error, SegmentCorruptError) or error.damage
         if lasting and isinstance(error.segment, Segment):
             store.discard(error.segment, str(error))
-        model = cache._living_model()
-        if model.training or model_fingerprint(model) != cache._fingerprint:
+        if not self._prefill.is_current:
             raise error  # What this model computes now is not what was stored.
-        ids = cache.prefix_ids
         # Each segment may show its own damage, one after the other.
         in_memory = not lasting or attempt > min(1 + len(prefix.spans), _MAX_ATTEMPTS_WITH_STORE)
-        known = None
-        if not in_memory:
-            c = cache.config.chunk_size
-            geometry = geometry_of(cache._support, c)
-            known = store.lookup(cache._fingerprint, ids.numpy(), c, geometry=geometry, count=False)
+        known = None if in_memory else self._prefill.look_up(ids.numpy())
         known_tokens = 0 if known is None else known.tokens
         logger.warning("%d tokens of the prefix are computed again: %s", max(0, len(ids) - known_tokens), error)
-        prefill = Prefill(model, store, cache._fingerprint, cache._support, cache.config)
-        whole = AttachedPrefix.of(prefill.complete(ids, known, in_memory=in_memory), len(ids))
-        cache.prefix_recovered(whole, known_tokens)
+        whole = AttachedPrefix.of(self._prefill.complete(ids, known, in_memory=in_memory), len(ids))
+        self._report(whole, known_tokens)
         return whole.truncated(prefix.tokens)

@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 import torch
 
+from ..hardware.accelerator import send
 from ..selection import voting_queries
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a batch, with equal rows (beams of one prompt) taken once.
+    """The rows of a batch. Equal rows (beams of one prompt) count as one distinct row.
 
     Attributes:
-        representatives: int64 `(unique,)`: a batch row for each distinct one.
-        of_batch: int64 `(batch,)`: which distinct row each batch row is.
+        representatives: int64 `(unique,)`: a batch row for each distinct row.
+        of_batch: int64 `(batch,)`: per batch row, its distinct row.
         voting: bool `(unique, q)`: queries that count in a selection.
         visible: bool `(unique, q)`: suffix tokens that are not padding.
     """
@@ -37,20 +38,51 @@ class Rows:
 
     @classmethod
     def distinct(cls, batch: int, q_length: int) -> Rows:
-        """Every row for itself, every token real and voting."""
+        """Rows that are all distinct, with only real and voting tokens."""
         real = torch.ones(batch, q_length, dtype=torch.bool)
         return cls(torch.arange(batch), torch.arange(batch), real, real)
 
 
 class AskingRows(NamedTuple):
-    """The distinct rows on one device.
+    """The distinct rows, as a leader layer needs them, on its device.
 
     Attributes:
-        representatives: int64 `(unique,)`, a batch row for each; `None`: they are the batch's rows.
-        voters: per row the positions of the queries that count, int64 `(n,)`.
-        visible: bool `(unique, q)`, the suffix tokens that are no padding.
+        representatives: int64 `(unique,)`, a batch row for each distinct row; `None`: all batch rows are distinct.
+        voters: per distinct row, the positions of the queries that count, int64 `(n,)`.
+        visible: bool `(unique, q)`, the suffix tokens that are not padding.
     """
 
     representatives: torch.Tensor | None
     voters: list[torch.Tensor]
     visible: torch.Tensor
+
+
+class SuffixRows:
+    """The rows of the first suffix tokens, copied to each device once.
+
+    Args:
+        rows: of the batch.
+        queries, recent: how many queries of each row vote (see `config.Selection`).
+    """
+
+    def __init__(self, rows: Rows, queries: int | None, recent: int) -> None:
+        self.rows = rows
+        self._voters = rows.voters(queries, recent)
+        self._row_of: dict[torch.device, torch.Tensor] = {}
+        self._asking: dict[torch.device, AskingRows] = {}
+
+    def row_of(self, device: torch.device) -> torch.Tensor:
+        """Per batch row, its distinct row: int64 `(batch,)` on `device`. The host does not wait for the copy."""
+        found = self._row_of.get(device)
+        if found is None:
+            found = self._row_of[device] = send(self.rows.of_batch, device)
+        return found
+
+    def asking_on(self, device: torch.device) -> AskingRows:
+        """The distinct rows, for a leader layer on `device`."""
+        found = self._asking.get(device)
+        if found is None:
+            voters = send(torch.cat(self._voters), device).split([len(one) for one in self._voters])
+            some = None if self.rows.in_order else send(self.rows.representatives, device)
+            found = self._asking[device] = AskingRows(some, list(voters), send(self.rows.visible, device))
+        return found

@@ -107,6 +107,7 @@ def opened_store(
 
 
 def configured(config: ContiguousKVConfig | None, overrides: dict[str, Any]) -> ContiguousKVConfig:
+    """`config` (or the default) with `overrides`; raises `ConfigError` for an option that there is not."""
     if config is not None and not isinstance(config, ContiguousKVConfig):
         raise ConfigError(f"config must be a ContiguousKVConfig, got {type(config).__name__}")
     try:

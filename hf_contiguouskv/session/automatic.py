@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..cache.layers import ContiguousLayer, ContiguousSlidingLayer
 from ..config import ContiguousKVConfig
 from ..hardware.accelerator import after_this
 from ..model.peft_adapters import adapters_of_rows
-from ..model.support import ModelSupport
-from ..prefill.exact_prefill import geometry_of, persist_rows
-from ..store import PrefixStore
+from ..model.transformers_internals import is_assisted
+from ..prefill.persisting import LayerStates, persist_rows
 from ..store.attached_prefix import AttachedPrefix
 from ..store.entries import StoredPrefix
-from .fitting import FEWEST_VOTERS, voters_wanted
+from .cached_sequence import CachedSequence, NewPrompt
 from .forward_inputs import Prompt, cut_cached, ordinary_prompt
-
-if TYPE_CHECKING:
-    from ..cache.contiguous_cache import ContiguousKVCache
-
-LayerStates = tuple[torch.Tensor, torch.Tensor, int]
+from .prompt_start import FEWEST_VOTERS, voters_wanted
+from .unserved import note_unserved
 
 LONGEST_QUESTION = 256
 """Tokens at the end of a prompt in which its question is looked for."""
@@ -37,154 +33,150 @@ class AutomaticPrefix:
 
     It attaches only where the caller cannot notice: not if logits, hidden states, attentions or a loss of the cached
     tokens are wanted.
+
+    Args:
+        held: what the cache holds.
     """
 
-    def __init__(self, store: PrefixStore, support: ModelSupport, config: ContiguousKVConfig) -> None:
-        self._store = store
-        self._support = support
-        self._config = config
-        self._prompt: Prompt | None = None
-        # The blocks of a chunked prefill continue the prompt for as long as they are this long.
-        self._block: int | None = None
-        self._began = 0.0
-        # How many equal rows the one row stands for that a forward computes.
-        self._rows = 1
+    def __init__(self, held: CachedSequence) -> None:
+        self._held = held
+        self._slot = held.slot
+        self._source = held.slot.source
+        self._config = held.slot.source.config
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutomaticPrefix:
-        twin = AutomaticPrefix(self._store, self._support, self._config)
-        twin._prompt, twin._block = self._prompt, self._block
-        return twin
+    def before_forward(self, inputs: dict[str, Any], from_generate: bool, block: int | None) -> None:
+        """Look up the prompt of an empty cache; attach what is stored and cut it from `inputs`.
 
-    def reset(self) -> None:
-        """The next forward brings a new prompt."""
-        self._prompt = self._block = None
-
-    def before_forward(
-        self, cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool, block: int | None
-    ) -> None:
-        """Look up the prompt of an empty cache; attach what is stored and cut it from `inputs`."""
-        self._record(cache, False)
-        if cache.get_seq_length() > 0:
-            self._continue(cache, inputs)
+        Args:
+            inputs: the forward's arguments by name, changed in place.
+            from_generate: this is the first forward of a `generate` call.
+            block: tokens per forward, if that call computes its prompt in blocks.
+        """
+        self._record(False)
+        if self._held.length > 0:
+            self._continue(inputs)
             return
-        self._block = block
-        self._rows = 1
-        self._began = time.perf_counter()
-        self._prompt = None
-        reason = _not_ordinary(cache)
-        prompt = reason or ordinary_prompt(inputs, cache._multimodal)
+        began = time.perf_counter()
+        self._held.new_prompt = None
+        prompt = _not_ordinary(self._source.model.lm) or ordinary_prompt(inputs, self._source.model.is_multimodal)
         if isinstance(prompt, str):
-            cache._unserved.note(prompt)
+            note_unserved(self._slot, prompt)
             return
-        self._prompt = prompt
         # Weights, adapters and dtype may have changed since the last prompt: they decide what fits.
-        cache.refresh_model()
-        self._support = cache._support
-        if from_generate and not block and _all_alike(prompt) and not _shows_inside(cache, inputs):
-            self._rows = len(prompt.ids)
-            self._prompt = prompt = _one_row(inputs, prompt)
+        self._source.refresh()
+        rows = 1
+        if from_generate and not block and _all_alike(prompt) and not _shows_inside(self._source.model.lm, inputs):
+            rows = len(prompt.ids)
+            prompt = _one_row(inputs, prompt)
         limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs)
         # Sliding windows count columns: padding behind the prefix would push tokens out of them.
-        in_order = not any(prompt.pads) or not any(self._support.plan.windows)
-        noticed = _caller_would_notice(cache, inputs, from_generate)
+        in_order = not any(prompt.pads) or not any(self._source.model.windows)
+        noticed = self._noticed(inputs, from_generate)
         if noticed or not in_order:
-            cache._unserved.note(noticed or "left padding on a model with sliding windows", served_only=True)
+            note_unserved(self._slot, noticed or "left padding on a model with sliding windows", stored=True)
         elif limit >= self._config.chunk_size:
-            self._attach(cache, inputs, prompt, limit)
-        if self._stays_exact(cache):
-            self._record(cache, True)
-        else:
-            self._prompt = None  # What is computed behind a pruned prefix is never stored.
+            self._attach(inputs, prompt, limit, block)
+        attached = self._slot.attached
+        # What is computed behind a pruned prefix is never stored.
+        stores = attached is None or attached.request.keeps_all
+        if stores or rows > 1:
+            self._held.new_prompt = NewPrompt(prompt, block, began, rows, stores)
+        if stores:
+            self._record(True)
 
-    def _attach(self, cache: ContiguousKVCache, inputs: dict[str, Any], prompt: Prompt, limit: int) -> None:
+    def _attach(self, inputs: dict[str, Any], prompt: Prompt, limit: int, block: int | None) -> None:
         shared = _shared_beginning([prompt.row(row) for row in range(prompt.ids.shape[0])])
-        stored = cache._look_up(shared[:limit])
+        stored = self._source.look_up(shared[:limit])
         if stored is None or stored.tokens < self._config.chunk_size:
             return
         # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
-        config = replace(self._config, budget=1.0) if self._block else self._config
+        config = replace(self._config, budget=1.0) if block else self._config
         shortest = min(prompt.ids.shape[1] - pads for pads in prompt.pads)
         tokens = min(stored.tokens, limit, _leaves_voters(stored, shortest, config))
         if tokens < self._config.chunk_size:
             return
         prefix = AttachedPrefix.of(stored, tokens)
-        if cache._computes_again(prefix, config):
+        if self._source.faster_to_compute(prefix, config):
             return
-        cache._attach(prefix, config)
-        cache.prefix_ids = torch.from_numpy(shared[:tokens].copy())
+        self._slot.ids = torch.from_numpy(shared[:tokens].copy())
+        self._slot.attach(prefix, config)
+        self._held.suffix.clear()
         cut_cached(inputs, tokens)
 
-    def _continue(self, cache: ContiguousKVCache, inputs: dict[str, Any]) -> None:
-        ids = inputs.get("input_ids")
-        if self._prompt is None or not self._block or not isinstance(ids, torch.Tensor) or ids.shape[1] == 1:
-            self._prompt = None
+    def _continue(self, inputs: dict[str, Any]) -> None:
+        new, ids = self._held.new_prompt, inputs.get("input_ids")
+        if new is None or not new.block or not isinstance(ids, torch.Tensor) or ids.shape[1] == 1:
+            self._held.new_prompt = None
             return
-        self._prompt = Prompt(torch.cat([self._prompt.ids, ids], dim=1), self._prompt.pads)
-        self._record(cache, True)
+        new.prompt = Prompt(torch.cat([new.prompt.ids, ids], dim=1), new.prompt.pads)
+        self._record(True)
 
-    @staticmethod
-    def _record(cache: ContiguousKVCache, recording: bool) -> None:
-        for layer in cache.layers:
-            if isinstance(layer, ContiguousSlidingLayer):
-                layer.recording = recording
-                layer.recorded = None
+    def _record(self, recording: bool) -> None:
+        for layer in self._held.layers:
+            layer.record(recording)
 
-    def _stays_exact(self, cache: ContiguousKVCache) -> bool:
-        return cache._attached is None or cache._attached.request.keeps_all
-
-    def after_forward(self, cache: ContiguousKVCache, output: Any) -> Any:
+    def after_forward(self, output: Any) -> Any:
         """Persist the prompt in the background, if its KV is exact. What is returned replaces the forward's output."""
-        self._persist(cache)
-        rows, self._rows = self._rows, 1
+        new = self._held.new_prompt
+        if new is None:
+            return None
+        if new.stores:
+            self._persist(new)
+        rows, new.rows = new.rows, 1
+        if not (new.block and new.stores):
+            self._held.new_prompt = None
         if rows == 1:
             return None
-        cache.batch_repeat_interleave(rows)
+        self._held.repeat_rows(rows)
         for name, value in output.items():
             if isinstance(value, torch.Tensor) and value.ndim > 1:
                 output[name] = value.repeat_interleave(rows, dim=0)
         return output
 
-    def _persist(self, cache: ContiguousKVCache) -> None:
-        prompt = self._prompt
-        if prompt is None:
-            return
-        if not self._block:
-            self._prompt = None
+    def _persist(self, new: NewPrompt) -> None:
+        prompt = new.prompt
         rows: list[tuple[np.ndarray, list[LayerStates]]] = []
         seen: set[bytes] = set()
         for row in range(prompt.ids.shape[0]):
             numbers = prompt.row(row).cpu().numpy().astype(np.int64)
             if numbers.tobytes() not in seen:
                 seen.add(numbers.tobytes())
-                states = [_row_states(layer, row, prompt, len(numbers)) for layer in cache.layers]
-                rows.append((numbers, states))
-        self._record(cache, False)
-        geometry = geometry_of(self._support, self._config.chunk_size)
-        store, fingerprint = self._store, cache._fingerprint
-        seconds = time.perf_counter() - self._began
-        prompts = [ids for ids, _ in rows]
+                pads, tokens = prompt.pads[row], len(numbers)
+                rows.append((numbers, [layer.row_states(row, pads, tokens) for layer in self._held.layers]))
+        self._record(False)
+        self._source.store.submit_background(
+            self._persisting(rows, time.perf_counter() - new.began), [r for r, _ in rows]
+        )
+
+    def _persisting(self, rows: list[tuple[np.ndarray, list[LayerStates]]], seconds: float) -> Callable[[], None]:
+        """What the background thread does to store `rows`. It keeps neither cache nor session alive."""
+        store, fingerprint = self._source.store, self._source.fingerprint
+        geometry = self._source.model.geometry(self._config.chunk_size)
         follow = after_this(states for _, layers in rows for keys, values, _ in layers for states in (keys, values))
 
         def persist() -> None:
             with follow():
                 persist_rows(rows, store, fingerprint, geometry, seconds)
 
-        store.submit_background(persist, prompts)
+        return persist
 
-
-def _row_states(layer: Any, row: int, prompt: Prompt, tokens: int) -> LayerStates:
-    """K and V of one row, `(kv_heads, tokens - start, head_dim)`, and the token `start` that they begin with."""
-    pads = prompt.pads[row]
-    attached = layer.attached
-    prefix = 0 if attached is None else attached.request.prefix.tokens
-    if not isinstance(layer, ContiguousLayer):
-        # What the layer saw ends with the prompt. (With padding nothing is attached before a sliding window.)
-        keys, values = (states[row] for states in layer.recorded)
-        known = min(keys.shape[1] - (pads if prefix == 0 and keys.shape[1] == tokens + pads else 0), tokens)
-        return keys[:, -known:], values[:, -known:], tokens - known
-    if attached is None:
-        return layer.keys[row, :, pads:], layer.values[row, :, pads:], 0
-    return layer.row_states(row, pads)
+    def _noticed(self, inputs: dict[str, Any], from_generate: bool) -> str | None:
+        """Why the caller would get something else if cached tokens were left out of the forward, or `None`."""
+        lm = self._source.model.lm
+        if inputs.get("labels") is not None:
+            return "a loss over all tokens"
+        if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in lm.parameters()):
+            return "gradients are wanted"  # Stored KV has none.
+        if _shows_inside(lm, inputs):
+            return "hidden states or attentions of all tokens are wanted"
+        wanted = inputs.get("logits_to_keep")
+        if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
+            return None
+        if wanted is None and from_generate:
+            # Assisted decoding wants as many logits as it has drafts; without `logits_to_keep` nothing says how many.
+            assisted = is_assisted(self._held.layers)
+            return "assisted decoding of a model without logits_to_keep" if assisted else None
+        return "logits of all tokens are wanted (pass logits_to_keep=1 for the last one)"
 
 
 def _leaves_voters(stored: StoredPrefix, tokens: int, config: ContiguousKVConfig) -> int:
@@ -218,14 +210,13 @@ def _one_row(inputs: dict[str, Any], prompt: Prompt) -> Prompt:
     return Prompt(prompt.ids[:1], prompt.pads[:1])
 
 
-def _not_ordinary(cache: ContiguousKVCache) -> str | None:
+def _not_ordinary(lm: Any) -> str | None:
     """Why the model computes now something else than what its weights and tokens alone determine, or `None`."""
-    model = cache._living_model()
-    if model.training:
+    if lm.training:
         return "the model is in training mode"
-    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+    if torch.is_autocast_enabled(next(lm.parameters()).device.type):
         return "autocast"
-    return adapters_of_rows(model)
+    return adapters_of_rows(lm)
 
 
 def _uncached_needed(inputs: dict[str, Any]) -> int:
@@ -233,33 +224,14 @@ def _uncached_needed(inputs: dict[str, Any]) -> int:
     return max(1, wanted) if isinstance(wanted, int) else 1
 
 
-def _shows_inside(cache: ContiguousKVCache, inputs: dict[str, Any]) -> bool:
+def _shows_inside(lm: Any, inputs: dict[str, Any]) -> bool:
     """Whether the caller gets hidden states or attentions of all tokens."""
-    config = getattr(cache._living_model(), "config", None)
+    config = getattr(lm, "config", None)
     for name in ("output_hidden_states", "output_attentions"):
         asked = inputs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
             return True
     return False
-
-
-def _caller_would_notice(cache: ContiguousKVCache, inputs: dict[str, Any], from_generate: bool) -> str | None:
-    """Why the caller would get something else if cached tokens were left out of the forward, or `None`."""
-    if inputs.get("labels") is not None:
-        return "a loss over all tokens"
-    model = cache._living_model()
-    if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-        return "gradients are wanted"  # Stored KV has none.
-    if _shows_inside(cache, inputs):
-        return "hidden states or attentions of all tokens are wanted"
-    wanted = inputs.get("logits_to_keep")
-    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
-        return None
-    if wanted is None and from_generate:
-        # Assisted decoding wants as many logits as it has drafts; without `logits_to_keep` nothing says how many.
-        assisted = any(getattr(layer, "record_past", False) for layer in cache.layers)
-        return "assisted decoding of a model without logits_to_keep" if assisted else None
-    return "logits of all tokens are wanted (pass logits_to_keep=1 for the last one)"
 
 
 def _shared_beginning(rows: list[torch.Tensor]) -> np.ndarray:

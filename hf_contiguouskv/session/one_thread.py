@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+import weakref
 
 from ..errors import InputError
 from ..model.transformers_internals import in_use_on_thread
 
 
 class OneThread:
-    """Which thread used a cache last. A cache may move from thread to thread between two calls, not during one."""
+    """Which thread used a cache last. A cache may move from thread to thread between two calls, not during one.
 
-    def __init__(self) -> None:
+    Args:
+        cache: held weakly.
+    """
+
+    def __init__(self, cache: object) -> None:
+        self._cache = weakref.ref(cache)
         self._lock = threading.Lock()
         self._last: int | None = None
 
-    def claim(self, cache: Any) -> None:
-        """This thread uses `cache` now.
+    def claim(self) -> None:
+        """This thread uses the cache now.
 
         Raises:
             InputError: a `generate` or a forward with it is running on another thread.
         """
         me = threading.get_ident()
         with self._lock:
-            if self._last not in (None, me) and in_use_on_thread(cache, self._last):
+            if self._last not in (None, me) and in_use_on_thread(self._cache(), self._last):
                 raise InputError(
                     "this cache is in use by a generate or forward call on another thread; give each thread a cache "
                     "of its own (they share one PrefixStore)"
@@ -34,6 +39,3 @@ class OneThread:
     def is_mine(self) -> bool:
         """Whether this thread is the one that used the cache last."""
         return self._last == threading.get_ident()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OneThread:
-        return OneThread()

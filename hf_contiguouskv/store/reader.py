@@ -81,7 +81,7 @@ class Ticket:
         if self._error is not None:
             raise self._error
 
-    def _serve(self, total: _Total) -> None:
+    def serve(self, total: ReadTotals) -> None:
         """Read parts until none is left; called by every reader thread that is free."""
         parts, order = self._parts, self._next
         count = len(parts)
@@ -152,7 +152,8 @@ class Task:
         if self._error is not None:
             raise self._error
 
-    def _serve(self, total: _Total) -> None:
+    def serve(self, total: ReadTotals) -> None:
+        """Do it; called by a reader thread."""
         function, self._function = self._function, None
         try:
             if function is not None:
@@ -163,7 +164,7 @@ class Task:
             self._gate.release()
 
 
-class _Total:
+class ReadTotals:
     """Bytes read by all tickets of a reader, and how fast (`None`: no ticket was long enough to tell)."""
 
     __slots__ = ("_lock", "bytes_per_second", "nbytes")
@@ -185,6 +186,48 @@ class _Total:
             self.nbytes += nbytes
 
 
+class ReaderThreads:
+    """The threads of a reader and the queue that they serve.
+
+    The threads know the queue, not this object, so that a forgotten reader is collected and ends them.
+
+    Args:
+        count: of threads.
+        totals: counts what they read.
+    """
+
+    def __init__(self, count: int, totals: ReadTotals) -> None:
+        self._pid = os.getpid()
+        self._queue: SimpleQueue[Ticket | Task | None] = SimpleQueue()
+        self._workers = [
+            threading.Thread(target=serve_queue, args=(self._queue, totals), name=f"contiguouskv-read-{i}", daemon=True)
+            for i in range(count)
+        ]
+        for worker in self._workers:
+            worker.start()
+        self._finalizer = weakref.finalize(self, _stop, self._queue, count)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that the threads run in."""
+        return self._pid != os.getpid()
+
+    def put(self, item: Ticket | Task) -> None:
+        """Have a thread serve `item`, behind everything that was put before."""
+        self._queue.put(item)
+
+    def stop(self) -> None:
+        """Let the threads end once they have served everything."""
+        self._finalizer()
+
+    def join(self) -> None:
+        """Wait until the threads have ended."""
+        if not self.forked:
+            for worker in self._workers:
+                if worker is not threading.current_thread():
+                    worker.join()
+
+
 class ExtentReader:
     """Threads that read extents of segment files.
 
@@ -202,33 +245,21 @@ class ExtentReader:
         if threads < 1:
             raise InputError(f"reader threads must be at least 1, got {threads}")
         self.threads = threads
-        self._total = _Total()
+        self.totals = ReadTotals()
         self._lock = threading.Lock()
         self._closed = False
-        self._start()
-
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._queue: SimpleQueue[Ticket | Task | None] = SimpleQueue()
-        # The threads know the queue, not the reader, so that a forgotten reader is collected and ends them.
-        self._workers = [
-            threading.Thread(target=_work, args=(self._queue, self._total), name=f"contiguouskv-read-{i}", daemon=True)
-            for i in range(self.threads)
-        ]
-        for worker in self._workers:
-            worker.start()
-        self._finalizer = weakref.finalize(self, _stop, self._queue, self.threads)
+        self._threads = ReaderThreads(threads, self.totals)
 
     @property
     def bytes_read(self) -> int:
         """Bytes read since the reader was made, page rounding included."""
-        return self._total.nbytes
+        return self.totals.nbytes
 
     @property
     def gap_bytes(self) -> int:
         """What storage delivers in the time that a read by itself costs: so much between two reads is read as well, if
         they may be joined. By the speed of the long reads so far."""
-        speed = self._total.bytes_per_second
+        speed = self.totals.bytes_per_second
         return DEFAULT_GAP if speed is None else min(MAX_GAP, int(speed * SECONDS_PER_READ))
 
     def submit(
@@ -269,10 +300,10 @@ class ExtentReader:
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")
-            if self._pid != os.getpid():
-                self._start()  # Threads do not survive a fork.
+            if self._threads.forked:
+                self._threads = ReaderThreads(self.threads, self.totals)  # Threads do not survive a fork.
             for _ in range(min(threads or self.threads, self.threads, ticket.parts)):
-                self._queue.put(ticket)
+                self._threads.put(ticket)
         return ticket
 
     def run(self, function: Callable[[], None]) -> Task:
@@ -285,9 +316,9 @@ class ExtentReader:
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")
-            if self._pid != os.getpid():
-                self._start()
-            self._queue.put(task)
+            if self._threads.forked:
+                self._threads = ReaderThreads(self.threads, self.totals)
+            self._threads.put(task)
         return task
 
     def close(self) -> None:
@@ -296,11 +327,8 @@ class ExtentReader:
             if self._closed:
                 return
             self._closed = True
-            self._finalizer()
-        if self._pid == os.getpid():
-            for worker in self._workers:
-                if worker is not threading.current_thread():
-                    worker.join()
+            self._threads.stop()
+        self._threads.join()
 
     def __enter__(self) -> ExtentReader:
         return self
@@ -311,9 +339,10 @@ class ExtentReader:
         self.close()
 
 
-def _work(queue: SimpleQueue[Ticket | Task | None], total: _Total) -> None:
+def serve_queue(queue: SimpleQueue[Ticket | Task | None], totals: ReadTotals) -> None:
+    """What a reader thread does."""
     while (ticket := queue.get()) is not None:
-        ticket._serve(total)
+        ticket.serve(totals)
         del ticket  # Or an idle thread would keep the buffers of its last request.
 
 

@@ -13,8 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from hf_contiguouskv import AttentionMass, ContiguousKVConfig
-from hf_contiguouskv.cache import contiguous_cache as cache_module
 from hf_contiguouskv.memory import MemoryTiers
+from hf_contiguouskv.model.served_model import ServedModel
 
 from .models import token_ids
 from .references import forward
@@ -72,17 +72,17 @@ def assert_idle(memory: MemoryTiers) -> None:
 @contextmanager
 def layers_on(devices: list[torch.device]) -> Iterator[None]:
     """Models have their layers on these devices."""
-    real = cache_module.require_support
+    real: Any = ServedModel.shape
 
     def moved(model: Any) -> Any:
-        support = real(model)
-        return replace(support, plan=replace(support.plan, devices=tuple(devices)))
+        shape = real.fget(model)
+        return replace(shape, layers=replace(shape.layers, devices=tuple(devices)))
 
-    cache_module.require_support = moved
+    ServedModel.shape = property(moved)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        cache_module.require_support = real
+        ServedModel.shape = real  # type: ignore[method-assign]
 
 
 class HostWaits(TorchFunctionMode):

@@ -12,6 +12,7 @@ import torch
 
 from hf_contiguouskv import AttentionMass, ContiguousKVConfig
 from hf_contiguouskv.errors import ConfigError, SegmentReadError
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.planning import auto_budget
 from hf_contiguouskv.planning import measured_speeds as speeds
 from hf_contiguouskv.planning.auto_budget import BUDGETS, choose_budget
@@ -35,12 +36,12 @@ QUICK = replace(SPEEDS, prefill_s=1e-6)
 def prefix(tiny_model, store_path):
     """An attached prefix and the plan of its model, to decide about."""
     with prefix_from_disk(tiny_model("llama"), PREFIX, store_path) as cache:
-        yield cache._attached.request.prefix, cache._support.plan
+        yield cache.session.request.prefix, cache.session.request.plan.layers
 
 
 def set_speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float, computing: ComputeSpeeds = SPEEDS) -> None:
     monkeypatch.setattr(auto_budget, "read_speed", lambda store, prefix: bytes_per_s)
-    monkeypatch.setattr(auto_budget, "compute_speeds", lambda model, support, config: computing)
+    monkeypatch.setattr(auto_budget, "compute_speeds", lambda model, config: computing)
 
 
 def test_the_largest_budget_whose_reads_hide_is_chosen(prefix):
@@ -98,9 +99,10 @@ def test_what_hides_is_loaded_however_fast_it_could_be_computed(prefix):
 def test_bytes_are_foreseen(tiny_model, store_path, family, config, budget):
     """About: chunks and indexes of a few hundred bytes are read in whole pages."""
     config, ids = replace(config, budget=budget), token_ids(960, seed=713)
-    with prefix_from_disk(tiny_model(family), ids, store_path, config=config) as cache:
-        forward(cache._living_model(), SUFFIX, cache)
-        request = cache._attached.request
+    model = tiny_model(family)
+    with prefix_from_disk(model, ids, store_path, config=config) as cache:
+        forward(model, SUFFIX, cache)
+        request = cache.session.request
         foreseen = request.plan.bytes_to_read()
         assert foreseen == pytest.approx(cache.stats.bytes_read, rel=0.35)
 
@@ -138,7 +140,7 @@ def test_a_prefix_that_is_computed_again_is_exact_and_stays_in_memory(tiny_model
             assert cache.budget_choice.recompute
             assert cache.budget_choice.budget == 1.0
             assert "computing again" in str(cache.budget_choice)
-            assert all(span.segment.blob.in_memory for span in cache._attached.request.prefix.spans)
+            assert all(span.segment.blob.in_memory for span in cache.session.request.prefix.spans)
             assert_close(forward(model, SUFFIX, cache), exact)
             assert (cache.stats.tokens_prefilled, cache.stats.tokens_from_store) == (165, 0)
             cache.reset()
@@ -161,7 +163,7 @@ def test_what_has_just_been_computed_is_not_computed_again(tiny_model, store_pat
         write_prefix(model, PREFIX[:, :stored], store_path, budget=1.0)
     with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
         assert (cache.stats.tokens_prefilled, cache.stats.tokens_from_store) == (165 - stored, stored)
-        assert cache._attached.request.plan.config.budget == BUDGETS[-1]
+        assert cache.session.request.plan.config.budget == BUDGETS[-1]
         forward(model, SUFFIX, cache)
         assert cache.stats.chunks_used == [2] * 4
 
@@ -174,7 +176,7 @@ def test_a_model_in_training_mode_is_not_asked_to_compute_again(tiny_model, stor
     try:
         with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, budget="auto") as cache:
             assert cache.stats.tokens_from_store == 165
-            assert cache._attached.request.plan.config.budget == BUDGETS[-1]
+            assert cache.session.request.plan.config.budget == BUDGETS[-1]
     finally:
         model.eval()
 
@@ -198,11 +200,12 @@ def test_automatic_mode_attaches_with_the_budget_that_was_chosen(tiny_model, sto
 def test_speeds_of_any_model_are_measured_once(tiny_model, store_path, family, config):
     model = tiny_model(family)
     with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
-        found = speeds.compute_speeds(model, cache._support, config)
-        assert found is speeds.compute_speeds(model, cache._support, config)
+        served = ServedModel(model)
+        found = speeds.compute_speeds(served, config)
+        assert found is speeds.compute_speeds(served, config)
         assert found.forward_s > 0
         assert found.prefill_s > 0
-        windows_only = not cache._support.plan.full_layers
+        windows_only = not served.layers.full_layers
         assert (found.used_s > 0) is (found.considered_s > 0) is (not windows_only)
         assert cache.budget_choice.budget in BUDGETS
         assert "cannot be measured" not in str(cache.budget_choice)
@@ -218,13 +221,13 @@ def test_a_short_read_speaks_for_the_disk_until_there_is_a_longer_one(tiny_model
     with PrefixStore(store_path) as store:
         for tokens, seed in ((32, 714), (32, 714), (40, 715), (165, 716), (165, 717)):
             with ContiguousKVCache(model, token_ids(tokens, seed=seed), store=store) as cache:
-                assert speeds.read_speed(store, cache._attached.request.prefix) > 0
+                assert speeds.read_speed(store, cache.session.request.prefix) > 0
         assert len(lengths) == 2
         assert lengths[1] >= 2 * lengths[0]
         assert store.memory.host.bytes_by_use["buffers"] <= store.memory.host.max_bytes
         monkeypatch.setattr(speeds, "TELLING_BYTES", 1)
         with ContiguousKVCache(model, token_ids(960, seed=718), store=store) as cache:
-            speeds.read_speed(store, cache._attached.request.prefix)
+            speeds.read_speed(store, cache.session.request.prefix)
         assert len(lengths) == 2
 
 
@@ -240,11 +243,11 @@ def test_a_prefix_is_decided_about_once(tiny_model, store_path, monkeypatch):
         forward(model, SUFFIX, cache)
         cache.crop(-(9 + 80))
         cache.reset()
-        assert asked == [cache._attached.request.prefix]
+        assert asked == [cache.session.request.prefix]
 
 
 def test_a_model_that_cannot_run_by_itself_gets_the_default(tiny_model, store_path, monkeypatch):
-    def fails(model, support, config):
+    def fails(model, config):
         raise IndexError("no such position")
 
     monkeypatch.setattr(auto_budget, "compute_speeds", fails)

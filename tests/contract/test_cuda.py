@@ -16,8 +16,8 @@ from hf_contiguouskv.hardware.accelerator import Accelerator, pinned_buffer
 from hf_contiguouskv.hardware.aligned_memory import PAGE, as_memoryview
 from hf_contiguouskv.hardware.pinned_memory import PinnedPool, available_bytes, register_with_cuda
 from hf_contiguouskv.model.attention import attend
-from hf_contiguouskv.model.support import require_support
-from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
+from hf_contiguouskv.model.served_model import ServedModel
+from hf_contiguouskv.prefill.persisting import persist_rows
 from hf_contiguouskv.store.local_disk import FileBlob
 
 from .device_helpers import CONFIGS, MEBIBYTE, PREFIX, PRUNED, SUFFIX, ask, assert_idle, on_a_cpu, opened
@@ -237,7 +237,7 @@ def test_memory_that_runs_out_is_no_room(llama, store_path):
 def test_the_same_bytes_are_stored_from_both_places(tmp_path, dtype):
     """Arranged, packed and indexed on the device as on the CPU."""
     model = build("llama").to(dtype)
-    geometry, chance = geometry_of(require_support(model), 16), torch.Generator().manual_seed(7)
+    geometry, chance = ServedModel(model).geometry(16), torch.Generator().manual_seed(7)
     shape = (geometry.num_layers, 2, geometry.kv_heads, 165, geometry.head_dim)
     states = (torch.randn(shape, generator=chance) * torch.rand(shape[-1], generator=chance) * 5).to(dtype)
     found = []

@@ -20,8 +20,8 @@ from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.hardware.accelerator import Accelerator
 from hf_contiguouskv.memory import blocks
 from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.model.support import require_support
-from hf_contiguouskv.prefill.exact_prefill import geometry_of, persist_rows
+from hf_contiguouskv.model.served_model import ServedModel
+from hf_contiguouskv.prefill.persisting import persist_rows
 from hf_contiguouskv.selection import (
     AttentionMassScorer,
     IndexedKeysScorer,
@@ -271,7 +271,7 @@ def test_more_indices_than_a_pageable_copy_takes_at_once(store_path, budget):
     tokens = 9000
     prefix = token_ids(tokens, seed=1207)
     model, on_cpu = on_device(layers=2), build("llama", layers=2)
-    geometry = geometry_of(require_support(on_cpu), 1)
+    geometry = ServedModel(on_cpu).geometry(1)
     chance = torch.Generator().manual_seed(1208)
     shape = (2, geometry.num_layers, geometry.kv_heads, tokens, geometry.head_dim)
     keys, values = torch.randn(shape, generator=chance) * 2

@@ -26,9 +26,9 @@ from hf_contiguouskv import AttentionMass, ContiguousKVConfig, IndexedKeys, Read
 from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.model import attention
 from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.model.support import require_support
+from hf_contiguouskv.model.served_model import ServedModel
+from hf_contiguouskv.planning.read_plan import KEYS_AHEAD
 from hf_contiguouskv.prefill import exact_prefill as prefill
-from hf_contiguouskv.request.prefix_request import KEYS_AHEAD
 
 from .device_helpers import (
     CONFIGS,
@@ -230,7 +230,7 @@ def test_blocks_of_a_prefill_attend_as_an_accelerator_does(tiny_model, store_pat
 def test_attention_without_a_mask_answers_as_with_it(tiny_model, store_path, monkeypatch, family, config, padded):
     """What the flash kernel of an accelerator computes, on a CPU; with padding there is a mask all the same."""
     model = tiny_model(family, "sdpa")
-    if padded and any(require_support(model).plan.windows):
+    if padded and any(ServedModel(model).windows):
         pytest.skip("windows count columns: such a batch is computed in full")
     suffixes = torch.cat([token_ids(9, seed=1205), token_ids(9, seed=1206)])
     if padded:

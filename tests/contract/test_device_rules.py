@@ -12,7 +12,7 @@ from unit.device_log import races
 from unit.fake_device import EARLY, LATE, FakeDevice, accelerated
 
 from hf_contiguouskv.hardware.accelerator import StreamOrder
-from hf_contiguouskv.loading.device_residency import DeviceResidency, StagedBatch
+from hf_contiguouskv.loading.device_residency import CrossingChunks, DeviceResidency
 from hf_contiguouskv.memory.device_tier import DeviceTier
 from hf_contiguouskv.memory.entries import Buffer
 from hf_contiguouskv.memory.tier import Tier
@@ -62,20 +62,20 @@ def _arrive_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def _copy_early(patch: pytest.MonkeyPatch) -> None:
-    stage, serve = DeviceResidency._stage, Ticket._serve
+    stage, serve = DeviceResidency.start_crossing, Ticket.serve
 
-    def hasty(self: DeviceResidency, *arguments: Any, **options: Any) -> StagedBatch | None:
-        batch = stage(self, *arguments, **options)
-        if batch is not None:
-            batch.start_copy()
-        return batch
+    def hasty(self: DeviceResidency, *arguments: Any, **options: Any) -> CrossingChunks | None:
+        crossing = stage(self, *arguments, **options)
+        if crossing is not None:
+            crossing.start_copy()
+        return crossing
 
     def slow(self: Ticket, total: Any) -> None:
         time.sleep(0.02)
         serve(self, total)
 
-    patch.setattr(DeviceResidency, "_stage", hasty)
-    patch.setattr(Ticket, "_serve", slow)
+    patch.setattr(DeviceResidency, "start_crossing", hasty)
+    patch.setattr(Ticket, "serve", slow)
 
 
 ONE, TWO = ("a",), ("a", "b")

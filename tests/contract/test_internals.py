@@ -124,8 +124,11 @@ def test_the_library_itself_never_uses_a_deprecated_name(tiny_model, store_path)
 
 
 class Told(internals.NotifiedByGenerate, DynamicCache):
+    """A cache that is its own session."""
+
     def __init__(self, **options):
         super().__init__(**options)
+        self.session = self
         self.calls = []
 
     def generate_begins(self, call):
@@ -167,6 +170,18 @@ def test_new_tokens_alone_are_no_whole_prompt(tiny_model):
     forward(model, PREFIX, cache)
     generate(model, SUFFIX, cache, tokens=2, attention_mask=torch.ones_like(QUESTION))
     assert cache.calls[0].whole_prompt is None
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "assisted"])
+def test_assisted_decoding_shows_in_layers_with_a_window(tiny_model, options):
+    model = tiny_model("gemma3")
+    cache, seen = Told(config=model.config), []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(internals.is_assisted(cache.layers)))
+    try:
+        generate(model, QUESTION, cache, tokens=4, **options)
+    finally:
+        hook.remove()
+    assert set(seen) == {bool(options)}
 
 
 def test_outside_of_generate_there_is_no_call():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_what_was_read_without_a_check_never_stays(tiny_model, store_path, confi
     with PrefixStore(store_path) as store:
         for _ in range(2):
             for budget in (0.3, 1.0):
-                settings = ContiguousKVConfig(**(vars(CONFIGS[config](budget)) | {"verify": False}))
+                settings = replace(CONFIGS[config](budget), reading=ReadOptions(verify=False))
                 answer = ask(model, prefix, SUFFIX, store, settings)
                 assert answer.stats.bytes_read > 0
                 assert answer.stats.hits["host"] == 0
@@ -386,7 +387,7 @@ def make_room_on_disk(store, model):
 
 def take_out_of_service(store, model):
     cache = ContiguousKVCache(model, document(165), store=store)
-    segment = cache._whole_prefix.spans[0].segment
+    segment = cache.session.held.slot.whole.spans[0].segment
     cache.close()
     store.discard(segment, "a test says so")
 

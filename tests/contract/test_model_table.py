@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.errors import UnsupportedModelError
-from hf_contiguouskv.model.support import layer_windows
+from hf_contiguouskv.model.layer_windows import layer_windows
 from hf_contiguouskv.model.transformers_internals import attention_function
 
 from .model_zoo import KINDS, Kind, build

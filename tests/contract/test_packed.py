@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_contiguouskv import ContiguousKVConfig, IndexedKeys
+from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.planning import read_plan as needs
-from hf_contiguouskv.prefill import exact_prefill as prefill
 
 from .models import full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, forward, visible_tokens
@@ -145,8 +145,8 @@ def test_the_beginning_of_a_stored_prefix(tiny_model, store_path):
 
 def test_a_store_of_before_is_served_exactly(tiny_model, store_path, monkeypatch):
     """Segments without packed values: version 1 of the format."""
-    model, of_now = tiny_model("llama"), prefill.geometry_of
-    monkeypatch.setattr(prefill, "geometry_of", lambda *about: dataclasses.replace(of_now(*about), packed_layers=()))
+    model, of_now = tiny_model("llama"), ServedModel.geometry
+    monkeypatch.setattr(ServedModel, "geometry", lambda *about: dataclasses.replace(of_now(*about), packed_layers=()))
     write_prefix(model, PREFIX, store_path)
     monkeypatch.undo()
     exact = dataclasses.replace(PACKED, payload="exact")

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from hf_contiguouskv import ContiguousKVConfig, ReadOptions
 from hf_contiguouskv.errors import SegmentCorruptError, StoreClosedError
 from hf_contiguouskv.model.fingerprint import model_fingerprint
-from hf_contiguouskv.prefill.exact_prefill import SegmentFeed
+from hf_contiguouskv.prefill.segment_feed import SegmentFeed
 from hf_contiguouskv.store import KVGeometry
 from hf_contiguouskv.store.local_disk import FileBlob, FileBlobWriter
 from hf_contiguouskv.store.memory_backend import MemoryBlob
@@ -293,7 +293,7 @@ def test_what_cannot_be_written_is_answered_from_memory(tiny_model, store_path, 
         for _ in range(2):
             assert_same_generation(answer(model, asked(PREFIX), cache), exact(model, asked(PREFIX)))
             cache.reset()
-        assert isinstance(cache._whole_prefix.spans[0].segment.blob, MemoryBlob)
+        assert isinstance(cache.session.held.slot.whole.spans[0].segment.blob, MemoryBlob)
         assert store.stats.write_failures == 1
         assert "could not be stored" in caplog.text
         assert store.entries() == []

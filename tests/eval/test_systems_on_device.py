@@ -100,9 +100,7 @@ def ask(model: Any, system: Any, suffix: torch.Tensor = SUFFIX, prefix: torch.Te
     with torch.no_grad():
         ids = suffix[None].to(model.device)
         logits = model(input_ids=ids, **{cache_argument(model): cache}).logits[0]
-    attached = getattr(cache, "_attached", None)
-    agreed = getattr(getattr(attached, "request", None), "agreed", None)
-    return logits.cpu(), system.finish(cache), agreed
+    return logits.cpu(), system.finish(cache), getattr(system, "agreed", None)
 
 
 @contextmanager

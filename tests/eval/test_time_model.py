@@ -20,7 +20,7 @@ from eval.time_model.counting import COUNTS, LENGTHS, METHODS, load, method_name
 from eval.time_model.influence import influences
 from eval.time_model.machines import Disk, Gpu, Host, Machine
 from eval.time_model.record import CountError, Record
-from eval.time_model.recording import AMOUNTS, Recorder
+from eval.time_model.recording import AMOUNTS, Queue, Recorder
 from eval.time_model.replay import Timing, replay
 from eval.time_model.shapes import QWEN_7B, QWEN_HALF, SHAPES, SMOLLM2
 
@@ -140,12 +140,12 @@ def test_without_a_gpu_the_host_computes() -> None:
 
 
 def recorder(calls: int, extra: bool = False) -> Recorder:
-    found = Recorder()
+    found = Recorder(Queue())
     for layer in range(-1, 3):
         found.reached(layer)
-        found._count("calls", calls)
+        found.count("calls", calls)
         if extra and layer == 1:
-            found._add(["wait", (1, 0)])
+            found.add(["wait", (1, 0)])
     return found
 
 

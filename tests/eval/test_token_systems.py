@@ -109,7 +109,7 @@ def test_impress_chooses_what_a_slow_reading_of_it_chooses(
         system.store(PREFIX_IDS)
         cache = system.cache(PREFIX_IDS)
         logits = logits_of(model, cache)
-        assert cache._attached.request.agreed == sum(agreed)
+        assert system.agreed == sum(agreed)
         system.finish(cache)
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
@@ -179,7 +179,7 @@ def test_impress_reads_the_keys_of_its_probe_heads_only_where_they_agree(model: 
         system.store(PREFIX_IDS)
         cache = system.cache(PREFIX_IDS)
         logits_of(model, cache)
-        agreed = cache._attached.request.agreed
+        agreed = system.agreed
         stats = system.finish(cache)
     assert 0 < agreed < LAYERS
     # Of one KV head everywhere; of the other as well where probe heads disagree.

@@ -29,7 +29,7 @@ from unit.device_log import HOST, Entry, Touch, races
 from hf_contiguouskv.hardware import accelerator as device
 from hf_contiguouskv.hardware.aligned_memory import PAGE, as_memoryview
 from hf_contiguouskv.loading import device_residency as staging
-from hf_contiguouskv.loading import key_source as keys
+from hf_contiguouskv.loading import key_reads as keys
 from hf_contiguouskv.memory import blocks, tiers
 from hf_contiguouskv.store import reader
 
@@ -464,10 +464,10 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         patch.setattr(module, "pinned_buffer", machine.pinned)
     for module in (staging, keys):
         patch.setattr(module, "as_memoryview", machine.into_host)
-    work = reader._work
+    serve_queue = reader.serve_queue
 
     def watched(*args: Any) -> None:
         with Watch(machine):
-            work(*args)
+            serve_queue(*args)
 
-    patch.setattr(reader, "_work", watched)
+    patch.setattr(reader, "serve_queue", watched)

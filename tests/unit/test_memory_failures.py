@@ -26,7 +26,9 @@ from store_helpers import expected_kv, geometry, some_tokens, write_prefix
 
 from hf_contiguouskv.errors import StoreClosedError
 from hf_contiguouskv.hardware.aligned_memory import PAGE
-from hf_contiguouskv.loading.host_residency import Batch, HostResidency, PrefixTables
+from hf_contiguouskv.loading.host_residency import HostResidency
+from hf_contiguouskv.loading.prefix_tables import PrefixTables
+from hf_contiguouskv.loading.residency import LoadedChunks
 from hf_contiguouskv.memory import MemoryTiers
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
@@ -156,7 +158,7 @@ class Place:
         self.residency = HostResidency(prefix, store.memory, store.reader, self.tables, verify=True)
         (self.table,) = self.tables.known
 
-    def finish(self, batches: list[Batch]) -> None:
+    def finish(self, batches: list[LoadedChunks]) -> None:
         for batch in batches:
             if batch.ticket is not None:
                 batch.ticket.wait()
@@ -183,7 +185,7 @@ def refuse(*args: object, **kwargs: object) -> None:
 def test_found_and_taken_slots_are_given_back_if_the_rest_cannot_be_read(
     place: Place, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    batches, left = place.residency.bring(1, places(0, 1, 2))
+    batches, left = place.residency.find_or_read(1, places(0, 1, 2))
     assert not len(left)
     place.finish(batches)
     assert here(place.tier, place.table) == [16, 17, 18]
@@ -191,10 +193,10 @@ def test_found_and_taken_slots_are_given_back_if_the_rest_cannot_be_read(
         where = {"submit": place.store.reader, "reads": AttachedPrefix, "take": place.tier}[broken]
         patched.setattr(where, broken, refuse)
         with pytest.raises(RuntimeError, match="no more reads"):
-            place.residency.bring(1, np.arange(8))
+            place.residency.find_or_read(1, np.arange(8))
     place.check()
     assert here(place.tier, place.table) == [16, 17, 18]
-    batches, left = place.residency.bring(1, np.arange(8))
+    batches, left = place.residency.find_or_read(1, np.arange(8))
     assert [(batch.from_host, batch.from_disk) for batch in batches] == [(3, 0), (0, 5)]
     place.finish(batches)
     place.check()
@@ -207,9 +209,9 @@ def test_the_buffer_of_a_piece_is_given_back_if_it_cannot_be_read(
     with monkeypatch.context() as patched:
         patched.setattr({"submit": place.store.reader, "reads": AttachedPrefix}[broken], broken, refuse)
         with pytest.raises(RuntimeError, match="no more reads"):
-            place.residency.bring_piece(1, np.arange(8))
+            place.residency.read_piece(1, np.arange(8))
     place.check()
-    piece, left = place.residency.bring_piece(1, np.arange(8))
+    piece, left = place.residency.read_piece(1, np.arange(8))
     assert not len(left)
     place.finish([piece])
     place.check()
@@ -218,7 +220,7 @@ def test_the_buffer_of_a_piece_is_given_back_if_it_cannot_be_read(
 def test_what_was_not_read_to_its_end_does_not_stay(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(place.segment, "read_into", refuse)
-        (batch,), _ = place.residency.bring(1, np.arange(8))
+        (batch,), _ = place.residency.find_or_read(1, np.arange(8))
         assert batch.ticket is not None
         with pytest.raises(RuntimeError, match="no more reads"):
             batch.ticket.wait()
@@ -229,7 +231,7 @@ def test_what_was_not_read_to_its_end_does_not_stay(place: Place, monkeypatch: p
 
 
 def test_a_batch_outlives_the_store_and_is_released_all_the_same(place: Place) -> None:
-    batches, _ = place.residency.bring(1, np.arange(8))
+    batches, _ = place.residency.find_or_read(1, np.arange(8))
     for batch in batches:
         assert batch.ticket is not None
         batch.ticket.wait()

@@ -265,7 +265,7 @@ def test_reads_that_are_far_apart_stay_apart(file: Path, reader: ExtentReader, m
 
 def test_how_much_lies_between_joined_reads_goes_by_the_speed_of_the_disk() -> None:
     with ExtentReader(threads=1) as reader:
-        total = reader._total
+        total = reader.totals
         total.note_speed(1000, 1.0)  # Too short to tell.
         assert reader.gap_bytes == 16 * 1024
         total.note_speed(2**20, 2**20 / 1e9)
@@ -282,10 +282,10 @@ def test_how_much_lies_between_joined_reads_goes_by_the_speed_of_the_disk() -> N
 def test_a_long_read_tells_how_fast_the_disk_is(file: Path) -> None:
     segment = open_segment(file)
     with ExtentReader(threads=2) as reader:
-        assert reader._total.bytes_per_second is None
+        assert reader.totals.bytes_per_second is None
         buffer = aligned_buffer(2 * 2**20)
         reader.submit([Read(segment, 0, 2 * 2**20, as_memoryview(buffer))]).wait()
-        speed = reader._total.bytes_per_second
+        speed = reader.totals.bytes_per_second
         assert speed is not None
         assert speed > 0
     segment.close()
@@ -367,8 +367,10 @@ def test_threads_have_names_and_end_with_the_reader(file: Path) -> None:
 
 
 def test_a_forgotten_reader_ends_its_threads() -> None:
+    before = set(threading.enumerate())
     reader = ExtentReader(threads=2)
-    workers = reader._workers
+    workers = set(threading.enumerate()) - before
+    assert len(workers) == 2
     del reader
     gc.collect()
     for worker in workers:

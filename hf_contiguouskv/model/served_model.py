@@ -1,0 +1,177 @@
+"""`ServedModel`: a transformers model as this library sees it, unwrapped and described in one place."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..errors import InputError
+from .attention import Installation
+from .causal_lm import decoder_config, innermost_causal_lm, input_device, run_forward
+from .fingerprint import model_fingerprint
+from .kv_geometry import KVGeometry
+from .layer_plan import LayerPlan
+from .layer_windows import layer_windows
+from .media_placeholders import placeholder_ids
+from .transformers_internals import forget_shift, shifted_positions
+from .trial_forward import KVShape, try_forward
+
+# Every so many full-attention layers, exact keys are stored once more: the period of the published method.
+LEADER_PERIOD = 8
+
+
+@dataclass
+class _Findings:
+    """What was found out about one model, shared by all caches on it.
+
+    Attributes:
+        state: dtype and devices of the model when it ran its trial forward.
+        shape: what the trial forward has shown.
+        measured: what others have measured of the model (its speeds, say), by a key of their own.
+    """
+
+    state: object = None
+    shape: KVShape | None = None
+    measured: dict[Any, Any] = field(default_factory=dict)
+
+
+_findings: weakref.WeakKeyDictionary[nn.Module, _Findings] = weakref.WeakKeyDictionary()
+
+
+class ServedModel:
+    """A transformers model as this library sees it. It holds the model weakly: a copy of a cache must not copy it.
+
+    Args:
+        model: a decoder-only transformers model, maybe inside wrappers (PEFT, `torch.compile`, DDP).
+
+    Attributes:
+        windows: the sliding window of each layer, in tokens; `None` is full attention.
+
+    Raises:
+        UnsupportedModelError: the configuration or the class of the model rules it out; the message names the reason.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        lm = innermost_causal_lm(model)
+        self.windows = layer_windows(lm)
+        self._lm = weakref.ref(lm)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ServedModel:
+        return self
+
+    @property
+    def lm(self) -> Any:
+        """The causal LM inside the wrappers.
+
+        Raises:
+            InputError: the model is gone.
+        """
+        lm = self._lm()
+        if lm is None:
+            raise InputError("the model of this cache is gone")
+        return lm
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration that its attention layers share."""
+        return decoder_config(self.lm)
+
+    # -- what its K/V are ---------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> KVShape:
+        """What a trial forward has shown of its K/V. It runs once, and again when dtype or devices have changed.
+
+        Raises:
+            UnsupportedModelError: the model cannot be served correctly; the message names the reason.
+        """
+        lm, found = self.lm, self._found
+        parameter = next(lm.parameters(), None)
+        placed = None if parameter is None else (parameter.dtype, parameter.device)
+        state = placed, str(getattr(lm, "hf_device_map", None))
+        if found.shape is None or found.state != state:
+            found.shape, found.state = try_forward(lm, self.windows), state
+        return found.shape
+
+    @property
+    def layers(self) -> LayerPlan:
+        """Windows and devices of its layers."""
+        return self.shape.layers
+
+    def geometry(self, chunk_size: int) -> KVGeometry:
+        """How its KV is stored: K and V exactly; an int8 index and 4-bit values of every full-attention layer; exact
+        keys of every eighth of these (the published leader layers)."""
+        shape, full = self.shape, self.layers.full_layers
+        return KVGeometry(
+            num_layers=len(self.windows),
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            chunk_size=chunk_size,
+            leader_layers=tuple(full[::LEADER_PERIOD]),
+            indexed_layers=tuple(full),
+            packed_layers=tuple(full) if shape.head_dim % 2 == 0 else (),
+        )
+
+    def fingerprint(self) -> str:
+        """Who computes K/V now: changes with weights, adapters and configuration (`fingerprint.model_fingerprint`)."""
+        return model_fingerprint(self.lm)
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads per layer, a multiple of the KV heads."""
+        kv_heads = self.shape.kv_heads
+        heads = int(getattr(self.text_config, "num_attention_heads", kv_heads))
+        return max(1, heads // kv_heads) * kv_heads
+
+    # -- how it runs --------------------------------------------------------------------------------------------------
+
+    def installation(self) -> Installation:
+        """A switch that puts this library's attention function into the model while a forward runs.
+
+        Raises:
+            UnsupportedModelError: the model uses an attention implementation that cannot be served.
+        """
+        return Installation(self.text_config)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where its inputs go."""
+        return input_device(self.lm)
+
+    def run(self, ids: torch.Tensor, cache: Cache, start: int) -> Any:
+        """Run `ids`, int64 `(rows, q)`, the first at position `start`, for the sake of the K/V that `cache` gets."""
+        return run_forward(self.lm, ids, cache, start)
+
+    @cached_property
+    def is_multimodal(self) -> bool:
+        """Whether it takes images and the like beside text."""
+        return bool(placeholder_ids(self.lm.config))
+
+    @cached_property
+    def _shifted(self) -> list[weakref.ref[nn.Module]]:
+        return [weakref.ref(module) for module in shifted_positions(self.lm)]
+
+    @property
+    def shifts_positions(self) -> bool:
+        """Whether it moves the positions of tokens by what it remembers of the images of an earlier call."""
+        return bool(self._shifted)
+
+    def forget_shift(self) -> None:
+        """Let it place the next tokens as if it had seen no image."""
+        forget_shift([module for module in (one() for one in self._shifted) if module is not None])
+
+    @property
+    def measured(self) -> dict[Any, Any]:
+        """What others have measured of this model and want to find again, by a key of their own."""
+        return self._found.measured
+
+    @property
+    def _found(self) -> _Findings:
+        return _findings.setdefault(self.lm, _Findings())

@@ -1,0 +1,102 @@
+"""From K/V that a model has just computed to the chunks, packed values and key index that a segment holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+
+import torch
+
+from ..hardware import accelerator as hardware
+from ..hardware.accelerator import Device
+from ..model.kv_geometry import KVGeometry
+from ..store.key_index import build_key_index
+from ..store.packing import pack_values
+from ..store.writer import SegmentWriter
+
+# What crosses together begins at multiples of so many bytes: any dtype can be read there.
+_ALIGNED = 64
+
+
+class SegmentFeed:
+    """Feeds the K/V of one token sequence to a segment writer, chunk by chunk, as they become known.
+
+    What a segment needs is arranged, packed and indexed where K/V are. From an accelerator it crosses on a side stream
+    to pinned memory, and only the writer's thread waits for that.
+
+    Args:
+        writer: a writer for the chunks from `first_chunk` on.
+        geometry: of the segment.
+        first_chunk: the first chunk that is written; K/V of earlier tokens are ignored.
+        tokens: length of the whole sequence.
+    """
+
+    def __init__(self, writer: SegmentWriter, geometry: KVGeometry, first_chunk: int, tokens: int) -> None:
+        self._writer = writer
+        self._geometry = geometry
+        self._first = first_chunk
+        self._tokens = tokens
+        self._written = [first_chunk] * geometry.num_layers
+
+    def feed(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        """Write the chunks that are complete now.
+
+        Args:
+            layer: layer index.
+            keys, values: `(kv_heads, t, head_dim)`: tokens `[start, start + t)`, `start` at or before the first
+                chunk not written yet.
+        """
+        c = self._geometry.chunk_size
+        there = hardware.device_of(keys.device)
+        end = start + keys.shape[1]
+        first = self._written[layer]
+        last = end // c if end < self._tokens else -(-end // c)
+        if last > first:
+            part = slice(first * c - start, min(last * c, end) - start)
+            # Arranged here, on the thread that computed them: a queued view would keep all of the cache's tokens
+            # alive, and on an accelerator another thread would have to know which stream they come from.
+            extents = _to_extents(keys[:, part], values[:, part], c)
+            if there is None:
+                self._writer.write_chunks(layer, first - self._first, extents)
+            else:
+                packs = layer in self._geometry.packed_layers
+                found, ready = _leave(there, [extents, pack_values(extents[:, 1])] if packs else [extents])
+                packed = found[1] if packs else None
+                self._writer.write_chunks(layer, first - self._first, found[0], packed=packed, ready=ready)
+            self._written[layer] = last
+        if end == self._tokens and layer in self._geometry.indexed_layers:
+            index = build_key_index(keys[:, self._first * c - start :], c)
+            if there is None:
+                self._writer.write_index(layer, *index)
+            else:
+                (numbers, scale), ready = _leave(there, index)
+                self._writer.write_index(layer, numbers, scale, ready=ready)
+
+
+def _leave(there: Device, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Start copying contiguous tensors of an accelerator to the host, in one piece; the copies, and what waits."""
+    ends = list(accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors))
+    source, target = there.empty(ends[-1]), hardware.pinned_buffer(ends[-1])
+    found = []
+    for tensor, begin in zip(tensors, [0, *ends], strict=False):
+        source[begin : begin + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+        found.append(target[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+    copied = there.copy_out(source, target)
+    return found, partial(there.finish, copied)
+
+
+def _to_extents(keys: torch.Tensor, values: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """K and V `(kv_heads, t, head_dim)` as `(chunks, 2, kv_heads, c, head_dim)` where they are, padded with zeros."""
+    kv_heads, tokens, head_dim = keys.shape
+    chunks = -(-tokens // chunk_size)
+    out = torch.empty(chunks, 2, kv_heads, chunk_size, head_dim, dtype=keys.dtype, device=keys.device)
+    whole = tokens // chunk_size
+    for half, states in enumerate((keys, values)):
+        full = states[:, : whole * chunk_size].unflatten(1, (whole, chunk_size)) if whole else None
+        if full is not None:
+            out[:whole, half].copy_(full.transpose(0, 1))
+        if tokens % chunk_size:
+            out[whole, half].zero_()
+            out[whole, half, :, : tokens % chunk_size].copy_(states[:, whole * chunk_size :])
+    return out

@@ -1,0 +1,203 @@
+"""The library's own method: choose chunks once per period, read them for all of its layers, place them in text order.
+
+*Intra-period*: once a leader layer has chosen, the reads of every layer of its period start. *Inter-period*: at a
+subperiod boundary, the current chunks are read for the next period, before that has chosen (arXiv 2601.13631).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ..config import IndexedKeys
+from ..errors import InputError
+from ..loading.chunk_accounts import Arrival
+from ..loading.chunk_loader import ChunkLoader
+from ..loading.key_loader import KeyLoader
+from ..loading.packed_keys import place_keys
+from ..loading.placement import assemble
+from ..loading.window_tails import load_tail
+from ..memory.blocks import among
+from ..selection import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, device_product
+from ..store.attached_prefix import Chunks
+from .strategy import LayerInput, RequestContext
+
+# Makes the scorer of a leader layer, from the keys that were wanted for it.
+MakeScorer = Callable[[KeyLoader, int], ChunkScorer]
+
+
+class ChunkStrategy:
+    """Serves whole chunks, chosen by the plan's `selection`. Implements `Strategy`.
+
+    Args:
+        context: of the request.
+        make_scorer: makes the scorers of leader layers; `KeyLoader.scorer` makes those of the plan.
+    """
+
+    def __init__(self, context: RequestContext, make_scorer: MakeScorer = KeyLoader.scorer) -> None:
+        self._context = context
+        self._plan = plan = context.plan
+        self._make_scorer = make_scorer
+        self.loader = ChunkLoader.of(plan, context.store, context.stats, timeline=context.timeline, usage=context.usage)
+        # Per layer, the chunks that its rows use, int64 `(distinct rows, keep)`, and those that it reads for them.
+        self._selected: dict[int, torch.Tensor] = {}
+        self._wanted: dict[int, Chunks] = {}
+        for device in set(plan.layers.devices):
+            if context.store.memory.on(device) is not None and isinstance(plan.config.selection, IndexedKeys):
+                device_product(device, plan.prefix.geometry.head_dim)  # Looks for a kernel now, not in the first layer.
+
+    @property
+    def keeps_all(self) -> bool:
+        return self._plan.keeps_all
+
+    @property
+    def kept_tokens(self) -> int:
+        return self._plan.kept_tokens
+
+    def copy_for(self, context: RequestContext) -> ChunkStrategy:
+        other = ChunkStrategy(context, self._make_scorer)
+        other._selected, other._wanted = dict(self._selected), dict(self._wanted)
+        return other
+
+    # -- what to read -------------------------------------------------------------------------------------------------
+
+    def start(self, loaded: Collection[int]) -> None:
+        plan, loader = self._plan, self.loader
+        for layer, window in enumerate(plan.layers.windows):
+            if layer in loaded:
+                continue
+            if window is not None:
+                loader.want_later(layer, plan.tail_chunks(window))
+                continue
+            if plan.keeps_all:
+                loader.want_later(layer, np.arange(plan.prefix.chunks))
+                continue
+            if plan.packed or (plan.is_leader(layer) and layer not in self._wanted):
+                loader.keys.want(layer)
+            if layer in self._wanted:
+                loader.want([layer], self._wanted[layer])  # Selected before the prefix was replaced.
+            elif plan.reads_whole_layers:
+                # Where memory has as many chunks as a request uses, the others are asked for by name, if at all.
+                loader.want_whole_layer_later(layer, plan.keep)
+        loader.start_queued()
+
+    def _speculate(self, layer: int) -> None:
+        members = self._plan.to_speculate(layer)
+        if members:
+            self.loader.want(members, self._wanted[layer], speculative=True)
+
+    # -- what to choose -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _select(self, asked: LayerInput) -> None:
+        """Select for the period that a layer leads, and ask for the chunks."""
+        plan, loader, layer = self._plan, self.loader, asked.layer
+        rows = asked.rows.asking_on(asked.query.device)
+        query, suffix_keys = asked.query, asked.suffix_keys
+        if rows.representatives is not None:
+            query, suffix_keys = query[rows.representatives], suffix_keys[rows.representatives]
+        scaling, softcap = asked.options["scaling"], asked.options.get("softcap")
+        inputs = SelectionInput(query, suffix_keys, rows.voters, rows.visible, scaling, softcap)
+        scorer = self._make_scorer(loader.keys, layer)
+        began = perf_counter()
+        scores = scorer(inputs)
+        if not plan.packed:
+            loader.keys.release(layer)
+        scores = self._on_host(layer, scores)
+        ends = plan.config.selection.keep_first, plan.config.selection.keep_last
+        selected = choose_chunks(scores.importance, plan.keep, *ends)
+        mass = scores.mass.detach().numpy().sum(0)
+        self._context.timeline.add("identify", layer, began, perf_counter())
+        wanted: Chunks = selected[0].numpy() if selected.shape[0] == 1 else np.unique(selected.numpy())
+        if plan.prefix.tail_tokens:
+            wanted = np.append(wanted, plan.prefix.whole_chunks)
+        members = plan.period_of(layer)
+        loader.accounts.note_importance(members, mass)
+        loader.accounts.expect_importance(members, mass)
+        for member in members:
+            self._selected[member], self._wanted[member] = selected, wanted
+        loader.want(members, wanted)
+        if not plan.packed:
+            loader.read_on(layer)
+
+    def _on_host(self, layer: int, scores: ChunkScores) -> ChunkScores:
+        """The choice is made on the host, where reads are issued. One copy, one wait."""
+        tier = self._context.store.memory.on(self._plan.layers.devices[layer])
+        if tier is None:
+            return scores
+        alone = scores.mass is scores.importance
+        both = tier.device.fetch(scores.mass[None] if alone else torch.stack(scores))
+        return ChunkScores(both[0], both[-1])
+
+    def selected_chunks(self, layer: int) -> torch.Tensor | None:
+        return self._selected.get(layer)
+
+    # -- how to place -------------------------------------------------------------------------------------------------
+
+    def load(self, asked: LayerInput, destination: torch.Tensor) -> Sequence[Arrival]:
+        """Select, if the layer leads a period; then place chunks as soon as they have arrived."""
+        plan, loader, layer = self._plan, self.loader, asked.layer
+        if plan.keeps_all:
+            self._wanted[layer] = np.arange(plan.prefix.chunks)
+        else:
+            if plan.is_leader(layer) and layer not in self._wanted:
+                self._select(asked)
+            self._speculate(layer)
+        wanted, found = self._wanted[layer], self._selected.get(layer)
+        selected = None if found is None else [row.numpy() for row in found]
+        if plan.packed:
+            assert selected is not None
+            self._place_keys(layer, selected, destination[0])
+        # If exactly the wanted chunks were asked for, as is usual, there is nothing to sort out.
+        exactly = loader.asked(layer) == len(wanted)
+        arrived = []
+        with closing(loader.take(layer)) as parts:
+            for part in parts:
+                began = perf_counter()
+                alike = exactly and destination.shape[1] == 1
+                assemble(plan.served, part, selected, plan.keep, destination, selected_only=alike)
+                self._context.timeline.add("copy", layer, began, perf_counter())
+                arrived.append(Arrival.of(part))
+        if not exactly and not among(wanted, _chunks_of(arrived)).all():
+            raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
+        return arrived
+
+    def _place_keys(self, layer: int, selected: Sequence[Chunks], destination: torch.Tensor) -> None:
+        """Keys of a packed prefix come from the index. Values may be under way meanwhile."""
+        parts = self.loader.keys.index(layer)
+        began = perf_counter()
+        place_keys(self._plan.served, parts, selected, destination)
+        self.loader.keys.release(layer)
+        self.loader.read_on(layer)
+        self._context.timeline.add("copy", layer, began, perf_counter())
+
+    def load_tail(self, layer: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return load_tail(self.loader, self._plan, layer, window, self._context.stats)
+
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
+    def count(self, layer: int, arrived: Sequence[Arrival]) -> None:
+        plan, stats, wanted = self._plan, self._context.stats, self._wanted[layer]
+        size, tail = plan.served.extent_bytes, plan.prefix.tail_tokens
+        exactly = sum(len(one.chunks) for one in arrived) == len(wanted)
+        for one in arrived:
+            used = None if exactly else among(one.chunks, wanted)
+            from_disk = self.loader.accounts.count_hits(layer, one, used)
+            unused = (one.from_disk - from_disk) * size
+            if one.speculative:
+                stats.prefetch_hits += from_disk
+                stats.prefetch_wasted_bytes += unused
+            else:
+                stats.bytes_identified += unused  # The whole layer was read for its keys.
+        self.loader.accounts.note_used(layer, wanted)
+        whole = len(wanted) - (1 if tail else 0)
+        stats.bytes_used += whole * size + tail * plan.served.token_bytes()
+        stats.chunks_used.append(plan.keep + (1 if tail else 0))
+
+
+def _chunks_of(arrived: Sequence[Arrival]) -> Chunks:
+    return np.concatenate([one.chunks for one in arrived]) if arrived else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,198 @@
+"""The tokens that a cache holds: a prefix that is attached, and the suffix behind it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .attached_request import PrefixLayer
+from .cached_tokens import CachedTokens
+from .forward_inputs import Prompt
+from .prefix_slot import PrefixSlot
+
+
+@dataclass
+class NewPrompt:
+    """A prompt that the model computes in automatic mode.
+
+    Attributes:
+        prompt: as far as it was passed.
+        block: tokens of each forward, where a prompt is computed in blocks.
+        began: when its first forward began, in seconds on `time.perf_counter`.
+        rows: how many equal rows of the batch the one row stands for that is computed.
+        stores: its K/V are exact, and are going to be stored.
+    """
+
+    prompt: Prompt
+    block: int | None
+    began: float
+    rows: int = 1
+    stores: bool = True
+
+
+class CachedSequence:
+    """What a cache holds, and how it becomes shorter.
+
+    Args:
+        slot: of the prefix.
+        layers: of the cache.
+        automatic: the prefix is that of the current prompt; otherwise the user has named it, and it stays.
+
+    Attributes:
+        slot, layers, automatic: as passed.
+        suffix: ids of the tokens behind the prefix.
+        new_prompt: what the model is computing in automatic mode, or `None`.
+    """
+
+    def __init__(self, slot: PrefixSlot, layers: Sequence[PrefixLayer], automatic: bool) -> None:
+        self.slot = slot
+        self.layers = layers
+        self.automatic = automatic
+        self.suffix = CachedTokens()
+        self.new_prompt: NewPrompt | None = None
+        # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
+        self._before: int | None = None
+        # What `crop` has left of a prefix that the user has named, in tokens, for the prompts that follow.
+        self._cropped_to: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of prefix and suffix."""
+        return int(self.layers[0].get_seq_length())
+
+    @property
+    def suffix_length(self) -> int:
+        """Tokens behind the prefix."""
+        return self.length - self.slot.tokens
+
+    @property
+    def prefix(self) -> torch.Tensor | None:
+        """The tokens of the attached prefix, int64 `(tokens,)`, or `None`."""
+        ids = self.slot.ids
+        return None if ids is None or self.slot.attached is None else ids[: self.slot.tokens]
+
+    @property
+    def may_start_over(self) -> bool:
+        """Whether what is cached may be forgotten: anything but the prefix that the user has named."""
+        return self.automatic or self.slot.attached is None or self.suffix_length > 0
+
+    # -- becoming shorter ---------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Drop the suffix and keep a prefix that the user has named; in automatic mode nothing stays."""
+        slot = self.slot
+        self._cropped_to = self.new_prompt = self._before = None
+        if self.automatic:
+            slot.ids = None
+            slot.detach()
+        elif slot.is_damaged and slot.ids is not None:
+            # What is stored proved wrong and is out of service: compute it again.
+            slot.attach_ids(slot.ids)
+        elif slot.whole is not None:
+            slot.attach(slot.whole)
+        else:
+            for layer in self.layers:
+                layer.reset()
+        self.suffix.clear()
+
+    def next_prompt(self) -> None:
+        """Another prompt begins: as `reset`, but a prefix that was cropped stays cropped."""
+        cropped = self._cropped_to
+        self.reset()
+        if cropped is not None and cropped < self.slot.tokens:
+            self.shorten_prefix(cropped)
+            self._cropped_to = cropped
+
+    def forward_begins(self, inputs: dict[str, Any]) -> None:
+        """The model's forward is about to cache the tokens of these arguments (by name)."""
+        self.suffix.append_new(inputs)
+        self._before = self.suffix_length
+
+    def forward_ended(self) -> None:
+        """Every layer has cached the tokens of the forward."""
+        self._before = None
+
+    def repair(self) -> None:
+        """After a forward that was interrupted: begin again if it was the first one behind the prefix.
+
+        Raises:
+            InputError: it was a later one: the layers hold different tokens.
+        """
+        if self._before is None:
+            return
+        if self._before > 0:
+            raise InputError(
+                "an earlier forward with this cache was interrupted, its layers hold different tokens; call reset()"
+            )
+        self._before = None
+        if self.automatic or self.slot.is_damaged:
+            self.reset()
+        else:
+            self.slot.restart()
+            self.suffix.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens. A crop into a named prefix shortens it until `reset`.
+
+        Raises:
+            ValueError: the number is positive, and a prefix is attached.
+        """
+        if self.slot.attached is not None and tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number of tokens to remove (or 0), got {tokens_to_remove}; to keep "
+                f"{tokens_to_remove} of {self.length} tokens, pass {tokens_to_remove - self.length}"
+            )
+        if self.automatic and 0 < self.length <= -tokens_to_remove:
+            self.reset()  # (Layers with a window could not be cropped.)
+            return
+        before = self.slot.tokens
+        self.give_back(-tokens_to_remove)
+        if self.slot.whole is not None and self.slot.tokens < before:
+            self._cropped_to = self.slot.tokens
+
+    def give_back(self, tokens: int) -> None:
+        """Remove the last tokens. Where that reaches the prefix, a new request on what is left of it begins."""
+        left = self.length - tokens
+        if self.slot.attached is None or left > self.slot.tokens or tokens == 0:
+            for layer in self.layers:
+                layer.crop(-tokens)
+            self.suffix.crop(self.suffix_length)
+        else:
+            self.shorten_prefix(left)
+
+    def shorten_prefix(self, tokens: int) -> None:
+        """Begin a new request on the first `tokens` tokens of the prefix (0: without a prefix)."""
+        self.slot.shorten(tokens)
+        self.suffix.clear()
+
+    def detach(self) -> None:
+        """Forget prefix and suffix."""
+        self.slot.detach()
+        self.suffix.clear()
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def select_rows(self, rows: torch.Tensor, *, reorder: bool = False) -> None:
+        """Only these rows (positions, or a bool mask), in this order. `reorder`: they are beams."""
+        for layer in self.layers:
+            (layer.reorder_cache if reorder else layer.batch_select_indices)(rows)  # type: ignore[arg-type]
+        self.suffix.select(rows)
+
+    def repeat_rows(self, times: int) -> None:
+        """Each row `times` times."""
+        for layer in self.layers:
+            layer.batch_repeat_interleave(times)
+        self.suffix.repeat(times)
+
+    def copy_for(self, layers: Sequence[PrefixLayer], memo: dict[int, Any]) -> CachedSequence:
+        """The same for a copy of the cache with these `layers`."""
+        twin = copy.copy(self)
+        twin.slot, twin.layers = self.slot.copy_for(layers, memo), layers
+        twin.suffix = copy.deepcopy(self.suffix, memo)
+        twin.new_prompt = copy.copy(self.new_prompt)
+        return twin

@@ -1,0 +1,123 @@
+"""Where a cache gets prefixes from: the store has them, or the model computes them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import ContiguousKVConfig
+from ..model.served_model import ServedModel
+from ..planning.auto_budget import AutoBudget, BudgetChoice
+from ..prefill.exact_prefill import Prefill
+from ..prefill.recovery import Recovery
+from ..store import PrefixStore
+from ..store.attached_prefix import AttachedPrefix
+from ..store.entries import StoredPrefix
+from .arguments import require_storable
+
+
+@dataclass(frozen=True)
+class CompletePrefix:
+    """A prefix of which every token is there.
+
+    Attributes:
+        prefix: all of it.
+        from_store: how many of its tokens were stored before.
+        recomputed: why it was computed although it was stored, or `None`.
+    """
+
+    prefix: AttachedPrefix
+    from_store: int
+    recomputed: BudgetChoice | None = None
+
+
+class PrefixSource:
+    """Finds and computes the prefixes of one model in one store.
+
+    Args:
+        model: whose prefixes.
+        store: where they are.
+        config: of the cache.
+
+    Attributes:
+        model, store, config: as passed.
+        fingerprint: of the model, as of the last `refresh`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served correctly.
+    """
+
+    def __init__(self, model: ServedModel, store: PrefixStore, config: ContiguousKVConfig) -> None:
+        self.model = model
+        self.store = store
+        self.config = config
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model again: its weights, adapters, dtype or devices may have changed."""
+        geometry = self.model.geometry(self.config.chunk_size)
+        self.fingerprint = self.model.fingerprint()
+        self._prefill = Prefill(self.model, self.fingerprint, geometry, self.store, self.config.prefill_block)
+        self._auto_budget = AutoBudget(self.model, self.store, self.config) if self.config.budget == "auto" else None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model would compute other K/V now than those of its prefixes."""
+        return self.model.fingerprint() != self.fingerprint
+
+    def look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
+        """The longest stored beginning of `ids`. The statistics of the store count it."""
+        return self._prefill.look_up(ids, count=True)
+
+    def complete(self, ids: torch.Tensor) -> CompletePrefix:
+        """The prefix `ids`, int64 `(n,)`: what is stored of it, and what is computed and stored now.
+
+        Raises:
+            InputError: it must not be stored.
+        """
+        numbers = ids.numpy().astype(np.int64)
+        stored = self.look_up(numbers)
+        found = 0 if stored is None else stored.tokens
+        recomputed: BudgetChoice | None = None
+        if stored is None or found < len(numbers):
+            require_storable(self.model.lm, ids)
+            stored = self._prefill.complete(ids, stored)
+        elif not self.model.lm.training:
+            recomputed = self.faster_to_compute(AttachedPrefix.of(stored, found), self.config)
+            if recomputed is not None:
+                stored, found = self._prefill.complete(ids, None, in_memory=True), 0
+        return CompletePrefix(AttachedPrefix.of(stored, len(numbers)), found, recomputed)
+
+    def choose_budget(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice | None:
+        """What `budget="auto"` of `config` means for `prefix`; `None`: the budget is a number."""
+        if config.budget != "auto" or self._auto_budget is None:
+            return None
+        return self._auto_budget.choose(prefix)
+
+    def faster_to_compute(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice | None:
+        """Why a stored prefix should be computed again, where `budget="auto"` finds that faster than loading it."""
+        choice = self.choose_budget(prefix, config)
+        return replace(choice, budget=1.0) if choice is not None and choice.recompute else None
+
+    def recovery(self, ids: torch.Tensor, report: Callable[[AttachedPrefix, int], None]) -> Recovery:
+        """What a request on `ids`, int64 `(n,)`, does about damage. It does not keep the owner of `report` alive.
+
+        Args:
+            ids: the whole prefix.
+            report: a bound method; called with the sound prefix, and how many of its tokens came from the store.
+        """
+        assert isinstance(report, MethodType)
+        weak: weakref.WeakMethod[Callable[[AttachedPrefix, int], None]] = weakref.WeakMethod(report)
+
+        def report_if_alive(prefix: AttachedPrefix, from_store: int) -> None:
+            method = weak()
+            if method is not None:
+                method(prefix, from_store)
+
+        return Recovery(self._prefill, ids, report_if_alive)

@@ -1,0 +1,78 @@
+"""Whether a prompt continues what a cache holds, and whether it begins with the prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .cached_sequence import CachedSequence
+from .forward_inputs import pads_before_prefix
+
+SEAM_TOKENS = 8
+"""A prompt that differs from the prefix in so many of its last tokens was probably tokenised across the seam."""
+
+
+def continues(held: CachedSequence, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether each row of `prompt`, int64 `(rows, n)`, provably begins with what the same row of the cache holds."""
+    before = held.prefix
+    hidden = mask == 0 if mask is not None and mask.shape == prompt.shape else None
+    if held.suffix_length > 0 or before is None:
+        return held.suffix.continued_by(prompt, hidden, before, held.suffix_length)
+    rows = [row[skip : skip + len(before)].cpu() for row, skip in zip(prompt, _pads(prompt, mask), strict=True)]
+    return all(torch.equal(row, before[: len(row)]) for row in rows)
+
+
+def check_rows(prefix: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise `InputError` if whole prompts `(rows, n)` do not begin with the prefix, behind their left padding."""
+    for row, skip in zip(ids, _pads(ids, mask), strict=True):
+        if prefix is not None:
+            check_ids(prefix, row[skip:], partial=True)
+
+
+def check_ids(prefix: torch.Tensor, input_ids: torch.Tensor, partial: bool) -> None:
+    """Raise `InputError` if ids (`[n]`, or `[batch, n]`: each row) do not begin with the prefix, int64 `(tokens,)`.
+
+    With `partial`, ids shorter than the prefix need only agree as far as they go.
+    """
+    rows = input_ids[None] if input_ids.ndim == 1 else input_ids
+    for position, row in enumerate(rows.cpu()):
+        length = min(len(row), len(prefix))
+        if length < len(prefix) and not partial:
+            raise InputError(f"row {position} has {len(row)} tokens, fewer than the prefix of {len(prefix)}")
+        differs = (row[:length] != prefix[:length]).nonzero()
+        if len(differs):
+            at = int(differs[0])
+            left = len(prefix) - at
+            remedy = (
+                f"; if the tokenizer joins the end of the prefix with the question, leave the last {left} tokens out "
+                f"of the prefix, or call crop({-left}) on this cache"
+            )
+            raise InputError(
+                f"row {position} does not begin with the prefix of this cache: token {at} is {int(row[at])}, "
+                f"expected {int(prefix[at])}" + (remedy if left <= SEAM_TOKENS else "")
+            )
+
+
+def check_embeddings(lm: Any, prefix: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise `InputError` if a prompt of embeddings `(rows, n, hidden)` does not begin with those of the prefix, int64
+    `(tokens,)`, as far as it goes."""
+    with torch.no_grad():
+        expected = lm.get_input_embeddings()(prefix.to(embeddings.device))
+    for position, (row, skip) in enumerate(zip(embeddings, _pads(embeddings, mask), strict=True)):
+        shown = row[skip : skip + len(prefix)]
+        if not torch.equal(shown, expected[: len(shown)].to(shown.dtype)):
+            raise InputError(
+                f"row {position} of inputs_embeds does not begin with the embeddings of this cache's prefix"
+            )
+
+
+def shortest_row(prompt: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """Tokens of the shortest row of ids or embeddings, left padding not counted."""
+    return prompt.shape[1] - (0 if mask is None else int(pads_before_prefix(mask).max()))
+
+
+def _pads(prompt: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+    pads: list[int] = [0] * len(prompt) if mask is None else pads_before_prefix(mask).tolist()
+    return pads

@@ -1,0 +1,105 @@
+"""A prompt begins: keep of the cache what the prompt provably continues, and leave it as many tokens as it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config import ContiguousKVConfig
+from ..errors import InputError
+from ..model.transformers_internals import GenerateCall, cut_before_blocks
+from .cached_sequence import CachedSequence
+from .forward_inputs import cut_cached
+from .prompt_checks import check_embeddings, check_rows, continues, shortest_row
+
+FEWEST_VOTERS = 4
+"""A pruned prefix that leaves fewer tokens of the prompt to choose its chunks gives some of its own back."""
+
+
+def voters_wanted(config: ContiguousKVConfig) -> int:
+    """How many tokens of a prompt should stay behind a pruned prefix, because their queries choose its chunks."""
+    return 1 if config.budget == 1.0 else config.selection.queries or config.chunk_size
+
+
+def begin_prompt(held: CachedSequence, call: GenerateCall) -> bool:
+    """A `generate` is about to use what the cache holds: keep what its prompt provably continues, and nothing else.
+
+    Returns:
+        whether the prompt starts over: the cache held another one.
+
+    Raises:
+        InputError: the prompt does not begin with the prefix of the cache.
+    """
+    if held.length == 0:
+        return False
+    started_over = False
+    prompt, mask, slot = call.whole_prompt, call.attention_mask, held.slot
+    if call.embeddings is not None:
+        if held.suffix_length > 0:
+            held.next_prompt()  # Nothing can be said about what embeddings continue.
+        if held.prefix is None:
+            return False
+        prompt = call.embeddings
+        check_embeddings(slot.source.model.lm, held.prefix, prompt, mask)
+    elif prompt is None:
+        return False
+    elif held.may_start_over and not continues(held, prompt, mask):
+        held.next_prompt()
+        started_over = True
+    if held.suffix_length > 0:
+        _leave(held, prompt.shape[1], 1)
+    if call.block and held.length > 0:
+        cut_before_blocks(call)
+    if slot.attached is None:
+        return started_over
+    if call.embeddings is None:
+        check_rows(held.prefix, prompt, mask)
+    left, keep_back = shortest_row(prompt, mask), voters_wanted(slot.attached.request.plan.config)
+    if held.suffix_length == 0 and left - slot.tokens < min(keep_back, FEWEST_VOTERS):
+        # Cut before `generate` cuts the prompt by what is cached.
+        held.shorten_prefix(max(0, left - keep_back))
+    return started_over
+
+
+def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: bool) -> None:
+    """A forward is passed the whole prompt although some of it is cached: keep what is new of it in `inputs`.
+
+    At least one token is left. What is cached and is not the beginning of the prompt is forgotten first.
+
+    Raises:
+        InputError: logits of cached tokens are wanted, or the prompt is shorter than what is cached.
+    """
+    ids, mask, needed = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        mask = None
+    if held.may_start_over and not continues(held, ids, mask):
+        held.next_prompt()
+    cached, length = held.length, ids.shape[1]
+    if cached == 0:
+        return
+    if not generate_begins and (not isinstance(needed, int) or not 1 <= needed <= length):
+        if held.automatic:
+            held.next_prompt()  # Logits of all tokens are wanted: all are computed.
+            return
+        raise InputError(
+            f"{cached} of these {length} tokens are in the cache already, and have no logits: pass the new tokens "
+            "only, with an attention mask that covers both (or position ids), or say with logits_to_keep how many "
+            "logits you need"
+        )
+    needed = max(1, needed) if isinstance(needed, int) else 1
+    check_rows(held.prefix, ids, mask)
+    if length < cached:
+        raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
+    _leave(held, length, needed)
+    cut_cached(inputs, held.length)
+
+
+def _leave(held: CachedSequence, length: int, needed: int) -> None:
+    """Give back the end of what is cached of a prompt of `length` tokens, so that `needed` are left to compute."""
+    missing = needed - (length - held.length)
+    if missing > 0 and held.suffix_length > 0 and any(held.slot.source.model.windows):
+        held.next_prompt()  # Windows do not remember what has left them.
+        missing = needed - (length - held.length)
+    if missing > 0 and held.length > 0:
+        held.give_back(missing)
