@@ -1,4 +1,4 @@
-"""Which chunk goes first when memory is full: one small protocol, and the policies that follow it."""
+"""Which chunk to evict first when memory is full: one small protocol, and the policies that follow it."""
 
 from __future__ import annotations
 
@@ -12,70 +12,70 @@ from .history import Floats, Uses
 
 @runtime_checkable
 class EvictionPolicy(Protocol):
-    """Says what keeping an entry is worth.
+    """Computes the worth of keeping an entry.
 
     Attributes:
-        name: in statistics and plots.
-        arrivals_compete: whether what a request loaded is judged like everything else as soon as the request is over,
-            so that it may be what goes (room is then made after requests, not within them). If not, an arrival stays
-            until room is needed.
+        name: shown in statistics and plots.
+        arrivals_compete: whether a chunk just loaded competes with all others as soon as its request is over and may
+            itself be evicted. Room is then made after requests, not during them. If false, an arrival stays until room
+            is needed.
     """
 
     name: str
     arrivals_compete: bool
 
     def worth(self, uses: Uses) -> Floats:
-        """float64 `(n,)`, higher = keep. Asked anew whenever an entry was loaded or used; never as time goes by."""
+        """float64 `(n,)`, higher = keep. Called after an entry was loaded or used, never because time has passed."""
         ...
 
 
 class LeastRecentlyUsed:
-    """What was not used for the longest time goes first."""
+    """Evicts the entry that has been unused for the longest time."""
 
     name = "lru"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Number of the last request that used it."""
+        """Number of the last request that used the entry."""
         return uses.last
 
 
 class LeastFrequentlyUsed:
-    """What the fewest requests used goes first; of equals, what was not used for the longest time."""
+    """Evicts the entry that the fewest requests used; of equals, the one unused for the longest time."""
 
     name = "lfu"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Requests that used it, ever."""
-        # A float64 holds both exactly for the first two million uses of one chunk; then ties lose their order.
+        """Number of requests that ever used the entry."""
+        # A float64 holds both numbers exactly for the first two million uses of a chunk; after that, ties lose their order.
         return uses.requests + uses.last * 2.0**-32
 
 
 class AttentionGuided:
-    """The published policy (arXiv 2601.13631): `S_j = I_j * F_j`, the least goes first."""
+    """The published policy (arXiv 2601.13631): evicts the entry with the lowest `S_j = I_j * F_j`."""
 
     name = "published"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Attention mass summed over requests, times how often it was loaded."""
+        """Attention mass summed over requests, times the number of loads."""
         return uses.importance * uses.loads
 
 
 class ExpectedUse:
-    """Ours: what is least likely to be used by the next request goes first.
+    """Our policy: evicts the entry that the next request is least likely to use.
 
-    A chunk is used if its prefix is asked for, and then if the selection wants the chunk. The first is the prefix's
-    share of recent requests; the second the share of its requests that used the chunk, pulled towards a prior while
-    there are few of them. Uses fade with a half-life, bytes are worth what their entry is likely to save, and arrivals
-    must prove better than what is there.
+    A request uses a chunk if it asks for the chunk's prefix and its selection chooses the chunk. The first probability
+    is the prefix's share of recent requests. The second is the share of the prefix's requests that used the chunk,
+    pulled towards a prior while there are few requests. Uses fade with a half-life. An arrival must be worth more than
+    the entries already in memory.
 
     Args:
-        prior: the share that a chunk is believed to have before anything is known.
-        weight: how many requests that belief counts for.
-        ahead: what a byte of keys is worth beside one of chunks: keys are read in one piece and before they are needed,
-            chunks here and there while attention waits for them.
+        prior: the assumed share of requests that use a chunk, before any is known.
+        weight: the number of requests that the prior counts for.
+        ahead: worth of a byte of keys relative to a byte of chunks. Keys are read in one piece before they are needed;
+            chunks are scattered and read while attention waits.
     """
 
     name = "expected-use"
@@ -87,11 +87,11 @@ class ExpectedUse:
         self.ahead = ahead
 
     def worth(self, uses: Uses) -> Floats:
-        """Expected uses per request, up to a factor that all entries share."""
+        """Expected uses per request, up to a factor common to all entries."""
         if uses.ahead:  # Every request to the prefix uses its keys.
             return np.full(len(uses.requests), uses.prefix_heat * self.ahead)
         believed = self.weight * self.prior
-        # Both counts of the ratio fade alike, so it is taken of counts that do not; what fades is the prefix's heat.
+        # Both counts of the ratio would fade alike, so it uses counts that do not fade. Only the prefix's heat fades.
         share = (uses.requests + believed) / (uses.prefix_requests + self.weight)
         return uses.prefix_heat * np.minimum(share, 1.0)
 
@@ -100,10 +100,10 @@ POLICIES = {policy.name: policy for policy in (LeastRecentlyUsed, LeastFrequentl
 
 
 def policy_named(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """A policy by its name, or itself.
+    """The policy of this name, or `policy` itself if it is an object.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no policy has this name.
     """
     if not isinstance(policy, str):
         return policy
