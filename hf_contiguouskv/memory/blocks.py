@@ -195,7 +195,8 @@ def distinct(numbers: npt.NDArray[Integer]) -> npt.NDArray[Integer]:
 
 
 def among(numbers: Slots, some: Slots) -> npt.NDArray[np.bool_]:
-    """Which of `numbers` are in `some`, bool `(n,)`. All numbers are small and not negative, so a table beats `np.isin`."""
+    """Which of `numbers` are in `some`, bool `(n,)`. All numbers are small and not negative, so a table beats
+    `np.isin`."""
     if not len(numbers) or not len(some):
         return np.zeros(len(numbers), dtype=bool)
     known = np.zeros(max(int(numbers.max()), int(some.max())) + 1, dtype=bool)

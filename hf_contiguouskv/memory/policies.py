@@ -48,7 +48,8 @@ class LeastFrequentlyUsed:
 
     def worth(self, uses: Uses) -> Floats:
         """Number of requests that ever used the entry."""
-        # A float64 holds both numbers exactly for the first two million uses of a chunk; after that, ties lose their order.
+        # A float64 holds both numbers exactly for the first two million uses of a chunk; after that, ties lose their
+        # order.
         return uses.requests + uses.last * 2.0**-32
 
 

@@ -132,7 +132,8 @@ class Tier(Lender):
         arriving: bool = True,
         importance: Floats | None = None,
     ) -> None:
-        """Register that `slots` (from `take`) now hold the chunks at `places`; chunks already resident stay where they are.
+        """Register that `slots` (from `take`) now hold the chunks at `places`; chunks already resident stay where they
+        are.
 
         Chunks of a running request are judged as if the request were already over.
 
@@ -374,7 +375,8 @@ class Tier(Lender):
                 self._keys.let_go(keys)
 
     def keep_keys(self, name: str, which: int, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
-        """Keep a leased buffer under `name`, and hold it. `None` (no room, or `name` is taken): the caller still owns it.
+        """Keep a leased buffer under `name`, and hold it. `None` (no room, or `name` is taken): the caller still owns
+        it.
 
         `which` is explained in `SegmentTable.uses_of_keys`.
         """

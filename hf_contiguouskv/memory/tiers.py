@@ -121,7 +121,8 @@ class MemoryTiers:
         return pinned_buffer(nbytes) if self._pinned else aligned_buffer(nbytes)
 
     def workspace(self, nbytes: int) -> torch.Tensor | None:
-        """See `Tier.workspace`. `None` if there are accelerators: the host tier is then pinned memory, which is scarce."""
+        """See `Tier.workspace`. `None` if there are accelerators: the host tier is then pinned memory, which is
+        scarce."""
         return None if self._pinned else self.host.workspace(nbytes)
 
     # -- tiers --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Memory from which attention reads K and V, kept from one request to the next.
 
-A request fills tens of megabytes once and drops them. Fresh memory costs a page fault and zeroing for every 4 KiB, about
-as much time as filling it. So the memory of one request's tensors is reused for the next request.
+A request fills tens of megabytes once and drops them. Fresh memory costs a page fault and zeroing for every 4 KiB,
+about as much time as filling it. So the memory of one request's tensors is reused for the next request.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Workspace:
         try:
             self._recent.pop(len(piece), None)
             self._recent[len(piece)] = None
-            # The storage keeps this array alive until its last tensor is gone, so the array's finalizer returns the piece.
+            # The storage keeps this array alive until its last tensor is gone, so the array's finalizer returns the
+            # piece.
             array = piece.numpy()
             with torch.inference_mode(False):  # A cache may be continued outside inference mode.
                 lent = torch.from_numpy(array)

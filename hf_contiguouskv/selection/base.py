@@ -87,7 +87,8 @@ def choose_chunks(importance: torch.Tensor, keep: int, keep_first: int, keep_las
 
 
 def _cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64]:
-    """Positions of the `keep` lowest costs, ascending. Ties go to the earlier position; NaN counts as the highest cost."""
+    """Positions of the `keep` lowest costs, ascending. Ties go to the earlier position; NaN counts as the highest
+    cost."""
     limit = np.partition(costs, keep - 1)[keep - 1]
     if np.isnan(limit):
         return _cheapest(np.where(np.isnan(costs), np.float32(np.inf), costs), keep)

@@ -1,9 +1,9 @@
 """Products of int8 keys and int8 queries on an accelerator, computed exactly.
 
-A request must choose the same chunks on every device. A product returned as bfloat16 keeps 8 bits of a logit: at a logit
-of 12 that is an error of 6% in its exponential. Integer products are exact on every device if sums are kept in float32
-(where each stays below 2^24) or int32. There are three ways: 16-bit factors with float32 sums, the integer units
-(`torch._int_mm`), or float32 throughout.
+A request must choose the same chunks on every device. A product returned as bfloat16 keeps 8 bits of a logit: at a
+logit of 12 that is an error of 6% in its exponential. Integer products are exact on every device if sums are kept in
+float32 (where each stays below 2^24) or int32. There are three ways: 16-bit factors with float32 sums, the integer
+units (`torch._int_mm`), or float32 throughout.
 
 A sample with known sums shows once per device which of these it supports. The one with the fewest kernels is tried
 first, because launching kernels is expected to take longer than their arithmetic (docs/results/gpu.md).

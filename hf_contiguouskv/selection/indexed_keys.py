@@ -1,7 +1,8 @@
 """Choosing chunks by a resident int8 copy of the keys: an eighth to a half of the reads, and an integer matrix product.
 
 The index of a layer is int8 `(kv_heads, c, chunks, head_dim)` with a float32 scale `(kv_heads, head_dim)` per channel.
-The position in the chunk is the leading axis, so that a chunk's maximum is taken over whole rows, not over 16 neighbours.
+The position in the chunk is the leading axis, so that a chunk's maximum is taken over whole rows, not over 16
+neighbours.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Part = tuple[torch.Tensor, torch.Tensor]
 class IndexedKeysScorer:
     """Softmax over the chunks' best logits, raised to `concentration`, summed over queries and heads.
 
-    A chunk's strongest token stands for the chunk. That needs one exponential per chunk instead of one per token, and it
-    separates a chunk that holds an answer from one that is vaguely related.
+    A chunk's strongest token stands for the chunk. That needs one exponential per chunk instead of one per token, and
+    it separates a chunk that holds an answer from one that is vaguely related.
 
     Args:
         parts: one `(index, scale)` pair per segment of the prefix, in order (see the module's docstring).
@@ -55,9 +56,9 @@ class IndexedKeysScorer:
         return scores_of_rows([score(inputs, row) for row in range(inputs.queries.shape[0])])
 
     def _row_on_cpu(self, inputs: SelectionInput, row: int) -> ChunkScores:
-        # With a few thousand numbers per layer and a hundred layers, numpy calls take a third of the time of torch calls.
-        # One row per chunk and one column per head and query: maximum and sums then run over whole rows, and weighted
-        # sums are matrix-vector products.
+        # With a few thousand numbers per layer and a hundred layers, numpy calls take a third of the time of torch
+        # calls. One row per chunk and one column per head and query: maximum and sums then run over whole rows, and
+        # weighted sums are matrix-vector products.
         kv_heads = self.parts[0][0].shape[0]
         voting = _voting(inputs.queries[row], inputs.voters[row]).detach().float()
         queries = voting.numpy().reshape(kv_heads, -1, self._head_dim)
@@ -101,7 +102,8 @@ class IndexedKeysScorer:
 
 
 def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
-    """The queries at `voters` (ascending) of `(heads, q, head_dim)`; consecutive ones (a short suffix) without a copy."""
+    """The queries at `voters` (ascending) of `(heads, q, head_dim)`; consecutive ones (a short suffix) without a
+    copy."""
     first, last = int(voters[0]), int(voters[-1])
     if last - first == len(voters) - 1:
         return queries[:, first : last + 1]

@@ -145,7 +145,8 @@ class ProductChooser:
 
     Args:
         candidates: the products to choose from, given the number of channels.
-        clock: returns seconds. The default is the thread's own time, so that time spent on other threads does not count.
+        clock: returns seconds. The default is the thread's own time, so that time spent on other threads does not
+            count.
     """
 
     def __init__(
