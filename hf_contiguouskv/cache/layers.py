@@ -118,14 +118,12 @@ class ContiguousLayer(DynamicLayer):
 
     @property
     def plain(self) -> bool:
-        """See `attention.KVSource`."""
         return self.attached is not None and self.attached.plain
 
     @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def visible_kv(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `attention.KVSource`."""
         assert self.attached is not None
         self.attached.expected = None
         if not self._loaded:
