@@ -10,11 +10,10 @@ Two models with the same fingerprint compute the same keys and values for the sa
   (`saved_state.py`). A model is refused if such state cannot be read;
 - which adapters are active, disabled or merged, and their scaling.
 
-Sampling: tensors up to 64 KiB are digested whole. Of a larger tensor, the first and last 1024 elements and 4096
-    elements
-at equal distances are digested. A fine-tune, a merge or noise changes practically every element and is noticed. Not
-noticed is a larger tensor that differs *only* in elements that are not sampled, such as one edited number, if the edit
-was made in another process, before the first fingerprint, or to a tensor that has replaced the earlier one.
+Sampling: tensors up to 64 KiB are digested whole. Larger tensors are digested at their first and last 1024 elements and
+at 4096 elements at equal distances. A fine-tune, a merge or noise changes practically every element and is noticed. A
+difference *only* in elements that are not sampled, such as one edited number, is not noticed if the edit was made in
+another process, before the first fingerprint, or to a tensor that has replaced the earlier one.
 
 The process keeps the result per model, and every later call checks cheaply whether the model is still the same:
 

@@ -2,8 +2,7 @@
 
 `reason_for_refusal` runs before the trial forward; its findings are certain, from the configuration or the model's
 class. `reason_after_trial` explains what the trial forward found. `looks_ahead` finds models whose K/V of a token
-depend on
-later tokens: the K/V of a prefix cannot be stored before the rest of the prompt is known.
+depend on later tokens: the K/V of a prefix cannot be stored before the rest of the prompt is known.
 
 Every reason continues the name of the model's class: "FalconForCausalLM computes attention itself, ...".
 """
