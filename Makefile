@@ -3,7 +3,7 @@
 # make test            everything that runs without a GPU
 # make compat          the contract tests on other releases of transformers than the pinned one (COMPAT="5.20.0 5.23.0")
 # make package-test    the wheel, installed in an environment of its own: the quick example, the command, an evaluation
-# make lint            ruff and mypy
+# make lint            ruff, import-linter and mypy
 # make docs            the docs site, in site/ (strict: no dead link, no page left out; no network)
 # make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
@@ -74,6 +74,7 @@ faults: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py eval/dtypes.py eval/estimate.py examples/demo.py
 
