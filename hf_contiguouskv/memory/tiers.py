@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..config import Payload
 from ..errors import ConfigError
 from ..hardware.accelerator import Device, device_of, pinned_buffer, release_pinned, reserve_pinned
 from ..hardware.aligned_memory import aligned_buffer
-from ..store.extents import Form
-from ..store.segment import Segment
 from .blocks import Blocks, PageableBlocks, Slots, TensorBlocks
 from .device_tier import DeviceTier
 from .history import Clock, SegmentTable
+from .kept_segment import KeptSegment
 from .policies import EvictionPolicy, policy_named
 from .tier import Tier
 
@@ -170,12 +170,12 @@ class MemoryTiers:
 
     # -- segments -----------------------------------------------------------------------------------------------------
 
-    def table(self, segment: Segment, form: Form = "exact") -> SegmentTable | None:
+    def table(self, segment: KeptSegment, form: Payload = "exact") -> SegmentTable | None:
         """The table of a segment's chunks in one form; `None` where there is no memory to keep them in."""
         identity = (segment.key, segment.first_chunk, segment.identity, form)
-        extent_bytes = segment.extents(form).nbytes
-        if getattr(segment.blob, "in_memory", False) or segment.retired:
-            return None  # It is in memory already, or nobody will ask for it again.
+        extent_bytes = segment.extent_bytes(form)
+        if segment.needs_no_table:
+            return None
         if max(self.host.max_bytes, self.device_bytes) < extent_bytes:
             return None
         with self.lock:
@@ -186,11 +186,10 @@ class MemoryTiers:
                 self._by_identity.move_to_end(identity)
             return table
 
-    def _new_table(self, identity: Hashable, segment: Segment, extent_bytes: int) -> SegmentTable | None:
+    def _new_table(self, identity: Hashable, segment: KeptSegment, extent_bytes: int) -> SegmentTable | None:
         """A table, if there is room for it; older ones go, first those of which nothing is in memory."""
-        layers = segment.geometry.num_layers
         self._last_number += 1
-        table = SegmentTable(self._last_number, identity, layers, segment.num_chunks, extent_bytes)
+        table = SegmentTable(self._last_number, identity, segment.num_layers, segment.num_chunks, extent_bytes)
         for tier in self.tiers:
             if tier.max_bytes:
                 table.slots_in(tier.name)

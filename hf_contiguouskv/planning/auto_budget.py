@@ -144,7 +144,7 @@ class AutoBudget:
         return found
 
     def _chosen(self, prefix: AttachedPrefix) -> BudgetChoice:
-        if all(getattr(span.segment.blob, "in_memory", False) for span in prefix.spans):
+        if all(span.segment.in_memory for span in prefix.spans):
             return BudgetChoice(1.0, False, 0.0, 0.0, f"{prefix.tokens:,} prefix tokens: budget 1, they are in memory")
         problem = self._problem
         if self._speeds is not None:

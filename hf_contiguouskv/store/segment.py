@@ -133,6 +133,21 @@ class Segment:
         return self.header.num_chunks
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.header.geometry.num_layers
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its blob lies in the memory of this process."""
+        return bool(getattr(self.blob, "in_memory", False))
+
+    @property
+    def needs_no_table(self) -> bool:
+        """Whether its bytes lie in memory already, or no later request will ask for them."""
+        return self.in_memory or self.retired
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in this segment."""
         return self.header.num_tokens
@@ -155,6 +170,14 @@ class Segment:
             KeyError: the segment has no packed values.
         """
         return self._extents[form]
+
+    def extent_bytes(self, form: Form) -> int:
+        """Bytes of one chunk of one layer in one form.
+
+        Raises:
+            KeyError: the segment has no packed values.
+        """
+        return self._extents[form].nbytes
 
     def tensor_extent(self, name: str) -> tuple[int, int]:
         """`(offset, nbytes)` in the file of tensor `name`.

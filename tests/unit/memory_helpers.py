@@ -18,9 +18,9 @@ from hf_contiguouskv.memory.arena import Arena
 from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorBlocks
 from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, Floats, SegmentTable, Uses
+from hf_contiguouskv.memory.kept_segment import KeptSegment
 from hf_contiguouskv.memory.policies import EvictionPolicy
 from hf_contiguouskv.memory.tier import Tier
-from hf_contiguouskv.store.segment import Segment
 
 
 class ByImportance:
@@ -211,21 +211,18 @@ def check_arena(arena: Arena) -> None:
 
 def fake_segment(
     key: str, chunks: int = 16, layers: int = 1, extent_bytes: int = PAGE, in_memory: bool = False
-) -> Segment:
+) -> KeptSegment:
     """What `MemoryTiers.table` asks of a segment."""
-    geometry = SimpleNamespace(num_layers=layers, extent_bytes=extent_bytes)
-    blob = SimpleNamespace(in_memory=in_memory)
     found = SimpleNamespace(
         key=key,
         first_chunk=0,
         identity=(1, 2),
-        geometry=geometry,
-        extents=lambda form="exact": SimpleNamespace(nbytes=extent_bytes),
+        num_layers=layers,
         num_chunks=chunks,
-        blob=blob,
-        retired=False,
+        needs_no_table=in_memory,
+        extent_bytes=lambda form: extent_bytes,
     )
-    return cast(Segment, found)
+    return cast(KeptSegment, found)
 
 
 def pageable(slot_bytes: int, max_bytes: int) -> Blocks:
