@@ -208,7 +208,7 @@ def test_an_index_that_cannot_be_read_finds_nothing_and_raises_nothing(
             raise StoreError("the disk is on fire")
 
         with monkeypatch.context() as patch:
-            patch.setattr(store._index, "read", fail)
+            patch.setattr(store.inner.index, "read", fail)
             assert store.lookup(FINGERPRINT, IDS, 4) is None
         assert misses(store) == {"corrupt": 1}
         assert found(store) == 18
