@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sqlite3
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
@@ -30,6 +28,7 @@ from .inner import StoreInner
 from .key import KeySource, StoreKey
 from .local_disk import LocalDisk
 from .maintenance import index_segments
+from .open_stores import OpenStores
 from .opened import OpenSegments
 from .parts import StoreParts
 from .reader import ExtentReader
@@ -48,15 +47,15 @@ logger = logging.getLogger("hf_contiguouskv")
 # A look-up waits at most so long for a prompt that is being written and that it could use.
 _WAIT_FOR_WRITE_S = 30.0
 
-_shared: weakref.WeakValueDictionary[str, PrefixStore] = weakref.WeakValueDictionary()
-_shared_lock = threading.RLock()
-_open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
-
 
 class PrefixStore(Upkeep):
     """A folder of stored prefixes, plus this process's memory for them.
 
     Cheap to open; safe to share between caches, threads and processes. A context manager.
+
+    Applications use the constructor, `shared`, `match`, `flush`, `close`, and what `Upkeep` adds (`entries`, `stats`,
+    `pin`, `delete`, `verify`, `gc`, ...). The other methods, from `lookup` on, and the attributes `inner`, `memory` and
+    `counters` are for the library's own rooms: they may change in any release. That is why the class has so many.
 
     Args:
         path: the folder. Missing: it is created, for this user only. It must be a store, or empty.
@@ -155,15 +154,8 @@ class PrefixStore(Upkeep):
         # (Last: `__del__` sees half-made stores too, and closes only those that have it.)
         self.inner = StoreInner(self.path, parts, max_disk_bytes=max_disk_bytes, ttl_s=ttl_s)
         self._put_in_order()
-        _open_stores.add(self)
-        if not tenant.is_operator:
-            return  # A path alone says nothing of a tenant, so it must not lead to one's store.
-        with _shared_lock:
-            earlier = _shared.get(os.path.realpath(self.path))
-            useless = earlier is None or earlier.is_closed or not earlier.inner.parts.folder.is_in_place()
-            # (One with a key uses less: a path must not lead around it.)
-            if useless or (self.has_key and earlier is not None and not earlier.has_key):
-                _shared[os.path.realpath(self.path)] = self
+        # A path alone says nothing of a tenant, so it must not lead to a tenant's store.
+        _open_stores.add(self, by_path=tenant.is_operator)
 
     @property
     def has_key(self) -> bool:
@@ -175,15 +167,15 @@ class PrefixStore(Upkeep):
         """Whether `close` was called."""
         return self.inner.is_closed
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is open, and its folder is still at its path."""
+        return not self.is_closed and self.inner.parts.folder.is_in_place()
+
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
         """The store that this process has open at `path` (the first, or the first with a key), or a new one."""
-        with _shared_lock:
-            store = _shared.get(os.path.realpath(path))
-            usable = store is not None and not store.is_closed and store.inner.parts.folder.is_in_place()
-            return store if store is not None and usable else cls(path)
-
-    # -- finding ------------------------------------------------------------------------------------------------
+        return _open_stores.at(path, lambda: cls(path))
 
     def match(self, model: Any, input_ids: Any) -> int:
         """How many leading tokens of `input_ids` are stored for this very model; waits for what is being written.
@@ -201,6 +193,47 @@ class PrefixStore(Upkeep):
         sizes = [size for model, size in self.inner.read(stored_models) if model == fingerprint]
         found = (self.inner.finder.find(fingerprint, ids, size).stored for size in sizes)
         return max((stored.tokens for stored in found if stored), default=0)
+
+    def flush(self) -> bool:
+        """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
+        return self._background.flush()
+
+    def close(self) -> None:
+        """Finish background work, stop the threads and close the files. May be called more than once."""
+        if self.is_closed:
+            return
+        parts = self.inner.parts
+        self._background.close()
+        parts.uses.flush()
+        with self._lock:
+            self.inner.is_closed = True
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
+        parts.opened.close()
+        self.backend.close()
+        parts.index.close()
+        self.memory.close()
+        parts.folder.close()
+
+    def __enter__(self) -> PrefixStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "inner"):
+            self.close()
+
+    def __deepcopy__(self, memo: object) -> PrefixStore:
+        # A copy of a cache reads from the same store.
+        return self
+
+    def __repr__(self) -> str:
+        return f"PrefixStore({str(self.path)!r}{', closed' if self.is_closed else ''})"
+
+    # -- for the library's own rooms ---------------------------------------------------------------------------------
 
     def lookup(
         self,
@@ -242,17 +275,6 @@ class PrefixStore(Upkeep):
             self._count(found.stored, len(ids), reason)
         return found.stored
 
-    def _count(self, stored: StoredPrefix | None, asked: int, reason: str | None) -> None:
-        self.counters.add("tokens_asked", asked)
-        if stored is None:
-            self.counters.add(f"misses.{reason}")
-        else:
-            self.counters.add("hits")
-            self.counters.add("tokens_found", stored.tokens)
-            uses = self.inner.parts.uses
-            if uses.mark(span.segment.key for span in stored.spans):
-                self._background.submit(uses.flush)  # A look-up waits for no writer.
-
     def next_stored(self, fingerprint: str, ids: TokenIds, chunk_size: int, first_chunk: int) -> int | None:
         """The first chunk of `ids` from `first_chunk` on that is stored although the one before it is not.
 
@@ -273,8 +295,6 @@ class PrefixStore(Upkeep):
         Segments that continue it stay, and are found again once its chunks have been stored anew. Never fails.
         """
         self.inner.finder.discard(segment, reason)
-
-    # -- storing ------------------------------------------------------------------------------------------------
 
     def begin_segment(
         self,
@@ -317,7 +337,18 @@ class PrefixStore(Upkeep):
         self.counters.add("write_failures")
         logger.warning("a prefix could not be stored (its request is answered all the same): %s", error)
 
-    # -- shared services ----------------------------------------------------------------------------------------
+    def submit_background(self, function: Callable[[], object], prompts: Sequence[TokenIds] = ()) -> None:
+        """Run `function`, which stores `prompts` (if any), on the background thread, after everything submitted before.
+
+        An exception is logged as a warning and counted in `background_failures`. The interpreter waits for what was
+        submitted before it exits.
+        """
+        self._background.submit(function, prompts)
+
+    @property
+    def background_failures(self) -> int:
+        """How many background functions raised."""
+        return self._background.failures
 
     @property
     def reader(self) -> ExtentReader:
@@ -328,6 +359,17 @@ class PrefixStore(Upkeep):
                 self._reader = ExtentReader(self._reader_threads)
             return self._reader
 
+    def _count(self, stored: StoredPrefix | None, asked: int, reason: str | None) -> None:
+        self.counters.add("tokens_asked", asked)
+        if stored is None:
+            self.counters.add(f"misses.{reason}")
+        else:
+            self.counters.add("hits")
+            self.counters.add("tokens_found", stored.tokens)
+            uses = self.inner.parts.uses
+            if uses.mark(span.segment.key for span in stored.spans):
+                self._background.submit(uses.flush)  # A look-up waits for no writer.
+
     def _wait_for_prompts(self, ids: TokenIds, found: int) -> bool:
         """Wait for prompts that are being written and share more than `found` tokens with `ids`; whether there were."""
 
@@ -335,58 +377,6 @@ class PrefixStore(Upkeep):
             return any(shared_beginning(prompt, ids) > found for prompt in prompts)
 
         return self._background.wait_for(helps, _WAIT_FOR_WRITE_S)
-
-    def submit_background(self, function: Callable[[], object], prompts: Sequence[TokenIds] = ()) -> None:
-        """Run `function`, which stores `prompts` (if any), on the background thread, after everything submitted before.
-
-        An exception is logged as a warning and counted in `background_failures`. The interpreter waits for what was
-        submitted before it exits.
-        """
-        self._background.submit(function, prompts)
-
-    def flush(self) -> bool:
-        """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
-        return self._background.flush()
-
-    @property
-    def background_failures(self) -> int:
-        """How many background functions raised."""
-        return self._background.failures
-
-    def close(self) -> None:
-        """Finish background work, stop the threads and close the files. May be called more than once."""
-        if self.is_closed:
-            return
-        parts = self.inner.parts
-        self._background.close()
-        parts.uses.flush()
-        with self._lock:
-            self.inner.is_closed = True
-            reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
-        parts.opened.close()
-        self.backend.close()
-        parts.index.close()
-        self.memory.close()
-        parts.folder.close()
-
-    def __enter__(self) -> PrefixStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "inner"):
-            self.close()
-
-    def __deepcopy__(self, memo: object) -> PrefixStore:
-        # A copy of a cache reads from the same store.
-        return self
-
-    def __repr__(self) -> str:
-        return f"PrefixStore({str(self.path)!r}{', closed' if self.is_closed else ''})"
 
 
 def _require_bound(name: str, value: object) -> None:
@@ -397,8 +387,4 @@ def _require_bound(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be 0 or more, got {value}")
 
 
-@atexit.register
-def _close_open_stores() -> None:
-    # Counters of use wait in memory; reader threads should not be cut off inside a read.
-    for store in list(_open_stores):
-        store.close()
+_open_stores: OpenStores[PrefixStore] = OpenStores()

@@ -216,11 +216,6 @@ class Upkeep:
         self.inner.parts.opened.forget(report.forgotten)
         return report
 
-    def rebuild_index(self) -> None:
-        """Build the index anew from the segments; pins and counters are kept."""
-        self.inner.require_open()
-        self.inner.index.rebuild()
-
     @property
     def stats(self) -> StoreStats:
         """What the store holds, and what this object did since it was opened."""

@@ -70,7 +70,7 @@ def test_what_another_model_has_stored(store_path: Path, length: int) -> None:
         write_prefix(store, IDS, fingerprint=OTHER)
         assert found(store, np.append(IDS, some_tokens(40))[:length]) == 0
         assert misses(store) == {"other_model": 1}
-        store.rebuild_index()
+        store.inner.index.rebuild()
         assert found(store, IDS[:length]) == 0
         assert misses(store) == {"other_model": 2}
 
