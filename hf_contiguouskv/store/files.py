@@ -17,7 +17,7 @@ from ..hardware.aligned_memory import PAGE
 from .backend import Extent
 from .descriptors import Descriptors, new_number, note_closed, note_open, now, with_room
 from .directory import Directory
-from .pread import read_joined, read_range, read_scattered
+from .pread import read_each, read_joined, read_scattered
 
 SUFFIX = ".safetensors"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -82,13 +82,10 @@ class FileBlob:
             gaps = [two[0] - one[0] - one[1].nbytes for one, two in itertools.pairwise(extents)]
             pages = all(offset % PAGE == into.nbytes % PAGE == 0 for offset, into in extents)
             if pages and not any(gaps):
-                return read_scattered(direct, buffered, extents[0][0], [into for _, into in extents])
+                return read_scattered(direct, buffered, extents)
             if min(gaps) >= 0:
                 return read_joined(direct, buffered, extents)
-        physical = 0
-        for offset, into in extents:
-            physical += read_range(direct, buffered, offset, into)
-        return physical
+        return read_each(direct, buffered, extents)
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
         """See `backend.Blob.is_backed`."""

@@ -290,7 +290,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def rebuild_index(self) -> None:
-        self.store.rebuild_index()
+        self.store.inner.index.rebuild()
 
     @rule()
     def reopen(self) -> None:
