@@ -1,1 +1,1 @@
-"""Measuring: models, systems, timing and reports. The library itself imports nothing from here."""
+"""Measurements: models, systems, timing and reports. The library imports nothing from here."""

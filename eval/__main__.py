@@ -33,7 +33,7 @@ class _NeedsExtra(TyperGroup):
 
 app = typer.Typer(
     cls=_NeedsExtra,
-    help="How much faster is the first token, and what does it cost in quality, against every system that does this.",
+    help="Measure time to first token and quality against every rival system.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -55,15 +55,17 @@ def run(
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="share of the prefix; may be repeated")] = None,
     stream: Annotated[list[str] | None, typer.Option(help=f"request stream; {_CHOICE}")] = None,
-    requests: Annotated[int, typer.Option(help="of each task")] = 50,
-    timed_requests: Annotated[int, typer.Option(help="of each task, in systems that are measured for time alone")] = 5,
-    stream_requests: Annotated[int, typer.Option(help="of each stream")] = 100,
-    documents: Annotated[int, typer.Option(help="of a stream, or conversations")] = 10,
-    memory_share: Annotated[float, typer.Option(help="what of a stream's KV a system may keep in memory")] = 0.25,
+    requests: Annotated[int, typer.Option(help="requests of each task")] = 50,
+    timed_requests: Annotated[
+        int, typer.Option(help="requests of each task, in systems that are measured only for time")
+    ] = 5,
+    stream_requests: Annotated[int, typer.Option(help="requests of each stream")] = 100,
+    documents: Annotated[int, typer.Option(help="documents (or conversations) of a stream")] = 10,
+    memory_share: Annotated[float, typer.Option(help="share of a stream's KV that a system may keep in memory")] = 0.25,
     model: Annotated[str | None, typer.Option(help="name or folder; default: SmolLM2-135M-Instruct")] = None,
     dtype: DtypeOption = "auto",
     data_dir: Annotated[str | None, typer.Option(help="local data; default: $CONTIGUOUSKV_DATA, else the Hub")] = None,
-    device: Annotated[str | None, typer.Option(help="of the model; default: a GPU if there is one")] = None,
+    device: Annotated[str | None, typer.Option(help="the model's device; default: a GPU if there is one")] = None,
     seed: int = 0,
 ) -> None:
     """Make requests in every system. Under `accelerate launch -m eval run ...` processes share them."""
@@ -102,10 +104,10 @@ def run(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
-    out: Annotated[Path, typer.Option(help="where report.md, report.html and pictures go")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="folder for report.md, report.html and pictures")] = Path("report"),
     untimed: Annotated[
         list[Path] | None,
-        typer.Option(help="one more run, made while the machine did other work: only its answers count"),
+        typer.Option(help="another run, made while the machine did other work; only its answers count"),
     ] = None,
 ) -> None:
     """Turn one or several runs into Markdown, HTML and pictures."""

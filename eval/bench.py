@@ -31,7 +31,7 @@ FLOOR, RECOMPUTE, FULL_LOAD = "floor (no prefix)", "recompute", "overlapped full
 
 @dataclass
 class Measured:
-    """What one system did: seconds to first token of each cold request, and the counters of the last one."""
+    """Measurements of one system: seconds to first token of each cold request, and the counters of the last one."""
 
     seconds: list[float] = field(default_factory=list)
     tokens: set[int] = field(default_factory=set)
@@ -41,7 +41,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Workload:
-    """One prefix, one suffix, both int64 `(n,)`, and the store folder that the prefix is kept in."""
+    """One prefix and one suffix, both int64 `(n,)`, and the store folder that holds the prefix."""
 
     model: Any
     prefix_ids: torch.Tensor
@@ -66,7 +66,7 @@ def our_systems(budget: float) -> dict[str, ContiguousKVConfig]:
 
 
 def _request(load: Workload, system: str, config: ContiguousKVConfig | None, measured: Measured) -> None:
-    """One request. The store is opened anew inside the timer, so nothing of the prefix is in this process."""
+    """Make one request. The timer includes opening the store, so nothing of the prefix is in this process before."""
     stats = RequestStats()
     stores: list[PrefixStore] = []
 
@@ -81,7 +81,7 @@ def _request(load: Workload, system: str, config: ContiguousKVConfig | None, mea
     }
     make = makers.get(system, lambda: ContiguousKVCache(load.model, load.prefix_ids, store=opened(), config=config))
     prompt = load.suffix_ids[None] if system == FLOOR else load.prompt
-    # Rivals at their best: transformers, too, can do without repeating K and V for each query head, if it is told to.
+    # Rivals at their best: with this variable, transformers does not repeat K and V for each query head either.
     with mock.patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"}):
         seconds, token, cache = time_to_first_token(load.model, prompt, make)
     measured.seconds.append(seconds)
@@ -99,10 +99,10 @@ def run(
     """Measure every system on one workload, cold.
 
     Args:
-        load: the model, prefix and suffix; the prefix is stored first if it is not yet.
+        load: the model, prefix and suffix; the prefix is stored first if necessary.
         budget: share of chunks for the published method and ours.
-        rounds: measured rounds; one more comes first and is not counted (first calls of kernels are slow).
-        recompute_rounds: how many of the rounds include recomputing the prefix, which takes long.
+        rounds: measured rounds, after one uncounted round (first calls of kernels are slow).
+        recompute_rounds: number of rounds that include recomputing the prefix, which is slow.
     """
     with PrefixStore(load.folder) as store:
         ContiguousKVCache(load.model, load.prefix_ids, store=store).close()
@@ -123,7 +123,7 @@ def run(
 
 
 def persist_overhead(load: Workload, rounds: int = 3, progress: bool = True) -> dict[str, float]:
-    """What storing adds to computing a prefix: the same forwards, in the same blocks, with and without the store.
+    """The cost of storing a computed prefix: the same forwards, in the same blocks, with and without the store.
 
     Returns:
         Medians in seconds (`prefill_s`, `prefill_and_store_s`) and their ratio minus one (`overhead`).
@@ -149,7 +149,7 @@ def persist_overhead(load: Workload, rounds: int = 3, progress: bool = True) -> 
 
 
 def report(results: dict[str, Measured], load: Workload, console: Console) -> dict[str, Any]:
-    """Print the table, and return the numbers (seconds, ratios, bytes) ready for JSON."""
+    """Print the table, and return the numbers (seconds, ratios, bytes), ready for JSON."""
     floor = median_spread(results[FLOOR].seconds).median
     recompute = median_spread(results[RECOMPUTE].seconds).median
     full = median_spread(results[FULL_LOAD].seconds).median

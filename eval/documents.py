@@ -1,4 +1,4 @@
-"""Real text of any length that needs no network: the language reference that ships with Python."""
+"""Real text that needs no network: the language reference that ships with Python."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def document_ids(tokenizer: Any, tokens: int) -> torch.Tensor:
     """The first `tokens` token ids of the reference, int64 `(tokens,)`.
 
     Raises:
-        ValueError: the text is shorter than that.
+        ValueError: the text has fewer tokens.
     """
-    # About four characters are a token; tokenising all of it would take seconds.
+    # A token has about four characters. Tokenising the whole text would take seconds.
     text = reference_text()[: 8 * tokens + 1000]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < tokens:

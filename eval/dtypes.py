@@ -1,8 +1,8 @@
-"""Which dtype a model runs in here.
+"""The dtype in which models run on this machine.
 
-Processors without bfloat16 instructions imitate its matrix products, five to ten times slower than those of float32.
-Flags of the processor do not settle it (libraries can be told to use less than there is, and to imitate is sometimes
-faster), so it is measured, once per process and in about a tenth of a second.
+Processors without bfloat16 instructions emulate bfloat16 matrix products, five to ten times slower than float32.
+Processor flags do not decide this: libraries can be configured to use fewer instructions, and emulation is sometimes
+faster. So it is measured once per process, in about a tenth of a second.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch
 import typer
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of model and KV; auto: what is fast on this machine.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Dtype of model and KV; auto: the fastest on this machine.")
+]
 
-# A block of prompt tokens by a weight matrix of SmolLM2-135M: rows, what is summed over, columns.
+# The product of a block of prompt tokens and a weight matrix of SmolLM2-135M: rows, inner dimension, columns.
 _PRODUCT = (64, 576, 1536)
 _ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """A dtype, and why.
+    """A dtype, and the reason for it.
 
     Attributes:
-        dtype: of weights and KV.
-        reason: half a sentence.
+        dtype: dtype of weights and KV.
+        reason: the reason, as half a sentence.
     """
 
     dtype: torch.dtype
@@ -47,17 +49,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def choose_dtype(asked: str, device: torch.device | str = "cpu") -> DtypeChoice:
-    """What `--dtype` means: the dtype with this name, or for `"auto"` what is fast on the device."""
+    """The dtype that `--dtype` names; for `"auto"`, the fastest on the device."""
     if asked == "auto":
         return fast_dtype(device)
     return DtypeChoice(getattr(torch, asked), "as asked")
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> DtypeChoice:
-    """The 16-bit dtype that the device computes with, or float32 where that is faster.
+    """The 16-bit dtype that the device supports, or float32 if that is faster.
 
     Args:
-        device: where the model runs.
+        device: the model's device.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -81,10 +83,10 @@ def _fast_on_processor() -> DtypeChoice:
 
 
 def _product_seconds(dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, float]:
-    """Processor time of one matrix product in each dtype, seconds: the best of some rounds, in turn.
+    """Processor time of one matrix product in each dtype, in seconds: the best of several interleaved rounds.
 
-    On one thread, and not by the clock on the wall: where other programs keep the cores busy, threads wait for each
-    other much longer than they compute, in every dtype alike.
+    Measured on one thread, and not as wall time: if other programs keep the cores busy, threads wait for each other
+    much longer than they compute, in every dtype alike.
     """
     rows, inner, columns = _PRODUCT
     operands = {

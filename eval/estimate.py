@@ -1,4 +1,4 @@
-"""How long a model will take for a prompt, told before it starts: a short forward is timed, and its work scaled up."""
+"""Estimates how long a model will take for a prompt: it times a short forward and scales up its work."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SAMPLE_TOKENS = 256
 
 @dataclass(frozen=True)
 class Pace:
-    """How quickly a model computes on this machine.
+    """How fast a model computes on this machine.
 
     Attributes:
         weights: parameters that each token is multiplied with.
-        attended: multiplications of attention for each pair of tokens, all layers together.
-        seconds_per_multiplication: of a prompt of many tokens.
-        token_s: seconds of a single token, which is mostly reading the weights.
+        attended: multiplications of attention per pair of tokens, over all layers.
+        seconds_per_multiplication: seconds per multiplication in a prompt of many tokens.
+        token_s: seconds for a single token, mostly for reading the weights.
     """
 
     weights: int
@@ -32,15 +32,15 @@ class Pace:
 
     @classmethod
     def of(cls, model: Any, ids: torch.Tensor) -> Pace:
-        """Time two short prompts, a few times each: first calls of kernels are slow.
+        """Time two short prompts, each a few times because first calls of kernels are slow.
 
         Args:
             model: a causal language model.
-            ids: int64 `(1, n)`, a prompt; its beginning is computed.
+            ids: a prompt, int64 `(1, n)`; its beginning is computed.
         """
         config = model.config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # Queries by keys, and shares by values.
+        # The products of queries and keys, and of weights and values.
         attended = 2 * config.num_hidden_layers * config.num_attention_heads * width
         weights = model.num_parameters(exclude_embeddings=True)
         sample = ids[:, :SAMPLE_TOKENS]
@@ -48,11 +48,11 @@ class Pace:
         return cls(weights, attended, seconds[0] / _work(weights, attended, sample.shape[1], 0), seconds[1])
 
     def forward_s(self, tokens: int, before: int = 0) -> float:
-        """About how many seconds a forward of `tokens` tokens takes, behind `before` others that are in the cache."""
+        """Estimated seconds for a forward of `tokens` tokens after `before` cached tokens."""
         return max(self.token_s, self.seconds_per_multiplication * _work(self.weights, self.attended, tokens, before))
 
     def answer_s(self, tokens: int) -> float:
-        """About how many seconds it takes to generate so many tokens, one by one."""
+        """Estimated seconds to generate `tokens` tokens one by one."""
         return tokens * self.token_s
 
 
@@ -61,10 +61,10 @@ def _work(weights: int, attended: int, tokens: int, before: int) -> float:
 
 
 def _seconds(model: Any, ids: torch.Tensor) -> float:
-    """Seconds of a short prompt: the best of two, and not more than it takes one thread alone.
+    """Seconds for a short prompt: the best of two calls, and at most the processor time of a single thread.
 
-    Where other programs keep the cores busy, the threads of a short prompt wait for each other most of the time; those
-    of a long one, whose pieces of work are larger, do not.
+    If other programs keep the cores busy, the threads of a short prompt wait for each other most of the time. The
+    threads of a long prompt do not, because their pieces of work are larger.
     """
     best = min(time_to_first_token(model, ids, DynamicCache)[0] for _ in range(2))
     if model.device.type != "cpu":
@@ -80,7 +80,7 @@ def _seconds(model: Any, ids: torch.Tensor) -> float:
 
 
 def about(seconds: float) -> str:
-    """`about 12 s`, `about 3 min`: no more digits than an estimate deserves."""
+    """`about 12 s`, `about 3 min`: with few digits, because it is an estimate."""
     if seconds < 1.5:
         return "about a second"
     if seconds < 20:

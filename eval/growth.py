@@ -1,7 +1,7 @@
-"""`python -m eval.growth`: time to first token as the prefix grows and the number of chunks that are used does not.
+"""`python -m eval.growth`: time to first token for growing prefixes with a constant number of used chunks.
 
-Time does not depend on what K and V say, so they are random numbers here, stored without computing them: prefixes of
-any length, longer than the model was made for too. Requests are cold, and all lengths and systems take turns.
+Time does not depend on the values of K and V, so random numbers are stored without computing them. Prefixes can have
+any length, even beyond the model's context. Requests are cold, and all lengths and systems are interleaved.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Measured:
     """Requests of one system on one prefix.
 
     Attributes:
-        seconds: to the first token, of each.
-        over_floor: the same, over the floor of the same round.
-        warm: how many of them found pages of their files in the page cache (all, where files lie in memory).
-        stats: of the last one.
+        seconds: seconds to the first token of each request.
+        over_floor: the same divided by the floor of the same round.
+        warm: number of requests whose files had pages in the page cache (all, if files are in memory).
+        stats: statistics of the last request.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Measured:
 
 
 def random_states(model: Any, tokens: int) -> DynamicCache:
-    """Random K and V of so many tokens, the same in every layer: for `System.store`."""
+    """Random K and V of `tokens` tokens, equal in every layer, for `System.store`."""
     geometry = ServedModel(model).geometry(ContiguousKVConfig().chunk_size)
     shape = (2, 1, geometry.kv_heads, tokens, geometry.head_dim)
     keys, values = torch.randn(shape, generator=_generator()).to(geometry.dtype)
@@ -88,15 +88,15 @@ def run(
 
     Args:
         model: a causal language model.
-        folder: for the stores.
-        lengths: of the prefixes, in tokens.
-        kept_tokens: how many of them systems with a budget use, whatever the length.
-        suffix_tokens: of every request.
-        rounds: measured rounds; one more comes first and is not counted.
-        names: of the systems, see `eval.systems`.
+        folder: folder for the stores.
+        lengths: lengths of the prefixes, in tokens.
+        kept_tokens: prefix tokens that systems with a budget use, at every length.
+        suffix_tokens: suffix tokens of every request.
+        rounds: measured rounds, after one uncounted round.
+        names: names of the systems (see `eval.systems`).
 
     Returns:
-        What was measured, by length and system, ready for JSON.
+        The measurements by length and system, ready for JSON.
     """
     words = torch.randint(0, model.config.vocab_size, (max(lengths) + suffix_tokens,), generator=_generator())
     suffix = words[-suffix_tokens:]
@@ -141,7 +141,8 @@ def _generator() -> torch.Generator:
 
 
 def report(results: dict[str, Any], console: Console) -> None:
-    """Print the table: per system and length, time, multiples of the floor, and growth since its first length."""
+    """Print the table: per system and length, the time, its ratio to the floor, and its growth since the first
+    length."""
     title = f"{results['model']}: {results['kept_tokens']} tokens used, {results['suffix_tokens']}-token suffix, cold"
     columns = ("system", "prefix", "TTFT ms", "x floor", "quartiles", "growth", "MB read", "I/O wait ms")
     table = Table(*columns, title=title)
@@ -168,8 +169,8 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 def main(
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
-    tokens: Annotated[str, typer.Option(help="Lengths of the prefix, with commas.")] = "8192,16384,32768,65536",
-    kept_tokens: Annotated[int, typer.Option(help="How many of them are used.")] = 416,
+    tokens: Annotated[str, typer.Option(help="Prefix lengths, separated by commas.")] = "8192,16384,32768,65536",
+    kept_tokens: Annotated[int, typer.Option(help="Prefix tokens used at every length.")] = 416,
     suffix_tokens: int = 32,
     rounds: int = 7,
     systems: Annotated[str, typer.Option(help="With commas; see python -m eval list.")] = ",".join(SYSTEMS),

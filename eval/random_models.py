@@ -1,4 +1,4 @@
-"""Models of random weights: for time, which does not depend on what weights say."""
+"""Models with random weights, for measuring time, which does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
 def random_model(architecture: str, dtype: torch.dtype = torch.bfloat16, **shape: int) -> Any:
-    """A small model of this architecture, always with the same weights, in evaluation mode.
+    """A small model of this architecture in evaluation mode, with the same weights in every call.
 
     Args:
         architecture: one of `CONFIGS`.
-        dtype: of the weights and of the KV cache.
-        shape: fields of the configuration, in place of those in `_SHAPE`.
+        dtype: dtype of weights and KV cache.
+        shape: configuration fields that replace those of `_SHAPE`.
 
     Raises:
-        ValueError: there is no such architecture here.
+        ValueError: the architecture is not one of `CONFIGS`.
     """
     if architecture not in CONFIGS:
         raise ValueError(f"architecture must be one of {list(CONFIGS)}, got {architecture!r}")

@@ -1,7 +1,7 @@
-"""How sure a figure is: 95% intervals by bootstrap over requests.
+"""95% intervals of figures, by bootstrap over requests.
 
-Every function returns the figure and the ends of its interval. One request alone has no interval: its ends are NaN.
-The random numbers are the same in every call, so that the same rows always give the same report.
+Every function returns the figure and the ends of its interval. A single request has no interval: its ends are NaN.
+Every call uses the same random numbers, so that the same rows always give the same report.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Interval = tuple[float, float, float]
 
 
 def resampled(count: int, chance: np.random.Generator | None = None) -> npt.NDArray[np.int64]:
-    """Numbers of the requests of each resample, drawn with replacement: int64 `(RESAMPLES, count)`."""
+    """Request numbers of each resample, drawn with replacement: int64 `(RESAMPLES, count)`."""
     return (chance or np.random.default_rng(0)).integers(0, count, (RESAMPLES, count))
 
 
 def interval(value: float, figures: Values, count: int) -> Interval:
-    """A figure with the middle 95% of what the resamples of `count` requests say of it, float64 `(RESAMPLES,)`."""
+    """`value` with the middle 95% of `figures`, float64 `(RESAMPLES,)`, its values in resamples of `count` requests."""
     if count < 2:
         return value, float("nan"), float("nan")
     low, high = np.quantile(figures, [0.025, 0.975])
@@ -42,7 +42,7 @@ def mean_interval(values: Values) -> Interval:
 
 
 def quantile_interval(values: Values, share: float) -> Interval:
-    """Quantile of the requests' values, float64 `(n,)`: `share` of them are smaller (interpolated linearly).
+    """Quantile `share` of the requests' values, float64 `(n,)`, linearly interpolated.
 
     Raises:
         ValueError: there are no values.
@@ -53,10 +53,10 @@ def quantile_interval(values: Values, share: float) -> Interval:
 
 
 def ratio_of_means(values: Values, others: Values) -> Interval:
-    """Mean over the mean of other values of the same requests, in the same order: both float64 `(n,)`.
+    """Mean of `values` divided by the mean of `others`, both float64 `(n,)`, of the same requests in the same order.
 
     Raises:
-        ValueError: there are no values, or not as many of both.
+        ValueError: there are no values, or the lengths differ.
     """
     _refuse_none(values)
     if len(values) != len(others):
@@ -67,7 +67,7 @@ def ratio_of_means(values: Values, others: Values) -> Interval:
 
 
 def geometric_mean(values: Values) -> Interval:
-    """Geometric mean of the requests' values, float64 `(n,)`, all positive: of ratios, every request counts the same.
+    """Geometric mean of the requests' values, float64 `(n,)`, all positive. For ratios, every request counts equally.
 
     Raises:
         ValueError: there are no values, or one is not positive.
@@ -79,29 +79,29 @@ def geometric_mean(values: Values) -> Interval:
 
 
 def mean_of_groups(values: Values, groups: Sequence[Hashable]) -> Interval:
-    """Mean over groups (tasks) of each group's mean: every group counts the same, however many requests it has.
+    """Mean over groups (tasks) of each group's mean: every group counts equally, however many requests it has.
 
-    Requests are drawn within their group, because which groups there are is no accident.
+    Requests are drawn within their group, because the set of groups is fixed.
 
     Args:
-        values: of the requests, float64 `(n,)`.
-        groups: which group each request is of, `n` of them.
+        values: the requests' values, float64 `(n,)`.
+        groups: the group of each request, `n` entries.
 
     Raises:
-        ValueError: there are no values, or not as many groups.
+        ValueError: there are no values, or the lengths differ.
     """
     _refuse_none(values)
     members: dict[Hashable, list[float]] = {}
     for value, group in zip(values.tolist(), groups, strict=True):
         members.setdefault(group, []).append(value)
-    # One generator for all: groups of the same size must not all draw the same numbers.
+    # One generator for all groups, so that groups of the same size draw different numbers.
     chance = np.random.default_rng(0)
     means, figures = [], []
     for scores in members.values():
         own = np.array(scores)
         means.append(own.mean())
         figures.append(own[resampled(len(own), chance)].mean(1))
-    # A group with one request would add no spread, so the interval would promise too much.
+    # A group with one request would add no spread, so the interval would be too narrow.
     smallest = min(map(len, members.values()))
     return interval(float(np.mean(means)), np.mean(figures, axis=0), smallest)
 

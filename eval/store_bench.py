@@ -1,10 +1,9 @@
-"""What the store itself costs: look-ups, opening, checksums, publishing, verifying, fingerprints, accounting.
+"""Measures the cost of the store: look-ups, opening, checksums, publishing, verifying, fingerprints, accounting.
 
     python -m eval.store_bench --json docs/results/store-bench.json
 
-Every part says what it measured, its medians with quartiles, and whether it met its goal. Results are checked while
-they are taken: a look-up that finds something else than was stored, a read of other bytes, or a file that was in the
-page cache when it should have been cold, is an error and not a number.
+Every part reports its medians with quartiles, and whether it met its goal. Results are checked during measurement: a
+look-up with a wrong result, a read of wrong bytes, or a file in the page cache that should have been cold is an error.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def spread_ms(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """The longest match of a prompt, in an open store; its parts are timed by themselves."""
+    """The longest match of a prompt in an open store; its parts are timed separately."""
     suffix = some_ids(32, 0)
     whole, chained = (np.append(some_ids(sizes.tokens, seed), suffix) for seed in (1, 2))
     half = whole.copy()
@@ -88,7 +87,7 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
             for _, part in interleave(list(actions), 20 * sizes.rounds):
                 seconds[part] += timed(1, actions[part])
             parts = {part: spread_ms(values) for part, values in seconds.items()}
-            # What is not hashing: the query, and proving on the headers of the segments that it is right.
+            # The time without hashing: the query, and verifying its result against the segments' headers.
             pairs = zip(seconds["look_up_of_a_new_prompt_ms"], seconds["hashing_ms"], strict=True)
             match = [look_up - hashing for look_up, hashing in pairs]
             found[name] = parts | {"match_ms": spread_ms(match), "first_look_up_ms": first}
@@ -102,7 +101,7 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def _look_up(store: PrefixStore, ids: TokenIds, expected: int, new: bool = False) -> None:
-    """Look `ids` up; `new`: as a prompt that does not begin like a recent one, whose hashes would be remembered."""
+    """Look `ids` up; with `new`, forget the hashes of recent prompts first."""
     if new:
         store.inner.finder.forget_prompts()
     stored = store.lookup(MODEL, ids, CHUNK)
@@ -121,7 +120,7 @@ print(time.perf_counter() - start)
 
 
 def opening(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """`PrefixStore(path)`, clean-up after crashes included: in new processes, and again and again in this one."""
+    """`PrefixStore(path)`, including clean-up after crashes, in new processes and repeatedly in this one."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", _OPEN_IN_PROCESS, str(folder)]
     fresh = [
@@ -146,7 +145,7 @@ def opening(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Cold reads of a prefix as requests make them: with and without comparing checksums, and with a key, in turn."""
+    """Cold reads of a prefix as in requests: with checksum verification, without it, and with a key, interleaved."""
     ids = some_ids(sizes.tokens, 1)
     g = KVGeometry(sizes.layers, kv_heads=3, head_dim=64, dtype=torch.bfloat16, chunk_size=CHUNK)
     keyed_folder = folder.with_name(f"{folder.name}-keyed")
@@ -173,7 +172,7 @@ def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
                 if number:
                     taken[way].append(wall_and_cpu)
             (on, cpu_on), (off, cpu_off), (key, cpu_key) = (list(zip(*taken[way], strict=True)) for way in ways)
-            # Processor time as well: on a busy machine with slow storage it is what can be told from noise.
+            # Also report processor time: on a busy machine with slow storage, only that stands out from noise.
             result[name] = {
                 "bytes": g.num_layers * len(chunks) * g.extent_bytes,
                 "verified_ms": spread_ms(on),
@@ -193,13 +192,13 @@ def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
 def _read(
     store: PrefixStore, prefix: AttachedPrefix, selected: list[int], path: Path, verify: bool
 ) -> tuple[float, float]:
-    """Seconds, and seconds of processor time, to read the `selected` chunks of all layers, queued at once."""
+    """Wall and processor seconds to read the `selected` chunks of all layers, queued at once."""
     g = prefix.geometry
     chunks = np.array(selected, dtype=np.int64)
     size, slots = len(chunks) * g.extent_bytes, np.arange(len(chunks))
     buffers = [aligned_buffer(size) for _ in range(g.num_layers)]
     for buffer in buffers:
-        buffer.zero_()  # A request's buffers are in use already, so their pages are there.
+        buffer.zero_()  # Touch the pages, because a request's buffers are already in use.
     drop_page_cache([path])
     if resident_pages(path):
         raise AssertionError(f"{path} is in the page cache")
@@ -234,7 +233,7 @@ def verifying(store: PrefixStore, sizes: Sizes) -> dict[str, Any]:
 
 
 def publishing(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Publishing a segment of four chunks, from `begin_segment` to the return of `commit`, and what fsync adds."""
+    """Publishing a segment of four chunks, from `begin_segment` to the return of `commit`, with and without fsync."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with PrefixStore(folder) as store:
         for number, (_, durable) in enumerate(interleave([True, False], 2 * sizes.rounds)):
@@ -252,7 +251,7 @@ def publishing(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def fingerprints(sizes: Sizes) -> dict[str, Any]:
-    """The first fingerprint of a model in a process, and the ones after it."""
+    """The first fingerprint of a model in a process, and later ones."""
     model = large_model(sizes.parameters)
     first = []
     names = set()
@@ -274,7 +273,7 @@ def fingerprints(sizes: Sizes) -> dict[str, Any]:
 
 
 def accounting(folders: dict[str, Path]) -> dict[str, Any]:
-    """`stats.disk_bytes` against `du`, while the store is open."""
+    """`stats.disk_bytes` compared with `du`, while the store is open."""
     rows = {}
     for name, folder in folders.items():
         with PrefixStore(folder) as store:
@@ -301,7 +300,7 @@ def _temporary(folder: Path | None) -> Iterator[Path]:
 
 
 def run(sizes: Sizes | None = None, folder: Path | None = None) -> dict[str, Any]:
-    """Measure everything in a temporary folder inside `folder` (the system's, if there is none)."""
+    """Measure everything in a temporary folder inside `folder` (`None`: the system's temporary folder)."""
     sizes = sizes or Sizes()
     with _temporary(folder) as place:
         results: dict[str, Any] = {"machine": machine(), "large_store": fill(place / "large", sizes)}
@@ -322,7 +321,7 @@ def run(sizes: Sizes | None = None, folder: Path | None = None) -> dict[str, Any
 
 
 def report(results: dict[str, Any], console: Console) -> None:
-    """Print what `run` returned."""
+    """Print the results of `run`."""
     table = Table(title="what the store costs (median, quartiles)")
     for column in ("what", "figure", "quartiles", "goal"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -358,15 +357,15 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the temporary stores lie; a real disk.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder for the temporary stores, on a real disk.")] = None,
     segments: Annotated[int, typer.Option(help="Segments of the large store.")] = Sizes.segments,
     chunks: Annotated[int, typer.Option(help="Chunks of the large store.")] = Sizes.chunks,
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = Sizes.tokens,
     layers: Annotated[int, typer.Option(help="Layers of the prefix that is read.")] = Sizes.layers,
-    parameters: Annotated[int, typer.Option(help="Of the model that is fingerprinted.")] = Sizes.parameters,
+    parameters: Annotated[int, typer.Option(help="Parameters of the fingerprinted model.")] = Sizes.parameters,
     rounds: Annotated[int, typer.Option(help="Repetitions.")] = Sizes.rounds,
 ) -> None:
-    """Measure what the store itself costs."""
+    """Measure the cost of the store."""
     results = run(Sizes(segments, chunks, tokens, layers, parameters, rounds), folder)
     report(results, Console(width=None if sys.stdout.isatty() else 120))
     if json_path is not None:

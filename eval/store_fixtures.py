@@ -22,21 +22,21 @@ TINY = KVGeometry(num_layers=1, kv_heads=1, head_dim=1, dtype=torch.float16, chu
 
 
 def no_fsync() -> Any:
-    """A context in which `os.fsync` does nothing: to make test stores quickly, and to see what it costs."""
+    """A context in which `os.fsync` does nothing, for making test stores quickly and for measuring its cost."""
     return mock.patch("os.fsync", lambda fd: None)  # noqa: PT008 (a mock would remember every call)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
+    """Sizes of the measurements.
 
     Attributes:
-        segments: of the large store.
-        chunks: that it holds in all, at least.
-        tokens: of the prompts that are looked up, and of the prefix that is read; whole chunks.
-        layers: of the prefix that is read (3 KV heads of 64 channels, bfloat16: SmolLM2-135M has 30).
-        parameters: about, of the model whose fingerprint is taken (bfloat16).
-        rounds: of the slow parts; the fast ones are repeated `20 * rounds` times.
+        segments: segments of the large store.
+        chunks: minimum total number of chunks in it.
+        tokens: tokens of the prompts that are looked up, and of the prefix that is read; whole chunks.
+        layers: layers of the prefix that is read (3 KV heads of 64 channels, bfloat16; SmolLM2-135M has 30 layers).
+        parameters: approximate parameters of the fingerprinted model (bfloat16).
+        rounds: rounds of the slow parts; the fast parts are repeated `20 * rounds` times.
     """
 
     segments: int = 10_000
@@ -48,7 +48,7 @@ class Sizes:
 
 
 def some_ids(count: int, seed: int) -> TokenIds:
-    """Token ids that share no beginning with those of another seed."""
+    """Random token ids that share no beginning with the ids of another seed."""
     return np.random.default_rng(seed).integers(0, 2**20, count)
 
 
@@ -63,7 +63,7 @@ def store_kv(store: PrefixStore, ids: TokenIds, g: KVGeometry, first_chunk: int 
 
 
 def fill(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """A store of many small segments, one prefix of `tokens` in one segment, and one in a chain of eight."""
+    """Fill a store with many small segments, a prefix of `tokens` in one segment, and another in a chain of eight."""
     chain, whole = 8, sizes.tokens // CHUNK
     each = max(1, -(-(sizes.chunks - 2 * whole) // max(1, sizes.segments - chain - 1)))
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def fill(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def large_model(parameters: int) -> Any:
-    """A Llama of about so many random bfloat16 parameters."""
+    """A Llama model with about `parameters` random bfloat16 parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = 1024 if parameters > 10**8 else 64

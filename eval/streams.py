@@ -1,8 +1,8 @@
-"""Streams of requests, in the order in which they come: popular documents, and chats that grow turn by turn.
+"""Streams of requests, in order of arrival: popular documents, and chats that grow turn by turn.
 
-All text is real (see `tasks.haystack`), with secret numbers hidden in it, and every request asks for one that its
-prefix has. So every answer can be judged by `METRIC`, and a stream is the same for all systems: what an assistant
-said before is written down beforehand, whatever a system answered.
+All text is real (see `tasks.haystack`) with secret numbers hidden in it, and every request asks for a number in its
+prefix. So every answer can be judged by `METRIC`. A stream is the same for all systems: the assistant's earlier answers
+are fixed in advance, whatever a system answers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Fact:
 def _facts(count: int, chance: random.Random) -> list[_Fact]:
     if count > len(PLACES):
         raise ValueError(f"{count} facts are needed, there are only {len(PLACES)}: take fewer turns")
-    # Numbers differ too, or the number of a wrong place could be right.
+    # Numbers must differ too, or the number of a wrong place could be right.
     numbers = chance.sample(range(10000, 100000), count)
     return [_Fact(place, str(number)) for place, number in zip(chance.sample(PLACES, count), numbers, strict=True)]
 
@@ -73,22 +73,22 @@ def shared_documents(
     seed: int = 0,
     data_dir: Path | str | None = None,
 ) -> list[Request]:
-    """Requests to a set of documents, of which some are popular (Zipf's law).
+    """Requests about a set of documents, some of them popular (Zipf's law).
 
-    A document has up to 12 facts, and each can be asked for in four wordings. All of a document's questions are asked
-    before one comes again. Documents are the same for the same seed, however many requests there are.
+    A document has up to 12 facts, each with four wordings of its question. All questions of a document are asked before
+    one is repeated. The same seed gives the same documents, for any number of requests.
 
     Args:
-        tokenizer: of the model.
-        documents: how many there are; `Request.prefix` is the number of one.
-        requests: how many come.
-        exponent: of Zipf's law; 0: all documents are equally popular.
-        tokens: of a document, at most.
-        seed: of everything that is drawn.
-        data_dir: local data; without, the text is Python's language reference.
+        tokenizer: the model's tokenizer.
+        documents: number of documents; `Request.prefix` is the number of a document.
+        requests: number of requests.
+        exponent: exponent of Zipf's law; with 0 all documents are equally popular.
+        tokens: maximum tokens of a document.
+        seed: seed of all random choices.
+        data_dir: local data; without it, the text is Python's language reference.
 
     Returns:
-        The stream; `about` has `document`, `question` (number within the document) and `depth` (of the fact, by
+        The stream; `about` has `document`, `question` (number within the document) and `depth` (position of the fact by
         paragraphs: 0 is the beginning, 1 the end).
 
     Raises:
@@ -132,7 +132,7 @@ class _Document:
         self._left: list[int] = []
 
     def draw(self) -> tuple[int, int, int]:
-        """The next question: its number, that of its fact, and that of its wording."""
+        """The next question: its number, the number of its fact, and the number of its wording."""
         if not self._left:
             count = len(self.facts) * len(_QUESTIONS)
             self._left = self._chance.sample(range(count), count)
@@ -150,28 +150,28 @@ def conversations(
     seed: int = 0,
     data_dir: Path | str | None = None,
 ) -> list[Request]:
-    """Chats at the same time, each about a text that the user goes on with.
+    """Simultaneous chats, each about a text that the user continues.
 
-    The prefix of a turn is everything said before it: prefix and suffix of the turn before, and the answer that the
-    assistant is supposed to have given, token for token. The first prefix is the text that the user begins with. Each
-    suffix but the first brings more text with one new fact, and each asks for a fact that is in the prefix and that
-    nobody has asked for yet. A round has one turn of every conversation, in an order of its own.
+    The prefix of a turn is the whole conversation before it: prefix and suffix of the previous turn, and the fixed
+    answer of the assistant, token for token. The first prefix is the user's first text. Each later suffix adds text
+    with one new fact, and each suffix asks for a fact of the prefix that was not asked for before. A round has one turn
+    of every conversation, in random order.
 
     Args:
-        tokenizer: of the model.
-        conversations: how many there are.
-        turns: of each.
-        tokens: of the text that a conversation begins with, at most.
-        turn_tokens: of the text that each further turn brings, at most (one fact at least, whatever this says).
-        seed: of everything that is drawn.
-        data_dir: local data; without, the text is Python's language reference.
+        tokenizer: the model's tokenizer.
+        conversations: number of conversations.
+        turns: turns per conversation.
+        tokens: maximum tokens of a conversation's first text.
+        turn_tokens: maximum tokens of the text that each later turn adds (it always has at least its fact).
+        seed: seed of all random choices.
+        data_dir: local data; without it, the text is Python's language reference.
 
     Returns:
-        The stream; `about` has `conversation`, `turn`, and `age` (turns since the fact was told). Every turn has a
-        prefix of its own, so `Request.prefix` differs for all.
+        The stream; `about` has `conversation`, `turn`, and `age` (turns since the fact was told). Every turn has its
+        own prefix, so every `Request.prefix` is different.
 
     Raises:
-        ValueError: `conversations` or `turns` is not positive, or there is too little text or there are too many turns.
+        ValueError: `conversations` or `turns` is not positive, there is too little text, or there are too many turns.
     """
     _positive(conversations=conversations, turns=turns)
     haystack = Haystack(tokenizer, data_dir)

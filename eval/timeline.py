@@ -1,4 +1,4 @@
-"""`python -m eval.timeline`: record when one request read, copied and computed, layer by layer, and draw it.
+"""`python -m eval.timeline`: record and draw when one request read, copied and computed, layer by layer.
 
 python -m eval.timeline record trace.json --budget 0.05 --paper
 python -m eval.timeline draw trace.json timeline.png
@@ -21,8 +21,8 @@ from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from .dtypes import DtypeOption, dtype_name
 from .timing import drop_page_cache, machine, median_spread, resident_pages, time_to_first_token
 
-# What is drawn, from back to front, and the height of its bar within the row of a layer: reader threads below, the
-# thread of the model above (layers count downwards).
+# The bars, drawn from back to front: colour, offset and height within a layer's row. Reader threads are below, the
+# model's thread above (layers count downwards).
 BARS = {
     "read keys": ("#f2b134", 0.55, 0.4),
     "read": ("#ed553b", 0.55, 0.4),
@@ -34,7 +34,7 @@ BARS = {
 NAMES = {
     "read keys": "reads of keys (reader threads)",
     "read": "reads of chunks (reader threads)",
-    "wait": "compute stands still",
+    "wait": "compute waits",
     "identify": "identification",
     "copy": "copy into attention's buffer",
     "compute": "the model's compute",
@@ -57,12 +57,12 @@ def record_request(
 
     Args:
         model: a causal language model.
-        ids: int64 `(n,)`, prefix and suffix.
-        suffix_tokens: how many of them are the suffix.
-        config: of the cache; its timeline is switched on.
-        folder: for the store.
-        warm: one store for all requests, so that chunks are in memory; else each request is cold.
-        runs: requests that are recorded, after one that is not.
+        ids: prefix and suffix, int64 `(n,)`.
+        suffix_tokens: number of suffix tokens in `ids`.
+        config: the cache's configuration, with its timeline switched on.
+        folder: folder for the store.
+        warm: use one store for all requests, so that chunks are in memory; else each request is cold.
+        runs: number of recorded requests, after one unrecorded request.
     """
     prefix = ids[: len(ids) - suffix_tokens]
     with PrefixStore(folder) as store:

@@ -1,4 +1,4 @@
-"""Measuring honestly: timers, cold files, interleaved orders, medians with a spread, and what machine it was."""
+"""Tools for honest measurements: timers, cold files, interleaved orders, medians with a spread, machine facts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def synchronize(device: torch.device | str = "cpu") -> None:
-    """Wait for a CUDA device to finish what was queued; nothing to wait for elsewhere."""
+    """Wait for a CUDA device to finish its queued work; do nothing for other devices."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -34,16 +34,16 @@ def time_to_first_token(
 ) -> tuple[float, int, Any]:
     """Time one request from token ids in hand to its first new token id on the host.
 
-    Everything in between counts: `make_cache` runs inside the timer, so prefix look-up, file open and reads do too.
+    `make_cache` runs inside the timer, so prefix look-up, opening files and reads count too.
 
     Args:
         model: a transformers causal language model.
         input_ids: the whole prompt, int64 `[1, tokens]`, on the host.
-        make_cache: builds the cache of this request; it may return `None` for no cache at all.
+        make_cache: makes the cache of this request; it may return `None` for no cache.
         generate_arguments: more arguments for `generate`.
 
     Returns:
-        `(seconds, first_token_id, cache)`. The cache holds the prompt, so that the caller can go on from it.
+        `(seconds, first_token_id, cache)`. The cache holds the prompt, so that the caller can continue from it.
     """
     synchronize(model.device)
     start = time.perf_counter()
@@ -57,9 +57,9 @@ def time_to_first_token(
 
 
 def drop_page_cache(paths: Iterable[Path | str]) -> None:
-    """Ask the system to forget the pages that it keeps of these files (dirty pages are written first).
+    """Ask the system to drop the cached pages of these files; dirty pages are written first.
 
-    It is a request: verify with `resident_pages`.
+    The system may ignore this, so verify with `resident_pages`.
     """
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
@@ -71,7 +71,7 @@ def drop_page_cache(paths: Iterable[Path | str]) -> None:
 
 
 def resident_pages(path: Path | str) -> int:
-    """How many pages of a file are in the operating system's page cache, by `mincore(2)`.
+    """Number of a file's pages in the operating system's page cache, by `mincore(2)`.
 
     Raises:
         OSError: the file cannot be opened or mapped.
@@ -93,7 +93,7 @@ def resident_pages(path: Path | str) -> int:
         ]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        # mmap.mmap cannot tell its address for a read-only map, so the system is asked directly.
+        # `mmap.mmap` does not reveal the address of a read-only map, so call the system directly.
         address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
         if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), f"cannot map {path}")
@@ -110,13 +110,13 @@ def resident_pages(path: Path | str) -> int:
 
 
 def storage_bytes_read() -> int:
-    """Bytes that this process has caused to be read from storage, by the kernel's own count (`/proc/self/io`)."""
+    """Bytes that the kernel has read from storage for this process (`/proc/self/io`)."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("read_bytes:")).split()[1])
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on: processor, cores, memory (GiB), accelerator and versions of what matters."""
+    """The measuring machine: processor, cores, memory (GiB), accelerator, and versions of relevant software."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -141,13 +141,13 @@ def _cpu_model() -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and how far the values lie around it.
+    """A median and the spread of its values.
 
     Attributes:
-        median: the middle value (mean of the two middle ones).
+        median: the middle value (or the mean of the two middle values).
         low: the first quartile, or the smallest of fewer than four values.
         high: the third quartile, or the largest of fewer than four values.
-        count: how many values there were.
+        count: number of values.
     """
 
     median: float
@@ -161,7 +161,7 @@ class Spread:
 
 
 def median_spread(values: Iterable[float]) -> Spread:
-    """Median with quartiles (with the extremes, where there are fewer than four values).
+    """Median with quartiles, or with the extremes of fewer than four values.
 
     Raises:
         ValueError: there are no values.
@@ -179,7 +179,7 @@ def median_spread(values: Iterable[float]) -> Spread:
 def interleave(systems: Sequence[T], rounds: int, seed: int = 0) -> Iterator[tuple[int, T]]:
     """Every system once per round, in a new random order each round: `(round, system)`.
 
-    Slow drifts of the machine (clock, neighbours) then hit all systems alike instead of the one that ran last.
+    Slow drifts of the machine (clock, neighbours) then affect all systems equally instead of the one that ran last.
     """
     chance = random.Random(seed)
     for number in range(rounds):

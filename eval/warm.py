@@ -1,8 +1,8 @@
-"""`python -m eval.warm`: a request whose chunks are in memory, beside a `DynamicCache` that holds only those tokens.
+"""`python -m eval.warm`: compares a request whose chunks are in memory with a `DynamicCache` of only those tokens.
 
-The rival holds the very keys and values that our selection kept, in one piece, with nothing to look up and nothing to
-choose: what is left between the two is the price of identification and of putting chunks together. Both answer the same
-question, interleaved in one process; that they compute the same is checked before anything is timed.
+The rival holds exactly the keys and values that our selection kept, in one piece, with nothing to look up or choose.
+The difference between the two is the cost of identifying chunks and copying them together. Both answer the same
+question, interleaved in one process. Before timing, their results are checked for equality.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIMIT = 1.15
 
 
 def kept_tokens_only(cache: ContiguousKVCache, model: Any) -> DynamicCache:
-    """A `DynamicCache` with the prefix tokens that `cache` (which has seen its suffix) attends to, layer by layer."""
+    """A `DynamicCache` with the prefix tokens that `cache` attends to in each layer; `cache` has seen its suffix."""
     state = cache.layers[0].attached
     found = DynamicCache(config=model.config)
     for layer, own in enumerate(cache.layers):
@@ -45,10 +45,10 @@ def kept_tokens_only(cache: ContiguousKVCache, model: Any) -> DynamicCache:
 
 
 def check_same(model: Any, prefix: torch.Tensor, suffix: torch.Tensor, cache: ContiguousKVCache) -> DynamicCache:
-    """The rival of `cache`, after both have computed the same logits for the suffix.
+    """The rival of `cache`, after checking that both compute the same logits for the suffix.
 
     Raises:
-        AssertionError: they have not.
+        AssertionError: the logits differ.
     """
     with torch.no_grad():
         called = cache_argument(model)
@@ -66,8 +66,8 @@ def check_same(model: Any, prefix: torch.Tensor, suffix: torch.Tensor, cache: Co
 
 
 def run(model: Any, ids: torch.Tensor, suffix_tokens: int, budgets: list[float], rounds: int) -> dict[str, Any]:
-    """Measure, interleaved, for each budget: ours on an open store (cache made inside the timer), ours after `reset()`
-    of a living cache, and the rival."""
+    """Measure for each budget, interleaved: ours on an open store (the timer includes making the cache), ours after
+    `reset()` of an existing cache, and the rival."""
     prefix, suffix = ids[: len(ids) - suffix_tokens], ids[len(ids) - suffix_tokens :]
     with (
         tempfile.TemporaryDirectory(prefix="contiguouskv-warm-") as folder,
@@ -109,7 +109,7 @@ def _timed(model: Any, prompt: torch.Tensor, make: Callable[[], Any]) -> tuple[f
 
 
 def _timed_copy(model: Any, prompt: torch.Tensor, rival: DynamicCache) -> tuple[float, Any]:
-    mine = copy.deepcopy(rival)  # Not timed: it is in memory already.
+    mine = copy.deepcopy(rival)  # Not timed, because the rival's tokens are already in memory.
     return _timed(model, prompt, lambda: mine)
 
 
@@ -131,7 +131,7 @@ def _results(
         budget = name.partition(":")[0]
         rival = seconds.get(f"{budget}: DynamicCache of the kept tokens")
         if rival is not None:
-            # Neighbours in time are compared with each other: slow drifts of the machine cancel out.
+            # Compare requests of the same round, so that slow drifts of the machine cancel out.
             rows[name]["over_rival"] = median_spread(a / b for a, b in zip(values, rival, strict=True)).as_dict()
     return {
         "machine": machine(),
@@ -160,10 +160,10 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 def main(
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
-    tokens: Annotated[int, typer.Option(help="Prefix and suffix together.")] = 8160,
-    suffix_tokens: Annotated[str, typer.Option(help="Lengths of the suffix, with commas.")] = "32,256",
+    tokens: Annotated[int, typer.Option(help="Tokens of prefix and suffix together.")] = 8160,
+    suffix_tokens: Annotated[str, typer.Option(help="Suffix lengths, separated by commas.")] = "32,256",
     rounds: int = 21,
-    budgets: Annotated[str, typer.Option(help="Shares of chunks, with commas.")] = "0.05,0.1,1.0",
+    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "0.05,0.1,1.0",
     model_name: Annotated[str | None, typer.Option("--model")] = None,
     dtype: DtypeOption = "auto",
 ) -> None:

@@ -1,9 +1,9 @@
 """Many questions about one document: in one batch, and one after the other.
 
 All rows of a batch share the document's stored KV; each row reads and uses the chunks that its own question attends to.
-Questions differ in length, so rows are padded on the left, as `generate` wants it. Both ways open the store anew and
-find its files cold. Answers, times and bytes are printed side by side. In float32 both ways answer alike; bfloat16
-rounds batches differently, so that a small model may choose other words (with any cache):
+Questions differ in length, so rows are padded on the left, as `generate` requires. Both ways open the store again with
+cold files. Answers, times and bytes are printed side by side. In float32 both ways give the same answers; bfloat16
+rounds batches differently, so a small model may choose other words (with any cache):
 
     python examples/batch_questions.py notes.txt --question 'Who wrote this?' --question 'When?'
     python examples/batch_questions.py notes.txt --file questions.txt --budget 0.25 --json answers.json
@@ -40,11 +40,11 @@ class Run:
     """All questions answered once.
 
     Attributes:
-        first_token_s: until the first question has its first token. In a batch all have theirs then.
-        last_first_token_s: until the last question has its first token.
-        seconds: until all answers are complete.
-        bytes_read: from storage, page rounding included.
-        answers: in the order of the questions.
+        first_token_s: seconds until the first question has its first token; in a batch, all questions have theirs then.
+        last_first_token_s: seconds until the last question has its first token.
+        seconds: seconds until all answers are complete.
+        bytes_read: bytes read from storage, page rounding included.
+        answers: the answers, in the order of the questions.
     """
 
     first_token_s: float
@@ -55,20 +55,20 @@ class Run:
 
 
 class FirstToken(BaseStreamer):
-    """Notes when the first new tokens of a `generate` call arrive: `at`, seconds on `time.perf_counter`."""
+    """Records when the first new tokens of a `generate` call arrive: `at`, in seconds of `time.perf_counter`."""
 
     def __init__(self) -> None:
         self.at: float | None = None
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by `generate`: with the prompt, then with each row of new tokens."""
+        """Called by `generate` with the prompt, then with each row of new tokens."""
         if self._prompt_seen and self.at is None:
             self.at = time.perf_counter()
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Questioner:
     """Asks questions about a stored document.
 
     Attributes:
-        model, tokenizer: who answers.
+        model, tokenizer: the model that answers, and its tokenizer.
         prompts: the document's ids, and one prompt per question.
-        config: which chunks an answer uses.
-        folder: of the store.
-        max_new_tokens: of an answer.
+        config: decides which chunks an answer uses.
+        folder: the store's folder.
+        max_new_tokens: limit on new tokens per answer.
     """
 
     model: Any
@@ -91,7 +91,7 @@ class Questioner:
     max_new_tokens: int
 
     def run(self, groups: list[list[int]]) -> Run:
-        """Open the store with its files cold, and answer groups of questions in order, each group as one batch."""
+        """Open the store with cold files, and answer groups of questions in order, each group as one batch."""
         make_cold(self.folder)
         found: dict[int, str] = {}
         firsts, read = [], 0
@@ -106,7 +106,7 @@ class Questioner:
         return Run(firsts[0], firsts[-1], seconds, read, [found[number] for number in sorted(found)])
 
     def _answer(self, store: PrefixStore, group: list[int]) -> tuple[float, int, list[str]]:
-        """One `generate` call: when the first tokens came, bytes read, and the answers."""
+        """One `generate` call: time of the first tokens, bytes read, and the answers."""
         inputs = self._padded([self.prompts.questions[number][0].tolist() for number in group])
         clock = FirstToken()
         with ContiguousKVCache(self.model, self.prompts.prefix, store=store, config=self.config) as cache:
@@ -130,10 +130,10 @@ class Questioner:
 
 
 def read_questions(question: list[str] | None, file: Path | None) -> list[str]:
-    """Those of the command line, then those of the file (its lines that are not empty).
+    """The questions of the command line, then the non-empty lines of the file.
 
     Raises:
-        typer.BadParameter: there are none.
+        typer.BadParameter: there are no questions.
     """
     lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
     found = [text.strip() for text in [*(question or []), *lines] if text.strip()]
@@ -143,7 +143,7 @@ def read_questions(question: list[str] | None, file: Path | None) -> list[str]:
 
 
 def print_tables(questions: list[str], runs: dict[str, list[Run]]) -> None:
-    """Answers side by side, then times (medians)."""
+    """Print answers side by side, then median times."""
     answers = Table(title="Answers", show_lines=True)
     answers.add_column("question", ratio=2)
     answers.add_column(BATCH, ratio=3)
@@ -167,7 +167,7 @@ def print_tables(questions: list[str], runs: dict[str, list[Run]]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text in which rich finds no markup."""
+    """`text`, escaped so that rich finds no markup in it."""
     return text.replace("[", r"\[")
 
 
@@ -184,8 +184,8 @@ def main(
     store: Annotated[Path, typer.Option(help="The store's folder.")] = BATCH_STORE,
     model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the document that an answer uses; 1.0 is exact.")] = 0.1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 40,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is asked, both ways in turn.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on new tokens per answer.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each asks all questions both ways.")] = 3,
     dtype: DtypeOption = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write answers and numbers to this file.")] = None,
 ) -> None:
@@ -206,7 +206,7 @@ def main(
     longest = max(len(tokenizer(one)["input_ids"]) for one in asked)
     room = min(DOCUMENT_TOKENS, context - max_new_tokens - longest - 64)
     prompts = build_prompts(tokenizer, text, tuple(Question(one) for one in asked), room)
-    with PrefixStore(store) as opened:  # computed once, unless an earlier run did
+    with PrefixStore(store) as opened:  # computes the document, unless an earlier run has stored it
         ContiguousKVCache(loaded, prompts.prefix, store=opened).close()
     questioner = Questioner(loaded, tokenizer, prompts, config, store, max_new_tokens)
     everything = list(range(len(asked)))

@@ -1,8 +1,8 @@
-"""Chat about one document. Its KV cache is stored once, and so is every turn when it is over.
+"""Chat about one document. The document's KV cache is stored once, and each turn is stored when it is over.
 
 Each answer reads only the chunks of document and conversation that its question attends to. While you read it, the turn
-is computed exactly and stored, so that the next question finds it, today or in another process. Questions come from
-standard input, one a line, until it ends:
+is computed exactly and stored, so that later questions find it, also in another process. Questions are read from
+standard input, one per line, until it ends:
 
     python examples/chat.py notes.txt
     printf 'Who wrote this?\\nWhen?\\n' | python examples/chat.py notes.txt --store kv-store --budget 0.1
@@ -26,16 +26,16 @@ from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.errors import ContiguousKVError
 
 CHAT_STORE = DEFAULT_STORE.with_name("chat-store")
-# Tokens of the context that the document leaves to the conversation, and the most that is taken of a long document.
+# Tokens of the context reserved for the conversation, and the most tokens used of a long document.
 CONVERSATION_TOKENS = 1024
 DOCUMENT_TOKENS = 8192
 
 
 class TimedStreamer(TextStreamer):
-    """Prints an answer as it comes.
+    """Prints an answer as its tokens arrive.
 
     Attributes:
-        first_token: when the first new token arrived, seconds on `time.perf_counter`; `None` before.
+        first_token: time of the first new token, in seconds of `time.perf_counter`; `None` before it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -43,7 +43,7 @@ class TimedStreamer(TextStreamer):
         self.first_token: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by `generate`: with the prompt, then with each new token."""
+        """Called by `generate` with the prompt, then with each new token."""
         if not self.next_tokens_are_prompt and self.first_token is None:
             self.first_token = time.perf_counter()
         super().put(value)
@@ -53,11 +53,11 @@ class Chat:
     """A conversation about a document, as one growing row of token ids.
 
     Args:
-        model, tokenizer: who answers.
-        store: where the KV of document and turns is.
-        config: which chunks an answer reads.
-        document: its text.
-        max_new_tokens: of an answer.
+        model, tokenizer: the model that answers, and its tokenizer.
+        store: holds the KV of the document and the turns.
+        config: decides which chunks an answer reads.
+        document: the document's text.
+        max_new_tokens: limit on new tokens per answer.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Chat:
         self._before_question = "\n\nQuestion: "
 
     def keep(self) -> tuple[int, float]:
-        """Store what was said so far, exactly. Returns how many tokens had to be computed, and seconds."""
+        """Store the conversation so far, computed exactly. Returns the number of computed tokens, and seconds."""
         start = time.perf_counter()
         ids = torch.tensor(self.ids)
         computed = len(ids) - self._store.match(self._model, ids)
@@ -92,7 +92,8 @@ class Chat:
         return computed, time.perf_counter() - start
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids of the conversation with this question at its end. Parts are joined as ids, so they stay stored."""
+        """Token ids of the conversation plus this question. Parts are joined as ids, so the stored part still
+        matches."""
         text = f"{self._before_question}{question}{self._after_question}"
         added: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self.ids + added
@@ -102,7 +103,7 @@ class Chat:
         return len(prompt) + self._max_new_tokens <= self._context
 
     def answer(self, prompt: list[int]) -> str:
-        """Print the answer to a prompt as it comes. Returns a line about time, chunks and bytes."""
+        """Print the answer to a prompt as it arrives. Returns a line about time, chunks and bytes."""
         streamer = TimedStreamer(self._tokenizer)
         ids = torch.tensor([prompt])
         start = time.perf_counter()
@@ -119,7 +120,7 @@ class Chat:
             stats = cache.stats
         said: list[int] = output[0].tolist()
         if said[-1] == self._tokenizer.eos_token_id:
-            said.pop()  # what comes between messages has it
+            said.pop()  # the text between messages contains this token
         self.ids, self._before_question = said, self._after_answer
         first = (streamer.first_token or time.perf_counter()) - start
         return (
@@ -129,7 +130,7 @@ class Chat:
 
 
 def _between_messages(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts after a question, up to the answer, and after an answer, up to the next question."""
+    """The chat template's text between a question and its answer, and between an answer and the next question."""
     if not tokenizer.chat_template:
         return "\nAnswer: ", "\n\nQuestion: "
     roles = ("user", "assistant", "user")
@@ -145,10 +146,10 @@ def main(
     store: Annotated[Path, typer.Option(help="The store's folder.")] = CHAT_STORE,
     model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the stored tokens that an answer uses; 1.0 is exact.")] = 0.1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on new tokens per answer.")] = 100,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Chat about a document; questions are lines of standard input."""
+    """Chat about a document; questions are read from standard input, one per line."""
     try:
         config = ContiguousKVConfig(budget=budget)
         text = read_document(document)
@@ -178,7 +179,7 @@ def main(
 
 
 def _next_question() -> str | None:
-    """The next line that is not empty; `None` at the end of standard input."""
+    """The next non-empty line; `None` at the end of standard input."""
     while True:
         if sys.stdin.isatty():
             print("\n> ", end="", flush=True)

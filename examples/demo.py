@@ -1,8 +1,8 @@
 """One document, three questions, four ways to the first token.
 
-Step 1 computes the KV cache of a document once and stores it. Step 2, in a new process and with a cold page cache,
-answers questions about the document by recomputing it (once: that takes long), by exact re-prefill from the store, by
-the published method, and by this library's default, and prints how long each took to its first token.
+Step 1 computes the KV cache of a document once and stores it. Step 2 runs in a new process with a cold page cache. It
+answers questions about the document by recomputing it (for one question only, because that is slow), by exact
+re-prefill from the store, by the published method, and by this library's default, and prints each time to first token.
 
     make demo                            # Python's own language reference, SmolLM2-135M-Instruct
     make demo DOC=notes.txt MODEL=...    # your document, your model
@@ -28,13 +28,13 @@ CONSOLE = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 DEFAULT_STORE = Path(__file__).resolve().parent.parent / ".cache" / "demo-store"
 CHUNK = 16
 RECOMPUTE = "recompute"
-# (As `eval.dtypes` has it, which is imported later: `--help` should not wait for torch.)
+# (A copy of `eval.dtypes.DtypeOption`. That module imports torch, and `--help` should not wait for it.)
 DtypeOption = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
-    typer.Option("--dtype", help="Of model and KV; auto: what is fast on this machine."),
+    typer.Option("--dtype", help="Dtype of model and KV; auto: the fastest on this machine."),
 ]
 
-# Sections of the language reference, shortest facts first, so that a short document holds some too.
+# Sections of the language reference, shortest facts first, so that a short document also holds some.
 TOPICS = """
     pass del bltin-null-object lambda assert power while truth global nonlocal booleans imaginary shifting continue
     break return bltin-ellipsis-object integers floating numbers unary bitwise for if in lists yield raise with try
@@ -60,7 +60,7 @@ QUESTIONS_FOR_ANY_DOCUMENT = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids: `prefix` is the chat template's beginning and the document; every prompt is prefix + question."""
+    """Token ids: `prefix` is the beginning of the chat template and the document; each prompt is prefix + question."""
 
     prefix: Any
     questions: list[Any]
@@ -78,7 +78,8 @@ def read_document(doc: Path | None) -> str:
 
 
 def build_prompts(tokenizer: Any, document: str, questions: tuple[Question, ...], limit: int) -> Prompts:
-    """Tokenise the parts once, and join ids: tokenising the joined text again could merge tokens at the seam."""
+    """Tokenise the parts once and join their ids, because tokenising the joined text could merge tokens at a
+    boundary."""
     import torch
 
     def encode(text: str) -> list[int]:
@@ -102,7 +103,7 @@ def build_prompts(tokenizer: Any, document: str, questions: tuple[Question, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """What both steps agree on."""
+    """Settings that both steps share."""
 
     doc: Path | None
     model: str | None
@@ -116,7 +117,7 @@ class Job:
         return 8 if self.short else 20
 
     def load(self) -> tuple[Any, Any, Prompts]:
-        """The model, its tokenizer, and the prompts: the same in both processes."""
+        """The model, its tokenizer, and the prompts; equal in both processes."""
         from eval.models import load_model
 
         model, tokenizer = load_model(self.model, dtype=self.dtype)
@@ -126,10 +127,10 @@ class Job:
 
 
 def prepare(job: Job) -> str:
-    """Step 1: compute the KV cache of the document and store it, unless it is stored already.
+    """Step 1: compute the KV cache of the document and store it, unless it is already stored.
 
     Returns:
-        The name of the dtype that the model runs in.
+        The name of the model's dtype.
     """
     from eval.dtypes import dtype_name
     from eval.estimate import Pace, about
@@ -178,7 +179,7 @@ def make_cold(store: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Step:
-    """One request of step 2: which system, which question, whether it counts, and about how many seconds it takes."""
+    """One request of step 2: its system, its question, whether it counts, and its estimated seconds."""
 
     system: str
     question: int
@@ -187,14 +188,14 @@ class Step:
 
 
 def steps(job: Job, systems: list[str], prompts: Prompts, pace: Any) -> list[Step]:
-    """Systems take turns. All questions go to each system but `RECOMPUTE`: on a slow machine it takes minutes."""
+    """The requests, with systems in turn. `RECOMPUTE` gets only one question: on a slow machine it takes minutes."""
     from eval.timing import interleave
 
     document = prompts.document_tokens
     suffix = max(ids.shape[1] for ids in prompts.questions) - document
     first = {name: pace.forward_s(suffix, document) for name in systems}
     first[RECOMPUTE] = pace.forward_s(document + suffix)
-    # The first call of a kernel is slow: one request each is not counted. (For `RECOMPUTE`, `pace` had short ones.)
+    # The first call of a kernel is slow, so each system has one uncounted request. (`pace` has warmed up `RECOMPUTE`.)
     found = [Step(name, 0, False, first[name]) for name in systems if name != RECOMPUTE]
     for number, name in interleave(systems, len(job.questions)):
         if name != RECOMPUTE or number == 0:
@@ -203,7 +204,7 @@ def steps(job: Job, systems: list[str], prompts: Prompts, pace: Any) -> list[Ste
 
 
 def ask(job: Job, json_path: Path | None) -> None:
-    """Step 2: answer the questions with every system, each request cold, and print what it took."""
+    """Step 2: answer the questions with every system, each request cold, and print the times."""
     import torch
     from tqdm import tqdm
 
@@ -212,9 +213,7 @@ def ask(job: Job, json_path: Path | None) -> None:
     from eval.timing import machine
     from hf_contiguouskv import ContiguousKVConfig
 
-    CONSOLE.print(
-        "\n[bold]2. Ask[/bold], in a new process: every request opens the store anew and finds its files cold"
-    )
+    CONSOLE.print("\n[bold]2. Ask[/bold], in a new process: every request opens the store again, with cold files")
     model, tokenizer, prompts = job.load()
     systems: dict[str, ContiguousKVConfig | None] = {
         RECOMPUTE: None,
@@ -237,7 +236,7 @@ def ask(job: Job, json_path: Path | None) -> None:
         for number, step in enumerate(plan):
             bar.set_description_str(step.system)
             still, pages = make_cold(job.store)
-            # The one request that takes long moves the bar on with each layer.
+            # The one slow request moves the bar with each layer.
             layers = model.config.get_text_config().num_hidden_layers
             answer = answer_question(
                 model, tokenizer, job, prompts, step, systems[step.system], partial(bar.update, step.seconds / layers)
@@ -249,7 +248,7 @@ def ask(job: Job, json_path: Path | None) -> None:
     print_report(CONSOLE, job.questions, list(systems), answers)
     CONSOLE.print(
         f"   Cold: at most {max(resident)} of {pages:,} pages of the stored KV were in the page cache before\n"
-        "   a request (mincore, after posix_fadvise); the library reads with O_DIRECT besides."
+        "   a request (mincore, after posix_fadvise); the library also reads with O_DIRECT."
     )
     facts = machine()
     CONSOLE.print(
@@ -275,8 +274,8 @@ def answer_question(
     """One request: time its first token, then let it finish its sentence if it counts.
 
     Args:
-        config: of the cache; `None` recomputes.
-        layer_done: called when a layer of the document has been recomputed.
+        config: the cache's configuration; `None` recomputes the document.
+        layer_done: called after each recomputed layer of the document.
     """
     import torch
     from transformers import DynamicCache
@@ -285,7 +284,7 @@ def answer_question(
     from hf_contiguouskv import ContiguousKVCache, PrefixStore
 
     class Watched(DynamicCache):
-        """Tells of each layer of a prompt."""
+        """Calls `layer_done` after each layer of a prompt."""
 
         def update(self, keys: Any, *arguments: Any, **options: Any) -> Any:
             found = super().update(keys, *arguments, **options)
@@ -296,7 +295,7 @@ def answer_question(
     stores: list[PrefixStore] = []
 
     def from_store() -> Any:
-        stores.append(PrefixStore(job.store))  # a new one has nothing in memory
+        stores.append(PrefixStore(job.store))  # a new store has nothing in memory
         return ContiguousKVCache(model, prompts.prefix, store=stores[0], config=config)
 
     def from_nothing() -> Any:
@@ -335,7 +334,7 @@ def answer_question(
 def main(
     doc: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Any text file.")] = None,
     model: Annotated[str | None, typer.Option(help="A Hub name or a folder; default SmolLM2-135M-Instruct.")] = None,
-    question: Annotated[list[str] | None, typer.Option(help="Ask this instead (may be repeated).")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Question to ask instead (may be repeated).")] = None,
     store: Annotated[Path, typer.Option(help="The store's folder.")] = DEFAULT_STORE,
     short: Annotated[
         bool, typer.Option("--short", help="A short document and one question, for a quick check.")
@@ -357,7 +356,7 @@ def main(
         return
     runs_in = prepare(job)
     sys.stdout.flush()
-    # A new program takes the place of this one: nothing is left in memory, and both steps run in the same dtype.
+    # Replace this process by a new program, so that nothing stays in memory. Both steps use the same dtype.
     os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:], "--step", "ask", "--dtype", runs_in])
 
 

@@ -1,4 +1,4 @@
-"""What the demo prints at its end: a table of times, the answers, and the same as JSON."""
+"""The report that the demo prints at the end: a table of times and the answers, also as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Question:
 
 @dataclass
 class Answer:
-    """What one system did with one question. Times are in seconds."""
+    """One system's answer to one question. Times are in seconds."""
 
     system: str
     question: str
@@ -37,7 +37,7 @@ class Answer:
 
 
 def summary(names: list[str], answers: list[Answer]) -> dict[str, dict[str, Any]]:
-    """Per system: TTFT (median and spread, seconds), speed-up against the first one, and what was read."""
+    """Per system: TTFT (median and spread, in seconds), speed-up over the first system, and bytes read."""
     from eval.timing import median_spread
 
     rows: dict[str, dict[str, Any]] = {}
@@ -57,7 +57,7 @@ def summary(names: list[str], answers: list[Answer]) -> dict[str, dict[str, Any]
 
 
 def print_report(console: Console, questions: Iterable[Question], names: list[str], answers: list[Answer]) -> None:
-    """The table of times, then the answers, each system's to the questions that it was asked."""
+    """Print the table of times, then each system's answers."""
     questions = list(questions)
     rows = summary(names, answers)
     table = Table(title=f"Time to first token, cold\n({_counted(rows)})")
@@ -90,7 +90,7 @@ def print_report(console: Console, questions: Iterable[Question], names: list[st
 
 
 def _counted(rows: dict[str, dict[str, Any]]) -> str:
-    """How many questions stand behind the medians: `median of 3 questions; recompute: timed on one question`."""
+    """The number of questions behind the medians: `median of 3 questions; recompute: timed on one question`."""
     counts = {name: row["ttft_s"]["count"] for name, row in rows.items()}
     most = max(counts.values())
     if most == 1:
@@ -102,7 +102,7 @@ def _counted(rows: dict[str, dict[str, Any]]) -> str:
 def write_json(
     path: Path, questions: Iterable[Question], names: list[str], answers: list[Answer], about: dict[str, Any]
 ) -> None:
-    """Everything that was printed, for programs."""
+    """Write everything that was printed as JSON."""
     expected = {question.text: question.expected for question in questions if question.expected}
     numbers = about | {
         "systems": summary(names, answers),

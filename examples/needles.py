@@ -1,8 +1,8 @@
 """Needles in a haystack: does a pruned prefix still hold the one sentence that the question is about?
 
-Each needle ("The secret number of Lisbon is 48213.") is hidden at some depth of real text, which is stored as a prefix.
-The full cache, the published method and the default answer; the table shows how many numbers are right, how far the
-distributions of the next tokens are from the full cache's, and how many bytes were read.
+Each needle ("The secret number of Lisbon is 48213.") is hidden at a random depth of real text, which is stored as a
+prefix. The full cache, the published method and the default answer the question. The table shows how many numbers are
+right, how far the next-token distributions are from those of the full cache, and how many bytes were read.
 
     python examples/needles.py --needles 12 --tokens 2048
 """
@@ -57,8 +57,8 @@ def make_needle(tokenizer: Any, hay: torch.Tensor, chance: random.Random) -> tup
 
 
 def main(
-    needles: Annotated[int, typer.Option(help="How many prefixes.")] = 24,
-    tokens: Annotated[int, typer.Option(help="Tokens of haystack.")] = 2048,
+    needles: Annotated[int, typer.Option(help="Number of prefixes, with one needle each.")] = 24,
+    tokens: Annotated[int, typer.Option(help="Tokens of each haystack.")] = 2048,
     model_name: Annotated[str | None, typer.Option("--model")] = None,
     dtype: DtypeOption = "auto",
     seed: int = 0,

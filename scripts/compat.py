@@ -1,11 +1,11 @@
-"""Run the contract tests on other releases of transformers than the one that is installed.
+"""Run the contract tests on other releases of transformers than the installed one.
 
     python scripts/compat.py 5.20.0 5.23.0            # all contract tests on each
     python scripts/compat.py --short 5.20.0           # the short form that CI runs
     python scripts/compat.py --check                  # is there a newer release than the newest tested one?
 
-Each release goes into a folder of its own (`.cache/compat`), together with what it needs and the environment lacks,
-and stands in front of the same environment while the tests run.
+Each release is installed into its own folder (`.cache/compat`), together with requirements that the environment lacks.
+While the tests run, this folder comes before the environment on the path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "compat"
-# What depends on transformers most: its internals, both modes, other caches, and every way to use a cache again.
+# The tests that depend on transformers most: internals, both modes, other caches, and every way to reuse a cache.
 SHORT = (
     "test_internals.py",
     "test_used_caches.py",
@@ -40,14 +40,14 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def tested() -> Version:
-    """The newest release that all tests run on: the pinned one."""
+    """The newest release on which all tests run: the pinned one."""
     pinned = re.search(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned is not None, "constraints.txt pins no transformers"
     return Version(pinned[1])
 
 
 def installed_beside(release: str) -> Path:
-    """The folder that holds this release of transformers, and what it needs that the environment does not have."""
+    """The folder with this release of transformers, and with the requirements that the environment lacks."""
     folder = FOLDER / f"transformers-{release}"
     if not (folder / "complete").exists():
         subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", folder, f"transformers=={release}"], check=True)
@@ -73,7 +73,7 @@ def _is_there(need: Requirement) -> bool:
 
 
 def newest_release() -> Version | None:
-    """The newest release in the package registry; `None` where it does not answer."""
+    """The newest release in the package registry; `None` if the registry does not answer."""
     asked = subprocess.run([*PIP, "index", "versions", "transformers"], check=False, capture_output=True, text=True)
     found = re.search(r"\(([0-9][^)]*)\)", asked.stdout)
     return Version(found[1]) if found else None
@@ -81,8 +81,12 @@ def newest_release() -> Version | None:
 
 def main(
     releases: Annotated[list[str] | None, typer.Argument(help="Releases of transformers.")] = None,
-    short: Annotated[bool, typer.Option("--short", help="Only what depends on transformers most.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Is a release newer than the newest tested one?")] = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="Run only the tests that depend on transformers most.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Report whether a release is newer than the tested one.")
+    ] = False,
     workers: Annotated[str, typer.Option(help="pytest -n.")] = "auto",
 ) -> None:
     """Run the contract tests on other releases of transformers."""

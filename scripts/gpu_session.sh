@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU is asked for, from a checkout and without a network:
+# Runs every check that needs a GPU, from a checkout and without a network:
 #
 #     scripts/gpu_session.sh OUT [--rehearse] [more arguments of `python -m eval.gpu_check`]
 #
-# Wheels in .whl/ (a newer transformers, say) are put before what is installed; then the check runs, for eight minutes at
-# most. Whatever happens, OUT holds what was found until then: at most 8 files, each under 16 MB.
-# PYTHON picks the interpreter, SITE the folder for the wheels, LIMIT_S the seconds after which all is ended.
+# Wheels in .whl/ (a newer transformers, for example) take precedence over installed packages. Then the check runs, for at
+# most eight minutes. Even after a failure, OUT holds the results so far: at most 8 files, each under 16 MB.
+# PYTHON is the interpreter, SITE the folder for the wheels, LIMIT_S the seconds after which everything is ended.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
@@ -30,7 +30,7 @@ finish() {
         wait "$child"
         status=$?
     fi
-    # The check prints its table itself; if it did not get that far, this is what there is.
+    # The check prints its table itself. If it was ended earlier, print what it has found so far.
     if [ ! -s "$out/table.md" ] && [ -s "$out/gpu.json" ]; then
         timeout 60 "$python" -m eval.gpu_check.table "$out" && cat "$out/table.md"
     fi
