@@ -45,7 +45,7 @@ _CHOICE = "may be repeated; the command `list` names them all"
 @app.command()
 def run(
     context: typer.Context,
-    out: Annotated[Path, typer.Argument(help="folder of the run; a run that was broken off is continued")],
+    out: Annotated[Path, typer.Argument(help="folder of the run; an interrupted run is continued")],
     task: Annotated[
         list[str] | None,
         typer.Option(help=f"task; {_CHOICE}. Without any, and without streams: all four of the paper, and needles"),
