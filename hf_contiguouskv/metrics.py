@@ -91,7 +91,7 @@ class StoreCollector:
         return _families([self])
 
     def stats(self) -> tuple[StoreStats, int | None] | None:
-        """The numbers of now and the bound on `segment_bytes`; `None` where they cannot be had."""
+        """The numbers of now and the bound on `segment_bytes`; `None` where they cannot be read."""
         store = self._store()
         if store is None or store.is_closed:
             return None
