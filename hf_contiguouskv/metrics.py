@@ -1,4 +1,4 @@
-"""What stores hold and did, for Prometheus. Needs the extra `metrics` (`pip install 'hf-contiguouskv[metrics]'`).
+"""Statistics of stores for Prometheus. Needs the extra `metrics` (`pip install 'hf-contiguouskv[metrics]'`).
 
     from prometheus_client import start_http_server
     from hf_contiguouskv import PrefixStore, metrics
@@ -7,8 +7,8 @@
     metrics.register(store)
     start_http_server(9400)
 
-Numbers are read when Prometheus asks, so nothing is counted twice and a request pays nothing for them. Counters are
-those of this process; gauges say what the folder holds.
+Numbers are read when Prometheus scrapes, so requests do no extra work for them. Counters count what this process did;
+gauges show what the folder holds.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ logger = logging.getLogger("hf_contiguouskv")
 _LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 _OWN_LABELS = ("reason", "tier")
 
-# Field of `StoreStats`, name of the family, what it says.
+# Field of `StoreStats`, name of the metric family, help text.
 _COUNTERS = (
     ("hits", "contiguouskv_hits", "Look-ups of requests that found at least one token."),
     ("tokens_found", "contiguouskv_tokens_found", "Tokens that look-ups found."),
     ("tokens_asked", "contiguouskv_tokens_asked", "Tokens that were looked up."),
     ("published", "contiguouskv_published", "Segments that were stored."),
     ("evicted", "contiguouskv_evictions", "Segments that made room for others."),
-    ("expired", "contiguouskv_expired", "Segments removed because nobody used them for ttl_s."),
+    ("expired", "contiguouskv_expired", "Segments removed because they were unused for ttl_s."),
     ("quarantined", "contiguouskv_quarantines", "Damaged segments taken out of service."),
-    ("recovered", "contiguouskv_recovered", "Requests that met damage and computed what was lost."),
+    ("recovered", "contiguouskv_recovered", "Requests that met damage and recomputed the lost tokens."),
     ("write_failures", "contiguouskv_write_failures", "Prefixes that could not be stored."),
     ("bytes_read", "contiguouskv_bytes_read", "Bytes read from segments, page rounding included."),
     ("bytes_written", "contiguouskv_bytes_written", "Bytes of the segments that were stored."),
 )
 _GAUGES = (
     ("segments", "contiguouskv_segments", "Segments that are stored."),
-    ("prefix_tokens", "contiguouskv_prefix_tokens", "Tokens that they hold."),
-    ("segment_bytes", "contiguouskv_segment_bytes", "Bytes that they take up; max_disk_bytes bounds this."),
-    ("quarantined_bytes", "contiguouskv_quarantined_bytes", "Bytes of damaged segments that are kept to be looked at."),
+    ("prefix_tokens", "contiguouskv_prefix_tokens", "Tokens that stored segments hold."),
+    ("segment_bytes", "contiguouskv_segment_bytes", "Bytes of stored segments; max_disk_bytes bounds this."),
+    ("quarantined_bytes", "contiguouskv_quarantined_bytes", "Bytes of damaged segments that are kept for inspection."),
 )
 _TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"), ("device_bytes", "device"))
 
@@ -63,17 +63,17 @@ class StoreCollector:
     """The metrics of one store, as a Prometheus collector. It does not keep the store open.
 
     Args:
-        store: to be watched.
-        labels: put on every sample; tells stores apart that share a registry.
+        store: the store to report on.
+        labels: labels on every sample; they distinguish stores that share a registry.
 
     Raises:
-        ConfigError: a label has a name that Prometheus does not take, or that this library uses itself.
+        ConfigError: a label has a name that Prometheus does not accept, or that this library uses itself.
         ImportError: the extra `metrics` is not installed.
     """
 
     def __init__(self, store: PrefixStore, labels: Mapping[str, str] | None = None) -> None:
         _require_library()
-        # (A path may hold bytes that are no text; one such label would fail the scrape of the whole process.)
+        # (A path may hold bytes that are not text, and one such label would fail the scrape of the whole process.)
         self.labels = {name: encodable(str(value)) for name, value in (labels or {}).items()}
         for name in self.labels:
             if not isinstance(name, str) or not _LABEL.fullmatch(name) or name in _OWN_LABELS:
@@ -82,29 +82,29 @@ class StoreCollector:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is still something to watch."""
+        """Whether the store still exists and is open."""
         store = self._store()
         return store is not None and not store.is_closed
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the registry at every scrape. Never raises; of a closed store there is nothing to say."""
+        """Called by the registry at every scrape. Never raises; a closed store has no metrics."""
         return _families([self])
 
     def stats(self) -> tuple[StoreStats, int | None] | None:
-        """The numbers of now and the bound on `segment_bytes`; `None` where they cannot be read."""
+        """The current numbers and the bound on `segment_bytes`; `None` if the store is closed or unreadable."""
         store = self._store()
         if store is None or store.is_closed:
             return None
         try:
             return store.stats, store.max_disk_bytes
         except Exception as error:
-            # Whatever it is (closed meanwhile, the disk is gone): the other metrics of the process must get through.
+            # Whatever failed (the store was closed, the disk is gone), the scrape must return the other metrics.
             logger.warning("no metrics of %s: %s: %s", store.path, type(error).__name__, error)
             return None
 
 
 class _Registered:
-    """All stores of one registry: they share families, which the text format allows only once."""
+    """All stores of one registry. They share metric families, because the text format allows each family only once."""
 
     def __init__(self) -> None:
         self.collectors: list[StoreCollector] = []
@@ -123,15 +123,15 @@ _lock = threading.Lock()
 def register(
     store: PrefixStore, registry: CollectorRegistry | None = None, labels: Mapping[str, str] | None = None
 ) -> StoreCollector:
-    """Let a registry report on a store until `unregister`, or until the store is closed.
+    """Make a registry report on a store until `unregister`, or until the store is closed.
 
     Args:
-        store: to be watched.
-        registry: `None` is the library's own, which `start_http_server` and `make_asgi_app` serve.
-        labels: put on every sample. Several stores in one registry need the same label names with different values.
+        store: the store to report on.
+        registry: `None` for prometheus_client's default, which `start_http_server` and `make_asgi_app` serve.
+        labels: labels on every sample. Several stores in one registry need the same label names with different values.
 
     Raises:
-        ConfigError: labels are missing, the same as another store's, or have impossible names.
+        ConfigError: labels are missing, equal another store's, or have invalid names.
         ImportError: the extra `metrics` is not installed.
         ValueError: the registry has other metrics with these names.
     """
@@ -155,11 +155,11 @@ def register(
 
 
 def unregister(collector: StoreCollector, registry: CollectorRegistry | None = None) -> None:
-    """Undo `register`; does nothing where it was undone before.
+    """Undo `register`; does nothing if it was already undone.
 
     Args:
-        collector: from `register`.
-        registry: the one that it was registered in; `None` is the library's own.
+        collector: the result of `register`.
+        registry: the registry passed to `register`; `None` for prometheus_client's default.
     """
     registry = _registry(registry)
     with _lock:
@@ -179,7 +179,7 @@ def _families(collectors: list[StoreCollector], *, empty: bool = False) -> list[
     if not found and not empty:
         return []
     own = list(found[0][0]) if found else []
-    # (Labels of all stores have the same names, but perhaps not the same order.)
+    # (The labels of all stores have the same names, but their order may differ.)
     stores = [([labels[name] for name in own], stats, bound) for labels, (stats, bound) in found]
 
     misses = CounterMetricFamily(
@@ -187,11 +187,11 @@ def _families(collectors: list[StoreCollector], *, empty: bool = False) -> list[
     )
     passed_over = CounterMetricFamily(
         "contiguouskv_passed_over",
-        "Prompts that automatic mode could not serve from the store or not store, by reason.",
+        "Prompts that automatic mode could not serve from the store or could not store, by reason.",
         labels=[*own, "reason"],
     )
     tiers = GaugeMetricFamily(
-        "contiguouskv_bytes", "Bytes that a store takes up, by where (disk: everything in it).", labels=[*own, "tier"]
+        "contiguouskv_bytes", "Bytes that a store takes up, by tier (disk: the whole folder).", labels=[*own, "tier"]
     )
     bounds = GaugeMetricFamily(
         "contiguouskv_max_disk_bytes", "The bound on segment_bytes, where there is one.", labels=own

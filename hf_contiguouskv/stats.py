@@ -1,4 +1,4 @@
-"""Counters of one request and of one store."""
+"""Statistics of one request and of one store: plain counters that a program can read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class RequestStats:
         tokens_prefilled: prefix tokens that the model had to compute.
         chunks_total: chunks of the prefix (a partial last chunk counts as one).
         chunks_used: chunks that attention uses, per full-attention layer (the largest row of a batch).
-        bytes_read: bytes of this prefix that were read from storage, page rounding included.
-        bytes_used: bytes of K and V of the prefix that attention uses; of a packed prefix, of its packed values.
+        bytes_read: bytes of this prefix that came from storage, page rounding included.
+        bytes_used: bytes of the prefix's K and V that attention uses; of a packed prefix, bytes of its packed values.
         bytes_identified: bytes of keys (or of their index) read from storage to choose chunks; part of `bytes_read`.
         io_wait_s: seconds that compute waited for reads.
         hits: chunks served, by the tier they came from.
@@ -52,7 +52,7 @@ class RequestStats:
 
     @property
     def payload_amplification(self) -> float:
-        """Bytes of payload read on purpose / bytes used: identification and wasted prefetches left out."""
+        """Payload bytes read / bytes used, without bytes read for identification and wasted prefetches."""
         payload = self.bytes_read - self.bytes_identified - self.prefetch_wasted_bytes
         return payload / self.bytes_used if self.bytes_used else 0.0
 
@@ -73,30 +73,30 @@ def _no_misses() -> dict[str, int]:
 
 @dataclass
 class StoreStats:
-    """What a store holds, and what this process did with it since it was opened.
+    """Contents of a store, and what this process did with it since it was opened.
 
     Attributes:
         segments: published segments.
-        prefix_tokens: tokens of KV in them.
-        segment_bytes: bytes that segments take up in their storage; `max_disk_bytes` bounds this.
-        disk_bytes: bytes that everything takes up: segments, index, quarantine, files being written, directories.
-        quarantined_bytes: bytes of damaged segments that are kept for inspection until `gc`.
-        host_bytes: bytes of host memory that this process holds for the store now: chunks, keys, buffers, tables.
-        device_bytes: bytes of accelerators' memory that it holds.
+        prefix_tokens: tokens whose KV they hold.
+        segment_bytes: bytes that they take up in storage; `max_disk_bytes` bounds this.
+        disk_bytes: bytes of the whole store: segments, index, quarantine, files being written, directories.
+        quarantined_bytes: bytes of damaged segments that are kept for inspection (`gc` deletes them).
+        host_bytes: bytes of host memory that this process now holds for the store: chunks, keys, buffers, tables.
+        device_bytes: bytes of accelerator memory that this process now holds for the store.
         bytes_read: bytes read from segments, page rounding included.
         bytes_written: bytes of published segments.
         published: segments published.
-        hits: look-ups of a request that found at least one token.
+        hits: requests' look-ups that found at least one token.
         misses: look-ups that found nothing, by reason: `not_stored`, `other_model` (stored for another model only),
-            `corrupt` (damaged or lost; counted as well when damage shows while a request reads), `expired`.
-        passed_over: prompts that automatic mode could not serve or store, by reason. Reasons are texts for people and
-            may change with any version.
+            `corrupt` (damaged or lost; also counted if a request meets damage while reading), `expired`.
+        passed_over: prompts that automatic mode could not serve from the store or could not store, by reason. Reasons
+            are text for people and may change with any version.
         tokens_found: tokens that look-ups found.
         tokens_asked: tokens that were looked up.
         evicted: segments removed to stay within `max_disk_bytes`.
         expired: segments removed because they were unused for `ttl_s`.
         quarantined: damaged segments taken out of service.
-        recovered: requests that read damaged bytes and computed the lost tokens again.
+        recovered: requests that met damage while reading and recomputed the lost tokens.
         write_failures: prefixes that could not be stored; their requests were answered from memory.
         direct_reads: whether reads bypass the operating system's page cache (`O_DIRECT`).
     """
@@ -131,7 +131,8 @@ class StoreStats:
 class StoreCounters:
     """The counters of `StoreStats` that only grow. Thread-safe.
 
-    A counter has the name of its field, or "misses.<reason>" or "passed_over.<reason>" for fields that count by reason.
+    A counter has the name of its field in `StoreStats`; a count by reason is named "misses.<reason>" or
+    "passed_over.<reason>" (any text).
     """
 
     def __init__(self) -> None:
@@ -144,7 +145,7 @@ class StoreCounters:
             self._counts[name] = self._counts.get(name, 0) + number
 
     def put_into(self, stats: StoreStats) -> None:
-        """Copy all counters into the fields of `stats`."""
+        """Copy the counters into the fields of `stats`."""
         with self._lock:
             counts = dict(self._counts)
         for name, number in counts.items():

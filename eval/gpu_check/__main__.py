@@ -42,6 +42,10 @@ def main(
     ] = False,
 ) -> None:
     """Check and measure the device path, stage by stage; what was found is in FOLDER at every moment."""
+    if not (ROOT / "tests").is_dir():
+        raise typer.BadParameter(
+            f"this check runs the tests of a checkout of the project, and there are none in {ROOT}"
+        )
     # Where output goes to a file, rich would take a narrow terminal for granted.
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     chosen = stages.split(",")

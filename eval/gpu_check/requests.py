@@ -92,7 +92,6 @@ class LastLogits:
 
 @contextmanager
 def watched(model: Any) -> Iterator[LastLogits]:
-    """See `LastLogits`."""
     last = LastLogits(model)
     try:
         yield last

@@ -107,12 +107,10 @@ class LongBench:
 
     @property
     def name(self) -> str:
-        """See `Task`."""
         return f"longbench_{self.subset}"
 
     @property
     def metric(self) -> str:
-        """See `Task`."""
         return SUBSETS[self.subset].metric
 
     @property

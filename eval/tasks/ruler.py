@@ -47,12 +47,10 @@ class Ruler:
 
     @property
     def name(self) -> str:
-        """See `Task`."""
         return f"ruler_{self.task}"
 
     @property
     def metric(self) -> str:
-        """See `Task`."""
         return METRICS[self.task]
 
     @property

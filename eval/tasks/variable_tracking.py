@@ -34,7 +34,6 @@ class VariableTracking:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`."""
         haystack = Haystack(tokenizer, self.data_dir)
         chance = random.Random(f"{self.name} {seed}")
         found: list[Request] = []

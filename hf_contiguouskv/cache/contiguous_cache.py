@@ -28,29 +28,30 @@ from .layers import ContiguousLayer, ContiguousSlidingLayer
 class ContiguousKVCache(ListeningCache):
     """A KV cache that begins with a stored prefix, of which attention reads only the chunks that it needs.
 
-    Use it as any other cache: `model.generate(ids, cache=ContiguousKVCache(model, prefix_ids, store="kv"))`
-    (`past_key_values=` before transformers 5.24). A context manager. `copy.deepcopy` gives an independent cache in the
-    same state, which shares the model, the store and what is loaded of the prefix.
+    Use it like any other cache: `model.generate(ids, cache=ContiguousKVCache(model, prefix_ids, store="kv"))`
+    (`past_key_values=` before transformers 5.24). It is a context manager. `copy.deepcopy` returns an independent cache
+    in the same state, which shares the model, the store and the loaded part of the prefix. Its methods are those of
+    `transformers.Cache` and a few properties; `session` does the work.
 
     Args:
-        model: a decoder-only transformers model, on any device or several.
-        prefix_ids: int64 `[n]` or `[1, n]`. What is stored of it is attached; the rest is prefilled exactly, written
-            to the store and attached. `None` with a store: **automatic**, the prompt of the first forward is looked
-            up and stored. `None` without a store: an ordinary `DynamicCache`.
-        store: a `PrefixStore` or the path of one. `None` with `prefix_ids`: a temporary one that goes with the cache.
+        model: a decoder-only transformers model, on one or more devices.
+        prefix_ids: int64 `[n]` or `[1, n]`. The stored part is attached; the rest is prefilled exactly, written to the
+            store and attached. `None` with a store is **automatic** mode: the prompt of the first forward is looked up
+            and stored. `None` without a store gives an ordinary `DynamicCache`.
+        store: a `PrefixStore` or its path. `None` with `prefix_ids`: a temporary store, deleted with the cache.
         config: how chunks are chosen and read; the default is the best we know.
         method: serves `prefix_ids` in place of the library's own method (`request.strategy`).
         overrides: fields of `ContiguousKVConfig`, e.g. `budget=0.1`.
 
     Attributes:
         config: the `ContiguousKVConfig` in force.
-        session: what the cache is doing, for this library's own use; `None`: it is an ordinary cache.
+        session: the cache's state, for this library's own use; `None` for an ordinary cache.
 
     Raises:
         UnsupportedModelError: the model cannot be served correctly; the message names the reason.
-        InputError: ids of the wrong dtype or shape, or none.
-        ConfigError: a field out of range.
-        StoreError: the folder is not a store, is of a newer format, or its files are damaged.
+        InputError: `prefix_ids` has the wrong dtype or shape, or is empty.
+        ConfigError: a field is out of range.
+        StoreError: the folder is not a store, has a newer format, or its files are damaged.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ContiguousKVCache(ListeningCache):
             self.close()
             raise
 
-    # -- what it tells ------------------------------------------------------------------------------------------------
+    # -- reading its state --------------------------------------------------------------------------------------------
 
     @property
     def prefix_ids(self) -> torch.Tensor | None:
@@ -97,29 +98,29 @@ class ContiguousKVCache(ListeningCache):
 
     @property
     def store(self) -> PrefixStore | None:
-        """The store in use; `None`: it is an ordinary cache, or closed."""
+        """The store in use; `None` for an ordinary or closed cache."""
         return None if self.session is None else self.session.held.slot.source.store
 
     @property
     def budget_choice(self) -> BudgetChoice | None:
-        """What `budget="auto"` has chosen for the attached prefix and why, or `None`."""
+        """The choice of `budget="auto"` for the attached prefix with its reason, or `None`."""
         return None if self.session is None else self.session.held.slot.budget_choice
 
     @property
     def stats(self) -> RequestStats:
-        """What the current request read, used and waited for. It stays readable after `close`."""
+        """Statistics of the current request: what it read, used and waited for. Still readable after `close`."""
         return self._closed_stats if self.session is None else self.session.stats
 
     @property
     def timeline(self) -> Timeline | None:
-        """When the current request did what, where the config asks for it."""
+        """The timeline of the current request, if the config asks for one; else `None`."""
         request = None if self.session is None else self.session.request
         return None if request is None else request.timeline
 
     def check(self, input_ids: torch.Tensor, *, partial: bool = False) -> None:
         """Raise `InputError` if `input_ids` (`[n]`, or `[batch, n]`: each row) do not begin with the prefix.
 
-        With `partial`, ids shorter than the prefix need only agree as far as they go.
+        With `partial`, ids shorter than the prefix need only match its beginning.
         """
         prefix = None if self.session is None else self.session.held.prefix
         if prefix is not None:
@@ -128,7 +129,8 @@ class ContiguousKVCache(ListeningCache):
     def selected_chunks(self, layer_idx: int) -> torch.Tensor | None:
         """Whole chunks that a full-attention layer uses now, int64 `(batch, kept)`, ascending.
 
-        `None` before the first suffix token, and for sliding-window layers. A partial last chunk is kept besides.
+        `None` before the first suffix token, and for sliding-window layers. A partial last chunk is always kept and not
+        listed.
         """
         layer = self.layers[layer_idx]
         request = None if self.session is None else self.session.request
@@ -142,8 +144,8 @@ class ContiguousKVCache(ListeningCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append K/V `(batch, kv_heads, q, head_dim)` of a layer. (A prefix refuses those of a forward that this
-        library's hook has not seen.)"""
+        """Append K/V `(batch, kv_heads, q, head_dim)` of a layer. With a prefix, K/V of a forward that this library's
+        hook has not seen are refused."""
         if layer_idx == 0 and self.session is not None and not self.session.announced:
             self._unannounced()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
@@ -161,9 +163,9 @@ class ContiguousKVCache(ListeningCache):
             self.session.claim().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens. Back to the prefix, its chunks are selected again.
+        """Remove the last `-tokens_to_remove` tokens. After a crop back to the prefix, chunks are selected again.
 
-        A crop into the prefix shortens it for the next questions, too, until `reset`.
+        A crop into the prefix also shortens it for later questions, until `reset`.
         """
         if self.session is None:
             super().crop(tokens_to_remove)
@@ -171,30 +173,30 @@ class ContiguousKVCache(ListeningCache):
             self.session.claim().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` continues what row `beam_idx[i]` was."""
+        """Make row `i` continue the former row `beam_idx[i]`."""
         if self.session is None:
             super().reorder_cache(beam_idx)
         else:
             self.session.claim().select_rows(beam_idx, reorder=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         if self.session is None:
             super().batch_repeat_interleave(repeats)
         else:
             self.session.claim().repeat_rows(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows `indices` (positions, or a bool mask)."""
+        """Keep only the rows `indices` (positions, or a bool mask)."""
         if self.session is None:
             super().batch_select_indices(indices)
         else:
             self.session.claim().select_rows(indices)
 
-    # -- its life -----------------------------------------------------------------------------------------------------
+    # -- closing and copying ------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Detach the prefix, let go of model and store: an empty, ordinary cache is left. `stats` stay readable."""
+        """Detach the prefix and release model and store. An empty, ordinary cache remains; `stats` stay readable."""
         if self.session is None:
             return
         self.session.close()

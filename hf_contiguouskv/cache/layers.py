@@ -1,7 +1,8 @@
-"""The cache layers: `DynamicCache`'s own, plus a prefix in front of them.
+"""The cache layers: those of `DynamicCache`, with a prefix in front.
 
-Without a prefix each is exactly its base class. With one, `get_seq_length` is the *logical* length (prefix included)
-and `get_mask_sizes` the *physical* one (what attention sees): `k` of `n` prefix tokens, the suffix, the new tokens.
+Without a prefix, each layer behaves exactly like its base class. With one, `get_seq_length` is the *logical* length
+(prefix included) and `get_mask_sizes` the *physical* one, which attention sees: `k` of `n` prefix tokens, the suffix,
+the new tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def _twin(layer: L, attached: AttachedRequest | None, memo: dict[int, Any]) -> L
 class ContiguousLayer(DynamicLayer):
     """A full-attention layer: selected prefix chunks, then the suffix.
 
-    Prefix K/V exist once per *distinct* row (beams share them, and at budget 1.0 all rows do); where that is one per
-    batch row, prefix and suffix lie in one growing buffer, so that a decoding step copies nothing.
+    Prefix K/V exist once per *distinct* row: beams share them, and at budget 1.0 all rows do. If there is one per batch
+    row, prefix and suffix lie in one growing buffer, so that a decoding step copies nothing.
+
+    It has many methods because transformers has: each one of `DynamicLayer` that touches K/V is overridden here.
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -54,23 +57,23 @@ class ContiguousLayer(DynamicLayer):
         self._joined = True
         # (2, distinct rows or 1, kv_heads, kept_tokens, head_dim), if not `_joined`.
         self._prefix: torch.Tensor | None = None
-        # int64 (batch,): which distinct row of the request, and which row of `_prefix`, each batch row is.
+        # int64 (batch,): for each batch row, its distinct row of the request, and its row of `_prefix`.
         self.row_of: torch.Tensor | None = None
         self._prefix_row: torch.Tensor | None = None
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
     def attach(self, attached: AttachedRequest | None) -> None:
-        """Put a prefix in front (nothing else stays), or take it away."""
+        """Put a prefix in front, or remove it; everything else is dropped."""
         super().reset()
         self.attached = attached
         self._forget()
 
     def copy_of(self, attached: AttachedRequest | None, memo: dict[int, Any]) -> ContiguousLayer:
-        """A deep copy whose prefix is that of `attached`.
+        """A deep copy that uses the prefix of `attached`.
 
-        Prefix K/V are shared: nothing changes them once they are there. So a copy keeps prefix and suffix apart, and
-        puts them together again for each step.
+        The copy shares the loaded prefix K/V, which never change. So it keeps prefix and suffix separate, and joins
+        them for each step.
         """
         if attached is None or self._buffer is None or not self._loaded:
             return _twin(self, attached, memo)
@@ -91,7 +94,7 @@ class ContiguousLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append K/V `(batch, kv_heads, q, head_dim)`; with a prefix, the returned K leads attention back here."""
+        """Append K/V `(batch, kv_heads, q, head_dim)`; with a prefix, the returned K is tagged with this layer."""
         if self.attached is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         self.attached.require_running()
@@ -102,7 +105,7 @@ class ContiguousLayer(DynamicLayer):
         if self._buffer is None:
             self._start(key_states)
         elif key_states.requires_grad:
-            # Backward needs what attention has seen so far as it was.
+            # The backward pass needs the earlier K/V unchanged.
             self._buffer = self._buffer.clone()
         start = self._offset + self._suffix
         end = start + key_states.shape[2]
@@ -118,14 +121,12 @@ class ContiguousLayer(DynamicLayer):
 
     @property
     def plain(self) -> bool:
-        """See `attention.KVSource`."""
         return self.attached is not None and self.attached.plain
 
     @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def visible_kv(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `attention.KVSource`."""
         assert self.attached is not None
         self.attached.expected = None
         if not self._loaded:
@@ -143,13 +144,13 @@ class ContiguousLayer(DynamicLayer):
         return visible[0], visible[1]
 
     def get_seq_length(self) -> int:
-        """Tokens in the cache: the whole prefix, kept or not, and the suffix."""
+        """Tokens in the cache: the whole prefix, including chunks that are not kept, and the suffix."""
         if self.attached is None:
             return super().get_seq_length()  # type: ignore[no-any-return]
         return self.attached.request.prefix.tokens + self._suffix
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """`(columns of the mask, token position of the first)`: kept prefix tokens count as the last of the prefix."""
+        """`(mask columns, position of the first)`; kept prefix tokens count as the last tokens of the prefix."""
         if self.attached is None:
             return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]
         request = self.attached.request
@@ -168,48 +169,48 @@ class ContiguousLayer(DynamicLayer):
         self.attach(self.attached)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` continues what row `beam_idx[i]` was."""
+        """Make row `i` continue the former row `beam_idx[i]`."""
         if self.attached is None:
             super().reorder_cache(beam_idx)
         else:
             self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         if self.attached is None:
             super().batch_repeat_interleave(repeats)
         elif self._buffer is not None:
             self._take_rows(torch.arange(self._buffer.shape[1]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows `indices` (positions, or a bool mask)."""
+        """Keep only the rows `indices` (positions, or a bool mask)."""
         if self.attached is None:
             super().batch_select_indices(indices)
         elif self._buffer is not None:
             self._take_rows(torch.arange(self._buffer.shape[1], device=indices.device)[indices])
 
     def offload(self) -> None:
-        """Offloading is what the store is for."""
+        """Do nothing: the store takes the place of offloading."""
 
     def prefetch(self) -> None:
-        """See `offload`."""
+        """Do nothing, as `offload`."""
 
     def record(self, recording: bool) -> None:
-        """All of a full-attention layer's K/V are in the cache anyway."""
+        """Do nothing: the cache already holds all K/V of a full-attention layer."""
 
     def row_states(self, row: int, pads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """K and V `(kv_heads, n, head_dim)` of a row at budget 1.0, and the token that they begin with.
+        """K and V `(kv_heads, n, head_dim)` of a row at budget 1.0, and the position of their first token.
 
         Args:
-            row: of the batch.
-            pads: its columns of left padding.
-            tokens: how many real tokens it has, prefix included.
+            row: index in the batch.
+            pads: number of left-padding columns of the row.
+            tokens: number of real tokens of the row, prefix included.
         """
         if self.attached is None:
             return self.keys[row, :, pads:], self.values[row, :, pads:], 0
         assert self._buffer is not None
         prefix = self.attached.request.prefix
-        # Of the prefix, the chunk that it shares with the suffix is enough.
+        # Of the prefix, only its partial last chunk is needed, which the suffix completes.
         tail = prefix.tail_tokens
         end = self._offset + self._suffix
         before = self._buffer[:, row] if self._joined else self._prefix_rows()[:, row]
@@ -226,11 +227,11 @@ class ContiguousLayer(DynamicLayer):
 
     @property
     def _offset(self) -> int:
-        """Where the suffix begins in `_buffer`."""
+        """Token index at which the suffix begins in `_buffer`."""
         return self.attached.request.kept_tokens if self.attached is not None and self._joined else 0
 
     def _prefix_rows(self) -> torch.Tensor:
-        """The prefix once for each batch row; a single one is shared by all without a copy."""
+        """The prefix once per batch row; if all rows share one, without a copy."""
         assert self._prefix is not None
         assert self._prefix_row is not None
         if self._prefix.shape[1] == 1:
@@ -291,32 +292,32 @@ class ContiguousLayer(DynamicLayer):
 
 
 class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer: the exact tail of the prefix that its window can see, then the base class."""
+    """A sliding-window layer that begins with the exact tail of the prefix that its window can see."""
 
     def __init__(self, layer_idx: int, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self.layer_idx = layer_idx
         self.attached: AttachedRequest | None = None
-        # While set, `update` keeps the K/V of all tokens it has seen, for the store.
+        # While set, `update` keeps the K/V of all tokens of the forward, for the store.
         self._recording = False
         self._recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attach(self, attached: AttachedRequest | None) -> None:
-        """Put a prefix in front (nothing else stays), or take it away."""
+        """Put a prefix in front, or remove it; everything else is dropped."""
         super().reset()
         self._recorded = None
         self.attached = attached
         self.cumulative_length = 0 if attached is None else attached.request.prefix.tokens
 
     def copy_of(self, attached: AttachedRequest | None, memo: dict[int, Any]) -> ContiguousSlidingLayer:
-        """A deep copy whose prefix is that of `attached`."""
+        """A deep copy that uses the prefix of `attached`."""
         return _twin(self, attached, memo)
 
     @torch.compiler.disable(reason=NO_FULL_GRAPH)
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DynamicSlidingWindowLayer.update`; the prefix's tail is loaded when the first suffix tokens come."""
+        """Append K/V `(batch, kv_heads, q, head_dim)`; the first suffix tokens load the prefix's tail."""
         if self.attached is not None:
             self.attached.require_running()
             if not self.is_initialized:
@@ -327,20 +328,20 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         return keys, values
 
     def record(self, recording: bool) -> None:
-        """Keep the K/V of all tokens of the next forward (more than the window holds), or forget them."""
+        """Keep the K/V of all tokens of the next forward (more than the window holds), or drop them."""
         self._recording = recording
         self._recorded = None
 
     def row_states(self, row: int, pads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """K and V `(kv_heads, n, head_dim)` of a row that was recorded, and the token that they begin with.
+        """Recorded K and V `(kv_heads, n, head_dim)` of a row, and the position of their first token.
 
         Args:
-            row: of the batch.
-            pads: its columns of left padding.
-            tokens: how many real tokens it has, prefix included.
+            row: index in the batch.
+            pads: number of left-padding columns of the row.
+            tokens: number of real tokens of the row, prefix included.
         """
         assert self._recorded is not None
-        # What the layer saw ends with the prompt. (With padding nothing is attached before a sliding window.)
+        # The recorded tokens end with the prompt. (With padding, no prefix is attached to sliding-window layers.)
         keys, values = (states[row] for states in self._recorded)
         padded = self.attached is None and keys.shape[1] == tokens + pads
         known = min(keys.shape[1] - (pads if padded else 0), tokens)
@@ -358,22 +359,22 @@ class ContiguousSlidingLayer(DynamicSlidingWindowLayer):
         self.attach(self.attached)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` continues what row `beam_idx[i]` was."""
+        """Make row `i` continue the former row `beam_idx[i]`."""
         if self.is_initialized:
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         if self.is_initialized:
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows `indices`."""
+        """Keep only the rows `indices`."""
         if self.is_initialized:
             super().batch_select_indices(indices)
 
     def offload(self) -> None:
-        """Offloading is what the store is for."""
+        """Do nothing: the store takes the place of offloading."""
 
     def prefetch(self) -> None:
-        """See `offload`."""
+        """Do nothing, as `offload`."""

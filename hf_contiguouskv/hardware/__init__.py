@@ -1,1 +1,1 @@
-"""Accelerators and memory: streams, events, pinned and page-aligned buffers."""
+"""Accelerators and host memory: streams, events, pinned and page-aligned buffers."""

@@ -1,16 +1,16 @@
-"""Streams, events and pinned memory: the one place that knows accelerators.
+"""Streams, events and pinned memory: the only module that deals with accelerators.
 
-The rules of the device pipeline (docs/device-pipeline.md), for every accelerator that `torch.accelerator` knows:
+The rules of the device pipeline (docs/device-pipeline.md), for every accelerator that `torch.accelerator` supports:
 
-- reads land in pinned host buffers; each layer's buffer crosses in one copy on a side stream of its own;
-- every copy returns an event; whoever uses the copied bytes makes *their stream* wait for it, never the host;
-- a host buffer is reused once the event of the last copy from it has happened (asked, not waited for); a device buffer
-  at any time, by a copy that waits on its stream for the event of the last use;
-- memory that one stream allocated and another uses is recorded with the allocator;
-- small tensors (positions, masks) cross in pinned blocks as well, without a wait; what the host must know of the device
-  it fetches, and only a selection needs that.
+- Reads land in pinned host buffers. Each layer's buffer crosses in one copy on a separate side stream.
+- Every copy returns an event. The *stream* that uses the copied bytes waits for it; the host never waits.
+- A host buffer is reused once the event of the last copy from it has happened; the host queries the event and does not
+  wait. A device buffer can be reused at any time: the next copy waits on its stream for the event of the last use.
+- Memory that one stream allocated and another uses is recorded with the allocator.
+- Small tensors (positions, masks) also cross in pinned blocks, without a wait. Only a selection needs values back on
+  the host, and fetches them.
 
-A CPU needs none of this: what was read is where attention wants it.
+A CPU needs none of this: reads land where attention uses them.
 """
 
 from __future__ import annotations
@@ -25,75 +25,75 @@ import torch
 from .aligned_memory import PAGE, aligned_buffer
 from .pinned_memory import PinnedPool, available_bytes, register_with_cuda
 
-# Sizes of the pinned blocks that small tensors cross in, and how many of each are allocated when a device is opened.
+# Sizes of the pinned blocks for small tensors, and how many of each are allocated when a device is opened.
 SMALL_BYTES, SMALL_BLOCKS = tuple(2**power for power in range(3, 19)), 8
 
 
 class Device(Protocol):
-    """An accelerator, as the pipeline sees it. Events are opaque, except that `event.query()` says if it happened.
+    """An accelerator, as the pipeline sees it. Events are opaque; only `event.query()` tells whether one has happened.
 
-    "The current stream" is the one that the calling thread's computation is queued on.
+    "The current stream" is the stream on which the calling thread queues its computation.
 
     Attributes:
-        name: for statistics and messages.
+        name: shown in statistics and messages.
     """
 
     name: str
 
     def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
-        """uint8 `(nbytes,)` on the device, for the current stream, or to be written by `copy_in` first."""
+        """uint8 `(nbytes,)` on the device, for the current stream or (`for_copies`) for a first write by `copy_in`."""
         ...
 
     def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
-        """Queue a copy from pinned host memory on a side stream, behind the event `after`; an event for its end."""
+        """Queue a copy from pinned host memory on a side stream, after the event `after`; an event for its end."""
         ...
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Any:
-        """Queue a copy to pinned host memory on a side stream, behind what the current stream has queued so far."""
+        """Queue a copy to pinned host memory on a side stream, after the work queued so far on the current stream."""
         ...
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy of a small CPU tensor on the device, for the current stream. The host goes on."""
+        """A copy of a small CPU tensor on the device, for the current stream. The host does not wait."""
         ...
 
     def fetch(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy on the CPU of what the current stream has computed. The host waits for it: nothing else here does."""
+        """A copy on the CPU of values that the current stream computes. The host waits for them."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Memory of the device that nobody has taken; `None`: it does not say."""
+        """Free device memory in bytes; `None` if the device does not report it."""
         ...
 
     def let_go(self) -> None:
-        """Return memory to the device that was taken from it and is not in use."""
+        """Return allocated but unused memory to the device."""
         ...
 
     def copies_so_far(self) -> list[Any]:
-        """Events for the end of all copies, in and out, that have been queued so far."""
+        """Events for the end of all copies, in and out, queued so far."""
         ...
 
     def aside(self) -> AbstractContextManager[None]:
-        """Inside, this thread computes on a stream that no request waits for."""
+        """A context in which this thread computes on a stream that no request waits for."""
         ...
 
     def finish(self, event: Any) -> None:
-        """Block this thread until `event` has happened. For threads that write to disk; a model's never does."""
+        """Block this thread until `event` has happened. Only threads that write to disk call this, never a model's."""
         ...
 
     def wait(self, event: Any) -> None:
-        """What the current stream gets from now on runs after `event`. The host goes on."""
+        """Make later work on the current stream run after `event`. The host does not wait."""
         ...
 
     def mark(self) -> Any:
-        """An event for the end of what the current stream has queued so far."""
+        """An event for the end of the work queued so far on the current stream."""
         ...
 
     def uses(self, tensor: torch.Tensor) -> None:
-        """The current stream uses memory that another stream may have allocated."""
+        """Record that the current stream uses memory that another stream may have allocated."""
         ...
 
     def stream(self) -> Any:
-        """Which stream is current, as a key for comparison."""
+        """The current stream, as a key for comparison."""
         ...
 
 
@@ -103,11 +103,11 @@ class Accelerator:
     def __init__(self, device: torch.device) -> None:
         self.name = str(device)
         self._device = device
-        # One for each direction: a copy in does not queue behind a copy out.
+        # One stream per direction, so that a copy in does not queue behind a copy out.
         self._incoming = torch.Stream(device=device)
         self._outgoing = torch.Stream(device=device)
         self._aside = torch.Stream(device=device)
-        # Small pinned blocks for `send` and `fetch`: torch keeps them when they are free, so no request waits for one.
+        # Allocate and free the small pinned blocks for `send` and `fetch`: torch caches them, so no request waits.
         blocks = [
             torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             for nbytes in SMALL_BYTES
@@ -117,9 +117,9 @@ class Accelerator:
 
     @contextmanager
     def _on(self, stream: torch.Stream) -> Iterator[None]:
-        """Make `stream` the current one of this thread.
+        """Make `stream` this thread's current stream.
 
-        Not `with stream`: a Stream object remembers what was current before, and several threads share this one.
+        Not `with stream`: a Stream object remembers the previous stream, and several threads share this object.
         """
         index = torch.accelerator.current_device_index()
         before = torch.accelerator.current_stream(self._device)
@@ -131,16 +131,14 @@ class Accelerator:
             torch.accelerator.set_device_index(index)
 
     def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
-        """See `Device`."""
-        # Ordinary tensors even in inference mode: other threads, and requests outside of it, write to them.
+        # Ordinary tensors even in inference mode: other threads, and requests outside inference mode, write to them.
         with torch.inference_mode(False):
             if not for_copies:
                 return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            with self._on(self._incoming):  # From the memory that this stream reuses in its own order.
+            with self._on(self._incoming):  # This stream reuses its own memory in order.
                 return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
-        """See `Device`."""
         if after is not None:
             self._incoming.wait_event(after)
         with self._on(self._incoming):
@@ -148,7 +146,6 @@ class Accelerator:
         return self._incoming.record_event()
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Any:
-        """See `Device`."""
         self._outgoing.wait_event(self.mark())
         with self._on(self._outgoing):
             target.copy_(source, non_blocking=True)
@@ -156,13 +153,12 @@ class Accelerator:
         return self._outgoing.record_event()
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
-        """See `Device`. From pageable memory the driver may wait for the stream before it copies."""
+        """Copy through pinned memory: from pageable memory the driver may wait for the stream before it copies."""
         with torch.inference_mode(False):
             pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values)
             return pinned.to(self._device, non_blocking=True)
 
     def fetch(self, values: torch.Tensor) -> torch.Tensor:
-        """See `Device`."""
         with torch.inference_mode(False):
             pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         pinned.copy_(values, non_blocking=True)
@@ -170,7 +166,7 @@ class Accelerator:
         return pinned
 
     def free_bytes(self) -> int | None:
-        """See `Device`. What torch keeps for later tensors counts as free."""
+        """Free memory in bytes, including memory that torch caches for later tensors."""
         module = getattr(torch, self._device.type, None)
         if module is None or not hasattr(module, "mem_get_info"):
             return None
@@ -178,43 +174,35 @@ class Accelerator:
         return int(free) + int(module.memory_reserved(self._device)) - int(module.memory_allocated(self._device))
 
     def let_go(self) -> None:
-        """See `Device`."""
         empty_cache = getattr(getattr(torch, self._device.type, None), "empty_cache", None)
         if empty_cache is not None:
             empty_cache()
 
     def copies_so_far(self) -> list[Any]:
-        """See `Device`."""
         return [self._incoming.record_event(), self._outgoing.record_event()]
 
     def aside(self) -> AbstractContextManager[None]:
-        """See `Device`."""
         return self._on(self._aside)
 
     def finish(self, event: Any) -> None:
-        """See `Device`."""
         event.synchronize()
 
     def wait(self, event: Any) -> None:
-        """See `Device`."""
         torch.accelerator.current_stream(self._device).wait_event(event)
 
     def mark(self) -> Any:
-        """See `Device`."""
         return torch.accelerator.current_stream(self._device).record_event()
 
     def uses(self, tensor: torch.Tensor) -> None:
-        """See `Device`."""
         tensor.record_stream(torch.accelerator.current_stream(self._device))
 
     def stream(self) -> Any:
-        """See `Device`."""
         return torch.accelerator.current_stream(self._device).stream_id
 
 
 opened_devices: dict[torch.device, Device] = {}
 _pools: list[PinnedPool] = []
-# A collector of garbage may close a store in the middle of anything that this thread does.
+# Re-entrant: the garbage collector may close a store while this thread holds the lock.
 _lock = threading.RLock()
 
 
@@ -229,14 +217,14 @@ def device_of(device: torch.device) -> Device | None:
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small CPU tensor where `device` can use it at once: itself, or a copy that nobody waits for."""
+    """A small CPU tensor on `device`: the tensor itself, or a copy that the host does not wait for."""
     opened = device_of(device)
     return values if opened is None else opened.send(values)
 
 
 def after_this(tensors: Iterable[torch.Tensor]) -> Callable[[], AbstractContextManager[None]]:
-    """For a thread that is going to use these tensors aside: what it enters first. Its stream waits until they are
-    computed, and their memory until it is through with them."""
+    """A context manager for another thread that will use these tensors on a side stream. The side stream waits until
+    they are computed, and their memory is not reused before the side stream has finished with them."""
     known = list(tensors)
     devices = {tensor.device: device_of(tensor.device) for tensor in known}
     marks = [(device, device.mark()) for device in devices.values() if device is not None]
@@ -261,7 +249,7 @@ def _marks() -> list[Any]:
 
 
 def _pool() -> PinnedPool | None:
-    """Registered memory, where the driver can register ordinary memory."""
+    """The pool of registered memory; `None` where the driver cannot register ordinary memory."""
     if not torch.cuda.is_available():
         return None
     with _lock:
@@ -271,24 +259,24 @@ def _pool() -> PinnedPool | None:
 
 
 def reserve_pinned(nbytes: int) -> None:
-    """A store that may hold `nbytes` in the host's memory uses an accelerator from now on."""
+    """Reserve pinned memory for a store that may hold `nbytes` on the host and starts to use an accelerator."""
     pool = _pool()
     if pool is not None:
         pool.reserve(nbytes)
 
 
 def release_pinned(nbytes: int) -> None:
-    """That store was closed."""
+    """Release the reservation of a store that was closed."""
     pool = _pool()
     if pool is not None:
         pool.release(nbytes)
 
 
 def pinned_buffer(nbytes: int) -> torch.Tensor:
-    """Page-aligned uint8 `(nbytes,)` in host memory that copies to an accelerator run from without the host.
+    """Page-aligned uint8 `(nbytes,)` in host memory from which copies to an accelerator run asynchronously.
 
-    From what was reserved, if there is room; else torch pins it now. Where nobody can pin so much it is ordinary
-    memory: copies are right all the same, but wait.
+    It comes from the reserved memory if there is room; else torch pins it now. If pinning fails it is ordinary memory:
+    copies are still correct, but the host waits for them.
     """
     if not torch.accelerator.is_available():
         return aligned_buffer(nbytes)
@@ -297,7 +285,7 @@ def pinned_buffer(nbytes: int) -> torch.Tensor:
     if found is not None:
         return found
     with torch.inference_mode(False), suppress(RuntimeError):
-        # Pinned memory comes in whole pages, and in powers of two: a byte more may cost as much again.
+        # Torch rounds pinned memory up to a power of two, so one byte more may double it.
         raw = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         if raw.data_ptr() % PAGE == 0:
             return raw
@@ -308,7 +296,7 @@ def pinned_buffer(nbytes: int) -> torch.Tensor:
 
 
 class StreamOrder:
-    """Keeps uses of one piece of device memory by several streams in order (one stream keeps its own)."""
+    """Orders the uses of one piece of device memory by several streams (each stream orders its own uses)."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -317,16 +305,16 @@ class StreamOrder:
         self._reads: dict[Any, Any] = {}
 
     def before_read(self) -> None:
-        """The current stream is about to read."""
+        """Call before the current stream queues a read."""
         if self._written is not None and self._writer != self._device.stream():
             self._device.wait(self._written)
 
     def after_read(self) -> None:
-        """The current stream has queued its read."""
+        """Call after the current stream has queued its read."""
         self._reads[self._device.stream()] = self._device.mark()
 
     def before_write(self) -> None:
-        """The current stream is about to write."""
+        """Call before the current stream queues a write."""
         self.before_read()
         stream = self._device.stream()
         for reader, event in self._reads.items():
@@ -334,6 +322,6 @@ class StreamOrder:
                 self._device.wait(event)
 
     def after_write(self) -> None:
-        """The current stream has queued its write."""
+        """Call after the current stream has queued its write."""
         self._reads.clear()
         self._writer, self._written = self._device.stream(), self._device.mark()

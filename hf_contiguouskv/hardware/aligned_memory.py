@@ -10,8 +10,8 @@ import torch
 from ..errors import InputError
 
 PAGE = 4096
-# From this size on huge pages are asked for. A mapping need not be as large as one: Linux joins neighbours, so the
-# key indexes of a cold prefix take a fiftieth of the page faults (8 instead of 20 ms for 47 MB).
+# Request huge pages from this size. A mapping may be smaller than a huge page, because Linux merges neighbouring
+# mappings: the key indexes of a cold prefix then take a fiftieth of the page faults (8 instead of 20 ms for 47 MB).
 _HUGE = 2**18
 
 
@@ -22,7 +22,7 @@ def aligned_buffer(nbytes: int) -> torch.Tensor:
         # Only a hint: kernels built without huge pages refuse it.
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    # An ordinary tensor even in inference mode: other threads, and requests outside of it, write to it.
+    # An ordinary tensor even in inference mode: other threads, and requests outside inference mode, write to it.
     with torch.inference_mode(False):
         return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
 

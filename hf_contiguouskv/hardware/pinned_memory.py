@@ -1,9 +1,9 @@
-"""Host memory that an accelerator's driver knows: registered once, lent in pieces.
+"""Host memory that is registered once with an accelerator's driver and lent in pieces.
 
-Pinning memory is said to take 0.3 to 0.6 ms for each MiB (`make gpu` measures it), and torch pins powers of two. So
-memory for the host's tiers is mapped and registered when a store meets its first accelerator, as much as the store may
-hold (`host_bytes`), and requests take pieces of it. It stays for as long as the process runs, as torch's own pinned
-memory does: a store that is opened later uses it again.
+Pinning memory is said to take 0.3 to 0.6 ms per MiB (`make gpu` measures it), and torch pins powers of two. So when a
+store first uses an accelerator, as much memory as its host tier may hold (`host_bytes`) is mapped and registered, and
+requests take pieces of it. The memory stays registered until the process ends, as torch's own pinned memory does, and
+stores opened later reuse it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .aligned_memory import PAGE, aligned_buffer
 
 logger = logging.getLogger("hf_contiguouskv")
 
-# Where the driver refuses to register so much, half of it is tried, and so on down to this.
+# If the driver refuses a size, half of it is tried, down to this size.
 _SMALLEST_REGION = 16 * 2**20
-# From this size on pieces are taken from the end of a region, so that long-lived blocks of slots and buffers that come
-# and go do not cut each other's memory into pieces.
+# Pieces of at least this size are taken from the end of a region, so that long-lived blocks of slots and short-lived
+# buffers do not fragment each other's memory.
 _BLOCK_BYTES = 4 * 2**20
 
 
@@ -65,19 +65,19 @@ class _Region:
 
 @dataclass(eq=False)
 class _Returned:
-    """Pieces that nobody holds any more, and the events for the end of copies that may still be under way."""
+    """Pieces without a holder, and events for the end of copies that may still be running."""
 
     events: list[Any]
     pieces: list[tuple[_Region, int, int]]
 
 
 class PinnedPool:
-    """Registered memory of this process. Thread-safe.
+    """The registered memory of this process. Thread-safe.
 
     Args:
-        register: makes a uint8 CPU tensor, page-aligned, known to the driver; `False`: it refuses.
-        marks: events for the end of all copies that have been queued so far, in or out.
-        available: bytes of memory that the machine can give.
+        register: registers a page-aligned uint8 CPU tensor with the driver; returns `False` if the driver refuses.
+        marks: returns events for the end of all copies queued so far, in and out.
+        available: returns the bytes of memory that the machine can spare.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class PinnedPool:
         self._register = register
         self._marks = marks
         self._available = available
-        # A collector of garbage may close a store in the middle of anything that this thread does.
+        # Re-entrant: the garbage collector may close a store while this thread holds the lock.
         self._lock = threading.RLock()
         self._regions: list[_Region] = []
         self._wanted = 0
-        # Filled by finalizers, which take no lock: they may run in the middle of anything.
+        # Finalizers fill this without a lock, because they may run at any point.
         self._dropped: deque[tuple[_Region, int, int]] = deque()
         self._returned: deque[_Returned] = deque()
 
@@ -103,7 +103,7 @@ class PinnedPool:
         return sum(len(region.memory) for region in self._regions)
 
     def reserve(self, nbytes: int) -> None:
-        """One more store may hold `nbytes`: register what is missing, as far as the machine has it to spare."""
+        """Register what is missing for one more store that may hold `nbytes`, at most half of the available memory."""
         with self._lock:
             self._wanted += nbytes
             missing = min(self._wanted - self.nbytes, self._available() // 2)
@@ -117,14 +117,14 @@ class PinnedPool:
                 size = 0 if size <= _SMALLEST_REGION else max(_SMALLEST_REGION, size // 2 // PAGE * PAGE)
 
     def release(self, nbytes: int) -> None:
-        """A store that reserved `nbytes` was closed. What is registered is there for the next one."""
+        """Release a closed store's reservation. The memory stays registered for the next store."""
         with self._lock:
             self._wanted -= nbytes
 
     def take(self, nbytes: int) -> torch.Tensor | None:
-        """Page-aligned uint8 `(nbytes,)` with anything in it, until its last tensor is gone; `None`: none is free.
+        """Page-aligned uninitialised uint8 `(nbytes,)`, lent until its last tensor is gone; `None` if none is free.
 
-        It is lent again once copies from and to it, which may outlive the tensor, have ended.
+        Copies may outlive the tensor, so the piece is lent again only after all copies have ended.
         """
         size = max(PAGE, -(-nbytes // PAGE) * PAGE)
         with self._lock:
@@ -135,7 +135,7 @@ class PinnedPool:
                     break
             else:
                 return None
-        # A storage made from an array keeps it until its last tensor is gone: that array's end is the return.
+        # The storage keeps this array alive until its last tensor is gone, so the array's finalizer returns the piece.
         array = region.memory[begin : begin + nbytes].numpy()
         finalizer = weakref.finalize(array, self._dropped.append, (region, begin, begin + size))
         finalizer.atexit = False
@@ -143,7 +143,7 @@ class PinnedPool:
             return torch.from_numpy(array)
 
     def _collect(self) -> None:
-        """Find out what is free again. Called with the lock."""
+        """Free the returned pieces whose copies have ended. Callers hold the lock."""
         pieces = []
         while self._dropped:
             pieces.append(self._dropped.popleft())
@@ -155,18 +155,18 @@ class PinnedPool:
 
 
 def register_with_cuda(memory: torch.Tensor) -> bool:
-    """Have CUDA (or ROCm) pin and map a CPU tensor for all devices."""
+    """Have CUDA (or ROCm) pin and map a CPU tensor for all devices; whether it did."""
     portable = 1
     cudart: Any = torch.cuda.cudart()
     if cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, portable) == cudart.cudaError.success:
         return True
     with suppress(RuntimeError):
-        torch.zeros(1, device="cuda")  # The next launch is told of the refusal: let it be this one.
+        torch.zeros(1, device="cuda")  # CUDA reports the refusal at the next launch, so launch one here.
     return False
 
 
 def available_bytes() -> int:
-    """Memory that the machine can give without swapping; without a limit where the system does not say."""
+    """Bytes that the machine can give without swapping; 2**62 if the system does not report it."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

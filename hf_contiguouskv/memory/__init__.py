@@ -1,4 +1,4 @@
-"""What is kept in memory above the disk: tiers with hard limits, and which chunk goes first."""
+"""The memory tiers above the disk: their hard limits, and which chunk each evicts first."""
 
 from .entries import Buffer
 from .policies import POLICIES, EvictionPolicy

@@ -1,4 +1,4 @@
-"""Slots of one size: which are free, who is in them, who uses them now, and which would go first."""
+"""Slots of one size: which are free, what each holds, how many users each has, and which to evict first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .blocks import Blocks, Slots, distinct
 
-# Candidates that are looked for at once: finding the lowest few of all takes a pass over everything.
+# Eviction candidates collected per search, because each search takes a pass over all slots.
 _CANDIDATES = 512
 
 Empty = np.zeros(0, dtype=np.int64)
@@ -17,8 +17,8 @@ Empty = np.zeros(0, dtype=np.int64)
 class Arena:
     """Bookkeeping of the slots of `blocks`. Not thread-safe: its tier holds a lock.
 
-    A slot is *free*, *loading* (somebody's, but nothing is registered) or *resident* (it belongs to a place of a
-    table). Slots with users are never taken away.
+    A slot is *free*, *loading* (it has a user, but no table refers to it yet) or *resident* (it holds the chunk at one
+    place of a table). Slots with users are never evicted.
     """
 
     def __init__(self, blocks: Blocks) -> None:
@@ -26,7 +26,7 @@ class Arena:
         self.slot_bytes = blocks.slot_bytes
         self.block_bytes = blocks.slot_bytes * blocks.slots_per_block
         count = blocks.max_blocks * blocks.slots_per_block
-        # Memory of zeros is not there until it is written to, however large the bound is.
+        # The system allocates zeroed memory on the first write, so a large bound costs nothing here.
         self.users = np.zeros(count, dtype=np.int32)
         self.owner = np.zeros(count, dtype=np.int32)
         self.place = np.zeros(count, dtype=np.int64)
@@ -35,25 +35,25 @@ class Arena:
         self._free: list[int] = []
         self._top = 0
         self._returned: list[int] = []
-        # The least worth of all when they were last looked for: everything else was worth `_limit` or more.
+        # The slots with the lowest worth at the last search: every other slot was worth `_limit` or more.
         self._queue = Empty
         self._limit = -np.inf
         self._recent: list[Slots] = []
 
     @property
     def held_bytes(self) -> int:
-        """What the system gave, used or not."""
+        """Bytes allocated from the system, used or not."""
         return self.held_blocks * self.block_bytes
 
     @property
     def free_slots(self) -> int:
-        """Slots that can be had without asking the system."""
+        """Slots that can be taken without allocating memory."""
         return len(self._free)
 
-    # -- having and giving slots --------------------------------------------------------------------------------------
+    # -- taking and releasing slots -----------------------------------------------------------------------------------
 
     def grow(self, blocks: int) -> int:
-        """Have up to `blocks` more blocks, as far as there is memory for them; how many slots that made."""
+        """Allocate up to `blocks` more blocks, or fewer if memory runs out; the number of slots added."""
         room = self.blocks.max_blocks - self._top + len(self._returned)
         numbers: list[int] = []
         try:
@@ -62,7 +62,7 @@ class Arena:
                 try:
                     self.blocks.take(number)  # May raise, and then nothing has changed.
                 except torch.OutOfMemoryError:
-                    break  # The limit was more than there is.
+                    break  # The limit exceeds the memory that exists.
                 if self._returned:
                     self._returned.pop()
                 else:
@@ -71,7 +71,7 @@ class Arena:
         finally:
             self.held_blocks += len(numbers)
             size = self.blocks.slots_per_block
-            # The last of the list is given first: neighbours in order.
+            # `take` takes from the end of the list, so the lowest slots go last.
             for number in reversed(numbers):
                 self._free.extend(range((number + 1) * size - 1, number * size - 1, -1))
         return len(numbers) * size
@@ -88,7 +88,7 @@ class Arena:
         return slots
 
     def release(self, slots: Slots) -> None:
-        """One user less for each; what nobody uses and nobody owns is free."""
+        """Remove one user from each slot; a slot with no user and no owner becomes free."""
         self.users[slots] -= 1
         idle = slots[self.users[slots] == 0]
         owned = self.owner[idle] > 0
@@ -101,7 +101,7 @@ class Arena:
             self._free.extend(freed[::-1].tolist())
 
     def return_blocks(self, blocks: int) -> int:
-        """Give up to `blocks` wholly free blocks back to the system; how many there were."""
+        """Return up to `blocks` wholly free blocks to the system; the number returned."""
         if not self._free or blocks <= 0:
             return 0
         size = self.blocks.slots_per_block
@@ -114,10 +114,10 @@ class Arena:
         self.held_blocks -= len(numbers)
         return len(numbers)
 
-    # -- who goes first -----------------------------------------------------------------------------------------------
+    # -- which to evict first -----------------------------------------------------------------------------------------
 
     def set_worth(self, slots: Slots, worth: npt.NDArray[np.float64]) -> None:
-        """Judge resident slots anew."""
+        """Set the worth of resident slots."""
         self.worth[slots] = worth
         self._forget_order()
 
@@ -125,15 +125,15 @@ class Arena:
         self._queue, self._recent, self._limit = Empty, [], -np.inf
 
     def lowest(self, count: int) -> Slots:
-        """The (at most) `count` resident slots without users that are worth least, the least first.
+        """Up to `count` resident slots without users, lowest worth first.
 
-        The same slots, in the same order, as a min-heap of all of them would give; ties go to the lower slot. One pass
-        finds several hundred candidates; what became evictable since is compared with these.
+        A min-heap of all slots would give the same slots in the same order; ties go to the lower slot. One pass finds
+        several hundred candidates. Slots that became evictable since are compared with these.
         """
         if count <= 0:
             return Empty
         waiting = self._evictable(self._queue)
-        # A slot of the queue may have been given to something worth more meanwhile: it says nothing of the others.
+        # A queued slot may hold a more valuable chunk by now. Its worth then says nothing about slots not in the queue.
         if np.count_nonzero(self.worth[waiting] <= self._limit) < count and self._limit < np.inf:
             self._search(count)
             waiting = self._queue
@@ -152,14 +152,14 @@ class Arena:
         wanted = max(_CANDIDATES, count)
         self._limit = np.inf
         if len(found) > wanted:
-            # Whoever is worth as much as the last one is in as well: which of them is a question of slots.
+            # Include every slot that ties with the last one: ties are broken by slot number.
             self._limit = float(np.partition(self.worth[found], wanted - 1)[wanted - 1])
             found = found[self.worth[found] <= self._limit]
         self._queue = found[np.lexsort((found, self.worth[found]))]
         self._recent = []
 
     def lowest_blocks(self) -> list[tuple[float, int]]:
-        """Blocks that nobody uses and that are not wholly free, with the mean worth of their entries; least first."""
+        """Blocks with resident slots but no users, as (mean worth of their entries, block), lowest first."""
         size = self.blocks.slots_per_block
         used = self._top * size
         busy = (self.users[:used] > 0).reshape(-1, size).any(1)
@@ -176,13 +176,13 @@ class Arena:
         return slots[self.owner[slots] > 0]
 
     def vacate(self, slots: Slots) -> None:
-        """Resident slots without users become free."""
+        """Free resident slots that have no users."""
         self.owner[slots] = 0
         self._free.extend(slots[::-1].tolist())
 
     @property
     def evictable_bytes(self) -> int:
-        """What would be free if everything went that nobody uses."""
+        """Bytes that would be free if every slot without users were evicted."""
         used = self._top * self.blocks.slots_per_block
         busy = int(np.count_nonzero(self.users[:used]))
         return self.held_bytes - busy * self.slot_bytes if self.blocks.slots_per_block == 1 else self._idle_blocks()
@@ -193,7 +193,7 @@ class Arena:
         return self.held_bytes - int(busy.sum()) * self.block_bytes
 
     def held(self) -> list[int]:
-        """Blocks that the system gave."""
+        """Numbers of the blocks that are allocated."""
         returned = set(self._returned)
         return [block for block in range(self._top) if block not in returned]
 

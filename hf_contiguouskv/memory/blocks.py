@@ -19,7 +19,7 @@ Slots = npt.NDArray[np.int64]
 Integer = TypeVar("Integer", np.int32, np.int64)
 
 _HUGE = 2 * 2**20
-# Tensors are had in so many pieces of a tier's bound, none smaller than this.
+# Aim for 16 tensors per tier (rounding down to a power of two makes up to 31), none smaller than 4 MiB.
 _PIECES = 16
 _SMALLEST_PIECE = 4 * 2**20
 
@@ -30,8 +30,8 @@ class Blocks(Protocol):
     Attributes:
         slot_bytes: size of a slot.
         slots_per_block: a block is the smallest piece that can be returned.
-        max_blocks: how many there can be; slots are numbered from 0 to `max_blocks * slots_per_block`.
-        slots_in_a_row: neighbouring slots are neighbours in memory within so many, counted from slot 0.
+        max_blocks: limit on blocks; slots are numbered from 0 to `max_blocks * slots_per_block`.
+        slots_in_a_row: length of the runs, counted from slot 0, in which neighbouring slots are contiguous in memory.
     """
 
     slot_bytes: int
@@ -40,11 +40,11 @@ class Blocks(Protocol):
     slots_in_a_row: int
 
     def take(self, block: int) -> None:
-        """Have the memory of a block."""
+        """Allocate the memory of a block."""
         ...
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """Return the memory of blocks; what was in them is gone."""
+        """Return the memory of blocks; their contents are lost."""
         ...
 
     def select(self, slots: Slots) -> torch.Tensor:
@@ -61,9 +61,9 @@ class Blocks(Protocol):
 
 
 class PageableBlocks:
-    """Ordinary host memory: one mapping as large as the bound, of which only what is used is really there.
+    """Ordinary host memory: one mapping as large as the bound, of which only used pages take up memory.
 
-    Slots of whole pages are blocks of their own, so that any of them can be returned.
+    A slot that consists of whole pages is a block of its own, so that any slot can be returned.
     """
 
     def __init__(self, slot_bytes: int, max_bytes: int) -> None:
@@ -78,33 +78,29 @@ class PageableBlocks:
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         count = self.max_blocks * self.slots_per_block
         self.slots_in_a_row = max(1, count)
-        with torch.inference_mode(False):  # Written to outside of it as well.
+        with torch.inference_mode(False):  # Code outside inference mode writes to this tensor too.
             octets = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._rows = octets[: count * slot_bytes].view(count, slot_bytes)
         self._octets = as_memoryview(octets)
 
     def take(self, block: int) -> None:
-        """See `Blocks`: touching it is enough."""
+        """Do nothing: the system allocates a page when it is first written."""
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """See `Blocks`."""
         size = self.slots_per_block * self.slot_bytes
         for first, last in runs(np.asarray(sorted(blocks), dtype=np.int64)):
             with contextlib.suppress(OSError):
                 self._mapping.madvise(mmap.MADV_DONTNEED, first * size, (last - first) * size)
 
     def select(self, slots: Slots) -> torch.Tensor:
-        """See `Blocks`."""
         if neighbours(slots):
             return self._rows[int(slots[0]) : int(slots[0]) + len(slots)]
         return self._rows.index_select(0, torch.from_numpy(slots))
 
     def write(self, slots: Slots, content: torch.Tensor) -> None:
-        """See `Blocks`."""
         self._rows.index_copy_(0, torch.from_numpy(slots), content)
 
     def buffer(self, first: int, count: int) -> memoryview:
-        """See `Blocks`."""
         return self._octets[first * self.slot_bytes : (first + count) * self.slot_bytes]
 
 
@@ -113,12 +109,12 @@ class TensorBlocks:
 
     Args:
         slot_bytes: size of a slot.
-        max_bytes: bound on all of them together.
-        allocate: makes a uint8 tensor of so many bytes there.
+        max_bytes: bound on all blocks together.
+        allocate: allocates a uint8 tensor of the given number of bytes.
     """
 
     def __init__(self, slot_bytes: int, max_bytes: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        # Powers of two: pinned memory comes in nothing else.
+        # Powers of two, because torch pins memory only in powers of two.
         piece = min(max_bytes, 1 << (max(max_bytes // _PIECES, _SMALLEST_PIECE).bit_length() - 1))
         self.slot_bytes = slot_bytes
         self.slots_per_block = max(1, piece // slot_bytes)
@@ -128,13 +124,11 @@ class TensorBlocks:
         self._tensors: dict[int, torch.Tensor] = {}
 
     def take(self, block: int) -> None:
-        """See `Blocks`."""
-        with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
+        with torch.inference_mode(False):  # Other threads, and requests outside inference mode, write to it too.
             octets = self._allocate(self.slots_per_block * self.slot_bytes)
         self._tensors[block] = octets.view(self.slots_per_block, self.slot_bytes)
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """See `Blocks`."""
         for block in blocks:
             del self._tensors[block]
 
@@ -143,7 +137,7 @@ class TensorBlocks:
         return self._tensors[block]
 
     def _parts(self, slots: Slots) -> list[tuple[torch.Tensor, Slots, Slots]]:
-        """Per block: its tensor, the positions in `slots` that lie there, and where."""
+        """Per block: its tensor, the positions in `slots` that lie in it, and their indices inside the block."""
         block = slots // self.slots_per_block
         found = []
         for number in np.unique(block):
@@ -153,7 +147,6 @@ class TensorBlocks:
         return found
 
     def select(self, slots: Slots) -> torch.Tensor:
-        """See `Blocks`."""
         parts = self._parts(slots)
         if len(parts) == 1:
             tensor, _, inside = parts[0]
@@ -166,13 +159,11 @@ class TensorBlocks:
         return out
 
     def write(self, slots: Slots, content: torch.Tensor) -> None:
-        """See `Blocks`."""
         for tensor, positions, inside in self._parts(slots):
             part = content if len(positions) == len(slots) else content.index_select(0, _index(positions, content))
             tensor.index_copy_(0, _index(inside, tensor), part)
 
     def buffer(self, first: int, count: int) -> memoryview:
-        """See `Blocks`."""
         block, inside = divmod(first, self.slots_per_block)
         if inside + count > self.slots_per_block:
             raise ValueError(f"slots {first} to {first + count} lie in several blocks of {self.slots_per_block}")
@@ -184,7 +175,7 @@ def _index(positions: Slots, like: torch.Tensor) -> torch.Tensor:
 
 
 def neighbours(slots: Slots) -> bool:
-    """Whether each slot is the one after the slot before it."""
+    """Whether the slots are consecutive and ascending."""
     count = len(slots)
     if count < 2:
         return count == 1
@@ -192,7 +183,7 @@ def neighbours(slots: Slots) -> bool:
 
 
 def distinct(numbers: npt.NDArray[Integer]) -> npt.NDArray[Integer]:
-    """Each of `numbers` once, ascending; for hundreds of them several times as fast as `np.unique`."""
+    """Each of `numbers` once, ascending; for hundreds of numbers several times as fast as `np.unique`."""
     if len(numbers) < 2:
         return numbers
     ordered = np.sort(numbers)
@@ -204,7 +195,8 @@ def distinct(numbers: npt.NDArray[Integer]) -> npt.NDArray[Integer]:
 
 
 def among(numbers: Slots, some: Slots) -> npt.NDArray[np.bool_]:
-    """Which of `numbers` are in `some`, bool `(n,)`; both small, none negative: a table is faster than `np.isin`."""
+    """Which of `numbers` are in `some`, bool `(n,)`. All numbers are small and not negative, so a table beats
+    `np.isin`."""
     if not len(numbers) or not len(some):
         return np.zeros(len(numbers), dtype=bool)
     known = np.zeros(max(int(numbers.max()), int(some.max())) + 1, dtype=bool)

@@ -1,4 +1,4 @@
-"""The memory of one accelerator: what goes from it moves to the host's tier, if it is worth more than what is there."""
+"""The tier of one accelerator. Its victims move to the host tier if they outscore the host's lowest entries."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .history import Clock, SegmentTable
 from .policies import EvictionPolicy
 from .tier import Tier
 
-# Victims that are on their way to the host at the same time.
+# Bytes of victims that may be moving to the host at the same time.
 _MOVING_BYTES = 4 * 2**20
 
 
 @dataclass(eq=False)
 class _Demotion:
-    """Chunks on their way to the host."""
+    """Chunks that are being copied to the host."""
 
     table: SegmentTable
     places: Slots
@@ -46,14 +46,13 @@ class OrderedBlocks:
         self.slots_in_a_row = self._blocks.slots_in_a_row
 
     def take(self, block: int) -> None:
-        """See `Blocks`; whoever writes first, on whatever stream, does so behind the allocation."""
+        """Allocate a block; the first write, on any stream, waits for the allocation."""
         with self._lock:
             self._order.before_write()
             self._blocks.take(block)
             self._order.after_write()
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """See `Blocks`."""
         with self._lock:
             self._order.before_write()
             for block in blocks:
@@ -61,7 +60,7 @@ class OrderedBlocks:
             self._blocks.drop(blocks)
 
     def select(self, slots: Slots) -> torch.Tensor:
-        """See `Blocks`; always a copy, so that the slots may be given to somebody else once this has been queued."""
+        """A copy of the slots, so that other chunks may take these slots as soon as the copy is queued."""
         with self._lock:
             self._order.before_read()
             found = self._blocks.select(slots)
@@ -71,23 +70,22 @@ class OrderedBlocks:
             return found
 
     def write(self, slots: Slots, content: torch.Tensor) -> None:
-        """See `Blocks`."""
         with self._lock:
             self._order.before_write()
             self._blocks.write(slots, content)
             self._order.after_write()
 
     def buffer(self, first: int, count: int) -> memoryview:
-        """See `Blocks`: the host cannot write here."""
+        """Raise `TypeError`: the host cannot write to device memory."""
         raise TypeError("device memory has no buffer")
 
 
 class DeviceTier(Tier):
-    """See `Tier`. Its buffers are written by copies on a side stream, its slots by the current stream.
+    """A tier in an accelerator's memory. A side stream writes its buffers, the current stream its slots.
 
     Args:
         device: the accelerator.
-        host: where victims go.
+        host: the tier that receives victims.
     """
 
     def __init__(
@@ -115,12 +113,12 @@ class DeviceTier(Tier):
         return self.device.empty(nbytes, for_copies=True)
 
     def give_way(self, nbytes: int) -> None:
-        """See `Lender`; torch, which keeps what is returned to it, returns that to the device."""
+        """Return memory to torch, and make torch return its cached memory to the device."""
         super().give_way(nbytes)
         self.device.let_go()
 
     def limit(self, max_bytes: int) -> None:
-        """Another limit from now on; what is too much goes now, what is in use when it is released."""
+        """Change the limit. Entries above it are evicted now, or on release if they are in use."""
         with self._lock:
             self.max_bytes = max_bytes
             self.make_room(0)
@@ -128,10 +126,10 @@ class DeviceTier(Tier):
     # -- victims ------------------------------------------------------------------------------------------------------
 
     def _demote(self, arena: Arena, slots: Slots) -> None:
-        """Start moving the victims that outscore the host's least to the host; the others are dropped.
+        """Start moving victims that outscore the host's lowest entries to the host; drop the other victims.
 
-        They cross in a buffer beside the limits, so that room for them is made only where they are going to stay: a
-        few at a time, and what is too many at once is dropped.
+        Victims cross in a leased host buffer and evict nothing until they have arrived. At most `_MOVING_BYTES` move at
+        a time; victims above that are dropped.
         """
         for number in np.unique(arena.owner[slots]):
             table = self._tables[int(number)]
@@ -139,7 +137,7 @@ class DeviceTier(Tier):
             absent = table.slots_in(self._host.name)[arena.place[mine]] < 0
             mine = mine[absent]
             room = (_MOVING_BYTES - sum(one.buffer.data.numel() for one in self._demotions)) // arena.slot_bytes
-            # The best first: they displace the host's least.
+            # Best first: they displace the host's lowest entries.
             mine = mine[np.argsort(-arena.worth[mine], kind="stable")][: max(0, room)]
             mine = mine[: self._host.would_keep(arena.worth[mine], arena.slot_bytes)]
             if len(mine):
@@ -154,7 +152,7 @@ class DeviceTier(Tier):
         except BaseException as error:
             self._host.give_back(buffer)
             if isinstance(error, torch.OutOfMemoryError):
-                return  # There is not even room to gather them: they are dropped.
+                return  # No memory even to gather the victims, so they are dropped.
             raise
         buffer.busy = copied
         self._demotions.append(_Demotion(table, arena.place[slots].copy(), buffer, copied))
@@ -169,7 +167,7 @@ class DeviceTier(Tier):
                 try:
                     self._arrived(demotion)
                 except BaseException as error:
-                    failure = error  # The others have nothing to do with it.
+                    failure = error  # Finish the other demotions before raising.
             if failure is not None:
                 raise failure
 
@@ -192,9 +190,8 @@ class DeviceTier(Tier):
             host.give_back(demotion.buffer)
 
     def close(self) -> None:
-        """See `Tier.close`."""
         with self._lock:
             self._demotions.clear()
             for arena in self._arenas.values():
-                arena.blocks.drop(arena.held())  # Behind what is queued on any stream.
+                arena.blocks.drop(arena.held())  # Ordered after the work queued on any stream.
             super().close()

@@ -1,4 +1,4 @@
-"""What lies in a tier besides chunks: buffers for reads and copies, and keys to select with."""
+"""What a tier holds besides chunks: buffers for reads and copies, and keys for selection."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .history import SegmentTable
 class Buffer:
     """Memory for reads or copies.
 
-    Where the limit leaves no room a buffer is had all the same, uncounted (see `Tier.lease`), and never kept.
+    Where the limit leaves no room, a buffer may be allocated uncounted (see `Tier.lease`); it is never kept.
 
     Attributes:
         data: uint8 `(capacity,)`.
-        counted: what of it the tier's limit covers: all or nothing.
+        counted: bytes that count towards the tier's limit: the whole capacity, or 0.
         busy: an event; until it has happened, an accelerator reads or writes this memory.
-        ready: an event; once it has happened, what was copied here can be read (device memory only).
+        ready: an event; once it has happened, the bytes copied here can be read (device memory only).
     """
 
     data: torch.Tensor
@@ -31,9 +31,9 @@ class Buffer:
 
 @dataclass(eq=False)
 class KeptKeys:
-    """Keys that are kept under a name. Whoever holds them gives them back with `Tier.let_go`.
+    """Keys that are kept under a name. Every holder releases them with `Tier.let_go`.
 
-    `which`: of their table's (see `SegmentTable.uses_of_keys`).
+    `which` is the number of these keys in their table (see `SegmentTable.uses_of_keys`).
     """
 
     name: str
@@ -46,7 +46,7 @@ class KeptKeys:
 
 
 def buffer_capacity(nbytes: int) -> int:
-    """Sizes of buffers: powers of two up to 4 MiB (few sizes are reused more often), then whole MiB."""
+    """Capacity of a buffer: powers of two up to 4 MiB, because few sizes are reused more often; above, whole MiB."""
     if nbytes <= 2**22:
         return max(4096, 1 << (nbytes - 1).bit_length())
     return -(-nbytes // 2**20) * 2**20

@@ -1,4 +1,4 @@
-"""What is remembered of the chunks of a segment, in memory or not: how often and how much they were used."""
+"""The history of a segment's chunks, in memory or not: how often and how much each was used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _RESCALE_AT = 256
 
 
 class Clock:
-    """Counts requests, and says what one of now weighs in `heat`.
+    """Counts requests, and gives the weight of a current request in `heat`.
 
-    Old uses are not made smaller; new ones are made larger (forward decay), so nothing needs to be touched as time
-    goes by.
+    New uses are scaled up instead of old ones down (forward decay), so stored values need no update as time passes.
     """
 
     def __init__(self) -> None:
@@ -30,16 +29,16 @@ class Clock:
 
     @property
     def weight(self) -> float:
-        """Weight of a use now, relative to one at the last `rescale`."""
+        """Weight of a use now, relative to a use at the last `rescale`."""
         return float(2.0 ** ((self.now - self._epoch) / HALF_LIFE))
 
     def tick(self) -> bool:
-        """A request is over; whether all heat must be multiplied by `rescale()` now."""
+        """Count one finished request; whether all heat must now be multiplied by `rescale()`."""
         self.now += 1
         return self.now - self._epoch >= _RESCALE_AT * HALF_LIFE
 
     def rescale(self) -> float:
-        """Begin a new epoch; returns the factor for everything that was counted before."""
+        """Begin a new epoch; returns the factor for all heat counted before."""
         factor = 1.0 / self.weight
         self._epoch = self.now
         return factor
@@ -47,17 +46,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Uses:
-    """What a policy may judge `n` entries by. All arrays are `(n,)`.
+    """The history by which a policy judges `n` entries. All arrays are `(n,)`.
 
     Attributes:
-        importance: `I_j`, attention mass summed over requests, whether the entry was in memory or not; of keys, that of
-            an average chunk of their segment: they lead to all.
+        importance: `I_j`, attention mass summed over requests, whether the entry was in memory or not. Keys have the
+            importance of an average chunk of their segment, because they lead to all chunks.
         loads: `F_j`, times loaded into memory.
         requests: requests that used the entry.
-        last: number of the last request that did.
-        heat: uses, each half as much as one that is `HALF_LIFE` requests younger.
-        prefix_heat: the same for requests to the segment that the entry belongs to.
-        prefix_requests: how many there were.
+        last: number of the last request that used it.
+        heat: uses, each weighing half as much as a use `HALF_LIFE` requests later.
+        prefix_heat: the same for requests to the entry's segment.
+        prefix_requests: number of requests to the entry's segment.
         ahead: whether these entries are keys, which are read ahead of need and in one piece.
     """
 
@@ -72,12 +71,12 @@ class Uses:
 
 
 class SegmentTable:
-    """Where the chunks of one segment are, per tier, and what is known of their use.
+    """Where the chunks of one segment are in each tier, and the history of their use.
 
     Chunk `j` of layer `l` has the place `l * chunks + j` in every array.
 
     Args:
-        number: how tiers refer to this table; 1 or more.
+        number: the number by which tiers refer to this table; 1 or more.
         identity: of the segment's bytes.
         layers, chunks: of the segment.
         slot_bytes: size of a chunk in one layer.
@@ -90,23 +89,23 @@ class SegmentTable:
         self.layers = layers
         self.chunks = chunks
         self.slot_bytes = slot_bytes
-        # Per tier, by its name: the slot that holds the chunk, -1 for none.
+        # By tier name: the slot that holds the chunk, -1 for none.
         self.slots: dict[str, Places] = {}
         self.importance = np.zeros(size, dtype=np.float32)
         self.loads = np.zeros(size, dtype=np.int32)
         self.requests = np.zeros(size, dtype=np.int32)
         self.last = np.zeros(size, dtype=np.int32)
         self.heat = np.zeros(size, dtype=np.float64)  # Weights grow to 2**256 before they are scaled down.
-        # Of the segment: requests that used it, and what its average chunk has gathered.
+        # Of the segment: requests that used it, and the attention mass of its average chunk.
         self.uses = 0
         self.prefix_heat = 0.0
         self.mean_mass = 0.0
         self.last_request = 0
-        # How often its keys were loaded: two tensors for each layer.
+        # How often its keys were loaded: two tensors per layer.
         self.key_loads = np.zeros(2 * layers, dtype=np.int32)
-        # What of `nbytes` the host's tier counts.
+        # Bytes of this table that the host tier counts.
         self.counted = 0
-        # Chunks and keys of this table that are in some tier.
+        # Chunks and keys of this table that are in a tier.
         self.resident = 0
 
     @property
@@ -135,9 +134,9 @@ class SegmentTable:
         )
 
     def uses_on_arrival(self, places: Places, clock: Clock, importance: Places | Floats | None) -> Uses:
-        """History of the chunks at `places` as it will be when the request that has just loaded them is over.
+        """History of the chunks at `places` as it will be when the request that just loaded them is over.
 
-        `importance`: what the request found of them, `(n,)`; `None`: unknown.
+        `importance` is the attention mass that the request measured, `(n,)`; `None` if unknown.
         """
         before = self.uses_of(places)
         return Uses(
@@ -154,8 +153,8 @@ class SegmentTable:
         """History of keys, which every request to the segment needs.
 
         Args:
-            which: twice the layer, and one more for the second of its tensors.
-            arriving: as it will be when the request that has just loaded them is over.
+            which: twice the layer, plus 1 for the layer's second tensor.
+            arriving: if given, the history as it will be when the request that just loaded them is over.
         """
         one = np.ones(len(which))
         more = 0 if arriving is None else 1
@@ -172,13 +171,13 @@ class SegmentTable:
         )
 
     def begin_request(self, clock: Clock) -> None:
-        """A request to this segment is over: count it."""
+        """Count a request to this segment, once it is over."""
         self.uses += 1
         self.prefix_heat += clock.weight
         self.last_request = clock.now
 
     def count(self, places: Places, clock: Clock) -> None:
-        """The chunks at `places` (no place twice) were used by the request that ends now."""
+        """Count one use of the chunks at `places` (each place once) by the request that ends now."""
         self.requests[places] += 1
         self.last[places] = clock.now
         self.heat[places] += clock.weight
@@ -189,7 +188,7 @@ class SegmentTable:
         grid[layers, first : first + len(mass)] += mass
 
     def note_mass(self) -> None:
-        """Find out what the chunks have gathered."""
+        """Update the mean attention mass of the chunks."""
         self.mean_mass = float(self.importance.mean(dtype=np.float64))
 
     def rescale(self, factor: float) -> None:

@@ -1,4 +1,4 @@
-"""Keys for selection that stay in a tier, by name: who uses them, and in which order they would go."""
+"""Keys for selection that stay in a tier, by name: their users, and the order in which they are evicted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .history import Floats, SegmentTable, Uses
 
 
 class KeyRoom(dict[str, KeptKeys]):
-    """The keys of one tier, by name. Whoever calls this holds the tier's lock.
+    """The keys of one tier, by name. Callers hold the tier's lock.
 
     Attributes:
-        held_bytes: of all keys here, and of those that were forgotten while somebody uses them.
-        busy_bytes: of keys here that somebody uses, and of those forgotten ones.
+        held_bytes: bytes of all keys here, and of forgotten keys that still have users.
+        busy_bytes: bytes of keys with users, forgotten or not.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class KeyRoom(dict[str, KeptKeys]):
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of keys that could go."""
+        """Bytes of keys that can be evicted."""
         return self.held_bytes - self.busy_bytes
 
     @property
     def in_order(self) -> Sequence[KeptKeys]:
-        """Keys with the least worth first; some that are gone may be among them."""
+        """Keys by worth, lowest first; forgotten keys may be among them."""
         if self._in_order is None:
             self._in_order = sorted(self.values(), key=_worth)
         return self._in_order
@@ -40,7 +40,7 @@ class KeyRoom(dict[str, KeptKeys]):
         return [keys for keys in self.values() if keys.table is table]
 
     def add(self, name: str, which: int, buffer: Buffer, table: SegmentTable, worth: float) -> KeptKeys:
-        """Keep a buffer under a name that is free; it has one user."""
+        """Keep a buffer under an unused name, with one user."""
         keys = self[name] = KeptKeys(name, which, buffer, table, worth, users=1)
         self.held_bytes += buffer.counted
         self.busy_bytes += buffer.counted
@@ -50,7 +50,7 @@ class KeyRoom(dict[str, KeptKeys]):
         return keys
 
     def hold(self, name: str) -> KeptKeys | None:
-        """One user more; `None`: there are no keys of that name."""
+        """Add a user to the keys of this name; `None` if there are none."""
         keys = self.get(name)
         if keys is not None:
             self.busy_bytes += 0 if keys.users else keys.buffer.counted
@@ -58,7 +58,7 @@ class KeyRoom(dict[str, KeptKeys]):
         return keys
 
     def let_go(self, keys: KeptKeys) -> None:
-        """One user less."""
+        """Remove a user."""
         keys.users -= 1
         if not keys.users:
             self.busy_bytes -= keys.buffer.counted
@@ -66,7 +66,7 @@ class KeyRoom(dict[str, KeptKeys]):
                 self.held_bytes -= keys.buffer.counted
 
     def forget(self, keys: KeptKeys) -> None:
-        """They are not found any more; their memory counts until nobody uses it."""
+        """Remove keys by name; their memory counts until they have no users."""
         if self.pop(keys.name, None) is not None:
             keys.gone = True
             keys.table.resident -= 1
@@ -74,7 +74,7 @@ class KeyRoom(dict[str, KeptKeys]):
                 self.held_bytes -= keys.buffer.counted
 
     def judge(self, table: SegmentTable, worth: Callable[[Uses], Floats]) -> None:
-        """The history of a table has changed: judge its keys anew."""
+        """Update the worth of a table's keys after its history has changed."""
         keys = self.of(table)
         if keys:
             judged = worth(table.uses_of_keys([one.which for one in keys]))
@@ -83,7 +83,7 @@ class KeyRoom(dict[str, KeptKeys]):
             self._in_order = None
 
     def clear(self) -> None:
-        """Forget everything at once: nothing is counted from now on."""
+        """Forget all keys and count no bytes."""
         super().clear()
         self._in_order = None
         self.held_bytes = self.busy_bytes = 0

@@ -1,4 +1,4 @@
-"""What a tier lends besides slots: buffers for reads and copies, and the memory that attention reads from."""
+"""What a tier lends besides slots: buffers for reads and copies, and workspace for attention's K and V."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .entries import Buffer, buffer_capacity
 from .workspace import Workspace, workspace_capacity
 
 T = TypeVar("T")
-# Buffers that are kept for the next read, as a share of the limit.
+# Buffers kept for the next read take at most this fraction (1/8) of the limit.
 _IDLE_SHARE = 8
-# Memory that attention reads from, in use or not, as a share of the limit.
+# Workspace for attention, in use or not, takes at most this fraction (1/8) of the limit.
 _WORKSPACE_SHARE = 8
 
 
 class Lender(ABC):
-    """The part of a `Tier` that lends memory under its limit; the tier says what else counts, and makes room.
+    """The part of a `Tier` that lends memory under its limit. The tier counts what else it holds, and makes room.
 
     Args:
         max_bytes: hard limit on everything that the tier holds.
-        make_buffer: memory for a buffer, uint8 of so many bytes.
-        lock: of the tier.
+        make_buffer: allocates a uint8 tensor of the given number of bytes.
+        lock: the tier's lock.
     """
 
     def __init__(self, max_bytes: int, make_buffer: Callable[[int], torch.Tensor], lock: threading.RLock) -> None:
@@ -41,11 +41,11 @@ class Lender(ABC):
 
     @abstractmethod
     def make_room(self, nbytes: int) -> bool:
-        """Let go of what may go until `nbytes` more fit; whether they do."""
+        """Evict until `nbytes` more fit; whether they fit."""
 
     @abstractmethod
     def give_way(self, nbytes: int) -> None:
-        """Return `nbytes` of what is kept and not in use to the system, or all of it if that is less."""
+        """Return `nbytes` of memory that is not in use to the system, or all of it if there is less."""
 
     @abstractmethod
     def _fits(self, nbytes: int) -> bool:
@@ -53,21 +53,21 @@ class Lender(ABC):
 
     @abstractmethod
     def _note_peak(self) -> None:
-        """More is held now than before."""
+        """Update the peak after the tier has grown."""
 
     def lease(self, nbytes: int, *, must: bool = True, exact: bool = False, evict: bool = True) -> Buffer | None:
         """A buffer of at least `nbytes`, counted towards the limit if there is room.
 
         Args:
-            nbytes: how large.
-            must: where there is no room, have it uncounted instead of `None`. Callers ask for few and small ones.
-            exact: not a byte more (for what is going to be kept).
-            evict: whether something may go for it.
+            nbytes: size of the buffer.
+            must: where there is no room, return an uncounted buffer instead of `None`. Such buffers are few and small.
+            exact: allocate exactly `nbytes` (for buffers that will be kept).
+            evict: whether entries may be evicted for it.
         """
         capacity = nbytes if exact else buffer_capacity(nbytes)
         with self._lock:
             for buffer in self._idle.get(capacity, ()):
-                # A stream can wait for a buffer of its device; a thread that reads into host memory cannot.
+                # A stream can wait for a buffer on its device. A thread that reads into host memory cannot wait.
                 if buffer.busy is None or self.on_device or buffer.busy.query():
                     self._idle[capacity].remove(buffer)
                     self._idle_bytes -= capacity
@@ -80,20 +80,20 @@ class Lender(ABC):
             self._buffer_bytes += counted
             self._note_peak()
         try:
-            with torch.inference_mode(False):  # Requests outside of it, and other threads, write to it too.
+            with torch.inference_mode(False):  # Other threads, and requests outside inference mode, write to it too.
                 return Buffer(self.where_it_fits(capacity, lambda: self._make_buffer(capacity)), counted)
         except BaseException as error:
             with self._lock:
                 self._buffer_bytes -= counted
             if isinstance(error, torch.OutOfMemoryError) and not must:
-                return None  # The limit was more than there is.
+                return None  # The limit exceeds the memory that exists.
             raise
 
     def where_it_fits(self, nbytes: int, action: Callable[[], T]) -> T:
-        """What `action` returns, which needs `nbytes` of this memory; where it runs out, what is kept goes first.
+        """Call `action`, which allocates `nbytes` of this memory. If memory runs out, free unused entries and retry.
 
         Raises:
-            OutOfMemoryError: there is not so much, even if nothing is kept that nobody uses.
+            OutOfMemoryError: memory does not suffice even after everything unused has been freed.
         """
         for wanted in (nbytes, self.max_bytes):
             try:
@@ -103,7 +103,7 @@ class Lender(ABC):
         return action()
 
     def give_back(self, buffer: Buffer) -> None:
-        """Return a leased buffer that nothing reads or writes any more."""
+        """Return a leased buffer that is no longer read or written."""
         if not buffer.counted or self._closed:
             return
         with self._lock:
@@ -113,9 +113,9 @@ class Lender(ABC):
                 self._idle_bytes += buffer.counted
 
     def workspace(self, nbytes: int) -> torch.Tensor | None:
-        """Memory that attention reads from, uint8 `(nbytes,)` with anything in it, for as long as a tensor uses it.
+        """Uninitialised memory for attention's K and V, uint8 `(nbytes,)`, lent for as long as a tensor uses it.
 
-        `None`: it would be more than the share of the limit that is kept for this, and is better had elsewhere.
+        `None` if workspace would exceed its share of the limit; the caller then allocates ordinary memory.
         """
         capacity, share = workspace_capacity(nbytes), self.max_bytes // _WORKSPACE_SHARE
         with self._lock:
@@ -125,7 +125,7 @@ class Lender(ABC):
             if lent is None:
                 held = self._workspace.held_bytes
                 if held - self._workspace.free_bytes + capacity > share:
-                    return None  # Nothing goes in vain.
+                    return None  # Evict nothing in vain.
                 self._workspace.drop(held + capacity - share)
                 if not self.make_room(capacity):
                     return None
@@ -134,12 +134,12 @@ class Lender(ABC):
         return lent[:nbytes]
 
     def drop_workspace(self) -> None:
-        """Let go of attention's memory that is not in use."""
+        """Free workspace that is not in use."""
         with self._lock:
             self._workspace.drop(self._workspace.held_bytes)
 
     def drop_idle(self) -> None:
-        """Let go of buffers that are kept for the next read."""
+        """Free the buffers that are kept for the next read."""
         with self._lock:
             self._idle.clear()
             self._idle_bytes = 0

@@ -1,4 +1,4 @@
-"""Which chunk goes first when memory is full: one small protocol, and the policies that follow it."""
+"""Which chunk to evict first when memory is full: one small protocol, and the policies that follow it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from .history import Floats, Uses
 
 @runtime_checkable
 class EvictionPolicy(Protocol):
-    """Computes what keeping an entry in memory is worth.
+    """Computes the worth of keeping an entry.
 
     Attributes:
-        name: name in statistics and plots.
-        arrivals_compete: whether the chunks that a request loaded are judged with all others when the request is over,
-            and may be evicted then. If false, they stay until room is needed.
+        name: shown in statistics and plots.
+        arrivals_compete: whether a chunk just loaded competes with all others as soon as its request is over and may
+            itself be evicted. Room is then made after requests, not during them. If false, an arrival stays until room
+            is needed.
     """
 
     name: str
     arrivals_compete: bool
 
     def worth(self, uses: Uses) -> Floats:
-        """float64 `(n,)`, higher = keep. Called whenever an entry was loaded or used; time alone changes nothing."""
+        """float64 `(n,)`, higher = keep. Called after an entry was loaded or used, never because time has passed."""
         ...
 
 
 class LeastRecentlyUsed:
-    """Evict what was unused for the longest time."""
+    """Evicts the entry that has been unused for the longest time."""
 
     name = "lru"
     arrivals_compete = False
@@ -40,19 +41,20 @@ class LeastRecentlyUsed:
 
 
 class LeastFrequentlyUsed:
-    """Evict what the fewest requests used; break ties by the longest time without use."""
+    """Evicts the entry that the fewest requests used; of equals, the one unused for the longest time."""
 
     name = "lfu"
     arrivals_compete = False
 
     def worth(self, uses: Uses) -> Floats:
-        """Number of requests that used the entry."""
-        # A float64 holds both exactly for the first two million uses of one chunk; then ties lose their order.
+        """Number of requests that ever used the entry."""
+        # A float64 holds both numbers exactly for the first two million uses of a chunk; after that, ties lose their
+        # order.
         return uses.requests + uses.last * 2.0**-32
 
 
 class AttentionGuided:
-    """The published policy (arXiv 2601.13631): evict the least `S_j = I_j * F_j`."""
+    """The published policy (arXiv 2601.13631): evicts the entry with the lowest `S_j = I_j * F_j`."""
 
     name = "published"
     arrivals_compete = False
@@ -63,17 +65,18 @@ class AttentionGuided:
 
 
 class ExpectedUse:
-    """The default: evict what the next request is least likely to use.
+    """Our policy: evicts the entry that the next request is least likely to use.
 
-    The likelihood is the prefix's share of recent requests (fading with a half-life) times the share of these requests
-    that selected the chunk (pulled towards a prior while there are few of them). What a request loaded must prove
-    better than what is in memory already.
+    A request uses a chunk if it asks for the chunk's prefix and its selection chooses the chunk. The first probability
+    is the prefix's share of recent requests. The second is the share of the prefix's requests that used the chunk,
+    pulled towards a prior while there are few requests. Uses fade with a half-life. An arrival must be worth more than
+    the entries already in memory.
 
     Args:
-        prior: share of requests that is assumed to select a chunk before anything is known.
-        weight: number of requests that this assumption counts for.
+        prior: the assumed share of requests that use a chunk, before any is known.
+        weight: the number of requests that the prior counts for.
         ahead: worth of a byte of keys relative to a byte of chunks. Keys are read in one piece before they are needed;
-            chunks are read in many pieces while attention waits.
+            chunks are scattered and read while attention waits.
     """
 
     name = "expected-use"
@@ -85,11 +88,11 @@ class ExpectedUse:
         self.ahead = ahead
 
     def worth(self, uses: Uses) -> Floats:
-        """Expected uses per request, up to a factor that all entries share."""
+        """Expected uses per request, up to a factor common to all entries."""
         if uses.ahead:  # Every request to the prefix uses its keys.
             return np.full(len(uses.requests), uses.prefix_heat * self.ahead)
         believed = self.weight * self.prior
-        # Both counts of the ratio fade alike, so it is taken of counts that do not; what fades is the prefix's heat.
+        # Both counts of the ratio would fade alike, so it uses counts that do not fade. Only the prefix's heat fades.
         share = (uses.requests + believed) / (uses.prefix_requests + self.weight)
         return uses.prefix_heat * np.minimum(share, 1.0)
 
@@ -98,7 +101,7 @@ POLICIES = {policy.name: policy for policy in (LeastRecentlyUsed, LeastFrequentl
 
 
 def policy_named(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """The policy with this name, or the policy itself.
+    """The policy of this name, or `policy` itself if it is an object.
 
     Raises:
         ConfigError: no policy has this name.

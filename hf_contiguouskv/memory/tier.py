@@ -1,4 +1,4 @@
-"""One kind of memory with a hard limit: chunks in slots, keys for selection, and buffers for reads under way."""
+"""One kind of memory with a hard limit: chunks in slots, keys for selection, and buffers for running reads."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .lending import Lender
 from .policies import EvictionPolicy
 from .victims import choose_victims
 
-# Receives what is about to lose its slots: the arena and the slots.
+# Called with an arena and the slots about to be evicted from it.
 Spill = Callable[[Arena, Slots], None]
 
 
 class Tier(Lender):
-    """Memory of one kind. Thread-safe; nothing here waits for a read or a copy.
+    """Memory of one kind. Thread-safe; no method waits for a read or a copy.
 
     Args:
-        name: in statistics: "host", or the device.
-        max_bytes: hard limit on everything that is held here, kept buffers and tables included.
-        policy: who goes first.
-        make_blocks: memory for slots of a size, within a bound in bytes.
-        make_buffer: memory for a buffer.
-        lock: shared by all tiers of a store, because their tables are.
-        tables: by number.
-        clock: of requests.
+        name: shown in statistics: "host", or the device.
+        max_bytes: hard limit on everything held here, including kept buffers and tables.
+        policy: decides what to evict first.
+        make_blocks: makes the memory for slots, given the slot size and a bound in bytes.
+        make_buffer: allocates the memory of a buffer.
+        lock: shared by all tiers of a store, because they share tables.
+        tables: the store's tables, by number.
+        clock: counts requests.
 
     Raises:
         ConfigError: `max_bytes` is negative.
@@ -61,23 +61,23 @@ class Tier(Lender):
         self._clock = clock
         self._arenas: dict[int, Arena] = {}
         self._keys = KeyRoom()
-        # Bytes of tables and the like, set by the owner of the tables.
+        # Bytes of the history tables, set by their owner.
         self.table_bytes = 0
         self.evicted = 0
         self.peak_bytes = 0
 
-    # -- how much -----------------------------------------------------------------------------------------------------
+    # -- bytes --------------------------------------------------------------------------------------------------------
 
     @property
     def held_bytes(self) -> int:
-        """Everything that counts towards the limit: slots (free ones that were not given back too), keys, buffers."""
+        """Bytes that count towards the limit: slots (free ones included), keys, buffers, workspace, tables."""
         arenas = sum(arena.held_bytes for arena in tuple(self._arenas.values()))
         buffers = self._buffer_bytes + self._idle_bytes + self._workspace.held_bytes
         return arenas + self._keys.held_bytes + buffers + self.table_bytes
 
     @property
     def bytes_by_use(self) -> dict[str, int]:
-        """`chunks` (of resident slots), `keys`, `buffers` (in use, kept, free slots, attention's memory), `tables`."""
+        """`chunks` (resident slots), `keys`, `buffers` (in use, kept, free slots, attention's workspace), `tables`."""
         with self._lock:
             chunks = sum(len(arena.resident()) * arena.slot_bytes for arena in self._arenas.values())
             slots = sum(arena.held_bytes for arena in self._arenas.values())
@@ -85,7 +85,7 @@ class Tier(Lender):
             return {"chunks": chunks, "keys": self._keys.held_bytes, "buffers": buffers, "tables": self.table_bytes}
 
     def count_tables(self, nbytes: int) -> None:
-        """The books take up `nbytes` now."""
+        """Set the bytes that the tables take up."""
         self.table_bytes = nbytes
         self._note_peak()
 
@@ -95,7 +95,7 @@ class Tier(Lender):
     # -- chunks -------------------------------------------------------------------------------------------------------
 
     def find(self, table: SegmentTable, places: Slots) -> Slots:
-        """Slots of the chunks at `places`, -1 where there is none. Those found have one more user."""
+        """Slots of the chunks at `places`, -1 where absent. Each slot found gets one more user."""
         with self._lock:
             known = table.slots.get(self.name)
             if known is None or self._closed:
@@ -108,7 +108,7 @@ class Tier(Lender):
             return slots
 
     def take(self, slot_bytes: int, count: int) -> Slots:
-        """Up to `count` slots to load into, each with one user; fewer where the limit and other users forbid more."""
+        """Up to `count` slots to load into, each with one user; fewer if the limit and slots in use leave less room."""
         with self._lock:
             arena = self._arena(slot_bytes)
             if arena is None or count <= 0:
@@ -132,21 +132,22 @@ class Tier(Lender):
         arriving: bool = True,
         importance: Floats | None = None,
     ) -> None:
-        """What `slots` (from `take`) hold now are the chunks at `places`. Where somebody was first, theirs stay.
+        """Register that `slots` (from `take`) now hold the chunks at `places`; chunks already resident stay where they
+        are.
 
-        Until the request that brought them is over, they are judged as if it were.
+        Chunks of a running request are judged as if the request were already over.
 
         Args:
             table, places: which chunks.
-            slots: where they are.
+            slots: the slots that hold them.
             slot_bytes: size of a slot.
-            loaded: they come from disk, which counts in `F_j`.
-            arriving: a running request brought them.
-            importance: what that request found of them, `(n,)`.
+            loaded: whether they come from disk, which counts in `F_j`.
+            arriving: whether a running request loaded them.
+            importance: the attention mass that this request measured for each, `(n,)`.
         """
         with self._lock:
             if table.number not in self._tables or self._closed:
-                return  # Forgotten since.
+                return  # The table was forgotten in the meantime.
             known = table.slots_in(self.name)
             new = known[places] < 0
             places, slots = places[new], slots[new]
@@ -163,7 +164,7 @@ class Tier(Lender):
             arena.worth[slots] = self.policy.worth(uses)
 
     def release(self, slots: Slots, slot_bytes: int) -> None:
-        """One user less (see `find` and `take`)."""
+        """Remove one user from each slot (see `find` and `take`)."""
         with self._lock:
             if not self._closed:
                 self._arenas[slot_bytes].release(slots)
@@ -171,8 +172,8 @@ class Tier(Lender):
                     self.make_room(0)
 
     def would_keep(self, worth: Floats, slot_bytes: int) -> int:
-        """How many of chunks with these worths, the best first, would be kept: as many as there is room for, and then
-        each that outscores the one that it would take the place of."""
+        """How many chunks with these worths, best first, would be kept: as many as fit, and then each chunk that
+        outscores the one it would replace."""
         with self._lock:
             arena = self._arena(slot_bytes)
             if arena is None or not len(worth):
@@ -186,13 +187,17 @@ class Tier(Lender):
             return room + (len(better) if better.all() else int(np.argmin(better)))
 
     def blocks(self, slot_bytes: int) -> Blocks:
-        """The memory in which slots of this size lie."""
+        """The memory that holds slots of this size.
+
+        Raises:
+            StoreClosedError: the tier is closed.
+        """
         if self._closed:
             raise StoreClosedError("the store was closed while a request was using its memory")
         return self._arenas[slot_bytes].blocks
 
     def judge(self, table: SegmentTable) -> None:
-        """The history of a table has changed: judge what is here of it anew."""
+        """Update the worth of a table's chunks and keys after its history has changed."""
         with self._lock:
             known = table.slots.get(self.name)
             if known is not None and table.resident:
@@ -216,7 +221,7 @@ class Tier(Lender):
         return arena
 
     def _grow(self, arena: Arena, slots: int) -> int:
-        """Have memory for up to `slots` more, as far as the limit allows without anything going."""
+        """Allocate memory for up to `slots` more slots within the limit, without evicting; the number added."""
         wanted = -(-slots // arena.blocks.slots_per_block)
         missing = wanted * arena.block_bytes - (self.max_bytes - self.held_bytes)
         if missing > 0 and self._idle_bytes:
@@ -227,8 +232,8 @@ class Tier(Lender):
     # -- making room --------------------------------------------------------------------------------------------------
 
     def _make_slots(self, arena: Arena, count: int) -> None:
-        """Make it possible to take `count` more slots of `arena`, by letting go of what is worth least."""
-        # Memory that lies idle as free slots of another size goes before anything that is resident.
+        """Make room for `count` more slots of `arena` by evicting the entries with the lowest worth."""
+        # Return free slots of other sizes before evicting anything.
         for other in self._arenas.values():
             if other is not arena and other.free_slots and count > 0:
                 other.return_blocks(other.free_slots)
@@ -242,13 +247,13 @@ class Tier(Lender):
                 self._grow(arena, target - arena.free_slots)
 
     def make_room(self, nbytes: int) -> bool:
-        """See `Lender`: what is worth least goes."""
+        """Evict entries, lowest worth first, until `nbytes` more fit; whether they fit."""
         with self._lock:
             if nbytes > self.max_bytes:
                 return False
             if not self._fits(nbytes):
                 if nbytes and not self.could_fit(nbytes):
-                    return False  # Nothing goes in vain.
+                    return False  # Evict nothing in vain.
                 self.drop_idle()
             for arena in self._arenas.values():
                 if not self._fits(nbytes) and arena.free_slots:
@@ -260,7 +265,7 @@ class Tier(Lender):
             return self._fits(nbytes)
 
     def give_way(self, nbytes: int) -> None:
-        """See `Lender`: the memory is needed elsewhere, whatever the limit says."""
+        """Return `nbytes` that are not in use to the system, whatever the limit is."""
         with self._lock:
             before = self.held_bytes
             self.drop_idle()
@@ -272,7 +277,7 @@ class Tier(Lender):
                 self._reclaim(missing, None)
 
     def could_fit(self, nbytes: int) -> bool:
-        """Whether `nbytes` more would fit if everything went that nobody uses."""
+        """Whether `nbytes` more would fit if everything unused were evicted."""
         with self._lock:
             evictable = self._idle_bytes + self._workspace.free_bytes + self._keys.idle_bytes
             evictable += sum(arena.evictable_bytes for arena in self._arenas.values())
@@ -285,8 +290,8 @@ class Tier(Lender):
         return self.held_bytes + nbytes - self.max_bytes
 
     def _reclaim(self, nbytes: int, into: Arena | None) -> None:
-        """Let go of entries, least worth first, until they were `nbytes`. In `into`, slots become free for its own
-        use; memory of everything else is returned."""
+        """Evict entries, lowest worth first, until `nbytes` are freed. `into` keeps its freed slots for itself; all
+        other memory is returned to the system."""
         keys, slots_of = choose_victims(nbytes, self._arenas.values(), self._keys.in_order, into)
         for one in keys:
             self._keys.forget(one)
@@ -314,7 +319,7 @@ class Tier(Lender):
         arena.vacate(slots)
 
     def trim(self, slot_bytes: int, nbytes: int) -> None:
-        """Make sure that `nbytes` can be loaded into slots without anything going then."""
+        """Evict now, so that `nbytes` can later be loaded into slots without eviction."""
         with self._lock:
             arena = self._arenas.get(slot_bytes)
             if arena is None:
@@ -326,14 +331,14 @@ class Tier(Lender):
                 self._reclaim(short * slot_bytes, arena)
 
     def forget(self, table: SegmentTable) -> None:
-        """Let go of everything of a table that nobody uses now; what is in use goes when it is released."""
+        """Drop all chunks and keys of a table; those in use are freed when they are released."""
         with self._lock:
             for keys in self._keys.of(table):
                 self._keys.forget(keys)
             self.forget_chunks(table)
 
     def forget_chunks(self, table: SegmentTable) -> None:
-        """As `forget`, but keys stay."""
+        """Drop a table's chunks, as `forget` does, but keep its keys."""
         with self._lock:
             known = table.slots.get(self.name)
             if known is None:
@@ -345,15 +350,13 @@ class Tier(Lender):
             idle = arena.users[slots] == 0
             self._vacate(arena, slots[idle])
             busy = slots[~idle]
-            # Nobody's from now on: free as soon as it is released.
+            # Slots in use lose their owner, so `release` frees them.
             known[arena.place[busy]] = -1
             table.resident -= len(busy)
             arena.owner[busy] = 0
 
-    # -- keys ---------------------------------------------------------------------------------------------------------
-
     def hold_keys(self, name: str) -> KeptKeys | None:
-        """Keys that are kept here under `name`, not to be taken away before `let_go`; `None`: there are none."""
+        """The keys kept under `name`, which stay until `let_go`; `None` if there are none."""
         with self._lock:
             return self._keys.hold(name)
 
@@ -362,17 +365,18 @@ class Tier(Lender):
         return name in self._keys
 
     def let_go(self, keys: KeptKeys) -> None:
-        """One user less."""
+        """Remove one user of `keys`."""
         with self._lock:
             if self._closed:
-                keys.users -= 1  # Nothing is counted any more.
+                keys.users -= 1  # A closed tier counts no bytes.
             else:
                 self._keys.let_go(keys)
 
     def keep_keys(self, name: str, which: int, buffer: Buffer, table: SegmentTable | None) -> KeptKeys | None:
-        """Keep a leased buffer under `name`, and hold it; `None` (no room, or there already): it stays the caller's.
+        """Keep a leased buffer under `name`, and hold it. `None` (no room, or `name` is taken): the caller still owns
+        it.
 
-        `which`: see `SegmentTable.uses_of_keys`.
+        `which` is explained in `SegmentTable.uses_of_keys`.
         """
         with self._lock:
             if not buffer.counted or table is None or self._closed:
@@ -384,10 +388,8 @@ class Tier(Lender):
             self._buffer_bytes -= buffer.counted
             return self._keys.add(name, which, buffer, table, worth)
 
-    # -- the end ------------------------------------------------------------------------------------------------------
-
     def close(self) -> None:
-        """Let go of everything, and keep nothing from now on."""
+        """Let go of everything; from now on keep nothing."""
         with self._lock:
             self._closed = True
             self.max_bytes = 0

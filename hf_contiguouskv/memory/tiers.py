@@ -1,4 +1,4 @@
-"""All memory that a store uses above the disk: the host's tier, and one for each accelerator."""
+"""All memory that a store uses above the disk: the host tier, and one tier per accelerator."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config import Payload
 from ..errors import ConfigError
 from ..hardware.accelerator import Device, device_of, pinned_buffer, release_pinned, reserve_pinned
 from ..hardware.aligned_memory import aligned_buffer
 from .blocks import Blocks, PageableBlocks, Slots, TensorBlocks
 from .device_tier import DeviceTier
 from .history import Clock, SegmentTable
-from .kept_segment import KeptSegment
 from .policies import EvictionPolicy, policy_named
+from .segments import CachedSegment, Form
 from .tier import Tier
 
 logger = logging.getLogger("hf_contiguouskv")
 
-# Segments whose history is remembered, and what share of the host's limit that may take.
+# At most this many segment histories are kept, in at most this fraction (1/16) of the tiers' limits.
 _MAX_TABLES = 4096
 _TABLE_SHARE = 16
-# Where arrivals compete, room is made for as much as requests have lately loaded, at most this share of the limit.
+# Where arrivals compete, room is made for as much as recent requests loaded, at most this fraction (1/8) of the limit.
 _RESERVE_SHARE = 8
 _SMOOTHING = 0.1
-
-
-# An accelerator's memory that is free when it is first used belongs to the tier by so much; and if nobody can tell.
+# A device tier gets this fraction (1/4) of the memory that is free when the device is first used, or this many bytes
+# if the device does not report free memory.
 FREE_SHARE, UNKNOWN_DEVICE_BYTES = 4, 2**30
 
 
@@ -44,7 +42,7 @@ class Tables(Protocol):
 
     @property
     def known(self) -> list[SegmentTable]:
-        """The tables that there are."""
+        """The tables that exist."""
         ...
 
     def places(self, layer: int, chunks: Slots) -> list[tuple[SegmentTable, Slots]]:
@@ -52,19 +50,19 @@ class Tables(Protocol):
         ...
 
     def parts(self, mass: npt.NDArray[np.float32]) -> list[tuple[SegmentTable, int, npt.NDArray[np.float32]]]:
-        """Per table, the first chunk and what of `mass` `(whole_chunks,)` belongs to it."""
+        """Per table, its first chunk and its part of `mass` `(whole_chunks,)`."""
         ...
 
 
 @dataclass
 class Usage:
-    """What one request used, noted as it goes, counted when its first token is out.
+    """What one request used. It is noted while the request runs and counted after its first token.
 
     Attributes:
-        tables: of its prefix; `None`: nothing was used.
+        tables: the tables of the request's prefix; `None` if it used nothing.
         chunks: chunks that attention used, int64 ascending, by layer.
-        mass: attention mass `A_j`: the layers it applies to, float32 `(whole_chunks,)`, summed over rows.
-        loaded_bytes: read into memory.
+        mass: attention mass `A_j`: the layers it applies to, and float32 `(whole_chunks,)`, summed over rows.
+        loaded_bytes: bytes read into memory.
     """
 
     tables: Tables | None = None
@@ -73,7 +71,7 @@ class Usage:
     loaded_bytes: int = 0
 
     def used(self, tables: Tables, layer: int, chunks: Slots) -> None:
-        """Attention in `layer` uses `chunks`."""
+        """Note that attention in `layer` uses `chunks`."""
         self.tables = tables
         self.chunks[layer] = chunks
 
@@ -81,16 +79,16 @@ class Usage:
 class MemoryTiers:
     """The tiers above the disk of one store, with hard limits over all its prefixes and requests. Thread-safe.
 
-    On a machine without an accelerator, device and host are one tier: the host's.
+    Without an accelerator, the host tier is the only tier.
 
     Args:
-        host_bytes: limit of the host's tier; 0: chunks are read from disk each time.
-        device_bytes: limit of all accelerators' tiers together; they get equal shares. `None`: of each a quarter of
-            what is free when it is first used (`FREE_SHARE`).
+        host_bytes: limit of the host tier; with 0, chunks are read from disk each time.
+        device_bytes: limit of all device tiers together, which get equal shares. `None`: a quarter (`FREE_SHARE`) of
+            the memory that is free when each device is first used.
         eviction: a policy, or its name.
 
     Raises:
-        ConfigError: a limit is negative, or there is no policy of that name.
+        ConfigError: a limit is negative, or no policy has that name.
     """
 
     def __init__(self, host_bytes: int, device_bytes: int | None, eviction: str | EvictionPolicy) -> None:
@@ -122,7 +120,8 @@ class MemoryTiers:
         return pinned_buffer(nbytes) if self._pinned else aligned_buffer(nbytes)
 
     def workspace(self, nbytes: int) -> torch.Tensor | None:
-        """See `Tier.workspace`. Where there are accelerators host memory is pinned, which is nothing to waste."""
+        """See `Tier.workspace`. `None` if there are accelerators: the host tier is then pinned memory, which is
+        scarce."""
         return None if self._pinned else self.host.workspace(nbytes)
 
     # -- tiers --------------------------------------------------------------------------------------------------------
@@ -142,7 +141,7 @@ class MemoryTiers:
                     self._pinned = True
                     self._reserved = self.host.max_bytes
                     reserve_pinned(self._reserved)
-                self.host.drop_idle()  # They are not pinned.
+                self.host.drop_idle()  # Idle buffers are not pinned.
                 self.host.drop_workspace()
                 if self._device_limit is None:
                     share = _share_of(opened)
@@ -160,22 +159,22 @@ class MemoryTiers:
 
     @property
     def device_bytes(self) -> int:
-        """Limit of the tiers of all accelerators that are used."""
+        """Limit of all device tiers together."""
         return sum(tier.max_bytes for tier in self.devices.values())
 
     @property
     def tiers(self) -> list[Tier]:
-        """All tiers, the fastest first."""
+        """All tiers, fastest first."""
         return [*self.devices.values(), self.host]
 
     # -- segments -----------------------------------------------------------------------------------------------------
 
-    def table(self, segment: KeptSegment, form: Payload = "exact") -> SegmentTable | None:
-        """The table of a segment's chunks in one form; `None` where there is no memory to keep them in."""
+    def table(self, segment: CachedSegment, form: Form = "exact") -> SegmentTable | None:
+        """The table of a segment's chunks in one form; `None` if no tier can keep them."""
         identity = (segment.key, segment.first_chunk, segment.identity, form)
         extent_bytes = segment.extent_bytes(form)
-        if segment.needs_no_table:
-            return None
+        if segment.in_memory or segment.retired:
+            return None  # It is in memory already, or no later request will use it.
         if max(self.host.max_bytes, self.device_bytes) < extent_bytes:
             return None
         with self.lock:
@@ -186,10 +185,11 @@ class MemoryTiers:
                 self._by_identity.move_to_end(identity)
             return table
 
-    def _new_table(self, identity: Hashable, segment: KeptSegment, extent_bytes: int) -> SegmentTable | None:
+    def _new_table(self, identity: Hashable, segment: CachedSegment, extent_bytes: int) -> SegmentTable | None:
         """A table, if there is room for it; older ones go, first those of which nothing is in memory."""
+        layers = segment.num_layers
         self._last_number += 1
-        table = SegmentTable(self._last_number, identity, segment.num_layers, segment.num_chunks, extent_bytes)
+        table = SegmentTable(self._last_number, identity, layers, segment.num_chunks, extent_bytes)
         for tier in self.tiers:
             if tier.max_bytes:
                 table.slots_in(tier.name)
@@ -213,7 +213,7 @@ class MemoryTiers:
         counted = table.nbytes if nbytes is None else nbytes
         self._table_bytes += counted - table.counted
         table.counted = counted
-        # Where there is no host tier, they are the price of the device's.
+        # Without a host tier, device memory needs the tables, and no limit counts them.
         self.host.count_tables(self._table_bytes if self.host.max_bytes else 0)
 
     def _drop(self, identity: Hashable, table: SegmentTable) -> None:
@@ -223,7 +223,7 @@ class MemoryTiers:
         self._count_table(table, 0)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Segments with these keys are gone: so is what memory holds of them."""
+        """Drop all memory of the segments with these keys, which no longer exist."""
         gone = set(keys)
         with self.lock:
             for identity, table in list(self._by_identity.items()):
@@ -231,7 +231,7 @@ class MemoryTiers:
                     self._drop(identity, table)
 
     def drop_chunks(self) -> None:
-        """Let go of all chunks that nobody uses; keys stay. For measurements of cold chunks with resident keys."""
+        """Drop all chunks that are not in use, and keep keys: for measuring cold chunks with resident keys."""
         self.catch_up()
         with self.lock:
             for table in self._tables.values():
@@ -241,28 +241,28 @@ class MemoryTiers:
     # -- after a request ----------------------------------------------------------------------------------------------
 
     def finished(self, *usages: Usage) -> None:
-        """A request is over: what it used is counted at the next `catch_up`. May be called by a finalizer."""
+        """Have the next `catch_up` count what a finished request used. A finalizer may call this."""
         for usage in usages:
             if usage.tables is not None:
                 self.defer(partial(self._count, usage))
 
     def defer(self, function: Callable[[], None]) -> None:
-        """Have `catch_up` call `function`. Takes no lock: a finalizer may run in the middle of anything."""
+        """Have `catch_up` call `function`. Takes no lock, because a finalizer may run at any point."""
         self._deferred.append(function)
 
     @property
     def behind(self) -> bool:
-        """Whether something was deferred."""
+        """Whether calls are deferred."""
         return bool(self._deferred)
 
     def catch_up(self) -> None:
-        """Do what was deferred. Called when the first token of a request is out: nothing waits for it."""
+        """Run the deferred calls. Requests call this after their first token, when nothing waits for it."""
         while self._deferred:
             try:
                 self._deferred.popleft()()
             except IndexError:
-                return  # Another thread was faster.
-            except Exception:  # It belongs to another request than the one that calls this.
+                return  # Another thread took the last one.
+            except Exception:  # The deferred call belongs to another request than the calling one.
                 logger.exception("memory is not accounted for as it should be")
 
     def _count(self, usage: Usage) -> None:
@@ -278,7 +278,7 @@ class MemoryTiers:
                 for table, first, part in usage.tables.parts(mass):
                     table.add_importance(layers, first, part)
             for layer in usage.chunks.keys() - {layer for layers, _ in usage.mass for layer in layers}:
-                # Nobody asked what attention looks at there: all chunks alike.
+                # No selection measured attention in this layer, so all chunks count alike.
                 for table, places in usage.tables.places(layer, usage.chunks[layer]):
                     table.importance[places] += 1.0 / len(usage.chunks[layer])
             for table in tables:
@@ -301,7 +301,7 @@ class MemoryTiers:
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
-        """Bytes held now, `device` and `host`."""
+        """Bytes held now, under `device` and `host`."""
         with self.lock:
             return {
                 "device": sum(tier.held_bytes for tier in self.devices.values()),
@@ -309,7 +309,7 @@ class MemoryTiers:
             }
 
     def close(self) -> None:
-        """Let go of everything; requests that are still running go on without."""
+        """Let go of everything; running requests go on without the tiers."""
         self.catch_up()
         with self.lock:
             self._device_limit = 0

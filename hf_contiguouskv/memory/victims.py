@@ -1,4 +1,4 @@
-"""What goes when a tier needs room: chunks and keys compared by worth, the least first."""
+"""What a tier evicts when it needs room: chunks and keys compared by worth, lowest first."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from .arena import Arena
 from .blocks import Slots
 from .entries import KeptKeys
 
-# Worth, bytes that it frees, and what: keys, or a number in an arena (a slot, or a block of slots).
+# The worth, the bytes freed, and the entry: keys, or a number in an arena (a slot or a block of slots).
 _Candidate = tuple[float, int, KeptKeys | tuple[Arena, int]]
 
 
 def choose_victims(
     nbytes: int, arenas: Iterable[Arena], keys_in_order: Iterable[KeptKeys], into: Arena | None
 ) -> tuple[list[KeptKeys], dict[Arena, Slots]]:
-    """Entries that nobody uses, least worth first, until they are `nbytes`.
+    """Unused entries, lowest worth first, that add up to `nbytes`.
 
     Args:
-        nbytes: to be freed.
-        arenas: of the tier.
-        keys_in_order: its keys, least worth first; those that are in use or gone are passed over.
-        into: slots of this arena go one by one, because it is going to use them itself; others go by whole blocks,
+        nbytes: bytes to free.
+        arenas: the tier's arenas.
+        keys_in_order: the tier's keys, lowest worth first; keys in use or forgotten are skipped.
+        into: slots of this arena are chosen one by one, because it will reuse them; other arenas lose whole blocks,
             whose memory can be returned.
 
     Returns:
-        keys, and per arena the slots (int64, resident, without users) to be taken away.
+        keys, and per arena the slots (int64, resident, without users) to evict.
     """
     candidates: list[_Candidate] = []
     for arena in arenas:
@@ -37,7 +37,7 @@ def choose_victims(
             candidates += [(worth, arena.slot_bytes, (arena, slot)) for worth, slot in found]
         else:
             candidates += [(worth, arena.block_bytes, (arena, block)) for worth, block in arena.lowest_blocks()]
-    candidates += _lowest_keys(nbytes, keys_in_order)  # Of equals, chunks go first: they lead to nothing else.
+    candidates += _lowest_keys(nbytes, keys_in_order)  # Ties evict chunks before keys, because keys lead to chunks.
     candidates.sort(key=lambda candidate: candidate[0])
     keys: list[KeptKeys] = []
     numbers: dict[Arena, list[int]] = {}
@@ -63,7 +63,7 @@ def _slots(arena: Arena, numbers: list[int], into: Arena | None) -> Slots:
 
 
 def _lowest_keys(nbytes: int, keys_in_order: Iterable[KeptKeys]) -> list[_Candidate]:
-    """As many as make up `nbytes`."""
+    """The unused keys of lowest worth that add up to `nbytes`."""
     found: list[_Candidate] = []
     for keys in keys_in_order:
         if nbytes <= 0:

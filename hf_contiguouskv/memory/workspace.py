@@ -1,7 +1,7 @@
-"""Memory that attention reads K and V from, kept from one request to the next.
+"""Memory from which attention reads K and V, kept from one request to the next.
 
-A request fills tens of megabytes once and drops them. Fresh memory from the system costs a page fault and zeros for
-every 4 KiB: about as long as filling it. So what one request's tensors were in serves the next one's.
+A request fills tens of megabytes once and drops them. Fresh memory costs a page fault and zeroing for every 4 KiB,
+about as much time as filling it. So the memory of one request's tensors is reused for the next request.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ _SMALLEST = 4096
 
 
 def workspace_capacity(nbytes: int) -> int:
-    """Sizes of the pieces: four per power of two, so that requests of nearly the same length share theirs."""
+    """Capacity of a piece: four sizes per power of two, so that requests of similar length can share pieces."""
     step = max(_SMALLEST, 1 << max(0, (nbytes - 1).bit_length() - 3))
     return max(_SMALLEST, -(-nbytes // step) * step)
 
 
 class Workspace:
-    """Pieces of host memory, lent as tensors. Whoever calls `lend`, `add` and `drop` holds the tier's lock.
+    """Pieces of host memory, lent as tensors. Callers of `lend`, `add` and `drop` hold the tier's lock.
 
-    A piece comes back by itself when no tensor uses its storage any more, in whichever thread that is: coming back
-    takes no lock, and changes nothing that is counted, for pieces count while they are lent, too.
+    A piece returns when the last tensor on its storage is gone, in any thread. Returning takes no lock and changes no
+    count, because lent pieces count too.
 
     Attributes:
-        held_bytes: of all pieces, lent or not.
+        held_bytes: bytes of all pieces, lent or not.
     """
 
     def __init__(self) -> None:
         self.held_bytes = 0
         self._free: dict[int, deque[torch.Tensor]] = {}
-        # Sizes, the one that was lent last at the end.
+        # Sizes in the order in which they were last lent, the latest at the end.
         self._recent: dict[int, None] = {}
 
     @property
@@ -43,7 +43,7 @@ class Workspace:
         return sum(capacity * len(pieces) for capacity, pieces in self._free.items())
 
     def lend(self, capacity: int) -> torch.Tensor | None:
-        """A piece that has come back, uint8 `(capacity,)` with anything in it; `None`: there is none of this size."""
+        """A returned piece, uint8 `(capacity,)`, uninitialised; `None` if there is none of this size."""
         pieces = self._free.get(capacity)
         return self._lent(pieces.pop()) if pieces else None
 
@@ -58,9 +58,10 @@ class Workspace:
         try:
             self._recent.pop(len(piece), None)
             self._recent[len(piece)] = None
-            # A storage made from an array keeps it until its last tensor is gone: that array's end is the return.
+            # The storage keeps this array alive until its last tensor is gone, so the array's finalizer returns the
+            # piece.
             array = piece.numpy()
-            with torch.inference_mode(False):  # A cache may be continued outside of it.
+            with torch.inference_mode(False):  # A cache may be continued outside inference mode.
                 lent = torch.from_numpy(array)
             finalizer = weakref.finalize(array, _come_back, weakref.ref(self), piece)
             finalizer.atexit = False
@@ -71,16 +72,13 @@ class Workspace:
             raise
 
     def come_back(self, piece: torch.Tensor) -> None:
-        """Nobody uses a piece any more."""
+        """Take back a piece that no tensor uses."""
         pieces = self._free.get(len(piece))
-        if pieces is not None:  # Not closed in the meantime.
+        if pieces is not None:  # The workspace has not been closed.
             pieces.append(piece)
 
     def drop(self, nbytes: int) -> None:
-        """Return to the system what is not lent, until it was `nbytes` (or nothing is left).
-
-        Sizes that nobody has asked for lately go first.
-        """
+        """Return up to `nbytes` of pieces that are not lent to the system, least recently lent sizes first."""
         for capacity in self._recent:
             pieces = self._free[capacity]
             while nbytes > 0 and pieces:
@@ -89,7 +87,7 @@ class Workspace:
                 nbytes -= capacity
 
     def close(self) -> None:
-        """Keep nothing, and count nothing, from now on."""
+        """Drop all pieces; from now on keep and count none."""
         self._free.clear()
         self._recent.clear()
         self.held_bytes = 0

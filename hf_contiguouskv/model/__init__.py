@@ -1,1 +1,1 @@
-"""What this library knows of a model: its layers, its attention, its fingerprint, and where it meets transformers."""
+"""What this library knows about a model: layers, attention, fingerprint, and the internals of transformers it uses."""

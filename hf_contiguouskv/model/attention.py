@@ -1,9 +1,9 @@
-"""The attention function and mask that a model uses while a `ContiguousKVCache` is alive.
+"""The attention function and mask that a model uses while a forward with a `ContiguousKVCache` runs.
 
 `Cache.update` runs before attention and sees no queries, but choosing chunks needs the queries after RoPE. So a cache
-layer returns its suffix K/V *tagged* with itself, and the function registered here asks that layer for the K/V that
-these queries attend to, then calls the implementation that the model had before. K/V without a tag (any other cache,
-or none) go straight to that implementation, bit for bit as before.
+layer returns its suffix K/V *tagged* with a reference to itself. The function registered here asks that layer for the
+K/V that these queries attend to, then calls the model's previous implementation. K/V without a tag (any other cache, or
+none) go straight to that implementation, bit for bit as before.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from .transformers_internals import (
 )
 
 NO_FULL_GRAPH = "a ContiguousKVCache works outside of compiled code: fullgraph=True is not possible with it"
-"""Why compiled code is left: dynamo shows it to users who ask for a full graph."""
+"""The reason for the graph break: dynamo shows it to users who ask for a full graph."""
 PREFIX = "contiguouskv_"
 BASES = ("sdpa", "eager")
 _TAG = "_contiguouskv_source"
 _PREPARED = "_contiguouskv_prepared"
-# Numbers of a mask that is repeated for each query head of a group, at most.
+# A mask is repeated for each query head of a group only if the result has at most this many elements (CPU, device).
 _FOLDED_MASK, _FOLDED_MASK_ON_DEVICE = 2**22, 2**27
-# The flash kernel wants channels in groups of so many.
+# The flash kernel needs a multiple of this many channels.
 _FLASH_CHANNELS = 8
-# The rows of a mask begin at multiples of so many numbers: a GPU's kernel wants that.
+# GPU kernels need the rows of a mask to begin at multiples of this many elements.
 _ROW_NUMBERS = 16
 
 
 class KVSource(Protocol):
-    """What a tagged key tensor leads to: the cache layer that produced it.
+    """The cache layer that a tagged key tensor refers to: the layer that produced it.
 
     Attributes:
-        plain: whether the forward's arguments let every token see all tokens before it: there is no padding, and
-            nothing that some models make another mask of.
+        plain: whether the forward's arguments let every token see all tokens before it: there is no padding, and no
+            argument from which some models build another mask.
     """
 
     @property
@@ -55,14 +55,14 @@ class KVSource(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `(batch, kv_heads, visible_length, head_dim)` for `query` `(batch, heads, q_length, head_dim)`.
 
-        `attention_mask` is what the model passes, `None` or `(batch, 1, q_length, visible_length)`; `options` are the
-        other keyword arguments of the attention function, with `scaling` always present.
+        `attention_mask` is the model's mask, `None` or `(batch, 1, q_length, visible_length)`. `options` are the other
+        keyword arguments of the attention function; `scaling` is always present.
         """
         ...
 
 
 def tagged(states: torch.Tensor, source: KVSource) -> torch.Tensor:
-    """A fresh view of `states` that leads back to `source` (tagging a stored tensor itself would make a cycle)."""
+    """A new view of `states` that refers to `source` (tagging a stored tensor itself would make a reference cycle)."""
     view = states[:]
     setattr(view, _TAG, source)
     return view
@@ -95,18 +95,18 @@ def _make_attention(base: str) -> Callable[..., Any]:
 
 
 def uses_our_attention(device: torch.device) -> bool:
-    """Whether `attend` is the better way wherever there is a mask, grouped heads or not."""
+    """Whether `attend` beats the model's own implementation for every masked call, with grouped heads or without."""
     return device.type != "cpu"
 
 
 def _is_ours(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
 ) -> bool:
-    """Whether `attend` does what `sdpa` does, and better.
+    """Whether `attend` gives the same result as `sdpa`, and faster.
 
-    transformers repeats K/V for each query head whenever there is a mask, which on a CPU costs more than the attention
-    itself. On a GPU a mask rules out flash attention besides, and cuDNN, which takes its place, may make a plan for
-    every new number of tokens.
+    With a mask, transformers repeats K/V for each query head, which on a CPU costs more than the attention itself. On a
+    GPU a mask also rules out flash attention; cuDNN then takes its place and may build a plan for every new number of
+    tokens.
     """
     if options.get("position_bias") is not None or options.get("softcap") is not None:
         return False
@@ -129,9 +129,9 @@ def attend(
     Args:
         query: `(batch, heads, q, head_dim)`.
         key, value: `(batch, kv_heads, n, head_dim)`.
-        mask: `(batch, 1, q, n)`, bool (true: is seen) or added; `None`: everything is seen.
-        options: of the attention function, with `scaling`, and maybe `dropout`.
-        plain: `mask` says that query `i` sees the first `n - q + i + 1` keys, and nothing else.
+        mask: `(batch, 1, q, n)`, bool (true for visible) or additive; `None` if everything is visible.
+        options: keyword arguments of the attention function: `scaling`, and optionally `dropout`.
+        plain: `mask` lets query `i` see exactly the first `n - q + i + 1` keys.
 
     Returns:
         `(batch, q, heads, head_dim)`, contiguous.
@@ -143,7 +143,7 @@ def attend(
     batch, heads, length, head_dim = query.shape
     added, folds = _prepared(mask, query, groups)
     if folds:
-        # The heads of a group as more queries of one head: its K and V go through the kernel once.
+        # Treat the heads of a group as extra queries of one head, so that its K and V go through the kernel once.
         query = query.reshape(batch, key.shape[1], -1, head_dim)
     if added is not None and key.shape[1] == query.shape[1] and _efficient(query, key, value, added, dropout):
         output = _efficient_sdpa(query, key, value, added, dropout, scale)
@@ -155,7 +155,7 @@ def attend(
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, grouped: bool) -> bool:
-    """Whether there is a flash kernel for this (never on a CPU). It takes any number of tokens without preparation."""
+    """Whether a flash kernel supports this call (never on a CPU). It needs no preparation for a new token count."""
     if query.shape[-1] % _FLASH_CHANNELS:
         return False
     return bool(can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, grouped)))
@@ -164,9 +164,9 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout:
 def _flash_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float
 ) -> torch.Tensor:
-    """That kernel, by its name: its causal mask ends at the last key, and its heads may be grouped.
+    """Call the flash kernel by name: its causal mask is aligned with the last key, and heads may be grouped.
 
-    (`causal_lower_right` leads here as well, by a tensor subclass that costs as much as a launch.)
+    (`causal_lower_right` reaches the same kernel, but its tensor subclass costs as much as a launch.)
     """
     found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, True, scale=scale
@@ -177,14 +177,15 @@ def _flash_sdpa(
 def _efficient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor, dropout: float
 ) -> bool:
-    """Whether there is a kernel that takes a mask and any number of tokens without preparation (never on a CPU)."""
+    """Whether the memory-efficient kernel supports this masked call (never on a CPU), without preparation."""
     return bool(can_use_efficient_attention(SDPAParams(query, key, value, added, dropout, False, False)))
 
 
 def _efficient_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor, dropout: float, scale: float
 ) -> torch.Tensor:
-    """That kernel, by its name: `sdpa_kernel` would choose it for all threads of the process."""
+    """Call the memory-efficient kernel by name, because `sdpa_kernel` would select it for all threads of the
+    process."""
     gradient = any(one.requires_grad for one in (query, key, value, added)) and torch.is_grad_enabled()
     bias = added.expand(query.shape[0], query.shape[1], -1, -1)
     found: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -194,10 +195,10 @@ def _efficient_sdpa(
 
 
 def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tuple[torch.Tensor | None, bool]:
-    """The mask as the kernel wants it, and whether the query heads of a group can be folded into one.
+    """The mask in the kernel's form, and whether the query heads of a group can be folded into one.
 
-    All layers pass the same mask, so it is made once: as numbers to add (which the kernel would make of a bool mask
-    for each layer), and repeated for each head of a group where that is little.
+    All layers pass the same mask, so it is converted once: to an additive mask (the kernel would convert a bool mask in
+    each layer), repeated for each head of a group if the result is small.
     """
     if mask is None:
         return None, False
@@ -219,7 +220,7 @@ def _prepared(mask: torch.Tensor | None, query: torch.Tensor, groups: int) -> tu
 
 
 def _is_lower_right(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether this model makes the plain causal mask of plain arguments. The first mask of each model is looked at."""
+    """Whether this model builds the plain causal mask from plain arguments; checked on the first mask of each model."""
     config, length, keys = getattr(module, "config", None), query.shape[2], key.shape[2]
     if mask is None or config is None or tuple(mask.shape[1:]) != (1, length, keys) or length > keys:
         return False
@@ -233,7 +234,7 @@ def _is_lower_right(module: nn.Module, query: torch.Tensor, key: torch.Tensor, m
     return known[1]
 
 
-# By the id of a model's config: the config, and whether its mask of plain arguments is the plain causal one.
+# By the id of a model's config: the config, and whether plain arguments give the plain causal mask.
 _lower_right: dict[int, tuple[weakref.ref[Any], bool]] = {}
 
 
@@ -242,7 +243,7 @@ for _base in BASES:
 
 
 class _Active:
-    """A config whose layers use our function now, and how many forwards need that."""
+    """A config whose layers now use our function, and the number of forwards that need it."""
 
     def __init__(self, config: Any, base: str) -> None:
         self.config = config
@@ -255,16 +256,16 @@ _lock = threading.RLock()
 
 
 class Installation:
-    """Puts our function into a model's config while a forward with one cache runs, and at no other time.
+    """Puts our function into a model's config only while a forward with one cache runs.
 
-    So any other cache on the model runs exactly as it would without this library, compiled forwards included. (In
-    another thread it may meet our function meanwhile, which passes K/V without a tag on.)
+    So any other cache on the model runs exactly as it would without this library, compiled forwards included. (A
+    forward in another thread may call our function meanwhile, which passes on K/V without a tag.)
 
     Args:
         config: the config that the model's attention layers share.
 
     Raises:
-        UnsupportedModelError: the config names an implementation that a cache with a prefix cannot work with.
+        UnsupportedModelError: the config names an implementation that does not work with a cached prefix.
     """
 
     def __init__(self, config: Any) -> None:
@@ -279,15 +280,15 @@ class Installation:
 
     @property
     def active(self) -> bool:
-        """Whether the model's layers would call our function now."""
+        """Whether the model's layers call our function now."""
         name = attention_implementation(self._config)
         return isinstance(name, str) and name.startswith(PREFIX)
 
     def activate(self) -> None:
-        """A forward begins. Idempotent.
+        """Install our function when a forward begins. Idempotent.
 
         Raises:
-            AttentionNotActiveError: the model's implementation was changed since the cache was made.
+            AttentionNotActiveError: the model's implementation was changed after the cache was made.
         """
         with _lock:
             current = _base_of(self._config)
@@ -304,7 +305,7 @@ class Installation:
             set_attention_implementation(self._config, PREFIX + self._base)
 
     def release(self) -> None:
-        """The forward is over (at the latest when the cache that owns this is collected). Idempotent."""
+        """Undo `activate` when the forward is over, or at the latest when the owning cache is collected. Idempotent."""
         if self._finalizer is not None:
             self._finalizer()
 
@@ -323,6 +324,6 @@ def _release(key: int) -> None:
         entry.count -= 1
         if entry.count == 0:
             del _active[key]
-            # Another implementation may have been chosen in the meantime: that choice stays.
+            # Keep another implementation that was chosen in the meantime.
             if attention_implementation(entry.config) == PREFIX + entry.base:
                 set_attention_implementation(entry.config, entry.base)

@@ -1,4 +1,5 @@
-"""The module inside a user's model that computes K/V: finding it below wrappers, and running tokens through it."""
+"""The module inside a user's model that computes K/V: how to find it inside wrappers, and how to run tokens through
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .transformers_internals import cache_argument
 
 
 def innermost_causal_lm(model: nn.Module) -> nn.Module:
-    """The module whose forward takes `input_ids` and the cache, below wrappers (PEFT, `torch.compile`, DDP)."""
+    """The module whose forward takes `input_ids` and the cache, inside wrappers (PEFT, `torch.compile`, DDP)."""
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
@@ -28,7 +29,11 @@ def innermost_causal_lm(model: nn.Module) -> nn.Module:
 
 
 def decoder_config(model: nn.Module) -> Any:
-    """The config that the model's attention layers share."""
+    """The config that the model's attention layers share.
+
+    Raises:
+        UnsupportedModelError: the model has no transformers config.
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: it has no config")
@@ -36,7 +41,7 @@ def decoder_config(model: nn.Module) -> Any:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model's inputs go; with all weights offloaded, where its hooks bring them to be used."""
+    """The device of the model's inputs; with all weights offloaded, the device on which its hooks execute."""
     device: torch.device = getattr(model, "device", torch.device("cpu"))
     if device.type != "meta":
         return device
@@ -50,10 +55,10 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def run_forward(model: nn.Module, ids: torch.Tensor, cache: Cache, start: int) -> Any:
-    """Run tokens through a model for the sake of their K/V.
+    """Run tokens through a model to get their K/V.
 
-    The model runs eagerly, compiled or not (dynamo would trace what a cache does with its K/V), computes no more logits
-    than it must, and is told the positions: some would shift them by what they remember of an earlier image.
+    The model runs eagerly even if it is compiled, because dynamo would trace the cache. It computes as few logits as
+    possible. Positions are passed, because some models would shift them by the offset of an earlier image.
 
     Args:
         model: the causal LM.
@@ -62,7 +67,7 @@ def run_forward(model: nn.Module, ids: torch.Tensor, cache: Cache, start: int) -
         start: position of the first token.
 
     Returns:
-        what the model returns.
+        the model's output.
     """
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}

@@ -1,33 +1,33 @@
-"""Who computed a KV cache: a digest of a model's weights, configuration and adapters.
+"""The fingerprint of a model: a digest of its weights, configuration and adapters.
 
-Two models with the same fingerprint give the same keys and values for the same token ids. It covers
+Two models with the same fingerprint compute the same keys and values for the same token ids. It covers
 
-- the text configuration (RoPE included), without names, versions, token ids of generation, output flags and the
-  choice of an attention implementation;
-- name, shape, dtype and *sampled* bytes of all parameters and persistent buffers, LoRA weights among them, and of the
+- the text configuration (RoPE included), without names, versions, token ids for generation, output flags and the
+  attention implementation;
+- name, shape, dtype and *sampled* bytes of all parameters and persistent buffers (LoRA weights included), and of the
   inverse frequencies of RoPE (`weights.py`);
-- what modules save besides those, such as packed weights of quantised layers, its tensors sampled as well
-  (`saved_state.py`); a model with such state that cannot be read is refused;
+- other state that modules save, such as packed weights of quantised layers; its tensors are also sampled
+  (`saved_state.py`). A model is refused if such state cannot be read;
 - which adapters are active, disabled or merged, and their scaling.
 
-Sampling: tensors up to 64 KiB are digested whole; of larger ones the first and last 1024 elements and 4096 elements
-at equal distances. A fine-tune, a merge, or noise changes practically every element and is seen. What it cannot see:
-a larger tensor that differs from another *only* in elements that are not sampled, such as one edited number, if the
-edit was made in another process, before the first fingerprint, or to a tensor that has replaced the earlier one.
+Sampling: tensors up to 64 KiB are digested whole. Larger tensors are digested at their first and last 1024 elements and
+at 4096 elements at equal distances. A fine-tune, a merge or noise changes practically every element and is noticed. A
+difference *only* in elements that are not sampled, such as one edited number, is not noticed if the edit was made in
+another process, before the first fingerprint, or to a tensor that has replaced the earlier one.
 
-In this process the result is kept per model, and every later call asks cheaply whether the model is still the same:
+The process keeps the result per model, and every later call checks cheaply whether the model is still the same:
 
-- *seen at once*: another configuration; a tensor, adapter or packed weight that was replaced; an edit by an ordinary
-  in-place operation, which torch counts, wherever it is; any edit that changes the first, middle or last 32 bytes of a
-  tensor on the CPU (`weight_windows.probe`);
-- *seen by and by*: an edit that torch does not count (through `.data`, or from outside) anywhere in a tensor on the
-  CPU. Every call compares the next 2 MiB of weights with what they were when it was their turn before
-  (`weight_windows.WeightWindows`): a model of 540 MB has been looked at whole after 270 calls;
-- *not seen*: an edit that torch does not count where the weights are on an accelerator, offloaded, or inside a
-  quantised tensor; one that was made before its place was looked at for the first time; one inside an object that a
+- *noticed at once*: another configuration; a replaced tensor, adapter or packed weight; an edit by an ordinary in-place
+  operation anywhere, because torch counts these; any edit that changes the first, middle or last 32 bytes of a tensor
+  on the CPU (`weight_windows.probe`);
+- *noticed later*: an edit that torch does not count (through `.data`, or from outside) anywhere in a tensor on the CPU.
+  Every call compares the next 2 MiB of weights with their digests from the previous round
+  (`weight_windows.WeightWindows`). 270 calls cover a model of 540 MB;
+- *not noticed*: an edit that torch does not count to weights that are on an accelerator, offloaded, or inside a
+  quantised tensor; an edit made before the first look at that part of the tensor; an edit inside an object that a
   module saves (a packed weight, a numpy array) if the object stays the same.
 
-A tensor that was edited is digested whole where its samples do not show it.
+An edited tensor is digested whole if its samples do not show the edit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .saved_state import Snapshot, add_attributes, saved_beyond, saves_more
 from .weight_windows import WeightWindows, probe, probe_places
 from .weights import WHOLE_BYTES, counts, digest_whole, named_tensors, sample, state_of
 
-# Keys of a configuration that change neither keys nor values.
+# Configuration fields that change neither keys nor values.
 _IGNORED = frozenset(
     {
         "architectures",
@@ -77,12 +77,12 @@ _IGNORED = frozenset(
 
 @dataclass
 class _Known:
-    """What was seen when a fingerprint was computed.
+    """The state of a model when its fingerprint was computed.
 
     Attributes:
-        samples: of each tensor by name: its identity, edit counter and sample.
-        edited: digests of whole tensors, by name, whose samples do not show that they were edited.
-        saved: of each module, by name, that saves more than tensors: its attributes, and what it saves.
+        samples: by tensor name: identity, edit counter and sample.
+        edited: by tensor name: digest of the whole tensor, for tensors whose samples do not show their edit.
+        saved: by module name, for modules that save more than tensors: the attributes and the saved state.
     """
 
     signature: Snapshot
@@ -100,14 +100,14 @@ _lock = threading.Lock()
 
 
 def model_fingerprint(model: Any) -> str:
-    """Hex digest (32 digits) of what determines the keys and values that `model` computes.
+    """Hex digest (32 digits) of everything that determines the keys and values computed by `model`.
 
-    The first call reads samples of all weights (tens of milliseconds); later calls compare a cheap signature and
-    2 MiB of weights (well below one millisecond for a model of 135M parameters).
+    The first call reads samples of all weights (tens of milliseconds). Later calls compare a cheap signature and 2 MiB
+    of weights (well below one millisecond for a model of 135M parameters).
 
     Raises:
-        UnsupportedModelError: weights that cannot be read (on the `meta` device without an offload map, or saved by a
-            module in a form of its own).
+        UnsupportedModelError: weights cannot be read (on the `meta` device without an offload map, or saved by a module
+            in an unknown format).
     """
     model = innermost_causal_lm(model)
     with _lock:
@@ -124,10 +124,11 @@ def model_fingerprint(model: Any) -> str:
 
 
 def _signature(model: torch.nn.Module) -> Snapshot:
-    """Changes when weights are replaced or edited, when an adapter is switched, when the configuration changes."""
+    """A snapshot that changes when weights are replaced or edited, an adapter is switched, or the configuration
+    changes."""
     signature = Snapshot([_config_signature(model)])
     values = signature.values
-    # Not `model.parameters()`: its bookkeeping of names and duplicates takes longer than all the rest.
+    # Not `model.parameters()`: its bookkeeping of names and duplicates takes longer than everything else here.
     stack: list[torch.nn.Module] = [model]
     while stack:
         module = stack.pop()
@@ -184,10 +185,10 @@ def _config_content(model: Any) -> str:
 
 
 def _canonical(value: Any, whole: bool = False) -> str:
-    """Text that does not depend on the order of keys; `whole`: with names that begin with an underscore."""
+    """Text that does not depend on the order of keys; with `whole`, ignored fields are included."""
     if isinstance(value, dict):
         items = sorted(
-            # What a quantisation's own library calls its fields is not for us to judge.
+            # Include every field of a quantisation config, because its library chooses the names.
             (str(k), _canonical(v, whole or k == "quantization_config"))
             for k, v in value.items()
             if whole or not _is_ignored(str(k))
@@ -199,13 +200,13 @@ def _canonical(value: Any, whole: bool = False) -> str:
 
 
 def _compute(model: torch.nn.Module, signature: Snapshot, known: _Known | None, changed: Collection[int]) -> _Known:
-    """The fingerprint, from the weights themselves.
+    """Compute the fingerprint from the weights.
 
     Args:
-        model: unwrapped.
-        signature: of the model, taken before.
-        known: what was seen the last time.
-        changed: addresses of tensors that differ from what was seen then, whatever their edit counters say.
+        model: the unwrapped model.
+        signature: the model's signature, taken before.
+        known: the state at the last fingerprint.
+        changed: addresses of tensors that differ from that state, whatever their edit counters say.
     """
     digest = blake2b(digest_size=16)
     digest.update(b"hf_contiguouskv fingerprint 1\0" + _config_content(model).encode())
@@ -213,7 +214,7 @@ def _compute(model: torch.nn.Module, signature: Snapshot, known: _Known | None, 
     edited = dict(known.edited) if known is not None else {}
     probes: list[memoryview] = []
     watched: list[torch.Tensor] = []
-    anew = set(changed)
+    altered = set(changed)
     saved: dict[str, tuple[Snapshot, bytes]] = {}
     for name, own, tensor, registered in named_tensors(model):
         sampled = sample(tensor)
@@ -221,14 +222,14 @@ def _compute(model: torch.nn.Module, signature: Snapshot, known: _Known | None, 
         samples[name] = (identity, version, sampled)
         before = known.samples.get(name) if known is not None else None
         if before != samples[name]:
-            anew.add(address)
+            altered.add(address)
         if before is None or before[0] != identity or before[2] != sampled:
             edited.pop(name, None)
         elif (before[1] != version or address in changed) and tensor.nbytes > WHOLE_BYTES:
-            # Edited, yet every sample is as before: only the whole tensor can tell.
+            # Edited, but the samples are the same, so only a digest of the whole tensor shows the edit.
             edited[name] = digest_whole(tensor)
         digest.update(f"\0{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode() + sampled + edited.get(name, b""))
-        # Only memory of the model itself: an offloaded tensor that was loaded for us is gone after this.
+        # Watch only the model's own memory: a tensor loaded here from an offload map is freed afterwards.
         watched.append(own)
         if registered:
             probes.extend(probe_places(own))
@@ -237,16 +238,16 @@ def _compute(model: torch.nn.Module, signature: Snapshot, known: _Known | None, 
             digest.update(f"\0{name}\0{_adapter_state(module)}".encode())
         if saves_more(module):
             saved[name] = _saved(name, module, known)
-            # (Nothing is added for one that saves nothing more after all: what is stored for such models stays valid.)
+            # (A module that saves nothing more adds nothing, so that KV stored for such models stays valid.)
             if beyond := saved[name][1]:
                 digest.update(f"\0{name}\0saved\0".encode() + beyond)
-    windows = WeightWindows(watched, None if known is None else known.windows, anew)
+    windows = WeightWindows(watched, None if known is None else known.windows, altered)
     return _Known(signature, probes, probe(probes), windows, digest.hexdigest(), samples, edited, saved)
 
 
 def _saved(name: str, module: torch.nn.Module, known: _Known | None) -> tuple[Snapshot, bytes]:
-    """A module's attributes, and what it saves beyond tensors: as before, where the attributes are, for unpacking the
-    weights of a large model takes seconds."""
+    """A module's attributes, and the state it saves beyond tensors. The known state is reused while the attributes are
+    unchanged, because unpacking the weights of a large model takes seconds."""
     now = Snapshot()
     add_attributes(module, now)
     before = known.saved.get(name) if known is not None else None

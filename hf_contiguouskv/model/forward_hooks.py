@@ -1,4 +1,4 @@
-"""The forward hooks of one cache on its model: they act on forwards with this very cache, and on nothing else."""
+"""The forward hooks of one cache on its model: they act only on forwards with this very cache."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from .transformers_internals import GenerateListener, NotifiedByGenerate, bound_
 
 
 class ForwardListener(GenerateListener, Protocol):
-    """What a cache tells of the calls that it is given to."""
+    """Receives notice of the calls that a cache is passed to."""
 
     def before_forward(self, inputs: dict[str, Any]) -> None:
-        """The model's forward begins; `inputs` are its arguments by name and may be changed in place."""
+        """Called before the model's forward; `inputs` are its arguments by name and may be changed in place."""
         ...
 
     def forward_runs(self, running: bool) -> None:
-        """A forward of the model, or of its decoder alone, begins or is over, whether it failed or not."""
+        """Called when a forward of the model, or of its decoder alone, begins or ends, even if it failed."""
         ...
 
     def after_forward(self, output: Any) -> Any:
-        """The model's forward has returned `output`; what is returned instead of `None` replaces it."""
+        """Called after the model's forward has returned `output`; a result other than `None` replaces it."""
         ...
 
 
 class ListeningCache(NotifiedByGenerate, Cache):
-    """A cache whose `session` hears of every `generate` and forward that the cache is given to."""
+    """A cache whose `session` is notified of every `generate` and forward that the cache is passed to."""
 
     session: ForwardListener | None
 
 
 class ForwardHook:
-    """Binds the arguments of the model's forward by name and hands them to the session of the cache.
+    """Binds the arguments of the model's forward by name and passes them to the session of the cache.
 
-    The model keeps the hooks, so they hold the cache weakly (a bound method would keep it alive), and the cache holds
-    the model weakly (`copy.deepcopy` of a cache must not copy a model).
+    The model keeps the hooks alive, so they hold the cache weakly (a bound method would keep it alive). The cache holds
+    the model weakly, because `copy.deepcopy` of a cache must not copy a model.
     """
 
     def __init__(self, cache: ListeningCache, model: nn.Module) -> None:
@@ -49,7 +49,7 @@ class ForwardHook:
             model.register_forward_pre_hook(_Before(owner, inspect.signature(model.forward)), with_kwargs=True),
             model.register_forward_hook(_After(owner), with_kwargs=True, always_call=True),
         ]
-        # The base model may be called by itself. Its inputs are not changed, but the cache learns who calls.
+        # The base model may be called directly. Its inputs are not changed, but the session is notified.
         find: Any = getattr(model, "get_decoder", None)
         decoder = find() if callable(find) else None
         if isinstance(decoder, nn.Module) and decoder is not model:
@@ -58,7 +58,7 @@ class ForwardHook:
         self._finalizer = weakref.finalize(cache, _remove, handles)
 
     def remove(self) -> None:
-        """Take the hooks off the model (at the latest when the cache is collected). Idempotent."""
+        """Remove the hooks from the model; this also happens when the cache is collected. Idempotent."""
         self._finalizer()
 
 
@@ -68,7 +68,7 @@ def _remove(handles: list[Any]) -> None:
 
 
 def _nothing(*args: Any) -> None:
-    """What a hook becomes in a copy of the model, which this cache does not serve."""
+    """Replaces a hook in a copy of the model, which the cache does not serve."""
 
 
 def _left_behind() -> Any:
@@ -76,9 +76,9 @@ def _left_behind() -> Any:
 
 
 def _hooked(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-    """Whether a forward was given any cache that listens.
+    """Whether a listening cache was passed to a forward.
 
-    Compiled forwards trace this, and nothing behind it where the answer is no.
+    Compiled forwards trace this function, and trace no further if it returns `False`.
     """
     if kwargs is None:
         return False
@@ -92,10 +92,10 @@ _disabled = torch.compiler.disable(reason=NO_FULL_GRAPH)
 
 
 class _Hook:
-    """A hook that is left behind when the model is copied or pickled.
+    """A hook that is not copied or pickled with the model.
 
-    `kwargs` may be missing: torch looks up the hooks and their kind separately, and another thread may take a cache
-    (not the one of this forward) off the model in between.
+    `kwargs` may be missing: torch looks up the hooks and their kind separately, and in between another thread may
+    remove the hooks of its own cache.
     """
 
     def __init__(self, owner: weakref.ref[ListeningCache]) -> None:
@@ -115,7 +115,7 @@ class _Hook:
         return self.act(session, args, kwargs, *output)
 
     def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """What this hook tells the session of its cache."""
+        """Notify the session of the hook's cache."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -139,7 +139,7 @@ class _Before(_Hook):
 class _After(_Hook):
     def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         session.forward_runs(False)
-        # A forward that failed has no output: what it left in the layers is not a whole forward's.
+        # A failed forward has no output, and its layers hold only part of a forward's K/V.
         return None if not output or output[0] is None else session.after_forward(output[0])
 
 

@@ -1,4 +1,4 @@
-"""Shape of a KV cache, and how a segment lays it out."""
+"""Shape of a KV cache, and its layout in a segment."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from ..wording import quoted
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYER_LISTS = ("leader_layers", "indexed_layers", "packed_layers")
-# Channels that share a scale in packed values, at most.
+# At most this many channels share a scale in packed values.
 _MAX_SHARING = 64
 
 
 def channels_per_scale(head_dim: int) -> int:
-    """How many neighbouring channels of a packed value share a scale: the largest divisor of `head_dim` up to 64."""
+    """Number of neighbouring channels of a packed value that share a scale: the largest divisor of `head_dim` up to
+    64."""
     return next(count for count in range(min(head_dim, _MAX_SHARING), 0, -1) if head_dim % count == 0)
 
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Shape of the KV cache of one model and how a segment lays it out.
+    """Shape of one model's KV cache, and its layout in a segment.
 
     Args:
         num_layers: layers with a KV cache.
         kv_heads: key/value heads per layer.
         head_dim: channels per head.
-        dtype: of keys and values: float32, float16 or bfloat16.
+        dtype: dtype of keys and values: float32, float16 or bfloat16.
         chunk_size: tokens per chunk.
         layers_per_group: consecutive layers stored next to each other for one chunk.
-        leader_layers: layers whose exact keys are stored once more, without the values between them.
+        leader_layers: layers whose exact keys are stored a second time, contiguously.
         indexed_layers: layers that have an int8 key index.
-        packed_layers: indexed layers whose values are stored once more, in 4 bits.
+        packed_layers: indexed layers whose values are stored a second time, in 4 bits.
 
     Raises:
-        InputError: a field is out of its range.
+        InputError: a field is out of range.
     """
 
     num_layers: int
@@ -76,7 +77,7 @@ class KVGeometry:
             )
 
     def same_kv(self, other: KVGeometry) -> bool:
-        """Whether a chunk has the same shape and dtype; how chunks are laid out may differ."""
+        """Whether chunks have the same shape and dtype; their layout may differ."""
         fields = ("num_layers", "kv_heads", "head_dim", "dtype", "chunk_size")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 
@@ -112,11 +113,11 @@ class KVGeometry:
         return -(-self.num_layers // self.layers_per_group)
 
     def group_layers(self, group: int) -> int:
-        """How many layers group `group` holds."""
+        """Number of layers in group `group`."""
         return min(self.layers_per_group, self.num_layers - group * self.layers_per_group)
 
     def to_metadata(self) -> dict[str, str]:
-        """As strings, for the `__metadata__` of a segment."""
+        """The fields as strings, for the `__metadata__` of a segment."""
         return {
             "num_layers": str(self.num_layers),
             "kv_heads": str(self.kv_heads),
@@ -133,7 +134,7 @@ class KVGeometry:
         """The inverse of `to_metadata`; other keys are ignored.
 
         Raises:
-            InputError: a field is missing or makes no sense.
+            InputError: a field is missing or invalid.
         """
         dtype = metadata.get("dtype")
         if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
@@ -147,7 +148,7 @@ class KVGeometry:
             layers_per_group=whole_number(metadata, "layers_per_group"),
             leader_layers=_layer_numbers(metadata, "leader_layers"),
             indexed_layers=_layer_numbers(metadata, "indexed_layers"),
-            # Only segments of version 2 have it.
+            # Only segments of version 2 have this field.
             packed_layers=_layer_numbers(metadata, "packed_layers") if "packed_layers" in metadata else (),
         )
 
@@ -156,7 +157,7 @@ def whole_number(metadata: Mapping[str, Any], field: str) -> int:
     """Field `field` of the metadata as a number.
 
     Raises:
-        InputError: missing, or no whole number.
+        InputError: the field is missing or is not a whole number.
     """
     text = metadata.get(field)
     if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,15}", text):

@@ -1,4 +1,4 @@
-"""What the layers of a model are: which attend to everything, which through a window, and where each one is."""
+"""The layers of a model: which use full attention, which a sliding window, and the device of each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What the model's layers are, in order.
+    """The model's layers, in order.
 
     Attributes:
         windows: sliding window in tokens per layer, `None` for full attention.
-        devices: where each layer's K and V live.
+        devices: the device of each layer's K and V.
     """
 
     windows: tuple[int | None, ...]
@@ -21,5 +21,5 @@ class LayerPlan:
 
     @property
     def full_layers(self) -> list[int]:
-        """Layers with full attention: the ones that budgets apply to."""
+        """Layers with full attention, to which budgets apply."""
         return [layer for layer, window in enumerate(self.windows) if window is None]

@@ -1,4 +1,4 @@
-"""Which layers of a model have a sliding window, by its configuration; kinds of layers that cannot be served."""
+"""The sliding windows of a model's layers, by its configuration; kinds of layers that cannot be served."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from ..errors import UnsupportedModelError
 from .causal_lm import decoder_config
 from .refusals import reason_for_refusal
 
-# These change their frequencies when a sequence grows past a length: stored keys would not fit later queries.
+# These change their frequencies when a sequence exceeds a length, so stored keys would not fit later queries.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def layer_windows(model: nn.Module) -> tuple[int | None, ...]:
-    """The sliding window of each layer (`None`: full attention); refuses what the config already rules out."""
+    """The sliding window of each layer in tokens; `None` for full attention.
+
+    Raises:
+        UnsupportedModelError: the configuration rules the model out; the message names the reason.
+    """
     name = type(model).__name__
     reason = reason_for_refusal(model)
     if reason is not None:

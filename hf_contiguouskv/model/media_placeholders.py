@@ -1,10 +1,10 @@
 """The token ids of a multimodal model that stand for media: their K/V depend on more than the tokens.
 
-A configuration names them in many ways (`image_token_id`, `video_token_index`, `audio_token_id` of a sub-config,
-`image_patch_id`, lists such as `visual_indicator_token_ids`), so they are found by how a field is called. Only ids
-whose embedding gives way to features of the media count. The markers around them (`vision_start_token_id`,
+Configurations name them in many ways (`image_token_id`, `video_token_index`, `audio_token_id` of a sub-config,
+`image_patch_id`, lists such as `visual_indicator_token_ids`), so they are found by the words in a field's name. Only
+ids whose embedding is replaced by features of the media count. The markers around them (`vision_start_token_id`,
 `image_end_token_id`, `boi_token_id`) are embedded like words: their K/V depend on the tokens alone.
-`tests/contract/test_placeholders.py` classifies every such field of the installed transformers, and says which is new.
+`tests/contract/test_placeholders.py` classifies every such field of the installed transformers and reports new ones.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MEDIA = frozenset({"image", "images", "img", "im", "video", "audio", "speech", "
 """A field whose name has one of these words is about media."""
 
 MARKERS = frozenset({"start", "end", "bos", "eos", "begin", "newline", "sep", "row", "col"})
-"""With one of these words it names a token beside the media, not one that stands for it."""
+"""A field whose name also has one of these words names a token beside the media, not one that stands for it."""
 
 _HOLDS_IDS = re.compile(r"_(ids?|token_index|token_indices|token_idx)$")
 
 
 @lru_cache(maxsize=4096)
 def is_placeholder(field: str) -> bool:
-    """Whether a field of this name holds the id of a token (or ids) whose embedding gives way to features of media."""
+    """Whether a field of this name holds ids of tokens whose embedding is replaced by features of media."""
     words = field.split("_")
     return _HOLDS_IDS.search(field) is not None and not MEDIA.isdisjoint(words) and MARKERS.isdisjoint(words)
 
@@ -36,10 +36,10 @@ def placeholder_ids(config: Any) -> dict[str, int]:
     """The ids of all tokens that stand for media.
 
     Args:
-        config: of a model, text-only or multimodal; sub-configs (`vision_config`, `thinker_config`) are looked through.
+        config: config of a text-only or multimodal model; sub-configs (`vision_config`, `thinker_config`) are searched.
 
     Returns:
-        field -> id, each id once, in the order in which they are found: `{"image_token_id": 151655,
+        field -> id, each id once, in the order found: `{"image_token_id": 151655,
         "vision_config.image_token_id": 200010, "visual_indicator_token_ids[0]": 151666}`. Empty for a text-only model.
         Fields that are missing, `None` or negative (a model without this kind of media) are left out.
     """
@@ -61,16 +61,16 @@ def _fields(config: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
     for name in () if isinstance(config, Mapping) else _aliases(config.__class__):
         if name not in own:
             yield path + name, getattr(config, name, None)
-    if depth == 4:  # Configs are two or three deep; one that holds itself would have no end.
+    if depth == 4:  # Configs are two or three levels deep; a config that contains itself would recurse forever.
         return
     for name, value in own.items():
-        # A sub-config that this transformers has no class for stays the dict that it was in config.json.
+        # A sub-config without a class in this transformers stays a dict, as in config.json.
         if isinstance(value, PretrainedConfig) or (isinstance(value, Mapping) and str(name).endswith("_config")):
             yield from _fields(value, f"{path}{name}.", depth + 1)
 
 
 @lru_cache(maxsize=256)
 def _aliases(kind: type) -> tuple[str, ...]:
-    """Placeholder fields that a config class has beside those in its instances: properties, and second names."""
+    """Placeholder fields that a config class has beside those of its instances: properties and aliases."""
     names = (*getattr(kind, "attribute_map", {}), *dir(kind))
     return tuple(dict.fromkeys(name for name in names if is_placeholder(name)))

@@ -1,4 +1,5 @@
-"""What PEFT does to a single forward: adapters chosen per row, and adapters that wait for their invocation tokens."""
+"""What PEFT changes in a single forward: adapters chosen per row, and adapters that start at their invocation
+tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from ..errors import InputError
 
 
 def adapters_of_rows(model: nn.Module) -> str | None:
-    """Why the running forward is not one of the active adapter alone, or `None`.
+    """Why the running forward does not use the active adapter alone, or `None` if it does.
 
-    PEFT chooses an adapter per row (`adapter_names`), and the place from which an activated LoRA acts, with hooks on
+    PEFT chooses an adapter per row (`adapter_names`), and the position from which an activated LoRA acts, with hooks on
     its layers that live as long as the call.
     """
     if not hasattr(model, "peft_config"):
@@ -41,7 +42,7 @@ def adapters_of_rows(model: nn.Module) -> str | None:
 
 
 def require_one_adapter(model: nn.Module) -> None:
-    """Raise `InputError` if rows of the running forward use another adapter than the one that computed the prefix."""
+    """Raise `InputError` if a row of the running forward uses another adapter than the one that computed the prefix."""
     reason = adapters_of_rows(model)
     if reason is not None and "adapter_names" in reason:
         raise InputError(
@@ -51,7 +52,7 @@ def require_one_adapter(model: nn.Module) -> None:
 
 
 def remove_row_hooks(model: nn.Module) -> None:
-    """Take off the hooks of a call that is refused: PEFT leaves them on its layers when the call fails."""
+    """Remove the hooks of a refused call, because PEFT leaves them on its layers when a call fails."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, partial) and "adapter_names" in hook.keywords:
@@ -60,15 +61,17 @@ def remove_row_hooks(model: nn.Module) -> None:
 
 
 def require_no_virtual_tokens(model: Any, automatic: bool) -> None:
-    """Raise `InputError` if a PEFT wrapper puts virtual tokens before each prompt: an explicit prefix would be without
-    them. Where they are embeddings, `automatic` mode computes such prompts as they are; those of prefix tuning are a
-    cache of PEFT's own, beside which there is no other."""
+    """Raise `InputError` if a PEFT wrapper puts virtual tokens before each prompt, which an explicit prefix would lack.
+
+    If the virtual tokens are embeddings, `automatic` mode computes such prompts without the store. Prefix tuning passes
+    its virtual tokens as PEFT's own cache, which leaves no room for another cache.
+    """
     config = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return
     name, own_cache = type(config).__name__, getattr(config, "peft_type", None) == "PREFIX_TUNING"
     if own_cache:
-        raise InputError(f"{name} passes K/V of its own to the model, in the place of this cache")
+        raise InputError(f"{name} passes its own K/V to the model, in place of this cache")
     if not automatic:
         raise InputError(
             f"{name} puts virtual tokens before a prompt, which an explicit prefix would not have; use automatic mode, "
@@ -79,7 +82,7 @@ def require_no_virtual_tokens(model: Any, automatic: bool) -> None:
 def require_no_invocation(model: nn.Module, ids: torch.Tensor) -> None:
     """Raise `InputError` if a prefix, int64 `(n,)`, holds the tokens that invoke an activated LoRA (aLoRA).
 
-    From there on its K/V are not the base model's, and the library computes prefixes without PEFT's wrapper.
+    After these tokens the K/V differ from the base model's, but the library computes prefixes without PEFT's wrapper.
     """
     for name, tokens in _invocations(model):
         wanted = torch.tensor(tokens)

@@ -1,10 +1,10 @@
 """Why a model cannot be served, in words that name what is special about it.
 
-`reason_for_refusal` is asked before the trial forward: what it finds is certain, from the configuration or from what
-the model's class declares. `reason_after_trial` explains what the trial forward found. `looks_ahead` finds models whose
-K/V of a token depend on later tokens: those of a prefix cannot be stored before the rest of the prompt is known.
+`reason_for_refusal` runs before the trial forward; its findings are certain, from the configuration or the model's
+class. `reason_after_trial` explains what the trial forward found. `looks_ahead` finds models whose K/V of a token
+depend on later tokens: the K/V of a prefix cannot be stored before the rest of the prompt is known.
 
-Every reason goes on after the name of the model's class: "FalconForCausalLM computes attention itself, ...".
+Every reason continues the name of the model's class: "FalconForCausalLM computes attention itself, ...".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from .transformers_internals import CACHE_NAMES
 
 TRIAL_IDS = ((0, 0, 0), (0, 0, 1))
-"""Token ids of a trial forward, `(2, 3)`: the rows differ in their last token only (see `looks_ahead`)."""
+"""Token ids of a trial forward, `(2, 3)`: the rows differ only in their last token (see `looks_ahead`)."""
 
 NOT_CAUSAL = (
     "has attention that is not causal: the K/V of a token depend on tokens after it "
@@ -46,14 +46,14 @@ _KINDS_OF_LAYERS = {
     "heavily_compressed_attention": _COMPRESSED,
     "reference_sliding_attention": "attends to the whole prompt but to a window of what it generates",
 }
-"""What layers of these kinds (`config.layer_types`) do that a store of K/V of tokens cannot serve."""
+"""Why a store of per-token K/V cannot serve layers of these kinds (`config.layer_types`)."""
 
 
 def reason_for_refusal(model: nn.Module) -> str | None:
-    """What rules out a model before anything is computed with it.
+    """What rules out a model before a forward runs.
 
     Args:
-        model: a causal LM of transformers, below wrappers.
+        model: a causal LM of transformers, without wrappers.
 
     Returns:
         the reason, or `None` if only a trial forward can tell.
@@ -90,13 +90,13 @@ def reason_for_refusal(model: nn.Module) -> str | None:
 
 
 def reason_after_trial(model: nn.Module, position: int, updates: int, reached: int) -> str | None:
-    """What a trial forward found out about a layer.
+    """What a trial forward showed about a layer.
 
     Args:
         model: the causal LM.
-        position: of the layer.
+        position: index of the layer.
         updates: how often the layer stored K/V in the forward.
-        reached: how often its attention was given K/V just as they had been stored.
+        reached: how often its attention received K/V exactly as stored.
 
     Returns:
         the reason, or `None` if both happened once, as they should.
@@ -125,11 +125,11 @@ def looks_ahead(states: torch.Tensor) -> bool:
     """Whether the K (or V) of a layer depend on later tokens.
 
     Args:
-        states: `(2, kv_heads, 3, head_dim)`, of a forward with `TRIAL_IDS`.
+        states: `(2, kv_heads, 3, head_dim)`, from a forward with `TRIAL_IDS`.
 
     Returns:
-        whether those of the first two tokens are not the same in both rows. The first layer sees no other token, so
-        only later layers can tell; a model of one layer may be served whatever its attention.
+        whether the states of the first two tokens differ between the rows. The first layer's K/V depend on no other
+        token, so only later layers can differ; a model with one layer may be served whatever its attention.
     """
     one, other = states[:, :, :2].float()
     noise = 1e-3 if states.dtype == torch.float32 else 2e-2
@@ -146,7 +146,7 @@ def _declares_alibi(text: Any) -> bool:
 
 
 def _reason_for_layers(text: Any) -> str | None:
-    """The reason that lies in kinds of layers, if one does."""
+    """The reason found in the kinds of layers, or `None`."""
     shared = getattr(text, "num_kv_shared_layers", None) or 0
     modes = getattr(text, "kv_sharing_modes", None) or ()
     shared = max(shared, sum(str(mode).startswith("reuse") for mode in modes))
@@ -162,12 +162,12 @@ def _reason_for_layers(text: Any) -> str | None:
 
 
 def _classes_with(model: nn.Module, part: str) -> bool:
-    """Whether a class of the model's modules has a method or attribute whose name has this part."""
+    """Whether a class among the model's modules has a method or attribute whose name contains `part`."""
     return any(part in name for kind in {type(module) for module in model.modules()} for name in vars(kind))
 
 
 def _storing_module(model: nn.Module, position: int) -> nn.Module | None:
-    """The attention module that hands the K/V of a layer to the cache, or one of another layer, or `None`."""
+    """The attention module that passes the K/V of a layer to the cache, else one of another layer, else `None`."""
     storing = [
         module
         for module in model.modules()
@@ -191,7 +191,7 @@ def _names_in(kind: type) -> set[str]:
 
 
 def _codes(function: FunctionType) -> Iterator[CodeType]:
-    """The code of a function and of those that decorators wrapped."""
+    """The code of a function and of the functions that its decorators wrapped."""
     inner: Any = function
     while inner is not None:
         if isinstance(inner, FunctionType):

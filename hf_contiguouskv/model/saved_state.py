@@ -1,7 +1,7 @@
-"""What modules save besides parameters and buffers: packed weights of quantised layers, state of their own making.
+"""State that modules save besides parameters and buffers: packed weights of quantised layers, and custom state.
 
-`torch.ao.quantization.quantize_dynamic`, for one, replaces each weight by an opaque object. A module that has such
-state says so by overriding `_save_to_state_dict` or `get_extra_state`, and what these give is what a fingerprint reads.
+`torch.ao.quantization.quantize_dynamic`, for example, replaces each weight by an opaque object. A module with such
+state overrides `_save_to_state_dict` or `get_extra_state`, and a fingerprint reads what these return.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from .weights import counts, sample, state_of
 
 _SAVE = torch.nn.Module._save_to_state_dict
 _EXTRA = torch.nn.Module.get_extra_state
-# What every module has; the rest of its `__dict__` is its own.
+# Attributes that every module has; all others belong to its class.
 _COMMON = frozenset(torch.nn.Module().__dict__)
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _NAMES = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme)
 _BY_VALUE = frozenset({*_SCALARS, *_NAMES})
 
-# Of each type that saves more: how many attributes one of its modules had, and names of those that are its own.
+# By type that saves more: the number of attributes of one of its modules, and the names that `_COMMON` lacks.
 _own_attributes: dict[type, tuple[int, tuple[str, ...]]] = {}
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """What is cheap to ask of a model or module, and changes with it.
+    """Cheaply read state of a model or module that changes when the model changes.
 
     Attributes:
         values: compared by `==`.
-        references: weak references to opaque objects, compared by `is`: the address of a packed weight that was
-            replaced is often that of the next one, but a live object has one weak reference, and that is no other's.
+        references: weak references to opaque objects, compared by `is`. A new packed weight often gets the address of
+            the one it replaced, but each live object has its own single weak reference.
     """
 
     values: list[Any] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)
 
     def equals(self, other: Snapshot) -> bool:
-        """Whether both are of the same state."""
+        """Whether both snapshots show the same state."""
         return (
             self.values == other.values
             and len(self.references) == len(other.references)
@@ -56,23 +56,23 @@ class Snapshot:
 
 
 def saves_more(module: torch.nn.Module) -> bool:
-    """Whether a module may save more than parameters and buffers; asked of every module for every request."""
+    """Whether a module may save more than parameters and buffers; called for every module in every request."""
     kind = type(module)
     if kind._save_to_state_dict is _SAVE and kind.get_extra_state is _EXTRA:
         return False
-    # What bitsandbytes saves beside its weights are the scales that `weights.named_tensors` has; its way of saving
-    # converts weights in place, fails for some of its layers, and gives other names after the first forward.
+    # Besides weights, bitsandbytes saves only scales, which `weights.named_tensors` covers. Its save method converts
+    # weights in place, fails for some of its layers, and returns other names after the first forward.
     return kind._save_to_state_dict.__module__.partition(".")[0] != "bitsandbytes"
 
 
 def add_attributes(module: torch.nn.Module, snapshot: Snapshot) -> None:
-    """Add what a module's own attributes are now, so that it shows when one of them is replaced.
+    """Add the current values of a module's own attributes to `snapshot`, so that a replaced attribute is noticed.
 
     Args:
-        module: one that `saves_more`.
-        snapshot: is added to.
+        module: a module that `saves_more`.
+        snapshot: is extended.
     """
-    # (One microsecond for a packed layer. A model has hundreds, and this runs for every request.)
+    # (This runs for every request and takes one microsecond per packed layer, of which a model has hundreds.)
     attributes = module.__dict__
     count, names = _own_attributes.get(type(module), (0, ()))
     if count != len(attributes) or not all(map(attributes.__contains__, names)):
@@ -112,17 +112,17 @@ def _add(value: Any, snapshot: Snapshot) -> None:
 
 
 def saved_beyond(name: str, module: torch.nn.Module) -> bytes:
-    """What a module saves besides parameters and buffers, in an unambiguous form; tensors in it are sampled.
+    """The state that a module saves besides parameters and buffers, in an unambiguous form; tensors are sampled.
 
     Args:
-        name: of the module, for messages.
-        module: one that `saves_more`.
+        name: name of the module, for messages.
+        module: a module that `saves_more`.
 
     Returns:
-        nothing (`b""`) where it saves nothing more after all.
+        the state; `b""` if the module saves nothing more.
 
     Raises:
-        UnsupportedModelError: something in it cannot be read.
+        UnsupportedModelError: some of the state cannot be read.
     """
     saved: OrderedDict[str, Any] = OrderedDict()
     saved._metadata = OrderedDict()  # type: ignore[attr-defined] # As in `state_dict`: some modules write to it.
@@ -157,7 +157,7 @@ def _refusal(name: str, module: torch.nn.Module, what: str) -> UnsupportedModelE
 
 
 class _UnreadableError(Exception):
-    """Names a type of which we do not know what is in it."""
+    """Names a type whose contents cannot be read."""
 
 
 def _framed(octets: bytes) -> bytes:
@@ -165,7 +165,7 @@ def _framed(octets: bytes) -> bytes:
 
 
 def _content(value: Any) -> Iterator[bytes]:
-    """Pieces that differ in sum where values differ, wherever these lie and whatever order a dict is in."""
+    """Pieces that together differ whenever values differ, and do not depend on devices or the order of a dict."""
     if isinstance(value, torch.Tensor):
         yield _framed(f"tensor {tuple(value.shape)} {value.dtype}".encode()) + sample(value)
     elif isinstance(value, torch.ScriptObject):
@@ -189,7 +189,7 @@ def _content(value: Any) -> Iterator[bytes]:
     elif isinstance(value, bytearray | memoryview):
         yield _framed(b"bytes") + _framed(bytes(value))
     elif isinstance(value, torch.device):
-        yield _framed(b"device")  # Where something lies does not change what it is.
+        yield _framed(b"device")  # The device does not change the value.
     elif isinstance(value, (*_SCALARS, *_NAMES, enum.Enum)):
         yield _framed(f"{type(value).__name__} {value!r}".encode())
     else:

@@ -22,18 +22,18 @@ from .media_placeholders import placeholder_ids
 from .transformers_internals import forget_shift, shifted_positions
 from .trial_forward import KVShape, try_forward
 
-# Every so many full-attention layers, exact keys are stored once more: the period of the published method.
+# Exact keys are stored a second time for every eighth full-attention layer: the period of the published method.
 LEADER_PERIOD = 8
 
 
 @dataclass
 class _Findings:
-    """What was found out about one model, shared by all caches on it.
+    """Findings about one model, shared by all caches on it.
 
     Attributes:
-        state: dtype and devices of the model when it ran its trial forward.
-        shape: what the trial forward has shown.
-        measured: what others have measured of the model (its speeds, say), by a key of their own.
+        state: dtype and devices of the model at its trial forward.
+        shape: the result of the trial forward.
+        measured: measurements that other modules keep here (speeds, for example), each under its own key.
     """
 
     state: object = None
@@ -45,16 +45,17 @@ _findings: weakref.WeakKeyDictionary[nn.Module, _Findings] = weakref.WeakKeyDict
 
 
 class ServedModel:
-    """A transformers model as this library sees it. It holds the model weakly: a copy of a cache must not copy it.
+    """A transformers model as this library sees it. It holds the model weakly, because a copied cache must not copy it.
+    It has many short methods, so that no other room reads a model's configuration or modules.
 
     Args:
-        model: a decoder-only transformers model, maybe inside wrappers (PEFT, `torch.compile`, DDP).
+        model: a decoder-only transformers model, possibly inside wrappers (PEFT, `torch.compile`, DDP).
 
     Attributes:
-        windows: the sliding window of each layer, in tokens; `None` is full attention.
+        windows: the sliding window of each layer, in tokens; `None` for full attention.
 
     Raises:
-        UnsupportedModelError: the configuration or the class of the model rules it out; the message names the reason.
+        UnsupportedModelError: the model's configuration or class rules it out; the message names the reason.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,7 +71,7 @@ class ServedModel:
         """The causal LM inside the wrappers.
 
         Raises:
-            InputError: the model is gone.
+            InputError: the model no longer exists.
         """
         lm = self._lm()
         if lm is None:
@@ -79,14 +80,14 @@ class ServedModel:
 
     @property
     def text_config(self) -> Any:
-        """The configuration that its attention layers share."""
+        """The configuration that the attention layers share."""
         return decoder_config(self.lm)
 
-    # -- what its K/V are ---------------------------------------------------------------------------------------------
+    # -- the model's K/V ----------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> KVShape:
-        """What a trial forward has shown of its K/V. It runs once, and again when dtype or devices have changed.
+        """The shape of the model's K/V, from a trial forward. It runs once, and again if dtype or devices change.
 
         Raises:
             UnsupportedModelError: the model cannot be served correctly; the message names the reason.
@@ -101,12 +102,12 @@ class ServedModel:
 
     @property
     def layers(self) -> LayerPlan:
-        """Windows and devices of its layers."""
+        """Windows and devices of the layers."""
         return self.shape.layers
 
     def geometry(self, chunk_size: int) -> KVGeometry:
-        """How its KV is stored: K and V exactly; an int8 index and 4-bit values of every full-attention layer; exact
-        keys of every eighth of these (the published leader layers)."""
+        """The stored form of the model's KV: K and V exactly; an int8 index and 4-bit values of every full-attention
+        layer; exact keys of every eighth of these layers (the published leader layers)."""
         shape, full = self.shape, self.layers.full_layers
         return KVGeometry(
             num_layers=len(self.windows),
@@ -120,7 +121,8 @@ class ServedModel:
         )
 
     def fingerprint(self) -> str:
-        """Who computes K/V now: changes with weights, adapters and configuration (`fingerprint.model_fingerprint`)."""
+        """The model's fingerprint: changes with weights, adapters and configuration
+        (`fingerprint.model_fingerprint`)."""
         return model_fingerprint(self.lm)
 
     @property
@@ -130,7 +132,7 @@ class ServedModel:
         heads = int(getattr(self.text_config, "num_attention_heads", kv_heads))
         return max(1, heads // kv_heads) * kv_heads
 
-    # -- how it runs --------------------------------------------------------------------------------------------------
+    # -- running the model --------------------------------------------------------------------------------------------
 
     def installation(self) -> Installation:
         """A switch that puts this library's attention function into the model while a forward runs.
@@ -142,16 +144,16 @@ class ServedModel:
 
     @property
     def input_device(self) -> torch.device:
-        """Where its inputs go."""
+        """The device of the model's inputs."""
         return input_device(self.lm)
 
     def run(self, ids: torch.Tensor, cache: Cache, start: int) -> Any:
-        """Run `ids`, int64 `(rows, q)`, the first at position `start`, for the sake of the K/V that `cache` gets."""
+        """Run `ids`, int64 `(rows, q)`, the first at position `start`, so that `cache` receives their K/V."""
         return run_forward(self.lm, ids, cache, start)
 
     @cached_property
     def is_multimodal(self) -> bool:
-        """Whether it takes images and the like beside text."""
+        """Whether the model takes media, such as images, beside text."""
         return bool(placeholder_ids(self.lm.config))
 
     @cached_property
@@ -160,16 +162,16 @@ class ServedModel:
 
     @property
     def shifts_positions(self) -> bool:
-        """Whether it moves the positions of tokens by what it remembers of the images of an earlier call."""
+        """Whether the model shifts positions by an offset that it remembers from the images of an earlier call."""
         return bool(self._shifted)
 
     def forget_shift(self) -> None:
-        """Let it place the next tokens as if it had seen no image."""
+        """Clear the remembered offset, so that the next tokens get their plain positions."""
         forget_shift([module for module in (one() for one in self._shifted) if module is not None])
 
     @property
     def measured(self) -> dict[Any, Any]:
-        """What others have measured of this model and want to find again, by a key of their own."""
+        """Measurements of this model that other modules keep, each under its own key."""
         return self._found.measured
 
     @property

@@ -1,6 +1,6 @@
-"""What this library knows about the inside of transformers, all in one place.
+"""Everything in this library that depends on the internals of transformers.
 
-transformers promises none of this, and releases come every two to three weeks. `tests/contract/test_internals.py` has
+transformers guarantees none of this, and releases come every two to three weeks. `tests/contract/test_internals.py` has
 a canary for every function here, and `make compat` runs them on the oldest and the newest supported release.
 """
 
@@ -20,10 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
 
-# -- what the cache is called -----------------------------------------------------------------------------------------
+# -- the name of the cache argument -----------------------------------------------------------------------------------
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""The argument of `generate` and of every forward that holds the cache: 5.24 renamed the second to the first."""
+"""Names of the argument of `generate` and every forward that holds the cache; 5.24 renamed the second to the first."""
 
 _DEFAULT_NAME = (
     "cache"
@@ -33,7 +33,7 @@ _DEFAULT_NAME = (
 
 
 def cache_argument(model: Any = None) -> str:
-    """What the forward of `model` (a module or a function) calls its cache; without a model: what `generate` does."""
+    """The name of the cache argument of `model`'s forward (a module or a function); without a model, of `generate`."""
     if model is not None:
         parameters = inspect.signature(getattr(model, "forward", model)).parameters
         for name in CACHE_NAMES:
@@ -43,9 +43,9 @@ def cache_argument(model: Any = None) -> str:
 
 
 def bound_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name, those that it gathers in `**kwargs` included.
+    """The arguments of a forward by name, including those gathered in `**kwargs`.
 
-    A cache under the name that this transformers deprecates stays under it: the warning is for who wrote the call.
+    A cache under a deprecated name keeps that name, so that the caller sees the deprecation warning.
     """
     old = next((name for name in CACHE_NAMES if name in kwargs and name not in signature.parameters), None)
     set_aside = {} if old is None else {old: kwargs[old]}
@@ -57,7 +57,7 @@ def bound_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
     return inputs | set_aside
 
 
-# -- what `generate` is doing -----------------------------------------------------------------------------------------
+# -- running `generate` calls -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class GenerateCall:
     """A running call of `generate`.
 
     Attributes:
-        config: its generation config.
-        prompt: int64 `(rows, n)`, what it was given (after expansion to beams), if it is tokens.
+        config: the call's generation config.
+        prompt: the given prompt (after expansion to beams), int64 `(rows, n)`; `None` if it is not tokens.
         attention_mask: 2D or `None`.
-        embeddings: `(rows, n, hidden)`, where the prompt is embeddings; always all of it.
+        embeddings: the whole prompt, `(rows, n, hidden)`, if it was given as embeddings.
     """
 
     config: Any
@@ -78,11 +78,11 @@ class GenerateCall:
 
     @property
     def whole_prompt(self) -> torch.Tensor | None:
-        """`prompt`, unless it holds only tokens that come after those of the cache (the mask covers both)."""
+        """`prompt`, or `None` if it holds only the tokens after those of the cache (the mask covers both)."""
         if self.prompt is None or self.prompt.shape[1] == 0:
             return None
         length = self.prompt.shape[1]
-        # generate drops a mask of ones, but notes its length.
+        # generate drops a mask of ones, but keeps its length.
         mask = self.attention_mask
         covered = getattr(self.config, "_mask_length", length) if mask is None else mask.shape[-1]
         return self.prompt if covered == length else None
@@ -100,8 +100,8 @@ def _is_generate(frame: Any) -> bool:
 def running_generate() -> GenerateCall | None:
     """The innermost `generate` that is running on this thread, or `None`.
 
-    A forward cannot tell whether its tokens are a whole prompt or the first block of several (`prefill_chunk_size`),
-    nor whether a cache is about to be used for another prompt; the frame of `generate` can.
+    A forward cannot tell whether its tokens are a whole prompt or the first of several blocks (`prefill_chunk_size`),
+    nor whether the cache is about to serve another prompt. The frame of `generate` can.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
@@ -123,22 +123,23 @@ _BLOCKS_LEAVE_OUT_CACHED = "prefill_ids" in GenerationMixin._prefill.__code__.co
 
 
 def cut_before_blocks(call: GenerateCall) -> None:
-    """Let a `generate` with `prefill_chunk_size` cut what is cached from its prompt before it is split into blocks.
+    """Make a `generate` with `prefill_chunk_size` remove cached tokens from its prompt before it splits it into blocks.
 
-    Until 5.22 it does so only without blocks: there this call prefills in one block. (Its config is a copy of its own.)
+    Until 5.22, `generate` removes them only without blocks, so there this call prefills in one block. (Each call has
+    its own copy of the config.)
     """
     if not _BLOCKS_LEAVE_OUT_CACHED:
         call.config.prefill_chunk_size = None
 
 
 def in_use_on_thread(cache: Any, thread: int) -> bool:
-    """Whether a `generate` or a forward that was given `cache` is running on the thread with this identifier."""
+    """Whether the thread with this identifier is running a `generate` or a forward that was given `cache`."""
     frame: Any = sys._current_frames().get(thread)
     while frame is not None:
         given: Any = ()
         if _is_generate(frame):
             given = (frame.f_locals.get("model_kwargs") or {}).values()
-        elif frame.f_code.co_name == "_call_impl":  # nn.Module's: a forward and its hooks.
+        elif frame.f_code.co_name == "_call_impl":  # `nn.Module._call_impl` runs a forward and its hooks.
             given = (*(frame.f_locals.get("kwargs") or {}).values(), *(frame.f_locals.get("args") or ()))
         if any(value is cache for value in given):
             return True
@@ -147,15 +148,15 @@ def in_use_on_thread(cache: Any, thread: int) -> bool:
 
 
 class GenerateListener(Protocol):
-    """Hears of calls of `generate`."""
+    """Is notified of calls of `generate`."""
 
     def generate_begins(self, call: GenerateCall | None) -> None:
-        """A `generate` has been given the cache; `call` is `None` where its frame was not found."""
+        """Called when `generate` receives the cache; `call` is `None` if its frame was not found."""
         ...
 
 
 class NotifiedByGenerate:
-    """Mixed into a cache: `generate` sets `_is_user_defined` on a cache that it is given, before its first forward."""
+    """A mixin for caches: `generate` sets `_is_user_defined` on a cache that it is given, before its first forward."""
 
     session: GenerateListener | None
     _given_to_generate = False
@@ -175,7 +176,7 @@ class NotifiedByGenerate:
 
 
 def register_attention(name: str, function: Callable[..., Any], like: str) -> None:
-    """Make `name` an attention implementation, with the mask that `like` has (without one, masks would be `None`)."""
+    """Register the attention implementation `name` with the mask of `like`; without a mask, masks would be `None`."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
@@ -184,7 +185,7 @@ def attention_function(base: str, module: nn.Module) -> Callable[..., Any]:
     """The function behind the implementation `base`, for an attention module of a model."""
     if base != "eager":
         return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
-    # `eager` is not in the registry: it is a function of the module in which the attention class was written.
+    # `eager` is not in the registry: it is a function in the module that defines the attention class.
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
@@ -194,17 +195,17 @@ def attention_function(base: str, module: nn.Module) -> Callable[..., Any]:
 
 def attention_implementation(config: Any) -> Any:
     """The name of the attention implementation that layers with this config use now."""
-    # Asked several times per layer: not through the config's own attribute access, which takes its time.
+    # Called several times per layer, so bypass the config's own attribute access, which is slow.
     return object.__getattribute__(config, "_attn_implementation_internal")
 
 
 def set_attention_implementation(config: Any, name: str) -> None:
-    """Let layers with this config use another implementation, without the checks of `set_attn_implementation`."""
+    """Make layers with this config use another implementation, without the checks of `set_attn_implementation`."""
     config._attn_implementation_internal = name
 
 
 def is_assisted(layers: Iterable[Any]) -> bool:
-    """Whether assisted decoding runs with the cache of these layers: it lets them keep what it may take back."""
+    """Whether assisted decoding uses the cache of these layers: it makes them keep tokens that it may remove again."""
     return any(getattr(layer, "record_past", False) for layer in layers)
 
 
@@ -212,11 +213,11 @@ def is_assisted(layers: Iterable[Any]) -> bool:
 
 
 def shifted_positions(model: nn.Module) -> list[nn.Module]:
-    """Modules that remember a shift of positions from the images of an earlier call (`rope_deltas` of Qwen-VL)."""
+    """Modules that remember a position offset from the images of an earlier call (`rope_deltas` of Qwen-VL)."""
     return [module for module in model.modules() if "rope_deltas" in module.__dict__]
 
 
 def forget_shift(modules: list[nn.Module]) -> None:
-    """Let these modules place the next tokens as if no image had been seen."""
+    """Clear the remembered offset of these modules."""
     for module in modules:
         setattr(module, "rope_deltas", None)  # noqa: B010 (mypy knows of no such attribute)

@@ -1,4 +1,4 @@
-"""A trial forward: a few tokens go through a model, which shows the shape of its K/V and whether it can be served."""
+"""A trial forward: a few tokens run through a model show the shape of its K/V and whether it can be served."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class KVShape:
-    """What a trial forward has shown of a model's K and V.
+    """Shape of a model's K and V, from a trial forward.
 
     Attributes:
         layers: windows and devices of the layers.
         kv_heads, head_dim: shape of a token's K (and V) in one layer.
-        dtype: of K and V.
+        dtype: dtype of K and V.
     """
 
     layers: LayerPlan
@@ -39,7 +39,7 @@ class KVShape:
 
 
 class _TrialLayer(CacheLayerMixin):
-    """Hands its K/V to attention and remembers what happened to them."""
+    """Passes its K/V to attention and records what happens to them."""
 
     plain = False
 
@@ -82,7 +82,7 @@ class _TrialLayer(CacheLayerMixin):
 
 
 class _Witness:
-    """Sees the calls of a trial forward as the session of a `ContiguousKVCache` would."""
+    """Receives the calls of a trial forward in place of a `ContiguousKVCache`'s session."""
 
     def __init__(self, installation: Installation) -> None:
         self._installation = installation
@@ -103,7 +103,7 @@ class _Witness:
 
 
 class _TrialCache(ListeningCache):
-    """Goes through the model as a `ContiguousKVCache` would, hooks and attention function included."""
+    """Passes through the model like a `ContiguousKVCache`, with hooks and attention function."""
 
     session: _Witness
 
@@ -116,7 +116,7 @@ def try_forward(model: nn.Module, windows: tuple[int | None, ...]) -> KVShape:
     """Run a few tokens through `model`, whose layers have these `windows`.
 
     Raises:
-        UnsupportedModelError: it cannot be served correctly; the message names the reason.
+        UnsupportedModelError: the model cannot be served correctly; the message names the reason.
     """
     name = type(model).__name__
     device = input_device(model)
@@ -139,7 +139,7 @@ def try_forward(model: nn.Module, windows: tuple[int | None, ...]) -> KVShape:
     if witness.seen != ["before", "after"]:
         raise UnsupportedModelError(
             f"{name}: its forward hooks did not see the cache of a trial forward (seen: {witness.seen}); this version "
-            f"of transformers ({transformers.__version__}) may pass it in a way that is not known here yet"
+            f"of transformers ({transformers.__version__}) may pass the cache in a way that is not supported yet"
         )
     for position, layer in enumerate(layers):
         reason = reason_after_trial(model, position, layer.updates, layer.reached)

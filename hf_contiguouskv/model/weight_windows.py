@@ -1,4 +1,4 @@
-"""Looking again at weights in host memory: at a few bytes of each tensor, and at all bytes by and by.
+"""Checks for edits of weights in host memory: a few bytes of each tensor on every call, and all bytes over many calls.
 
 Both notice edits that torch does not count, such as those through `.data`.
 """
@@ -16,24 +16,24 @@ import xxhash
 from .weights import state_of
 
 BYTES_PER_LOOK = 2 * 2**20
-"""What `WeightWindows.look` reads at most, in bytes: 0.15 ms on a server, 0.4 ms where memory gives 5 GB/s."""
+"""`WeightWindows.look` reads at most this many bytes: 0.15 ms on a server, 0.4 ms where memory delivers 5 GB/s."""
 
 _WINDOW_BYTES = 512 * 1024
-# Many small tensors (norms, biases) must not make a look longer than a few large ones do.
+# A limit, so that many small tensors (norms, biases) take no longer than a few large ones.
 _WINDOWS_PER_LOOK = 32
 _PROBE_BYTES = 32
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a stretch of host memory."""
+    """Whether a tensor is one contiguous range of host memory."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     return plain and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > 0
 
 
 def probe_places(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Views of the beginning, middle and end of a tensor in host memory; of another tensor none.
+    """Views of the beginning, middle and end of a tensor in host memory; none for other tensors.
 
-    They do not keep the memory alive: they may be read only while the signature shows that the tensors are the same.
+    The views do not keep the memory alive, so read them only while the signature shows that the tensors are the same.
     """
     if not _is_readable(tensor):
         return
@@ -45,13 +45,13 @@ def probe_places(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def probe(places: list[memoryview]) -> bytes:
-    """The bytes that are there now."""
+    """The current bytes at these places."""
     return b"".join(places)
 
 
 @dataclass(slots=True)
 class _Watched:
-    """One tensor in host memory, and digests of its windows (`None`: not looked at yet)."""
+    """One tensor in host memory, and digests of its windows (`None`: not read yet)."""
 
     tensor: weakref.ref[torch.Tensor]
     address: int
@@ -59,22 +59,22 @@ class _Watched:
     digests: list[int | None]
 
     def differs(self, window: int) -> bool:
-        """Whether a window is not what was recorded; what was not recorded yet is recorded now."""
+        """Whether a window differs from its recorded digest; without a recorded digest, record it."""
         found, recorded = self._digest(window), self.digests[window]
         if recorded is None:
             self.digests[window] = found
         return found != recorded and None not in (found, recorded)
 
     def differs_anywhere(self) -> bool:
-        """Whether one of the recorded windows is not what was recorded."""
+        """Whether any recorded window differs from its digest."""
         return any(self.differs(window) for window, recorded in enumerate(self.digests) if recorded is not None)
 
     def _digest(self, window: int) -> int | None:
-        """Of the bytes that are there now; `None` where the tensor is gone or lies elsewhere."""
+        """Digest of the window's current bytes; `None` if the tensor no longer exists or has moved."""
         tensor = self.tensor()
         if tensor is None:
             return None
-        # Keeps the memory alive while it is read, even where another thread gives the tensor other memory meanwhile.
+        # Keeps the memory alive while it is read, even if another thread gives the tensor other memory meanwhile.
         storage = tensor.untyped_storage()
         begin = storage.data_ptr()
         if tensor.data_ptr() != self.address or not begin <= self.address <= begin + storage.nbytes() - self.nbytes:
@@ -86,15 +86,14 @@ class _Watched:
 
 
 class WeightWindows:
-    """A look at the next few windows of all weights in host memory, at each request.
+    """Checks the next few windows of all weights in host memory at each request.
 
-    What a window holds is recorded when it is looked at for the first time, and compared whenever its turn comes
-    again. Not safe to share between threads.
+    The first check of a window records its digest; later checks compare with it. Not thread-safe.
 
     Args:
-        tensors: that are to be watched; those that are not in host memory are left out.
-        earlier: windows of the same model, of which those that still hold are taken over.
-        changed: addresses of tensors of which nothing is taken over.
+        tensors: the tensors to watch; those outside host memory are left out.
+        earlier: windows of the same model, from which digests that are still valid are taken over.
+        changed: addresses of tensors whose digests are not taken over.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class WeightWindows:
             _, address, _, _ = state_of(tensor)
             key = (address, tensor.nbytes)
             if key in self._watched:
-                continue  # Weights that are tied.
+                continue  # Tied weights.
             kept = old.get(key)
             if kept is None or address in changed or kept.tensor() is not tensor:
                 windows = -(-tensor.nbytes // _WINDOW_BYTES)
@@ -118,14 +117,15 @@ class WeightWindows:
         self._window = 0
 
     def look(self) -> set[int]:
-        """Look at the next windows, `BYTES_PER_LOOK` in all at most.
+        """Check the next windows, at most `BYTES_PER_LOOK` in all.
 
-        To be called only while the signature shows that the tensors are the same.
+        Call this only while the signature shows that the tensors are the same.
 
         Returns:
-            addresses of tensors that differ from what was recorded: nearly always none. Where one does, all recorded
-            windows are compared, so that an edit of many tensors is found at once. They are found again until
-            new windows are made.
+            addresses of tensors that differ from their digests: nearly always none. If one differs, all recorded
+                windows
+            are compared, so that an edit of many tensors is found at once. Later calls return them again until new
+            windows are made.
         """
         left = BYTES_PER_LOOK
         for _ in range(min(self._windows, _WINDOWS_PER_LOOK)):

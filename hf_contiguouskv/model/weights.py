@@ -1,4 +1,4 @@
-"""The tensors that a fingerprint covers, and digests of their values: sampled, or whole."""
+"""The tensors that a fingerprint covers, and digests of their values, sampled or whole."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_affine_float_qparams
 def counts(module: torch.nn.Module, buffer: str) -> bool:
     """Whether a fingerprint covers the buffer of this name.
 
-    Persistent buffers, and the frequencies of RoPE, which a change of dtype rounds for good. Other buffers that are
-    not saved may be scratch space of a forward.
+    It covers persistent buffers, and the frequencies of RoPE, which a change of dtype rounds permanently. Other
+    non-persistent buffers may be scratch space of a forward.
     """
     return buffer not in module._non_persistent_buffers_set or "inv_freq" in buffer
 
@@ -31,10 +31,10 @@ class NamedTensor(NamedTuple):
     """A tensor that a fingerprint covers.
 
     Attributes:
-        name: its place in the model.
+        name: its qualified name in the model.
         own: the tensor that the model holds.
-        values: the one with its values: another one where it is offloaded.
-        registered: whether it is a parameter or buffer, so that the signature of the model notices when it goes.
+        values: the tensor with the values: another one if the weight is offloaded.
+        registered: whether it is a parameter or buffer, whose replacement the model's signature notices.
     """
 
     name: str
@@ -47,7 +47,7 @@ def named_tensors(model: torch.nn.Module) -> Iterator[NamedTensor]:
     """All tensors of a model that a fingerprint covers, in a fixed order.
 
     Raises:
-        UnsupportedModelError: a weight is on the `meta` device, and no offload map has its values.
+        UnsupportedModelError: a weight is on the `meta` device and no offload map has its values.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
@@ -61,8 +61,8 @@ def named_tensors(model: torch.nn.Module) -> Iterator[NamedTensor]:
 
 
 def _scales(module: torch.nn.Module, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors without which a quantised weight means nothing, and that are no parameters: bitsandbytes hangs them on
-    the weight, and moves some to the module's state at the first forward."""
+    """Scales and codes of a quantised weight that are not parameters. bitsandbytes attaches them to the weight, and
+    moves some to the module's state at the first forward."""
     holders: list[tuple[str, Any]] = [("", getattr(parameter, "quant_state", None)), ("", parameter)]
     holders += [("nested_", getattr(holders[0][1], "state2", None)), ("", getattr(module, "state", None))]
     found: dict[str, torch.Tensor] = {}
@@ -77,7 +77,7 @@ def _scales(module: torch.nn.Module, parameter: torch.Tensor) -> Iterator[tuple[
 def _materialised(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type != "meta":
         return tensor
-    # accelerate keeps offloaded weights in a map of the hook that loads them before each forward.
+    # accelerate keeps offloaded weights in a map on the hook that loads them before each forward.
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", [hook]):
         weights = getattr(one, "weights_map", None)
@@ -95,7 +95,7 @@ def _materialised(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> t
 
 
 def state_of(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
-    """Identity, address (0: none of its own), edit counter (-1: it counts none) and dtype; cheap to ask for."""
+    """Identity, address (0: it has none), edit counter (-1: it has none) and dtype; cheap to read."""
     try:
         version = tensor._version
     except RuntimeError:
@@ -108,7 +108,7 @@ def state_of(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
 
 
 def sample(tensor: torch.Tensor) -> bytes:
-    """Digest (16 bytes) of sampled elements; sampled where the tensor is, then moved once."""
+    """Digest (16 bytes) of sampled elements; samples are gathered on the tensor's device and copied once."""
     digest = blake2b(digest_size=16)
     for flat in _plain_parts(tensor.detach()):
         if flat.nbytes > WHOLE_BYTES:
@@ -131,7 +131,7 @@ def _octets(tensor: torch.Tensor) -> bytes:
 
 
 def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What a quantised tensor consists of (codes, scales, zero points), or the tensor itself; flat."""
+    """The parts of a quantised tensor (codes, scales, zero points), or the tensor itself; flattened."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _plain_parts(getattr(tensor, name).detach())]
@@ -141,7 +141,7 @@ def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _codes_and_scales(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Of one of torch's own quantised tensors."""
+    """Codes, scales and zero points of one of torch's own quantised tensors."""
     if tensor.qscheme() in _PER_CHANNEL:
         axis = torch.tensor(tensor.q_per_channel_axis())
         return [tensor.int_repr(), tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), axis]

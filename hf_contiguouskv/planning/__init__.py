@@ -1,1 +1,1 @@
-"""From a budget to numbers: which chunks, in which form, how many bytes; and the budget that hides its reads."""
+"""Turns a budget into numbers (which chunks, in which form, how many bytes), and chooses the budget for `"auto"`."""

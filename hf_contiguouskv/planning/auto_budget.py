@@ -1,4 +1,4 @@
-"""`budget="auto"`: the largest budget whose reads hide behind compute, or no loading where computing is faster."""
+"""`budget="auto"`: the largest budget whose reads hide behind compute, or no loading if computing is faster."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .read_plan import WORTH_READING_BYTES, ReadPlan
 
 logger = logging.getLogger("hf_contiguouskv")
 
-# Budgets that are considered, the largest first.
+# The candidate budgets, largest first.
 BUDGETS = (1.0, *(percent / 100 for percent in range(95, 0, -5)))
-# Where nothing can be measured: the default of `ContiguousKVConfig`.
+# The budget if speeds cannot be measured: the default of `ContiguousKVConfig`.
 UNKNOWN = 0.25
 
-# What was said already of the prefixes of a store: a service makes a cache for each request.
+# Choices already printed for each store, because a service makes a cache for each request.
 _said: weakref.WeakKeyDictionary[PrefixStore, set[tuple[float, bool]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """What `budget="auto"` has come to for one prefix.
+    """The decision of `budget="auto"` for one prefix.
 
     Attributes:
         budget: share of the chunks to load, in (0, 1].
-        recompute: computing the prefix again takes less time than loading that.
-        read_s, compute_s: seconds that a cold request of `SUFFIX_TOKENS` tokens was estimated to read and to compute.
-        reason: why, in a sentence.
+        recompute: whether computing the prefix again takes less time than loading this share.
+        read_s, compute_s: estimated seconds that a cold request of `SUFFIX_TOKENS` tokens reads and computes.
+        reason: the reason, in a sentence.
     """
 
     budget: float
@@ -55,13 +55,13 @@ def choose_budget(
     speeds: ComputeSpeeds,
     bytes_per_s: float,
 ) -> BudgetChoice:
-    """The decision, from measured speeds alone.
+    """Choose a budget from measured speeds.
 
     Args:
-        prefix: that nothing is in memory of.
-        config: of the cache; its own budget does not matter.
-        plan: of the model's layers.
-        speeds, bytes_per_s: of the model, and of the disk.
+        prefix: a prefix of which nothing is in memory.
+        config: the cache's configuration; its budget is ignored.
+        plan: the model's layers.
+        speeds, bytes_per_s: measured speeds of the model and of the disk.
     """
     choice = None
     for budget in BUDGETS:
@@ -105,12 +105,12 @@ def _estimated(
 class AutoBudget:
     """Chooses budgets for one cache's prefixes.
 
-    It says why on standard error when a store's prefixes get a budget for the first time, and logs every choice.
+    It logs every choice, and prints a store's first choice of each budget to standard error with the reason.
 
     Args:
-        model: its speed is measured now, unless it is known.
-        store: its disk's speed is measured with the first prefix.
-        config: of the cache.
+        model: its speed is measured now, unless it is already known.
+        store: the speed of its disk is measured with the first prefix.
+        config: the cache's configuration.
     """
 
     def __init__(self, model: ServedModel, store: PrefixStore, config: ContiguousKVConfig) -> None:
@@ -119,18 +119,18 @@ class AutoBudget:
         self._config = config
         self._speeds: ComputeSpeeds | None = None
         self._problem = ""
-        # The last prefix and what was chosen: it is asked for twice, before and when a prefix is attached.
+        # The last prefix and its choice, because the choice is needed twice: before and while a prefix is attached.
         self._last: tuple[AttachedPrefix, BudgetChoice] | None = None
         try:
             self._speeds = compute_speeds(model, config)
-        except Exception as error:  # A model that cannot run by itself can be served all the same.
+        except Exception as error:  # A model whose speed cannot be measured can still be served.
             self._problem = f"this model's speed cannot be measured ({error})"
 
     def __deepcopy__(self, memo: dict[int, object]) -> AutoBudget:
-        return self  # Speeds are the same for a copy of the cache.
+        return self  # A copy of the cache has the same speeds.
 
     def choose(self, prefix: AttachedPrefix) -> BudgetChoice:
-        """For a prefix that has just been found."""
+        """Choose the budget for a prefix that has just been found."""
         if self._last is not None and self._last[0] == prefix:
             return self._last[1]
         found = self._chosen(prefix)
@@ -152,6 +152,6 @@ class AutoBudget:
                 speed = read_speed(self._store, prefix)
                 return choose_budget(prefix, self._config, self._plan, self._speeds, speed)
             except StoreError as error:
-                # The request finds out by itself what is wrong, and gets over it.
+                # The request will meet the same error and recover from it.
                 problem = f"the store cannot be read ({error})"
         return BudgetChoice(UNKNOWN, False, 0.0, 0.0, f"budget {UNKNOWN:g}: {problem}")

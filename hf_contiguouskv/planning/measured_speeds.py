@@ -1,4 +1,4 @@
-"""How fast this model computes and this store reads, measured here and now: what `budget="auto"` goes by."""
+"""Measures how fast this model computes and this store reads, for `budget="auto"`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..store.attached_prefix import AttachedPrefix
 from ..store.reader import Read
 from ..store.segment import Segment
 
-# What is measured: a short suffix behind some tokens, a choice among many, a block of a prefill, a read.
+# Sizes for the measurements: a short suffix after some tokens, a choice among many tokens, a prefill block, a read.
 SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 1024, 8192, 256, 16 * 2**20
-# A read that is shorter than this says more of latency than of speed: it counts until a much longer one can be made.
+# A shorter read measures latency more than speed, so its result is replaced once a much longer read is possible.
 TELLING_BYTES = 4 * 2**20
-# Each is repeated so often, or for so long if it is slow; but once in any case, behind one that is not counted.
+# Each measurement is repeated this often, or for this many seconds if it is slow, but at least once, after a warm-up.
 REPEATS, SECONDS = 3, 1.0
 
 
@@ -36,10 +36,10 @@ class ComputeSpeeds:
     """Seconds of compute, over all layers.
 
     Attributes:
-        forward_s: of a suffix of `SUFFIX_TOKENS` without any prefix: the floor.
-        used_s: more for each prefix token that full attention uses: putting it in its place, and attending to it.
-        considered_s: more for each prefix token among which a leader layer chooses, in all leader layers.
-        prefill_s: of each token of a prefix that is computed (attention over a long prefix left out).
+        forward_s: for a suffix of `SUFFIX_TOKENS` tokens without any prefix: the floor.
+        used_s: for each prefix token that full attention uses: copying it into place, and attending to it.
+        considered_s: for each prefix token that leader layers choose from, summed over all leader layers.
+        prefill_s: for each computed token of a prefix (without attention over a long prefix).
     """
 
     forward_s: float
@@ -48,17 +48,17 @@ class ComputeSpeeds:
     prefill_s: float
 
 
-# Bytes per second of each store's disk, and by a read of how many bytes that was found.
+# Bytes per second of each store's disk, and the size in bytes of the read that measured it.
 _disks: weakref.WeakKeyDictionary[PrefixStore, tuple[float, int]] = weakref.WeakKeyDictionary()
-# Two measurements at once would measure each other.
+# Two simultaneous measurements would slow each other down.
 _lock = threading.Lock()
 
 
 def compute_speeds(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
-    """Those of `model` as it is now, for the selection of `config`: measured once, with a handful of short forwards.
+    """The speeds of `model` for the selection of `config`, measured once with a few short forwards.
 
     Raises:
-        Exception: whatever a model raises that cannot be run by itself.
+        Exception: any error of a model that cannot run these forwards.
     """
     rules: tuple[str, KVShape, Selection, int] = ("speeds", model.shape, config.selection, config.chunk_size)
     with _lock:
@@ -72,7 +72,7 @@ def compute_speeds(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpe
 def _measured(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
     full = model.layers.full_layers
     forward = _shortest(lambda: _forward(model, SUFFIX_TOKENS))
-    # Where a short forward takes long it is arithmetic that takes its time, in proportion to the tokens.
+    # If a short forward is slow, arithmetic dominates, so its time is proportional to its tokens.
     quick = forward < SECONDS / 2
     prefill = _shortest(lambda: _forward(model, PREFILL_TOKENS)) / PREFILL_TOKENS if quick else forward / SUFFIX_TOKENS
     used = considered = 0.0
@@ -87,12 +87,12 @@ def _measured(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
 
 
 def read_speed(store: PrefixStore, prefix: AttachedPrefix) -> float:
-    """Bytes per second that `store` delivers, by a read of the prefix's longest segment.
+    """Bytes per second that `store` delivers, measured by reading the prefix's longest segment.
 
-    Remembered; a short read until a prefix comes along that allows one of twice the length.
+    The result is kept. After a short read, it is measured again once a prefix allows a read of twice the length.
 
     Raises:
-        StoreError: it cannot be read.
+        StoreError: the segment cannot be read.
     """
     with _lock:
         known, length = _disks.get(store, (0.0, 0))
@@ -112,9 +112,9 @@ def _timed_read(store: PrefixStore, segment: Segment, begin: int, nbytes: int) -
     buffer = host.lease(nbytes)
     assert buffer is not None
     try:
-        octets = as_memoryview(buffer.data[:nbytes].zero_())  # As in a tier in use, its pages are there.
+        octets = as_memoryview(buffer.data[:nbytes].zero_())  # Touch the pages, as in a tier that is in use.
         first = min(nbytes, PAGE)
-        store.reader.submit([Read(segment, begin, first, octets[:first])]).wait()  # Threads are up now.
+        store.reader.submit([Read(segment, begin, first, octets[:first])]).wait()  # Start the reader threads.
         began = time.perf_counter()
         store.reader.submit([Read(segment, begin, nbytes, octets)]).wait()
         return nbytes / max(time.perf_counter() - began, 1e-9)
@@ -123,7 +123,7 @@ def _timed_read(store: PrefixStore, segment: Segment, begin: int, nbytes: int) -
 
 
 def _shortest(action: Callable[[], Any]) -> float:
-    """Seconds of the shortest of several calls, after one that is not counted."""
+    """Seconds of the shortest of several calls, after a warm-up call."""
     action()
     times: list[float] = []
     while not times or (len(times) < REPEATS and sum(times) < SECONDS):
@@ -134,7 +134,7 @@ def _shortest(action: Callable[[], Any]) -> float:
 
 
 def _wait(tensor: torch.Tensor) -> None:
-    tensor.flatten()[-1].item()  # Where a device computes, its results are waited for.
+    tensor.flatten()[-1].item()  # Reading a value waits for the device.
 
 
 def _forward(model: ServedModel, tokens: int) -> None:
@@ -143,7 +143,7 @@ def _forward(model: ServedModel, tokens: int) -> None:
 
 
 def _attend(model: ServedModel, layer: int, tokens: int) -> Callable[[], None]:
-    """Attention of one layer, of a suffix behind so many tokens."""
+    """An action that runs one layer's attention for a suffix after `tokens` tokens."""
     shape, heads, device = model.shape, model.query_heads, model.layers.devices[layer]
     numbers = torch.full((1, heads, SUFFIX_TOKENS, shape.head_dim), 0.1, dtype=shape.dtype, device=device)
     seen = numbers[:, : shape.kv_heads, :1].repeat(1, 1, tokens + SUFFIX_TOKENS, 1)
@@ -154,7 +154,7 @@ def _attend(model: ServedModel, layer: int, tokens: int) -> Callable[[], None]:
 
 
 def _copy(model: ServedModel, layer: int) -> Callable[[], None]:
-    """Chunks from anywhere in memory put together, for one layer."""
+    """An action that gathers scattered chunks of one layer."""
     chunk = 16
     count, shape, device = USED_TOKENS // chunk, model.shape, model.layers.devices[layer]
     stored = (2 * count, 2, shape.kv_heads, chunk, shape.head_dim)
@@ -165,7 +165,7 @@ def _copy(model: ServedModel, layer: int) -> Callable[[], None]:
 
 
 def _choose(model: ServedModel, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
-    """One selection among the chunks of one layer, as `config` makes it."""
+    """An action that selects among the chunks of one layer, by the method of `config`."""
     shape, device, c = model.shape, model.layers.devices[layer], config.chunk_size
     heads = model.query_heads
     keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(shape.kv_heads, shape.head_dim, -1).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What a request is going to read of its prefix: the only place where a budget becomes numbers."""
+"""What a request will read of its prefix: the only module that turns a budget into numbers."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..model.layer_plan import LayerPlan
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..store.reads import DEFAULT_GAP
 
-# Storage delivers this much in the time that one more read costs (1.7 GB/s, 10 us of processor time: measured).
+# Storage delivers this many bytes in the time that one more read costs (measured: 1.7 GB/s, 10 us of processor time).
 WORTH_READING_BYTES = DEFAULT_GAP
-# Where a CPU computes, packed layers up to this size are read whole, ahead of the model: the same storage delivers them
-# in less time than a layer takes to compute, and asking for chunks by name costs processor time that reading does not
-# (docs/research.md). On storage that is many times slower this costs time instead.
+# If a CPU computes, packed layers up to this size are read whole, ahead of the model: the same storage delivers them in
+# less time than a layer takes to compute, and reading chunks by name costs extra processor time (docs/research.md). On
+# storage that is many times slower, this costs time.
 WHOLE_LAYER_BYTES = 2 * 2**20
-# Leader layers whose keys are read ahead where every layer leads. In a longer period there is time to read the next
-# leader's keys once this one's are used.
+# Number of leader layers whose keys are read ahead if every layer is a leader. In a longer period there is time to read
+# the next leader's keys after using this one's.
 KEYS_AHEAD = 3
-# Whole layers that are read ahead at least where they cross to an accelerator: one read, one hashed, one copied.
+# Minimum number of whole layers read ahead if they cross to an accelerator: one is read, one hashed, one copied.
 LAYERS_AHEAD = 3
 
 
 def chunks_kept(budget: float | str, whole_chunks: int) -> int:
-    """How many of `whole_chunks` chunks a budget keeps: `ceil(whole_chunks * budget)`, at least one.
+    """Number of chunks that a budget keeps of `whole_chunks`: `ceil(whole_chunks * budget)`, at least one.
 
     Raises:
-        ConfigError: the budget is "auto"; `AutoBudget` decides it for each prefix.
+        ConfigError: the budget is "auto", which `AutoBudget` must first decide for the prefix.
     """
     if isinstance(budget, str):
         raise ConfigError("budget is 'auto': it is decided when a prefix is attached")
@@ -44,14 +44,16 @@ def chunks_kept(budget: float | str, whole_chunks: int) -> int:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What one request uses of its prefix, and how that is read.
+    """What one request uses of its prefix, and how to read it.
+
+    It has many methods because it answers every question about quantities: each is a few lines of arithmetic.
 
     Attributes:
-        prefix: in its exact form: what sliding-window layers see.
-        served: the same prefix in the form in which full-attention layers get it.
-        keep: whole chunks that each full-attention layer uses.
-        layers: of the model.
-        config: with a budget that is a number.
+        prefix: the prefix in exact form, which sliding-window layers use.
+        served: the same prefix in the form that full-attention layers use.
+        keep: number of whole chunks that each full-attention layer uses.
+        layers: the model's layers.
+        config: the configuration; its budget is a number.
     """
 
     prefix: AttachedPrefix
@@ -83,19 +85,19 @@ class ReadPlan:
 
     @property
     def kept_tokens(self) -> int:
-        """Prefix tokens that a full-attention layer shows to attention: the same for every layer and row."""
+        """Prefix tokens that attention sees in a full-attention layer; equal for all layers and rows."""
         return self.keep * self.prefix.geometry.chunk_size + self.prefix.tail_tokens
 
     @property
     def packed(self) -> bool:
-        """Whether values come in 4 bits, and keys from the key index."""
+        """Whether values are read in 4 bits, and keys from the key index."""
         return self.served.form == "packed"
 
     @cached_property
     def reads_whole_layers(self) -> bool:
         """Whether reading all chunks of a layer costs no more time than reading the `keep` selected ones.
 
-        Then nothing has to wait for a selection: layers are read ahead, in one piece each.
+        Reads then need not wait for a selection: each layer is read ahead in one piece.
         """
         layer_bytes = self.served.whole_chunks * self.served.extent_bytes
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
@@ -109,7 +111,7 @@ class ReadPlan:
 
     @cached_property
     def prefixes(self) -> tuple[AttachedPrefix, ...]:
-        """Per layer, the prefix in the form in which the layer reads it."""
+        """Per layer, the prefix in the form that the layer reads."""
         return tuple(self.served if window is None else self.prefix for window in self.layers.windows)
 
     # -- leaders and periods ------------------------------------------------------------------------------------------
@@ -128,13 +130,14 @@ class ReadPlan:
         return self.layers.full_layers[start : start + self.config.selection.period]
 
     def to_speculate(self, layer: int) -> list[int]:
-        """Layers of the next period whose reads start once `layer` has its chunks: at a subperiod boundary only."""
+        """Layers of the next period whose reads start once `layer` has its chunks; empty except at a subperiod
+        boundary."""
         ordinal, rule = self._ordinals[layer], self.config.selection
         if rule.subperiod == rule.period or ordinal % rule.period != rule.subperiod:
             return []
         start = ordinal - rule.subperiod + rule.period
         members = self.layers.full_layers[start : start + rule.period]
-        # Where the next leader is scored from its payload, all of its chunks are read for that anyway.
+        # If the next leader is scored from its payload, all of its chunks are read for that anyway.
         return members[1:] if members and self.scored_from_payload(members[0]) else members
 
     # -- keys ---------------------------------------------------------------------------------------------------------
@@ -144,17 +147,17 @@ class ReadPlan:
         return self.prefix.layers_with("leader_layers")
 
     def key_tensors(self, layer: int) -> tuple[str, ...]:
-        """Names of the tensors of a segment that `layer` is scored from; none if it is scored from its payload."""
+        """Names of the segment's tensors from which `layer` is scored; empty if it is scored from its payload."""
         if layer in self.indexed_layers:
             return (f"key_index.{layer}", f"key_scale.{layer}")
         return (f"leader_keys.{layer}",) if layer in self._leader_layers else ()
 
     def scored_from_payload(self, layer: int) -> bool:
-        """Whether all chunks of `layer` must be read to score them."""
+        """Whether scoring `layer` needs to read all its chunks."""
         return layer not in self.indexed_layers and layer not in self._leader_layers
 
     def keys_bytes(self, layer: int) -> int:
-        """Bytes that `layer` is scored from."""
+        """Bytes to read to score `layer`."""
         tensors = self.key_tensors(layer)
         if not tensors:
             return self.prefix.chunks * self.prefix.geometry.extent_bytes
@@ -182,8 +185,7 @@ class ReadPlan:
     def lookahead_bytes(self, crosses: bool) -> int:
         """Bytes that may be read ahead of compute.
 
-        Reads are served in order, so keys that are not needed soon must not delay the chunks that a selection has just
-        named.
+        Reads are served in order, so keys that are not needed soon must not delay chunks that were just selected.
 
         Args:
             crosses: whether chunks cross to an accelerator.
@@ -191,17 +193,17 @@ class ReadPlan:
         limit = self.config.reading.lookahead_bytes
         full = self.layers.full_layers
         if self.keeps_all or not full or self.reads_whole_layers:
-            # No selection names chunks that could wait. Where a layer crosses to an accelerator, the next one is read
-            # meanwhile, however large they are.
+            # No selected chunks can be delayed. While a layer crosses to an accelerator, the next layer is read,
+            # however large the layers are.
             return max(limit, LAYERS_AHEAD * self.prefix.chunks * self.served.extent_bytes if crosses else 0)
         layers_ahead = KEYS_AHEAD if self.config.selection.period == 1 else 1
         return min(limit, layers_ahead * self.keys_bytes(full[0]))
 
     def bytes_to_read(self, per_read: int = PAGE) -> int:
-        """About how many bytes a request reads of a prefix of which nothing is in memory.
+        """Estimated bytes that a request reads of a prefix of which nothing is in memory.
 
-        A chunk that is read by itself counts as `per_read` bytes at least: with `WORTH_READING_BYTES`, what storage
-        would have delivered in that time.
+        A chunk that is read separately counts as at least `per_read` bytes. `WORTH_READING_BYTES` stands for the bytes
+        that storage delivers in the time of one read.
         """
         prefix, served, g = self.prefix, self.served, self.prefix.geometry
         tails = sum(min(prefix.tokens, window) for window in self.layers.windows if window is not None)

@@ -1,1 +1,1 @@
-"""Computes KV exactly, writes it to the store, and computes again what proved damaged."""
+"""Computes KV exactly, writes it to the store, and recomputes damaged KV."""

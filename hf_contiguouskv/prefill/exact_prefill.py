@@ -1,4 +1,4 @@
-"""Computing KV exactly and writing it through to the store, while the model computes on."""
+"""Computes KV exactly and writes it to the store while the model goes on computing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .segment_feed import SegmentFeed
 
 # Prefilling more tokens than this shows a progress bar.
 PROGRESS_TOKENS = 2048
-# A prefix that loses more segments than this while it is read is computed without the store.
+# A prefix that loses this many segments while it is read is computed without the store.
 _MAX_LOST_SEGMENTS = 64
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Everything:
-    """K and V of a layer, all of which the tokens of a block see. See `attention.KVSource`."""
+    """A `KVSource` (`model.attention`) that shows all K and V of a layer to the tokens of a block."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -52,11 +52,11 @@ class _Everything:
 
 
 class _WriteThroughCache(DynamicCache):
-    """Tells of each layer's K/V as soon as they are known, while the model goes on with the layers behind.
+    """Calls `layer_done` with each layer's K/V as soon as they are known, while the model goes on with later layers.
 
     Args:
-        tagged_layers: those that attend through our function (`attention.attend`): behind the first block there is a
-            mask, and on an accelerator that costs a copy of K and V for each query head, and the flash kernel.
+        tagged_layers: layers that use our attention function (`attention.attend`). After the first block there is a
+            mask, which on an accelerator costs a copy of K and V per query head and rules out the flash kernel.
     """
 
     def __init__(self, tagged_layers: frozenset[int] = frozenset()) -> None:
@@ -78,14 +78,14 @@ class _WriteThroughCache(DynamicCache):
 class Prefill:
     """Computes the KV of prompts exactly, and stores it.
 
-    Whatever the storage does, a prompt ends up complete: what cannot be written is kept in memory, and what cannot be
-    read is taken out of service and computed again.
+    Every prompt is completed even if the storage fails: KV that cannot be written is kept in memory, and segments that
+    cannot be read are taken out of service and computed again.
 
     Args:
-        model: runs under `torch.no_grad`.
-        fingerprint: of the model, as whose KV it is stored.
-        geometry: how its KV is stored.
-        store: where to.
+        model: the model; runs under `torch.no_grad`.
+        fingerprint: the model's fingerprint, under which its KV is stored.
+        geometry: layout of the stored KV.
+        store: the store to write to.
         block: tokens per forward.
 
     Attributes:
@@ -103,40 +103,40 @@ class Prefill:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model would still compute what is stored under its fingerprint."""
+        """Whether the model still computes the KV that is stored under its fingerprint."""
         lm = self.model.lm
         return not lm.training and self.model.fingerprint() == self._fingerprint
 
     def look_up(self, ids: TokenIds, *, count: bool = False) -> StoredPrefix | None:
         """The longest stored beginning of `ids`, int64 `(n,)`.
 
-        `count`: this is a request's own look-up. It counts in the statistics of the store, and waits for a prompt that
+        With `count`, this is a request's own look-up: it counts in the store's statistics, and waits for a prompt that
         is being written.
         """
         c = self._geometry.chunk_size
         return self.store.lookup(self._fingerprint, ids, c, geometry=self._geometry, count=count, wait=count)
 
     def complete(self, ids: torch.Tensor, known: StoredPrefix | None, *, in_memory: bool = False) -> StoredPrefix:
-        """Compute what `known` lacks of `ids`, in blocks, and publish it.
+        """Compute the part of `ids` that `known` lacks, in blocks, and publish it.
 
         Args:
             ids: int64 `(n,)`.
             known: the longest stored beginning, if any; it is loaded in full.
-            in_memory: store nothing.
+            in_memory: keep the KV in memory and store nothing.
 
         Returns:
-            The prefix, covering all of `ids`. Parts of it may be in memory, if they could not be stored.
+            The prefix, covering all of `ids`. Parts that could not be stored are in memory.
         """
         for device in set(self.model.layers.devices):
-            self.store.memory.on(device)  # From now on host memory is pinned.
+            self.store.memory.on(device)  # This makes host memory pinned from now on.
         numbers = ids.cpu().numpy().astype(np.int64)
         for _ in range(_MAX_LOST_SEGMENTS):
             try:
                 return self._complete(ids, numbers, known, in_memory)
             except (SegmentCorruptError, SegmentReadError) as error:
                 if isinstance(error, SegmentReadError) and not error.damage:
-                    break  # Nothing is wrong with it, but it cannot be read now.
-                # What was known proved wrong: less is known.
+                    break  # The segment is not damaged, but cannot be read now.
+                # A known segment is damaged: take it out of service and look up again.
                 if isinstance(error.segment, Segment):
                     self.store.discard(error.segment, str(error))
                 known = self.look_up(numbers)
@@ -150,7 +150,7 @@ class Prefill:
             done = 0 if known is None else known.tokens
             end = len(numbers)
             if not in_memory:
-                # Where a segment in the middle was lost, those behind it are found again once it is there.
+                # If a segment in the middle was lost, the segments after it are found again once it is stored.
                 later = self.store.next_stored(self._fingerprint, numbers, c, done // c + 1)
                 end = end if later is None else later * c
             known, in_memory = self._compute(ids[:end], numbers[:end], known, in_memory)
@@ -162,8 +162,8 @@ class Prefill:
     def _compute(
         self, ids: torch.Tensor, numbers: TokenIds, known: StoredPrefix | None, in_memory: bool
     ) -> tuple[StoredPrefix, bool]:
-        """Compute all of `ids` that `known` lacks; the prefix, and whether its end could only be kept in memory."""
-        # Without a config every layer keeps all tokens, so that sliding-window layers can be stored in full as well.
+        """Compute the part of `ids` that `known` lacks; the prefix, and whether that part is only in memory."""
+        # Without a config every layer keeps all tokens, so that sliding-window layers can also be stored in full.
         cache = _WriteThroughCache(_tagged_layers(self.model.layers))
         done = 0 if known is None else known.tokens
         if known is not None:
@@ -183,7 +183,7 @@ class Prefill:
                 writer.abort()  # Does nothing after a commit.
         if stored is not None:
             return stored, in_memory
-        # It is all computed: keep it in memory, for this request and the others of its cache.
+        # The KV is computed but could not be stored: keep it in memory for this and later requests of its cache.
         begin_segment = partial(self.store.begin_memory_segment, self._fingerprint, geometry, numbers, first, known)
         with begin_segment() as writer:
             feed = SegmentFeed(writer, geometry, first, len(numbers))
@@ -192,7 +192,7 @@ class Prefill:
             return writer.commit(seconds), True
 
     def _try(self, action: Callable[[], T]) -> T | None:
-        """What `action` returns; `None`, counted and reported, where the storage refuses."""
+        """The result of `action`; if the storage fails, count and report the failure and return `None`."""
         try:
             return action()
         except StoreClosedError:
@@ -202,7 +202,7 @@ class Prefill:
             return None
 
     def _forward(self, ids: torch.Tensor, done: int, cache: _WriteThroughCache, feed: SegmentFeed | None) -> None:
-        """Run the model over `ids[done:]` in blocks; layers are fed to the store as soon as they are known."""
+        """Run the model over `ids[done:]` in blocks, and feed each layer to the store as soon as it is known."""
         tokens, layers, block = ids.shape[0], len(self.model.windows), self._block
         starts = range(done, tokens, block)
         device = self.model.input_device
@@ -219,7 +219,7 @@ class Prefill:
             try:
                 if _tagged_layers(self.model.layers):
                     installation.activate()
-                # A request that runs under autocast finds out in the middle of it that it must compute this.
+                # A request may need this prefill in the middle of a forward under autocast.
                 with torch.no_grad(), torch.autocast(device.type, enabled=False):
                     for start in starts:
                         part = ids[start : start + block][None].to(device)
@@ -234,7 +234,7 @@ def _tagged_layers(layers: LayerPlan) -> frozenset[int]:
 
 
 def load_exactly(prefix: AttachedPrefix, store: PrefixStore, layers: LayerPlan, cache: DynamicCache) -> None:
-    """Put all tokens of all layers of a stored prefix into an empty `DynamicCache`."""
+    """Load all tokens of all layers of a stored prefix into an empty `DynamicCache`."""
     g, devices = prefix.geometry, layers.devices
     loader = ChunkLoader(store, [prefix] * len(devices), devices, lookahead_bytes=ReadOptions().lookahead_bytes)
     chunks = np.arange(prefix.chunks)

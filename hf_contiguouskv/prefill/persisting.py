@@ -1,4 +1,4 @@
-"""Publishing prompts whose K/V the user's own forward has computed exactly."""
+"""Publishes prompts whose K/V a forward of the user has computed exactly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def persist_rows(
     geometry: KVGeometry,
     compute_s: float = 0.0,
 ) -> None:
-    """Publish prompts whose KV was computed exactly by a forward of the user's.
+    """Publish prompts whose KV was computed exactly by a forward of the user.
 
     Args:
         rows: per prompt its ids, int64 `(n,)`, and per layer `(keys, values, start)`: `(kv_heads, n - start,
-            head_dim)` of tokens `[start, n)`. Tokens before `start` must be stored already, or the prompt is skipped.
-        compute_s: how long that forward took, in seconds.
+            head_dim)` of tokens `[start, n)`. Tokens before `start` must already be stored, or the prompt is skipped.
+        compute_s: duration of that forward in seconds.
 
-    What cannot be stored is counted and reported (`PrefixStore.write_failed`): its request was answered long ago.
+    Failures to store are only counted and reported (`PrefixStore.write_failed`), because the request has been answered.
     """
     for ids, layers in rows:
         try:
@@ -59,7 +59,7 @@ def _persist_row(
         first_chunk = done // c
         if done in (len(ids), before) or any(start > first_chunk * c for _, _, start in layers):
             return
-        # Where a segment in the middle was lost, those behind it are found again once it is there.
+        # If a segment in the middle was lost, the segments after it are found again once it is stored.
         later = store.next_stored(fingerprint, ids, c, first_chunk + 1)
         end = len(ids) if later is None else later * c
         with store.begin_segment(fingerprint, geometry, ids[:end], first_chunk, known) as writer:

@@ -1,4 +1,4 @@
-"""What a request does when stored bytes of its prefix are wrong or unreadable: it computes them again, and goes on."""
+"""Recovery of a request whose stored prefix is damaged or unreadable: it computes the lost tokens again and goes on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .exact_prefill import Prefill
 
 logger = logging.getLogger("hf_contiguouskv")
 
-# After so many attempts with the store, the whole prefix is computed and kept in memory, where nothing can go wrong.
+# After this many attempts with the store, the whole prefix is computed and kept in memory, where no read can fail.
 _MAX_ATTEMPTS_WITH_STORE = 16
 
 
 class Recovery:
-    """Replaces the prefix of one request by a sound one, in the middle of the request.
+    """Replaces the prefix of a running request by a sound one.
 
-    The damaged segment is taken out of service, its tokens are computed exactly (a forward of the model with a cache of
-    its own, inside the forward that is waiting) and stored.
+    The damaged segment is taken out of service. Its tokens are computed exactly, by a forward with its own cache inside
+    the waiting forward, and stored.
 
     Args:
-        prefill: computes and stores.
-        ids: int64 `(n,)`, the whole prefix; the request may use only the beginning of it.
-        report: called with the sound prefix of all `ids`, and how many of its tokens came from the store.
+        prefill: computes and stores the tokens.
+        ids: the whole prefix, int64 `(n,)`; the request may use only its beginning.
+        report: called with the sound prefix of all `ids`, and the number of its tokens that came from the store.
     """
 
     def __init__(self, prefill: Prefill, ids: torch.Tensor, report: Callable[[AttachedPrefix, int], None]) -> None:
@@ -38,16 +38,16 @@ class Recovery:
     def __call__(
         self, prefix: AttachedPrefix, error: SegmentCorruptError | SegmentReadError, attempt: int
     ) -> AttachedPrefix:
-        """The same tokens as `prefix`, readable.
+        """A readable prefix with the same tokens as `prefix`.
 
         Args:
-            prefix: what was being read.
-            error: what showed.
+            prefix: the prefix that was being read.
+            error: the error of the read.
             attempt: 1, 2, ... within one request.
 
         Raises:
-            error: the tokens cannot be computed: the model was changed, or is in training mode.
-            InputError: the model is gone.
+            error: the tokens cannot be computed, because the model was changed or is in training mode.
+            InputError: the model no longer exists.
         """
         store, ids = self._prefill.store, self._ids
         if attempt == 1:
@@ -57,8 +57,8 @@ class Recovery:
         if lasting and isinstance(error.segment, Segment):
             store.discard(error.segment, str(error))
         if not self._prefill.is_current:
-            raise error  # What this model computes now is not what was stored.
-        # Each segment may show its own damage, one after the other.
+            raise error  # This model no longer computes the K/V that were stored.
+        # Each segment may turn out to be damaged, one after the other.
         in_memory = not lasting or attempt > min(1 + len(prefix.spans), _MAX_ATTEMPTS_WITH_STORE)
         known = None if in_memory else self._prefill.look_up(ids.numpy())
         known_tokens = 0 if known is None else known.tokens

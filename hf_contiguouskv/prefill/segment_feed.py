@@ -1,4 +1,4 @@
-"""From K/V that a model has just computed to the chunks, packed values and key index that a segment holds."""
+"""Turns K/V that a model has just computed into the chunks, packed values and key index of a segment."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..store.key_index import build_key_index
 from ..store.packing import pack_values
 from ..store.writer import SegmentWriter
 
-# What crosses together begins at multiples of so many bytes: any dtype can be read there.
+# Tensors that cross together are aligned to this many bytes, so that any dtype can be read in place.
 _ALIGNED = 64
 
 
 class SegmentFeed:
     """Feeds the K/V of one token sequence to a segment writer, chunk by chunk, as they become known.
 
-    What a segment needs is arranged, packed and indexed where K/V are. From an accelerator it crosses on a side stream
-    to pinned memory, and only the writer's thread waits for that.
+    Chunks are arranged, packed and indexed on the device that holds the K/V. From an accelerator they cross on a side
+    stream to pinned memory; only the writer thread waits for that.
 
     Args:
         writer: a writer for the chunks from `first_chunk` on.
-        geometry: of the segment.
-        first_chunk: the first chunk that is written; K/V of earlier tokens are ignored.
+        geometry: geometry of the segment.
+        first_chunk: the first chunk to write; K/V of earlier tokens are ignored.
         tokens: length of the whole sequence.
     """
 
@@ -44,8 +44,8 @@ class SegmentFeed:
 
         Args:
             layer: layer index.
-            keys, values: `(kv_heads, t, head_dim)`: tokens `[start, start + t)`, `start` at or before the first
-                chunk not written yet.
+            keys, values: `(kv_heads, t, head_dim)` of tokens `[start, start + t)`.
+            start: position of the first token, at or before the first chunk not yet written.
         """
         c = self._geometry.chunk_size
         there = hardware.device_of(keys.device)
@@ -54,8 +54,8 @@ class SegmentFeed:
         last = end // c if end < self._tokens else -(-end // c)
         if last > first:
             part = slice(first * c - start, min(last * c, end) - start)
-            # Arranged here, on the thread that computed them: a queued view would keep all of the cache's tokens
-            # alive, and on an accelerator another thread would have to know which stream they come from.
+            # Arrange extents on the thread that computed the K/V: a queued view would keep all of the cache's tokens
+            # alive, and on an accelerator another thread would have to know the stream that computes them.
             extents = _to_extents(keys[:, part], values[:, part], c)
             if there is None:
                 self._writer.write_chunks(layer, first - self._first, extents)
@@ -75,7 +75,7 @@ class SegmentFeed:
 
 
 def _leave(there: Device, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
-    """Start copying contiguous tensors of an accelerator to the host, in one piece; the copies, and what waits."""
+    """Start one copy of contiguous tensors from an accelerator to the host; the copies, and a function that waits."""
     ends = list(accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors))
     source, target = there.empty(ends[-1]), hardware.pinned_buffer(ends[-1])
     found = []
@@ -87,7 +87,7 @@ def _leave(there: Device, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.T
 
 
 def _to_extents(keys: torch.Tensor, values: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """K and V `(kv_heads, t, head_dim)` as `(chunks, 2, kv_heads, c, head_dim)` where they are, padded with zeros."""
+    """K and V `(kv_heads, t, head_dim)` as `(chunks, 2, kv_heads, c, head_dim)` on their device, padded with zeros."""
     kv_heads, tokens, head_dim = keys.shape
     chunks = -(-tokens // chunk_size)
     out = torch.empty(chunks, 2, kv_heads, chunk_size, head_dim, dtype=keys.dtype, device=keys.device)

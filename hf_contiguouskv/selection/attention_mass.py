@@ -14,8 +14,8 @@ class AttentionMassScorer:
     """`A_j`: softmax over [prefix ; suffix, causal] in float32, summed over queries, mean over heads, sum per chunk.
 
     Args:
-        prefix_keys: `(kv_heads, prefix_tokens, head_dim)`, all keys of the leader layer (a partial last chunk's
-            tokens included: they take part in the softmax), in the model's dtype.
+        prefix_keys: `(kv_heads, prefix_tokens, head_dim)`, all keys of the leader layer in the model's dtype. The
+            tokens of a partial last chunk are included, because they take part in the softmax.
         chunk_size: tokens per chunk.
         concentration: exponent on a chunk's mass per head and query before the sum; 1 is published.
     """
@@ -26,7 +26,6 @@ class AttentionMassScorer:
         self.concentration = concentration
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
-        """See `ChunkScorer`."""
         keys = self.prefix_keys.float()
         return scores_of_rows([self._row(inputs, row, keys) for row in range(inputs.queries.shape[0])])
 
@@ -34,7 +33,7 @@ class AttentionMassScorer:
         kv_heads, tokens, head_dim = prefix_keys.shape
         voters = inputs.voters[row]
         group = inputs.queries.shape[1] // kv_heads
-        # All query heads of a KV head are rows of one matrix product: (kv_heads, group * voters, head_dim).
+        # One matrix product covers all query heads of a KV head: (kv_heads, group * voters, head_dim).
         queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, head_dim)
         suffix_keys = inputs.suffix_keys[row].float()
         length = suffix_keys.shape[1]
@@ -43,14 +42,14 @@ class AttentionMassScorer:
         mass = prefix_keys.new_zeros(tokens // self.chunk_size)
         importance = mass if self.concentration == 1.0 else torch.zeros_like(mass)
         step = min(queries.shape[1], max(1, LOGITS_AT_ONCE // (tokens + length)))
-        # One piece of memory for all heads: fresh megabytes cost more than the arithmetic on them.
+        # All heads share this memory, because allocating it costs more than the arithmetic on it.
         scratch = queries.new_empty(step, tokens + length)
         for head in range(kv_heads):
             for start in range(0, queries.shape[1], step):
                 block = queries[head, start : start + step]
                 logits = scratch[: block.shape[0]]
                 for keys, part in ((prefix_keys, logits[:, :tokens]), (suffix_keys, logits[:, tokens:])):
-                    # Scaled afterwards: 16-bit queries and keys, as they are, lose nothing in a TF32 product.
+                    # Scale the product, not the queries: unscaled 16-bit values lose nothing in a TF32 product.
                     torch.addmm(part, block, keys[head].T, beta=0, alpha=inputs.scaling, out=part)
                 logits = squash(logits, inputs.softcap)
                 logits[:, tokens:].masked_fill_(hidden[start : start + step], float("-inf"))
@@ -65,16 +64,16 @@ class AttentionMassScorer:
     def _chunk_mass(self, weights: torch.Tensor) -> torch.Tensor:
         """Attention weights `(n, tokens + suffix)` summed to one number per whole chunk."""
         whole = self.prefix_keys.shape[1] // self.chunk_size
-        # Rows first: that sum runs along the fast axis, and 16 neighbours are summed only once.
+        # Sum over rows first: that sum runs along the fast axis, and 16 neighbours are then summed only once.
         return weights.sum(0)[: whole * self.chunk_size].view(whole, self.chunk_size).sum(-1)
 
     def _chunk_importance(self, weights: torch.Tensor) -> torch.Tensor:
-        """The same with every row's sum raised to `concentration` first."""
+        """As `_chunk_mass`, but each row's chunk sum is raised to `concentration` before rows are summed."""
         whole = self.prefix_keys.shape[1] // self.chunk_size
         chunks = weights[:, : whole * self.chunk_size].reshape(-1, whole, self.chunk_size).sum(-1)
         return chunks.pow_(self.concentration).sum(0)
 
 
 def squash(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Logits under the model's soft cap, if it has one."""
+    """Apply the model's soft cap to logits, if it has one."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -1,4 +1,4 @@
-"""What every way of choosing chunks has in common."""
+"""What all selection methods share: their input and output types, and the choice by scores."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class SelectionInput:
     Attributes:
         queries: `(rows, heads, q, head_dim)`, after RoPE, in the model's dtype.
         suffix_keys: `(rows, kv_heads, q, head_dim)`, the suffix tokens' own keys.
-        voters: per row the positions of the queries that count, int64 `(n,)`, ascending, never empty.
-        visible: bool `(rows, q)`, the suffix keys that are real tokens (no padding).
+        voters: per row, the positions of the queries that count, int64 `(n,)`, ascending, never empty.
+        visible: bool `(rows, q)`, true for suffix keys that are real tokens, not padding.
         scaling: factor on `q @ k`.
-        softcap: logits are squashed to `softcap * tanh(logits / softcap)`; `None`: they are not.
+        softcap: logits become `softcap * tanh(logits / softcap)`; `None` leaves them unchanged.
     """
 
     queries: torch.Tensor
@@ -35,12 +35,12 @@ class SelectionInput:
 
 
 class ChunkScores(NamedTuple):
-    """What a leader layer finds of its whole chunks. Both are float32 `(rows, whole_chunks)`.
+    """Scores of a leader layer's whole chunks. Both are float32 `(rows, whole_chunks)`.
 
     Attributes:
-        importance: what the request chooses by, higher = keep.
-        mass: `A_j`, the attention mass that memory is managed by: summed over the voting queries, mean over heads;
-            without a method's own emphasis, such as a power.
+        importance: the score by which the request chooses chunks, higher = keep.
+        mass: `A_j`, the attention mass by which the memory tiers judge chunks: summed over the voting queries, mean
+            over heads, without a method's own emphasis, such as a power.
     """
 
     importance: torch.Tensor
@@ -48,7 +48,7 @@ class ChunkScores(NamedTuple):
 
 
 class ChunkScorer(Protocol):
-    """Scores chunks of one leader layer."""
+    """Scores the chunks of one leader layer."""
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
         """Importance and attention mass of each whole chunk, for every row."""
@@ -56,7 +56,7 @@ class ChunkScorer(Protocol):
 
 
 def scores_of_rows(rows: Sequence[ChunkScores]) -> ChunkScores:
-    """Scores `(whole_chunks,)` of single rows as one."""
+    """Stack the scores `(whole_chunks,)` of single rows."""
     if len(rows) == 1:
         importance, mass = rows[0]
         return ChunkScores(importance[None], importance[None] if mass is importance else mass[None])
@@ -64,19 +64,19 @@ def scores_of_rows(rows: Sequence[ChunkScores]) -> ChunkScores:
 
 
 def choose_chunks(importance: torch.Tensor, keep: int, keep_first: int, keep_last: int) -> torch.Tensor:
-    """The `keep` best chunks of each row, in the order of the text.
+    """The `keep` best chunks of each row, in text order.
 
     Args:
-        importance: float `(rows, chunks)`, higher = keep; on any device (the choice is made on the host, where the
-            reads are issued).
+        importance: float `(rows, chunks)`, higher = keep; on any device. The choice is made on the host, which issues
+            the reads.
         keep: chunks to keep, `<= chunks`.
-        keep_first, keep_last: chunks at either end that are kept before all others (the first ones win if `keep` is
-            too small for all).
+        keep_first, keep_last: chunks at either end that are kept before all others. If `keep` is too small for all of
+            them, the first ones win.
 
     Returns:
         int64 `(rows, keep)` on the CPU, ascending. Ties go to the earlier chunk.
     """
-    # Hundreds of numbers per layer: numpy does this in a third of the time that tensor calls take.
+    # For hundreds of numbers per layer, numpy takes a third of the time of tensor calls.
     importance = importance.detach() if importance.device.type == "cpu" else importance.detach().cpu()
     costs = -importance.float().numpy()
     if keep_last:
@@ -87,7 +87,8 @@ def choose_chunks(importance: torch.Tensor, keep: int, keep_first: int, keep_las
 
 
 def _cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64]:
-    """Positions of the `keep` least costs, ascending; ties go to the earlier, and what is no number goes last."""
+    """Positions of the `keep` lowest costs, ascending. Ties go to the earlier position; NaN counts as the highest
+    cost."""
     limit = np.partition(costs, keep - 1)[keep - 1]
     if np.isnan(limit):
         return _cheapest(np.where(np.isnan(costs), np.float32(np.inf), costs), keep)
@@ -99,15 +100,16 @@ def _cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64
 def voting_queries(voting: torch.Tensor, suffix_queries: int | None, recent: int | None = None) -> torch.Tensor:
     """Positions `(n,)` int64, ascending, of the queries that count; never empty.
 
-    A question is spread over its tokens, so votes spread over them choose better than as many of the last ones; but
-    what the next token needs is what the very last ones look for.
+    The meaning of a question is spread over its tokens, so evenly spread votes choose better than the same number of
+    last queries. But the very last queries look for what the next token needs.
 
     Args:
-        voting: bool `(q,)`.
-        suffix_queries: how many of them count, at most; `None` is all.
-        recent: how many of these are the last ones (all: `None`). The others are spread evenly over what is before.
+        voting: bool `(q,)`, the queries that may vote.
+        suffix_queries: how many queries count at most; `None` for all.
+        recent: how many of these are the last queries; `None` for all. The others are spread evenly over the earlier
+            queries.
 
-    A row of nothing but padding (it may happen in a padded batch) lets its last query vote.
+    If a row is all padding (possible in a padded batch), its last query votes.
     """
     positions = voting.nonzero().squeeze(-1)
     count = positions.numel()
@@ -117,6 +119,6 @@ def voting_queries(voting: torch.Tensor, suffix_queries: int | None, recent: int
         return positions
     last = suffix_queries if recent is None else min(recent, suffix_queries)
     spread, before = suffix_queries - last, count - last
-    # The middles of equal stretches.
+    # The midpoints of equal intervals.
     even = (2 * torch.arange(spread, device=voting.device) + 1) * before // max(2 * spread, 1)
     return torch.cat([positions[even], positions[before:]])

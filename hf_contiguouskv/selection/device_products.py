@@ -1,12 +1,12 @@
 """Products of int8 keys and int8 queries on an accelerator, computed exactly.
 
-What a request chooses must not depend on where it is computed. A product that is returned as bfloat16 keeps 8 bits of a
-logit: at a logit of 12 that is an error of 6% in its exponential. Integers are exact, wherever they are multiplied, as
-long as sums are kept in float32 (where each stays below 2^24) or int32: as 16-bit factors with float32 sums, on the
-integer units (`torch._int_mm`), or in float32.
+A request must choose the same chunks on every device. A product returned as bfloat16 keeps 8 bits of a logit: at a
+logit of 12 that is an error of 6% in its exponential. Integer products are exact on every device if sums are kept in
+float32 (where each stays below 2^24) or int32. There are three ways: 16-bit factors with float32 sums, the integer
+units (`torch._int_mm`), or float32 throughout.
 
-Which of these a device has is found out once per device, by a sample whose sums are known. The one with the fewest
-kernels comes first: launching them is expected to take longer than their arithmetic (docs/results/gpu.md).
+A sample with known sums shows once per device which of these it supports. The one with the fewest kernels is tried
+first, because launching kernels is expected to take longer than their arithmetic (docs/results/gpu.md).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 from .integer_products import FLOAT32, FLOAT64
 
-# Products held at once, and keys that were converted for them: a long suffix does not need gigabytes.
+# Limit on products and converted keys held at once, so that a long suffix does not need gigabytes.
 BYTES_AT_ONCE = 2**27
-# `torch._int_mm` on CUDA wants this of its shapes.
+# `torch._int_mm` on CUDA needs dimensions that are multiples of 8, and at least 17 rows.
 _MULTIPLE, _FEWEST_ROWS = 8, 17
 
 
 class DeviceProduct(Protocol):
-    """One way of multiplying keys and queries on a device; `name` is for reports."""
+    """One way to multiply keys and queries on a device; `name` is for reports."""
 
     @property
     def name(self) -> str: ...
@@ -38,18 +38,17 @@ class DeviceProduct(Protocol):
             queries: int8 `(kv_heads, n, head_dim)`, values from -127 to 127.
 
         Returns:
-            whole numbers `(kv_heads, n, chunks)`, in int32 or a float dtype that holds them exactly.
+            integers `(kv_heads, n, chunks)`, in int32 or a float dtype that holds them exactly.
         """
         ...
 
 
 class IntegerUnits:
-    """`torch._int_mm`, one KV head after the other: keys are read where they are, as they are."""
+    """`torch._int_mm`, one KV head at a time; it reads the int8 keys in place."""
 
     name = "int8"
 
     def maxima(self, index: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """See `DeviceProduct`."""
         kv_heads, c, chunks, head_dim = index.shape
         rows = queries.shape[1]
         spare = -rows % _MULTIPLE
@@ -75,13 +74,13 @@ def _tall(keys: torch.Tensor) -> torch.Tensor:
 
 
 class FloatUnits:
-    """Keys are converted, some chunks at a time, and multiplied as floating-point numbers, all KV heads at once.
+    """Converts keys to floating point, some chunks at a time, and multiplies all KV heads at once.
 
-    A lower precision of the factors (16 bits, TF32) changes nothing: up to 127 they have 7 bits.
+    Lower precision of the factors (16 bits, TF32) changes nothing, because factors up to 127 have 7 bits.
 
     Args:
-        dtype: of the factors.
-        sums: of the products, if another.
+        dtype: dtype of the factors.
+        sums: dtype of the products, if it differs.
     """
 
     def __init__(self, dtype: torch.dtype, sums: torch.dtype | None = None) -> None:
@@ -90,7 +89,6 @@ class FloatUnits:
         self.name = str(dtype).removeprefix("torch.")
 
     def maxima(self, index: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """See `DeviceProduct`."""
         kv_heads, c, _, head_dim = index.shape
         rows = queries.shape[1]
         factors = queries.to(self.dtype)
@@ -109,7 +107,7 @@ _lock = threading.Lock()
 
 
 def device_product(device: torch.device, head_dim: int) -> DeviceProduct:
-    """The way in which keys of `head_dim` channels are multiplied on `device`; the first call finds it out."""
+    """The product for keys of `head_dim` channels on `device`; the first call determines it."""
     found = _chosen.get((device, head_dim))
     if found is None:
         with _lock:
@@ -121,7 +119,7 @@ def _first_exact(device: torch.device, head_dim: int) -> DeviceProduct:
     if not FLOAT32.is_exact(head_dim):
         return FloatUnits(FLOAT64.dtype)
     if device.type == "cuda" and head_dim % _MULTIPLE == 0:
-        # (Sums of bfloat16 products are never kept in 16 bits; those of float16 may be, where a user asks for it.)
+        # (Sums of bfloat16 products are never kept in 16 bits; sums of float16 products may be, if a user allows it.)
         half = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         for product in (FloatUnits(half, torch.float32), IntegerUnits()):
             if _is_exact(product, device, head_dim):
@@ -130,9 +128,9 @@ def _first_exact(device: torch.device, head_dim: int) -> DeviceProduct:
 
 
 def _is_exact(product: DeviceProduct, device: torch.device, head_dim: int) -> bool:
-    """Whether this build has the product for this device, and every number of a sample is right.
+    """Whether this build has the product for this device, and computes every number of a sample correctly.
 
-    A third of the queries and half of the keys are all 127 or all -127, where sums are largest.
+    A third of the queries and half of the keys are all 127 or all -127, which gives the largest sums.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     index = torch.randint(-127, 128, (2, 16, 300, head_dim), dtype=torch.int8, device="cpu", generator=generator)
@@ -142,6 +140,6 @@ def _is_exact(product: DeviceProduct, device: torch.device, head_dim: int) -> bo
     products = torch.einsum("hcnd,hqd->hqcn", index.double(), queries.double())
     try:
         found = product.maxima(index.to(device), queries.to(device)).cpu()
-    except Exception:  # Whatever it raises, there are others.
+    except Exception:  # Whatever it raises, another product can be used.
         return False
     return bool(torch.equal(found.double(), products.amax(2)))

@@ -1,7 +1,8 @@
-"""Choosing from a resident int8 copy of the keys: an eighth to a half of the reads, and an integer matrix product.
+"""Choosing chunks by a resident int8 copy of the keys: an eighth to a half of the reads, and an integer matrix product.
 
-The index of a layer is int8 `(kv_heads, c, chunks, head_dim)` with a float32 scale `(kv_heads, head_dim)` per channel:
-token-in-chunk is the leading axis, so that a chunk's maximum is taken over whole rows, not over 16 neighbours.
+The index of a layer is int8 `(kv_heads, c, chunks, head_dim)` with a float32 scale `(kv_heads, head_dim)` per channel.
+The position in the chunk is the leading axis, so that a chunk's maximum is taken over whole rows, not over 16
+neighbours.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ Part = tuple[torch.Tensor, torch.Tensor]
 class IndexedKeysScorer:
     """Softmax over the chunks' best logits, raised to `concentration`, summed over queries and heads.
 
-    The strongest token of a chunk stands for the chunk: that needs one exponential per chunk instead of one per token,
-    and it is what separates a chunk that holds an answer from one that is vaguely related.
+    A chunk's strongest token stands for the chunk. That needs one exponential per chunk instead of one per token, and
+    it separates a chunk that holds an answer from one that is vaguely related.
 
     Args:
         parts: one `(index, scale)` pair per segment of the prefix, in order (see the module's docstring).
-        whole_chunks: how many chunks at the beginning are candidates (a partial last one is not).
+        whole_chunks: number of candidate chunks, counted from the beginning (a partial last chunk is not one).
         concentration: exponent on a chunk's share per head and query.
-        scratch: to be shared by the layers of a request, on a CPU.
-        on_device: whether the work is done as an accelerator does it; by default, where the parts are on one.
+        scratch: memory shared by the layers of a request, on a CPU.
+        on_device: whether to use the accelerator's code path; by default, if the parts are on an accelerator.
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class IndexedKeysScorer:
         self._on_device = parts[0][0].device.type != "cpu" if on_device is None else on_device
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
-        """See `ChunkScorer`. A chunk's mass is the share of its strongest token among those of all chunks."""
+        """Importance and mass per chunk; the mass is its strongest token's share among all chunks' strongest tokens."""
         score = self._row_on_device if self._on_device else self._row_on_cpu
         return scores_of_rows([score(inputs, row) for row in range(inputs.queries.shape[0])])
 
     def _row_on_cpu(self, inputs: SelectionInput, row: int) -> ChunkScores:
-        # A few thousand numbers per layer, a hundred layers: numpy's calls are a third as long as torch's. One row for
-        # each chunk, one column for each head and query: then maximum and sums run over whole rows, and sums with
-        # weights are products of a matrix and a vector.
+        # With a few thousand numbers per layer and a hundred layers, numpy calls take a third of the time of torch
+        # calls. One row per chunk and one column per head and query: maximum and sums then run over whole rows, and
+        # weighted sums are matrix-vector products.
         kv_heads = self.parts[0][0].shape[0]
         voting = _voting(inputs.queries[row], inputs.voters[row]).detach().float()
         queries = voting.numpy().reshape(kv_heads, -1, self._head_dim)
@@ -74,7 +75,7 @@ class IndexedKeysScorer:
         best -= best.max(axis=0)
         unnormalised = np.exp(best, out=best)
         per_share = 1.0 / unnormalised.sum(axis=0, dtype=np.float32)
-        # Not numpy's product: its threads and torch's get in each other's way once the matrix is large.
+        # Not numpy's product: for a large matrix its threads compete with torch's.
         mass = torch.mv(
             torch.from_numpy(unnormalised), torch.from_numpy(per_share / np.float32(inputs.queries.shape[1]))
         )
@@ -101,7 +102,8 @@ class IndexedKeysScorer:
 
 
 def _voting(queries: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
-    """Rows `voters` (ascending) of `(heads, q, head_dim)`; where all vote (a short suffix), without a copy."""
+    """The queries at `voters` (ascending) of `(heads, q, head_dim)`; consecutive ones (a short suffix) without a
+    copy."""
     first, last = int(voters[0]), int(voters[-1])
     if last - first == len(voters) - 1:
         return queries[:, first : last + 1]
@@ -122,15 +124,15 @@ def peaks_on_cpu(
         queries: float32 `(kv_heads, n, head_dim)`, the query heads of each KV head.
         part: index and scale.
         scaling: factor on every product.
-        scratch: for the products.
+        scratch: memory for the products.
         out: float32 `(chunks, kv_heads, n)`, is filled.
-        product: how keys and queries are multiplied; `None`: in the fastest way. All give the same numbers.
+        product: how to multiply keys and queries; `None` for the fastest way. All give the same numbers.
     """
     index, scale = part
     kv_heads, _, chunks, head_dim = index.shape
     rows = queries.shape[1]
     scaled = queries * scale.numpy()[:, None]
-    # Each query gets a scale of its own, so that the product can run in integers.
+    # Each query gets its own scale, so that the product can run in integers.
     peak = np.abs(scaled).max(axis=-1, keepdims=True)
     np.maximum(peak, np.float32(1e-20), out=peak)
     scaled *= np.float32(127.0) / peak
@@ -144,7 +146,7 @@ def peaks_on_cpu(
 
 
 def peaks_on_device(queries: torch.Tensor, part: Part, scaling: float) -> torch.Tensor:
-    """The largest `q . k` in each chunk, by an integer product: the numbers of `peaks_on_cpu`, operation by operation.
+    """The largest `q . k` in each chunk, by an integer product: same operations and numbers as `peaks_on_cpu`.
 
     Args:
         queries: float32 `(kv_heads, n, head_dim)`.

@@ -1,12 +1,12 @@
-"""Products of int8 keys and int8 queries, computed exactly, in the way that is fastest on this processor.
+"""Exact products of int8 keys and int8 queries, by the method that is fastest on this processor.
 
-PyTorch's integer product runs on the processor's VNNI instructions or, on a processor without them, in plain loops: for
-7,936 keys and 48 queries of 64 channels those take 15 ms where float32 takes 0.6 ms and VNNI 0.2 ms. Float32 gives the
-same integers as long as no sum exceeds 2^24, whatever the order of summation. Which way is fastest depends on the
-processor, on the build of PyTorch and on the shape, so each process measures it for each class of shapes.
+PyTorch's integer product runs on the processor's VNNI instructions or, without them, in plain loops. For 7,936 keys and
+48 queries of 64 channels, plain loops take 15 ms, float32 takes 0.6 ms and VNNI 0.2 ms. Float32 gives the same integers
+in any order of summation, as long as no sum exceeds 2^24. The fastest method depends on the processor, the build of
+PyTorch and the shape, so each process measures it for each class of shapes.
 
-Each way is also checked before it is used: oneDNN's integer product saturates in 16 bits without VNNI, and PyTorch
-notices only if the processor lacks the instructions, not if `ONEDNN_MAX_CPU_ISA` turns them off.
+Each method is also checked before use: oneDNN's integer product saturates in 16 bits without VNNI, and PyTorch notices
+only if the processor lacks the instructions, not if `ONEDNN_MAX_CPU_ISA` turns them off.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import torch
 
 from .scratch import Scratch
 
-# What is multiplied at a time stays in the processor's cache until its maximum is taken: at once, choosing among 65,536
-# tokens took 2.5 times as long. Smaller pieces cost more calls: 1 MiB is a tenth slower.
+# A piece of this size stays in the processor's cache until its maximum is taken. In a single piece, choosing among
+# 65,536 tokens took 2.5 times as long. Smaller pieces cost more calls: 1 MiB is a tenth slower.
 SCRATCH_BYTES = 4 * 2**20
-# One product of a sample: 0.7 ms in plain loops, 0.05 ms in float32.
+# Size of one product of a sample: it takes 0.7 ms in plain loops, 0.05 ms in float32.
 MULTIPLICATIONS_PER_SAMPLE = 2**20
 SAMPLE_CHUNK, SAMPLE_TOKENS = 16, (128, 2048)
-# Of calls, when there have been many: timing again is then less than a hundredth of the work.
+# After many calls, timings repeat once in so many calls and take less than a hundredth of the work.
 CALLS_BETWEEN_TURNS = 256
 
 
 class IntegerProduct(Protocol):
-    """One way of multiplying keys and queries.
+    """One way to multiply keys and queries.
 
     Attributes:
-        name: for reports.
-        dtype: of the products and their maxima.
+        name: shown in reports.
+        dtype: dtype of the products and their maxima.
     """
 
     @property
@@ -50,26 +50,26 @@ class IntegerProduct(Protocol):
         Args:
             index: int8 `(kv_heads, c, chunks, head_dim)`, contiguous, values from -127 to 127.
             queries: int8 `(kv_heads, n, head_dim)`, contiguous, values from -127 to 127.
-            scratch: for keys and products; about `SCRATCH_BYTES` of it.
+            scratch: memory for keys and products; about `SCRATCH_BYTES` are used.
             out: `dtype`, `(kv_heads, chunks, n)`, contiguous, is filled with integers.
         """
         ...
 
 
 class Int8Product:
-    """`torch._int_mm`: the fastest where the processor has instructions for it."""
+    """`torch._int_mm`: the fastest method if the processor has instructions for it."""
 
     name = "int8"
     dtype = torch.int32
 
     def maxima(self, index: torch.Tensor, queries: torch.Tensor, scratch: Scratch, out: torch.Tensor) -> None:
-        """See `IntegerProduct`. Keys are read where they are: some tokens of all chunks at a time."""
+        """Read the keys in place, some tokens of all chunks at a time."""
         _, c, chunks, head_dim = index.shape
         rows = queries.shape[1]
         step = min(c, max(1, SCRATCH_BYTES // (chunks * rows * self.dtype.itemsize)))
         products = scratch.of(step, chunks, rows, dtype=self.dtype)
         more = torch.empty_like(out[0]) if step < c else None
-        # Keys as the left factor: a tall product with few columns is several times faster here than its transpose.
+        # Keys are the left factor, because a tall product with few columns is several times faster than its transpose.
         for keys, query, place in zip(index.unbind(0), queries.mT.unbind(0), out.unbind(0), strict=True):
             for begin in range(0, c, step):
                 some = keys[begin : begin + step]
@@ -82,7 +82,7 @@ class Int8Product:
 
 
 class FloatProduct:
-    """Keys are converted piece by piece, and multiplied as floating-point numbers.
+    """Converts keys to floating point piece by piece, and multiplies them.
 
     A lower `torch.set_float32_matmul_precision` changes nothing: factors up to 127 have 7 bits, and sums stay float32.
 
@@ -95,16 +95,16 @@ class FloatProduct:
         self.name = str(dtype).removeprefix("torch.")
 
     def is_exact(self, head_dim: int) -> bool:
-        """Whether every sum of `head_dim` products is a number of `dtype`; in float32, of up to 1,040 of them."""
+        """Whether `dtype` holds every sum of `head_dim` products exactly; float32 does for up to 1,040 products."""
         return head_dim * 127 * 127 * torch.finfo(self.dtype).eps <= 2
 
     def maxima(self, index: torch.Tensor, queries: torch.Tensor, scratch: Scratch, out: torch.Tensor) -> None:
-        """See `IntegerProduct`. Keys are copied anyway: all tokens of some chunks at a time, which need one maximum."""
+        """Convert all tokens of some chunks at a time, so that each chunk needs only one maximum."""
         _, c, chunks, head_dim = index.shape
         rows = queries.shape[1]
         step = min(chunks, max(1, SCRATCH_BYTES // (c * (head_dim + rows) * self.dtype.itemsize)))
         memory = scratch.of(c * step * (head_dim + rows), dtype=self.dtype)
-        # Not contiguous after `mT`, and faster like that than copied, up to three times for few queries.
+        # Not contiguous after `mT`: for few queries this is up to three times as fast as a contiguous copy.
         factors = queries.to(self.dtype).mT
         for keys, query, place in zip(index.unbind(0), factors.unbind(0), out.unbind(0), strict=True):
             for some, best in zip(keys.split(step, 1), place.split(step), strict=True):
@@ -119,17 +119,17 @@ INT8, FLOAT32, FLOAT64 = Int8Product(), FloatProduct(torch.float32), FloatProduc
 
 
 def candidates(head_dim: int) -> tuple[IntegerProduct, ...]:
-    """Products that may be the fastest, and are exact unless the build has a fault."""
+    """Products that may be the fastest, and that are exact unless the build is faulty."""
     return INT8, FLOAT32 if FLOAT32.is_exact(head_dim) else FLOAT64
 
 
 class ShapeClass(NamedTuple):
-    """Shapes that are measured as one.
+    """A class of shapes that share one measurement.
 
     Attributes:
         head_dim: channels.
-        queries: per KV head, rounded up to a power of two.
-        threads: of PyTorch, when it was measured.
+        queries: queries per KV head, rounded up to a power of two.
+        threads: PyTorch's number of threads at the measurement.
     """
 
     head_dim: int
@@ -138,14 +138,15 @@ class ShapeClass(NamedTuple):
 
 
 class ProductChooser:
-    """Knows which product is fastest for which shapes. Threads may share it.
+    """Chooses the fastest product for each class of shapes. Thread-safe.
 
-    A busy machine can make any measurement wrong, and plain loops are 20 times slower, so no choice is for good: at the
-    1st, 2nd, 4th, 8th, ... call every product is timed once more, and the least time of each counts.
+    A busy machine can distort any measurement, and plain loops are 20 times slower, so no choice is final: at the 1st,
+    2nd, 4th, 8th, ... call every product is timed once more, and the shortest time of each counts.
 
     Args:
-        candidates: products to choose among, for a number of channels.
-        clock: seconds. The thread's own, because time in which the processor runs something else does not count.
+        candidates: the products to choose from, given the number of channels.
+        clock: returns seconds. The default is the thread's own time, so that time spent on other threads does not
+            count.
     """
 
     def __init__(
@@ -159,28 +160,29 @@ class ProductChooser:
         self._contests: dict[ShapeClass, _Contest] = {}
 
     def fastest(self, head_dim: int, queries: int) -> IntegerProduct:
-        """The fastest of the products that are exact on this machine.
+        """The fastest product that is exact on this machine.
 
-        The first call for a class of shapes takes a few milliseconds longer, one that times again less than one.
+        The first call for a class of shapes takes a few milliseconds longer; a call that repeats the timing takes less
+        than a millisecond longer.
 
         Args:
             head_dim: channels.
-            queries: per KV head, all query heads of it together.
+            queries: queries per KV head, all its query heads together.
         """
         shapes = ShapeClass(head_dim, 1 << (queries - 1).bit_length(), torch.get_num_threads())
         contest = self._contests.get(shapes)
         if contest is None:
             return self._begin(shapes).winner
-        # Threads that count at the same time may lose a call, which only shifts the next turn.
+        # Threads that count at the same time may lose a call, which only shifts the next timing.
         contest.calls += 1
         if contest.calls.bit_count() == 1 or contest.calls % CALLS_BETWEEN_TURNS == 0:
-            # One thread measures: two at a time would measure each other.
+            # One thread measures at a time, because two would slow each other down.
             with self._lock:
                 contest.turn(self._clock)
         return contest.winner
 
     def chosen(self) -> dict[ShapeClass, str]:
-        """Names of the products that are chosen at present."""
+        """Names of the currently chosen products."""
         with self._lock:
             return {shapes: contest.winner.name for shapes, contest in self._contests.items()}
 
@@ -189,7 +191,7 @@ class ProductChooser:
             if shapes not in self._contests:
                 sample = _Sample(shapes)
                 exact = [product for product in self._candidates(shapes.head_dim) if sample.agrees(product)]
-                # Float64 is exact by arithmetic: if even that fails, its use will show why.
+                # Float64 is exact by arithmetic. If even its check fails, using it will show why.
                 contest = _Contest(sample, exact or [FLOAT64])
                 contest.turn(self._clock)
                 self._contests[shapes] = contest
@@ -197,11 +199,11 @@ class ProductChooser:
 
 
 class _Contest:
-    """Times of several products of one sample.
+    """Times of several products on one sample.
 
     Attributes:
-        calls: how often the winner has been asked for; the first call makes the contest.
-        winner: the product with the least time.
+        calls: number of calls for this class of shapes; the first call creates the contest.
+        winner: the product with the shortest time.
     """
 
     def __init__(self, sample: _Sample, products: Sequence[IntegerProduct]) -> None:
@@ -222,9 +224,9 @@ class _Contest:
 
 
 class _Sample:
-    """Keys and queries of one KV head that cost about the same for every class of shapes.
+    """Keys and queries of one KV head that take about the same time for every class of shapes.
 
-    A third of the queries and half of the keys are all 127 or all -127, where sums are largest.
+    A third of the queries and half of the keys are all 127 or all -127, which gives the largest sums.
     """
 
     def __init__(self, shapes: ShapeClass) -> None:
@@ -232,7 +234,7 @@ class _Sample:
         fewest, most = SAMPLE_TOKENS
         tokens = min(most, max(fewest, MULTIPLICATIONS_PER_SAMPLE // (head_dim * rows)))
         chunks = tokens // SAMPLE_CHUNK
-        # Not the process's generator, which belongs to the user.
+        # Not the global generator, which belongs to the user.
         generator = torch.Generator("cpu").manual_seed(0)
 
         def integers(*shape: int) -> torch.Tensor:
@@ -248,12 +250,12 @@ class _Sample:
         return self._maxima(product, self._index)
 
     def agrees(self, product: IntegerProduct) -> bool:
-        """Whether this build has the product, and every number of it is right; also warms it up."""
+        """Whether this build has the product and computes every number correctly; also warms it up."""
         keys = self._index.view(1, 1, -1, self._index.shape[-1])
         expected = torch.mm(keys[0, 0].double(), self._queries[0].double().mT)
         try:
             return bool(torch.equal(self._maxima(product, keys)[0].double(), expected))
-        except Exception:  # Whatever it raises, there are others.
+        except Exception:  # Whatever it raises, another product can be used.
             return False
 
     def _maxima(self, product: IntegerProduct, index: torch.Tensor) -> torch.Tensor:
@@ -266,10 +268,10 @@ _OF_THIS_PROCESS = ProductChooser()
 
 
 def fastest_product(head_dim: int, queries: int) -> IntegerProduct:
-    """See `ProductChooser.fastest`; remembered for the whole process."""
+    """The fastest exact product (see `ProductChooser.fastest`), chosen once for the whole process."""
     return _OF_THIS_PROCESS.fastest(head_dim, queries)
 
 
 def chosen_products() -> dict[ShapeClass, str]:
-    """Names of the products that this process uses at present, for reports; empty before a selection on a CPU."""
+    """Names of the products that this process uses now, for reports; empty before the first selection on a CPU."""
     return _OF_THIS_PROCESS.chosen()

@@ -1,1 +1,1 @@
-"""What a cache is doing: its prefix, its suffix, the running request, and the calls that it is given to."""
+"""The state of a cache across calls: its prefix, its suffix, and the running request."""

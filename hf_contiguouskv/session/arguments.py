@@ -1,4 +1,4 @@
-"""Checking and completing what a user passes to `ContiguousKVCache`."""
+"""Checks and completes the arguments of `ContiguousKVCache`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ logger = logging.getLogger("hf_contiguouskv")
 
 
 def checked_ids(ids: Any) -> torch.Tensor:
-    """`ids` as int64 `(n,)` on the CPU; raises `InputError` for anything but `[n]` or `[1, n]` token ids, n >= 1."""
+    """`ids` as int64 `(n,)` on the CPU.
+
+    Raises:
+        InputError: `ids` are not int64 token ids of shape `[n]` or `[1, n]` with n >= 1.
+    """
     if not isinstance(ids, torch.Tensor):
         try:
             ids = torch.as_tensor(ids)
@@ -39,7 +43,7 @@ def checked_ids(ids: Any) -> torch.Tensor:
 
 
 def require_storable(model: Any, ids: torch.Tensor) -> None:
-    """Raise `InputError` if what the model would compute now for `ids` (int64 `(n,)`) must not be stored."""
+    """Raise `InputError` if K/V that the model computes now for `ids`, int64 `(n,)`, must not be stored."""
     if model.training:
         raise InputError("the model is in training mode; call model.eval() before its KV is stored")
     for name, token in placeholder_ids(model.config).items():
@@ -70,7 +74,7 @@ def _require_positions(model: Any, tokens: int) -> None:
 
 
 class TemporaryStore:
-    """A store in a folder that goes when nobody holds this object any more (a cache and its copies)."""
+    """A store in a temporary folder, deleted when the last cache that holds this object is gone."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="contiguouskv-")
@@ -86,11 +90,11 @@ def _close_temporary(store: PrefixStore, folder: tempfile.TemporaryDirectory[str
 def opened_store(
     store: PrefixStore | str | Path | None, needed: bool, verify: bool
 ) -> tuple[PrefixStore | None, TemporaryStore | None]:
-    """The store that a user means, and what keeps it if it is a temporary one (`None` was passed, and one is needed).
+    """The store to use, and its `TemporaryStore` if it is temporary (`None` was passed and a store is needed).
 
     Raises:
-        InputError: neither a store nor a path.
-        ConfigError: the store has a key, and what is read from it is not to be verified.
+        InputError: `store` is neither a store nor a path.
+        ConfigError: the store has a key, but reads are not to be verified.
     """
     if isinstance(store, str | Path):
         store = PrefixStore.shared(store)
@@ -107,7 +111,11 @@ def opened_store(
 
 
 def configured(config: ContiguousKVConfig | None, overrides: dict[str, Any]) -> ContiguousKVConfig:
-    """`config` (or the default) with `overrides`; raises `ConfigError` for an option that there is not."""
+    """`config` (or the default) with `overrides`.
+
+    Raises:
+        ConfigError: `config` is of another type, or an option does not exist.
+    """
     if config is not None and not isinstance(config, ContiguousKVConfig):
         raise ConfigError(f"config must be a ContiguousKVConfig, got {type(config).__name__}")
     try:

@@ -1,4 +1,4 @@
-"""What all layers of one cache share while a prefix is attached, and what the session asks of a layer."""
+"""The state that all layers of a cache share while a prefix is attached, and the protocol of a layer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class AttachedRequest:
     """The running request of a cache, and whether its forward may use it.
 
     Args:
-        request: on the attached prefix.
-        installation: of the attention function that leads back to the layers.
+        request: the request on the attached prefix.
+        installation: installs the attention function that calls back the layers.
 
     Attributes:
-        announced: a forward of the cache's own model is running.
-        plain: its tokens see all tokens before them: there is no padding, and no other mask.
-        expected: the layer whose K/V went to the model last, until attention has asked for what belongs to them.
+        announced: whether a forward of the cache's own model is running.
+        plain: whether the forward's tokens see all tokens before them: no padding, and no other mask.
+        expected: the last layer that passed its K/V to the model; `None` after attention has asked for its prefix.
     """
 
     def __init__(self, request: PrefixRequest, installation: Installation) -> None:
@@ -32,10 +32,10 @@ class AttachedRequest:
         self.expected: int | None = None
 
     def expect(self, layer: int) -> None:
-        """A layer hands its suffix to the model.
+        """Note that a layer passes its suffix to the model.
 
         Raises:
-            AttentionNotActiveError: the layer before it was attended to without its prefix.
+            AttentionNotActiveError: attention of the previous layer did not ask for its prefix.
         """
         if self.expected is not None:
             raise AttentionNotActiveError(
@@ -48,7 +48,7 @@ class AttachedRequest:
         """Check that a forward of the cache's own model is running, with the library's attention function.
 
         Raises:
-            AttentionNotActiveError: it is not; its answers would be silently wrong.
+            AttentionNotActiveError: no such forward is running, so answers would be silently wrong.
         """
         if not self.announced:
             raise AttentionNotActiveError(
@@ -63,27 +63,27 @@ class AttachedRequest:
 
 
 class PrefixLayer(Protocol):
-    """A layer of a transformers cache that can have a prefix in front. Its other methods are those of `CacheLayer`."""
+    """A layer of a transformers cache that can have a prefix in front; it also has the methods of `CacheLayer`."""
 
     def attach(self, attached: AttachedRequest | None) -> None:
-        """Put a prefix in front, or take it away. The layer forgets its suffix."""
+        """Put a prefix in front, or remove it. The layer drops its suffix."""
         ...
 
     def copy_of(self, attached: AttachedRequest | None, memo: dict[int, Any]) -> Self:
-        """A deep copy whose prefix is that of `attached`."""
+        """A deep copy that uses the prefix of `attached`."""
         ...
 
     def record(self, recording: bool) -> None:
-        """Remember the K/V of all tokens of the next forward, or forget them."""
+        """Keep the K/V of all tokens of the next forward, or drop them."""
         ...
 
     def row_states(self, row: int, pads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """K and V `(kv_heads, n, head_dim)` of one row, computed exactly, and the token that they begin with.
+        """Exactly computed K and V `(kv_heads, n, head_dim)` of one row, and the position of their first token.
 
         Args:
-            row: of the batch.
-            pads: its columns of left padding.
-            tokens: how many real tokens the row has, prefix included.
+            row: index in the batch.
+            pads: number of left-padding columns of the row.
+            tokens: number of real tokens of the row, prefix included.
         """
         ...
 

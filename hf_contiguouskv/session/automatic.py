@@ -1,4 +1,4 @@
-"""Automatic mode: the cache learns the prompt at the first forward, uses what is stored of it, and stores the rest."""
+"""Automatic mode: the cache learns the prompt at the first forward, uses its stored beginning, and stores the rest."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .prompt_start import FEWEST_VOTERS, voters_wanted
 from .unserved import note_unserved
 
 LONGEST_QUESTION = 256
-"""Tokens at the end of a prompt in which its question is looked for."""
+"""The question is assumed to begin within this many tokens of the end of a prompt."""
 QUESTION_PER_VOTER = 4
-"""Where nothing shows where the question begins, so many tokens stay uncached for each query that votes."""
+"""If nothing shows where the question begins, this many tokens stay uncached for each query that votes."""
 
 
 class AutomaticPrefix:
-    """Attaches the longest stored beginning that all rows share, and persists what was computed exactly.
+    """Attaches the longest stored beginning that all rows share, and persists exactly computed K/V.
 
-    It attaches only where the caller cannot notice: not if logits, hidden states, attentions or a loss of the cached
-    tokens are wanted.
+    It attaches only if the caller cannot notice: not if the caller wants logits, hidden states, attentions or a loss of
+    the cached tokens.
 
     Args:
-        held: what the cache holds.
+        held: the tokens that the cache holds.
     """
 
     def __init__(self, held: CachedSequence) -> None:
@@ -45,11 +45,11 @@ class AutomaticPrefix:
         self._config = held.slot.source.config
 
     def before_forward(self, inputs: dict[str, Any], from_generate: bool, block: int | None) -> None:
-        """Look up the prompt of an empty cache; attach what is stored and cut it from `inputs`.
+        """Look up the prompt of an empty cache; attach its stored beginning and cut that from `inputs`.
 
         Args:
             inputs: the forward's arguments by name, changed in place.
-            from_generate: this is the first forward of a `generate` call.
+            from_generate: whether this is the first forward of a `generate` call.
             block: tokens per forward, if that call computes its prompt in blocks.
         """
         self._record(False)
@@ -62,14 +62,14 @@ class AutomaticPrefix:
         if isinstance(prompt, str):
             note_unserved(self._slot, prompt)
             return
-        # Weights, adapters and dtype may have changed since the last prompt: they decide what fits.
+        # Weights, adapters or dtype may have changed since the last prompt, and stored K/V must match them.
         self._source.refresh()
         rows = 1
         if from_generate and not block and _all_alike(prompt) and not _shows_inside(self._source.model.lm, inputs):
             rows = len(prompt.ids)
             prompt = _one_row(inputs, prompt)
         limit = min(prompt.ids.shape[1] - pads for pads in prompt.pads) - _uncached_needed(inputs)
-        # Sliding windows count columns: padding behind the prefix would push tokens out of them.
+        # Sliding windows count columns, so padding after the prefix would push tokens out of them.
         in_order = not any(prompt.pads) or not any(self._source.model.windows)
         noticed = self._noticed(inputs, from_generate)
         if noticed or not in_order:
@@ -77,7 +77,7 @@ class AutomaticPrefix:
         elif limit >= self._config.chunk_size:
             self._attach(inputs, prompt, limit, block)
         attached = self._slot.attached
-        # What is computed behind a pruned prefix is never stored.
+        # K/V computed after a pruned prefix are never stored.
         stores = attached is None or attached.request.keeps_all
         if stores or rows > 1:
             self._held.new_prompt = NewPrompt(prompt, block, began, rows, stores)
@@ -89,7 +89,7 @@ class AutomaticPrefix:
         stored = self._source.look_up(shared[:limit])
         if stored is None or stored.tokens < self._config.chunk_size:
             return
-        # Later blocks of a chunked prefill must not be computed behind a pruned prefix: their KV would stay wrong.
+        # Later blocks of a chunked prefill must not be computed after a pruned prefix: their KV would stay wrong.
         config = replace(self._config, budget=1.0) if block else self._config
         shortest = min(prompt.ids.shape[1] - pads for pads in prompt.pads)
         tokens = min(stored.tokens, limit, _leaves_voters(stored, shortest, config))
@@ -116,7 +116,7 @@ class AutomaticPrefix:
             layer.record(recording)
 
     def after_forward(self, output: Any) -> Any:
-        """Persist the prompt in the background, if its KV is exact. What is returned replaces the forward's output."""
+        """Persist the prompt in the background, if its KV is exact. A result other than `None` replaces the output."""
         new = self._held.new_prompt
         if new is None:
             return None
@@ -149,7 +149,7 @@ class AutomaticPrefix:
         )
 
     def _persisting(self, rows: list[tuple[np.ndarray, list[LayerStates]]], seconds: float) -> Callable[[], None]:
-        """What the background thread does to store `rows`. It keeps neither cache nor session alive."""
+        """The function with which the background thread stores `rows`. It keeps neither cache nor session alive."""
         store, fingerprint = self._source.store, self._source.fingerprint
         geometry = self._source.model.geometry(self._config.chunk_size)
         follow = after_this(states for _, layers in rows for keys, values, _ in layers for states in (keys, values))
@@ -161,7 +161,7 @@ class AutomaticPrefix:
         return persist
 
     def _noticed(self, inputs: dict[str, Any], from_generate: bool) -> str | None:
-        """Why the caller would get something else if cached tokens were left out of the forward, or `None`."""
+        """Why leaving cached tokens out of the forward would change what the caller gets, or `None`."""
         lm = self._source.model.lm
         if inputs.get("labels") is not None:
             return "a loss over all tokens"
@@ -173,18 +173,18 @@ class AutomaticPrefix:
         if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
             return None
         if wanted is None and from_generate:
-            # Assisted decoding wants as many logits as it has drafts; without `logits_to_keep` nothing says how many.
+            # Assisted decoding needs the logits of all its drafts; without `logits_to_keep` their number is unknown.
             assisted = is_assisted(self._held.layers)
             return "assisted decoding of a model without logits_to_keep" if assisted else None
         return "logits of all tokens are wanted (pass logits_to_keep=1 for the last one)"
 
 
 def _leaves_voters(stored: StoredPrefix, tokens: int, config: ContiguousKVConfig) -> int:
-    """Where a pruned prefix should end at the latest, so that enough of a prompt of `tokens` tokens chooses its chunks.
+    """The longest pruned prefix that leaves enough of a prompt of `tokens` tokens to choose its chunks, in tokens.
 
-    Where all but a few tokens are stored, this very prompt was asked before, and its question is part of what is
-    stored. The question begins where an earlier prompt went another way, or else somewhere in the last tokens. (A short
-    question behind all of a stored document is none of that.)
+    If all but a few tokens are stored, this very prompt was asked before, and its question is stored too. The question
+    begins where an earlier prompt diverged, or else somewhere in the last tokens. (This does not apply to a short
+    question after a whole stored document.)
     """
     voters, last = voters_wanted(config), stored.spans[-1].segment
     whole = stored.tokens == last.first_chunk * config.chunk_size + last.num_tokens
@@ -196,13 +196,13 @@ def _leaves_voters(stored: StoredPrefix, tokens: int, config: ContiguousKVConfig
 
 
 def _all_alike(prompt: Prompt) -> bool:
-    """Whether all rows of a batch are the same prompt, as those of beams and of several samples are."""
+    """Whether all rows of a batch are the same prompt, as with beams or several samples."""
     ids = prompt.ids
     return len(ids) > 1 and not any(prompt.pads) and bool((ids[1:] == ids[0]).all())
 
 
 def _one_row(inputs: dict[str, Any], prompt: Prompt) -> Prompt:
-    """Leave one row of a batch of equal rows in `inputs`; the prompt that is left."""
+    """Reduce a batch of equal rows in `inputs` to one row; returns its prompt."""
     batch = len(prompt.ids)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-2] == batch:
@@ -211,7 +211,7 @@ def _one_row(inputs: dict[str, Any], prompt: Prompt) -> Prompt:
 
 
 def _not_ordinary(lm: Any) -> str | None:
-    """Why the model computes now something else than what its weights and tokens alone determine, or `None`."""
+    """Why the model's K/V now depend on more than its weights and tokens, or `None`."""
     if lm.training:
         return "the model is in training mode"
     if torch.is_autocast_enabled(next(lm.parameters()).device.type):
@@ -225,7 +225,7 @@ def _uncached_needed(inputs: dict[str, Any]) -> int:
 
 
 def _shows_inside(lm: Any, inputs: dict[str, Any]) -> bool:
-    """Whether the caller gets hidden states or attentions of all tokens."""
+    """Whether the caller requests hidden states or attentions of all tokens."""
     config = getattr(lm, "config", None)
     for name in ("output_hidden_states", "output_attentions"):
         asked = inputs.get(name)

@@ -1,4 +1,4 @@
-"""The tokens that a cache holds: a prefix that is attached, and the suffix behind it."""
+"""The tokens that a cache holds: an attached prefix, and the suffix after it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class NewPrompt:
     """A prompt that the model computes in automatic mode.
 
     Attributes:
-        prompt: as far as it was passed.
-        block: tokens of each forward, where a prompt is computed in blocks.
-        began: when its first forward began, in seconds on `time.perf_counter`.
-        rows: how many equal rows of the batch the one row stands for that is computed.
-        stores: its K/V are exact, and are going to be stored.
+        prompt: the tokens passed so far.
+        block: tokens per forward, if the prompt is computed in blocks.
+        began: start of its first forward, in seconds of `time.perf_counter`.
+        rows: number of equal rows of the batch for which one row is computed.
+        stores: whether its K/V are exact and will be stored.
     """
 
     prompt: Prompt
@@ -36,17 +36,18 @@ class NewPrompt:
 
 
 class CachedSequence:
-    """What a cache holds, and how it becomes shorter.
+    """The tokens that a cache holds, and the operations that shorten them. Each method of a transformers cache that
+    changes tokens or rows has one here.
 
     Args:
-        slot: of the prefix.
-        layers: of the cache.
-        automatic: the prefix is that of the current prompt; otherwise the user has named it, and it stays.
+        slot: the slot that attaches the prefix.
+        layers: the cache's layers.
+        automatic: whether the prefix comes from the current prompt; otherwise the user has named it, and it stays.
 
     Attributes:
         slot, layers, automatic: as passed.
-        suffix: ids of the tokens behind the prefix.
-        new_prompt: what the model is computing in automatic mode, or `None`.
+        suffix: ids of the tokens after the prefix.
+        new_prompt: the prompt that the model is computing in automatic mode, or `None`.
     """
 
     def __init__(self, slot: PrefixSlot, layers: Sequence[PrefixLayer], automatic: bool) -> None:
@@ -55,9 +56,9 @@ class CachedSequence:
         self.automatic = automatic
         self.suffix = CachedTokens()
         self.new_prompt: NewPrompt | None = None
-        # Suffix length before the forward that is running (or was interrupted); `None` between forwards.
+        # Suffix length before the running (or interrupted) forward; `None` between forwards.
         self._before: int | None = None
-        # What `crop` has left of a prefix that the user has named, in tokens, for the prompts that follow.
+        # Tokens that `crop` has left of a prefix that the user has named; later prompts use this many.
         self._cropped_to: int | None = None
 
     @property
@@ -67,7 +68,7 @@ class CachedSequence:
 
     @property
     def suffix_length(self) -> int:
-        """Tokens behind the prefix."""
+        """Tokens after the prefix."""
         return self.length - self.slot.tokens
 
     @property
@@ -78,20 +79,20 @@ class CachedSequence:
 
     @property
     def may_start_over(self) -> bool:
-        """Whether what is cached may be forgotten: anything but the prefix that the user has named."""
+        """Whether cached tokens may be dropped: all of them but a prefix that the user has named."""
         return self.automatic or self.slot.attached is None or self.suffix_length > 0
 
-    # -- becoming shorter ---------------------------------------------------------------------------------------------
+    # -- shortening ---------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Drop the suffix and keep a prefix that the user has named; in automatic mode nothing stays."""
+        """Drop the suffix and keep a prefix that the user has named; in automatic mode drop everything."""
         slot = self.slot
         self._cropped_to = self.new_prompt = self._before = None
         if self.automatic:
             slot.ids = None
             slot.detach()
         elif slot.is_damaged and slot.ids is not None:
-            # What is stored proved wrong and is out of service: compute it again.
+            # The stored prefix was damaged and is out of service, so compute it again.
             slot.attach_ids(slot.ids)
         elif slot.whole is not None:
             slot.attach(slot.whole)
@@ -101,7 +102,7 @@ class CachedSequence:
         self.suffix.clear()
 
     def next_prompt(self) -> None:
-        """Another prompt begins: as `reset`, but a prefix that was cropped stays cropped."""
+        """Make room for another prompt: like `reset`, but a cropped prefix stays cropped."""
         cropped = self._cropped_to
         self.reset()
         if cropped is not None and cropped < self.slot.tokens:
@@ -109,19 +110,19 @@ class CachedSequence:
             self._cropped_to = cropped
 
     def forward_begins(self, inputs: dict[str, Any]) -> None:
-        """The model's forward is about to cache the tokens of these arguments (by name)."""
+        """Note that the model's forward is about to cache the tokens of these arguments (by name)."""
         self.suffix.append_new(inputs)
         self._before = self.suffix_length
 
     def forward_ended(self) -> None:
-        """Every layer has cached the tokens of the forward."""
+        """Note that every layer has cached the tokens of the forward."""
         self._before = None
 
     def repair(self) -> None:
-        """After a forward that was interrupted: begin again if it was the first one behind the prefix.
+        """Recover from an interrupted forward: start over if it was the first one after the prefix.
 
         Raises:
-            InputError: it was a later one: the layers hold different tokens.
+            InputError: it was a later forward, so the layers hold different tokens.
         """
         if self._before is None:
             return
@@ -140,7 +141,7 @@ class CachedSequence:
         """Remove the last `-tokens_to_remove` tokens. A crop into a named prefix shortens it until `reset`.
 
         Raises:
-            ValueError: the number is positive, and a prefix is attached.
+            ValueError: the number is positive and a prefix is attached.
         """
         if self.slot.attached is not None and tokens_to_remove > 0:
             raise ValueError(
@@ -148,7 +149,7 @@ class CachedSequence:
                 f"{tokens_to_remove} of {self.length} tokens, pass {tokens_to_remove - self.length}"
             )
         if self.automatic and 0 < self.length <= -tokens_to_remove:
-            self.reset()  # (Layers with a window could not be cropped.)
+            self.reset()  # (Sliding-window layers could not be cropped.)
             return
         before = self.slot.tokens
         self.give_back(-tokens_to_remove)
@@ -156,7 +157,8 @@ class CachedSequence:
             self._cropped_to = self.slot.tokens
 
     def give_back(self, tokens: int) -> None:
-        """Remove the last tokens. Where that reaches the prefix, a new request on what is left of it begins."""
+        """Remove the last `tokens` tokens. If that reaches the prefix, begin a new request on the rest of the
+        prefix."""
         left = self.length - tokens
         if self.slot.attached is None or left > self.slot.tokens or tokens == 0:
             for layer in self.layers:
@@ -171,26 +173,26 @@ class CachedSequence:
         self.suffix.clear()
 
     def detach(self) -> None:
-        """Forget prefix and suffix."""
+        """Drop prefix and suffix."""
         self.slot.detach()
         self.suffix.clear()
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def select_rows(self, rows: torch.Tensor, *, reorder: bool = False) -> None:
-        """Only these rows (positions, or a bool mask), in this order. `reorder`: they are beams."""
+        """Keep only these rows (positions, or a bool mask), in this order. `reorder`: the rows are beams."""
         for layer in self.layers:
             (layer.reorder_cache if reorder else layer.batch_select_indices)(rows)  # type: ignore[arg-type]
         self.suffix.select(rows)
 
     def repeat_rows(self, times: int) -> None:
-        """Each row `times` times."""
+        """Repeat each row `times` times."""
         for layer in self.layers:
             layer.batch_repeat_interleave(times)
         self.suffix.repeat(times)
 
     def copy_for(self, layers: Sequence[PrefixLayer], memo: dict[int, Any]) -> CachedSequence:
-        """The same for a copy of the cache with these `layers`."""
+        """A copy for a copy of the cache with these `layers`."""
         twin = copy.copy(self)
         twin.slot, twin.layers = self.slot.copy_for(layers, memo), layers
         twin.suffix = copy.deepcopy(self.suffix, memo)

@@ -1,4 +1,4 @@
-"""Which token ids a cache holds behind its prefix: what decides whether a prompt continues what is cached."""
+"""The token ids that a cache holds after its prefix. They decide whether a prompt continues the cached tokens."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 import torch
 
 HIDDEN = -1
-"""Stands for a token that the attention mask hides (padding): its id means nothing."""
+"""Replaces the id of a token that the attention mask hides (padding), because that id has no meaning."""
 
 
 class CachedTokens:
-    """The ids of the suffix, one row for each row of the batch, kept through all that a cache may be asked to do.
+    """The ids of the suffix, one row per batch row, updated by every operation on the cache.
 
-    Where they are not known (embeddings were passed, or a forward was not seen), nothing continues them.
+    If they are unknown (embeddings were passed, or a forward was not seen), no prompt continues them.
     """
 
     def __init__(self) -> None:
-        # int64 (rows, n); `None`: no longer known. Without rows (0, 0) nothing has been cached.
+        # int64 (rows, n); `None` if unknown; (0, 0) if nothing has been cached.
         self._ids: torch.Tensor | None = torch.zeros(0, 0, dtype=torch.long)
 
     def clear(self) -> None:
-        """The suffix is empty."""
+        """Make the suffix empty."""
         self._ids = torch.zeros(0, 0, dtype=torch.long)
 
     def forget(self) -> None:
-        """Tokens are cached whose ids are not known."""
+        """Mark the ids as unknown."""
         self._ids = None
 
     def append_new(self, inputs: dict[str, Any]) -> None:
-        """The tokens that a forward with these arguments (by name) is about to cache."""
+        """Append the tokens that a forward with these arguments (by name) is about to cache."""
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             self.forget()
@@ -50,19 +50,19 @@ class CachedTokens:
             self._ids = None
 
     def crop(self, length: int) -> None:
-        """Only the first `length` columns are left."""
+        """Keep only the first `length` columns."""
         if self._ids is not None:
             self._ids = self._ids[:, : max(0, length)]
         elif length <= 0:
             self.clear()
 
     def select(self, rows: torch.Tensor) -> None:
-        """Only these rows (positions, or a bool mask), in this order."""
+        """Keep only these rows (positions, or a bool mask), in this order."""
         if self._ids is not None and len(self._ids):
             self._ids = self._ids[rows.cpu()]
 
     def repeat(self, times: int) -> None:
-        """Each row `times` times."""
+        """Repeat each row `times` times."""
         if self._ids is not None:
             self._ids = self._ids.repeat_interleave(times, dim=0)
 
@@ -77,11 +77,11 @@ class CachedTokens:
 
         Args:
             prompt: int64 `(rows, columns)`.
-            hidden: bool of the same shape, what the prompt's mask hides; `None`: nothing.
+            hidden: bool of the same shape, true where the prompt's mask hides a token; `None` if it hides none.
             prefix: int64 `(n,)`, or `None`.
-            length: columns that are cached behind the prefix.
+            length: columns cached after the prefix.
 
-        Padding of a row may stand before the prefix in the prompt: the cache has it between prefix and suffix.
+        Padding may precede the prefix in the prompt; the cache holds it between prefix and suffix.
         """
         suffix = self.known(length)
         before = torch.zeros(0, dtype=torch.long) if prefix is None else prefix

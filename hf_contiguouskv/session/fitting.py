@@ -1,4 +1,4 @@
-"""Fitting the arguments of a forward to the prefix in front of it."""
+"""Fits the arguments of a forward to the prefix in front of its tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .forward_inputs import foreign_inputs, mask_behind_prefix, rows_of, sees_ev
 
 @dataclass(frozen=True)
 class Prefixed:
-    """What a forward must know of the prefix in front of it.
+    """What `fit_to_prefix` must know about the attached prefix.
 
     Attributes:
-        tokens: of the prefix.
+        tokens: tokens of the prefix.
         cached: tokens of prefix and suffix.
-        prunes: whether attention sees only chosen chunks of the prefix.
+        prunes: whether attention sees only selected chunks of the prefix.
         windowed: whether the model has layers with a sliding window.
-        begun: whether the first suffix tokens were seen before.
-        multimodal: whether the model takes images and the like.
+        begun: whether an earlier forward has passed the first suffix tokens.
+        multimodal: whether the model takes media, such as images.
     """
 
     tokens: int
@@ -35,14 +35,14 @@ class Prefixed:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A forward's arguments, as they fit the prefix.
+    """A forward's arguments, fitted to the prefix.
 
     Attributes:
-        attention_mask: to be passed on; `None`: as it was.
-        rows: of the first suffix tokens; `None`: they were seen before.
+        attention_mask: the mask to pass on; `None` to leave it unchanged.
+        rows: rows of the first suffix tokens; `None` if an earlier forward has passed them.
         plain: whether all new tokens see all tokens before them.
-        without_prefix: they cannot be fitted: left padding stands before the prefix, and windows count its columns. The
-            forward has to compute the prefix with its rows.
+        without_prefix: whether fitting is impossible, because left padding stands before the prefix and windows count
+            its columns. The forward must then compute the prefix with its rows.
     """
 
     attention_mask: torch.Tensor | None = None
@@ -52,13 +52,13 @@ class Fitted:
 
 
 def fit_to_prefix(prefix: Prefixed, inputs: dict[str, Any], generate_begins: bool, more_follows: bool) -> Fitted:
-    """What a forward's arguments must become behind a prefix.
+    """Fit a forward's arguments to a prefix.
 
     Args:
-        prefix: in front of it.
-        inputs: the forward's arguments by name, without what is cached; they are not changed.
-        generate_begins: this is the first forward of a `generate` call.
-        more_follows: the tokens are a block of a prompt that goes on (chunked prefill).
+        prefix: the attached prefix.
+        inputs: the forward's arguments by name, without cached tokens; they are not changed.
+        generate_begins: whether this is the first forward of a `generate` call.
+        more_follows: whether the tokens are a block of a prompt that goes on (chunked prefill).
 
     Raises:
         InputError: the mask hides tokens of a pruned prefix, or has a form that cannot be served.

@@ -1,7 +1,7 @@
-"""What a forward pre-hook must do to the inputs of a model before a cache with a prefix can serve them.
+"""Functions on the inputs of a model's forward that a cache with a prefix needs before it can serve them.
 
-Plain functions on the forward's arguments, by name: cutting tokens that are cached already, moving left padding behind
-the prefix, and telling which rows and queries count.
+They take the forward's arguments by name. They cut tokens that are already cached, move left padding after the prefix,
+and determine which rows and queries count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..model.transformers_internals import CACHE_NAMES
 from ..request.rows import Rows
 
-# Arguments of a forward that leave K and V what token ids, mask and positions make them.
+# Forward arguments that do not change K and V beyond the effect of token ids, mask and positions.
 ORDINARY_INPUTS = frozenset(
     (
         "input_ids",
@@ -37,16 +37,16 @@ ORDINARY_INPUTS = frozenset(
 
 
 SURELY_THE_PREFIX = 16
-"""So many tokens that are those of the prefix's beginning are no new ones."""
+"""At least this many tokens that equal the beginning of the prefix are taken for the prefix, not for new tokens."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that starts an empty cache, if it has the ordinary form.
+    """A prompt of ordinary form that starts an empty cache.
 
     Attributes:
         ids: int64 `(batch, length)`.
-        pads: tokens of left padding, per row.
+        pads: number of left-padding tokens per row.
     """
 
     ids: torch.Tensor
@@ -58,12 +58,12 @@ class Prompt:
 
 
 def foreign_inputs(inputs: dict[str, Any], multimodal: bool) -> list[str]:
-    """Names of arguments that may make K and V something else than token ids, mask and positions do.
+    """Names of arguments that may change K and V beyond the effect of token ids, mask and positions.
 
-    What says that there is nothing of the kind does not count: `None`, an empty container (vision-language models get
-    an empty `mm_encoder_outputs` with every text), and with a `multimodal` model token types that are all zero, which
-    say "text" there. (GPT-2 adds an embedding for type zero.) Nor do objects count that `generate` hands through to
-    the model without meaning it, such as the tokenizer of `stop_strings`.
+    Empty values do not count: `None`, an empty container (vision-language models get an empty `mm_encoder_outputs` with
+    every text), and token types that are all zero if the model is `multimodal`, where zero means text. (GPT-2 adds an
+    embedding for type zero.) Objects that `generate` passes on to the model by accident, such as the tokenizer of
+    `stop_strings`, do not count either.
     """
     return [
         name
@@ -83,11 +83,11 @@ def _says_nothing(value: Any) -> bool:
 
 
 def ordinary_prompt(inputs: dict[str, Any], multimodal: bool = False) -> Prompt | str:
-    """The prompt in `inputs`, or why its KV may not be that of its tokens at positions 0, 1, 2, ...
+    """The prompt in `inputs`, or why its KV may differ from that of its tokens at positions 0, 1, 2, ...
 
     Args:
         inputs: the forward's arguments by name.
-        multimodal: the model takes images and the like, see `foreign_inputs`.
+        multimodal: whether the model takes media (see `foreign_inputs`).
     """
     ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
@@ -111,7 +111,7 @@ def ordinary_prompt(inputs: dict[str, Any], multimodal: bool = False) -> Prompt 
     if positions.shape[-1] != length or positions.ndim not in (2, 3):
         return "position ids of another shape than the tokens"
     expected = (torch.arange(length)[None, :] - torch.tensor(pads)[:, None]).clamp_min(0)
-    # Multimodal RoPE has several rows of positions, (kinds, batch, n): all alike for a text.
+    # Multimodal RoPE has several rows of positions, (kinds, batch, n), which are equal for a text.
     shown = positions.cpu().expand(*positions.shape[:-2], batch, -1)
     counts = torch.arange(length)[None, :] >= torch.tensor(pads)[:, None]
     if not bool(((shown == expected) | ~counts).all()):
@@ -120,13 +120,13 @@ def ordinary_prompt(inputs: dict[str, Any], multimodal: bool = False) -> Prompt 
 
 
 def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_ids: torch.Tensor | None) -> bool:
-    """Whether `input_ids` are the whole prompt again, although its first `cached` tokens are in the cache.
+    """Whether `input_ids` repeat the whole prompt, although its first `cached` tokens are in the cache.
 
     Args:
         inputs: the forward's arguments by name.
         cached: tokens in the cache, prefix and suffix.
-        from_generate: this is the first forward of a `generate` call.
-        prefix_ids: int64 `(n,)`, the attached prefix, or `None`.
+        from_generate: whether this is the first forward of a `generate` call.
+        prefix_ids: the attached prefix, int64 `(n,)`, or `None`.
     """
     ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if cached == 0 or not isinstance(ids, torch.Tensor) or ids.shape[1] < 1:
@@ -138,8 +138,8 @@ def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_id
         return bool((positions[..., 0] == 0).all())
     if mask is not None or prefix_ids is None:
         return False
-    # Neither mask nor positions say where these tokens belong. Those that repeat the prefix are the prompt; a few that
-    # repeat its beginning may be an answer.
+    # Neither mask nor positions show where these tokens belong. Tokens that repeat the prefix are the prompt, but a few
+    # tokens that repeat only its beginning may be new.
     shown = min(length, len(prefix_ids))
     if shown < SURELY_THE_PREFIX and length <= len(prefix_ids) - from_generate:
         return False
@@ -147,9 +147,9 @@ def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_id
 
 
 def text_positions(inputs: dict[str, Any], cached: int) -> torch.Tensor:
-    """Positions of new tokens that follow `cached` others, all of them text: int64, shaped as the model passes them.
+    """Positions of new text tokens after `cached` text tokens: int64, in the shape that the model passes.
 
-    Padding does not count; without a mask over all tokens there is none.
+    Padding does not count. Without a mask over all tokens, no token is padding.
     """
     ids, mask, given = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     states = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
@@ -164,7 +164,7 @@ def text_positions(inputs: dict[str, Any], cached: int) -> torch.Tensor:
 
 
 def cut_cached(inputs: dict[str, Any], cached: int) -> None:
-    """Remove the first `cached` columns from everything that runs along the new tokens (not from the mask)."""
+    """Remove the first `cached` columns from every argument with one column per new token (not from the mask)."""
     length = inputs["input_ids"].shape[1]
     inputs["input_ids"] = inputs["input_ids"][:, cached:]
     for name, value in inputs.items():
@@ -174,8 +174,8 @@ def cut_cached(inputs: dict[str, Any], cached: int) -> None:
 
 
 def sees_everything(inputs: dict[str, Any]) -> bool:
-    """Whether the attention mask hides no token from those behind it. One new token is not asked for: it needs no mask
-    then, and transformers has seen to that."""
+    """Whether the attention mask hides no token from later tokens. `False` for a single new token per row with a mask,
+    because transformers then drops the mask itself."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return True
@@ -183,16 +183,16 @@ def sees_everything(inputs: dict[str, Any]) -> bool:
 
 
 def decoding(inputs: dict[str, Any]) -> bool:
-    """Whether one token per row is passed."""
+    """Whether the forward passes one token per row."""
     ids = inputs.get("input_ids")
     return isinstance(ids, torch.Tensor) and ids.shape[1] == 1
 
 
 def uncut_prefix(inputs: dict[str, Any], prefix_ids: torch.Tensor) -> None:
-    """Put the prefix back into inputs that were cut to the columns after it, in a left-padded batch.
+    """Put the prefix back into inputs of a left-padded batch that were cut to the columns after it.
 
-    Row `r` has `p` columns of padding in the mask: its cut ids are `p` columns that repeat the prefix, then its suffix.
-    (A block of a chunked prefill may end before that.)
+    If a row has `p` columns of padding in the mask, its cut ids are `p` columns that repeat the prefix, then its
+    suffix. (A block of a chunked prefill may end before the suffix.)
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     prefix = prefix_ids.to(ids.device)
@@ -205,20 +205,21 @@ def uncut_prefix(inputs: dict[str, Any], prefix_ids: torch.Tensor) -> None:
 
 
 def pads_before_prefix(mask: torch.Tensor) -> torch.Tensor:
-    """Zeros at the beginning of each row of a 2D mask, int64 `(batch,)`."""
+    """Number of zeros at the beginning of each row of a 2D mask, int64 `(batch,)`."""
     return (mask.to(torch.bool).long().cumsum(1) == 0).sum(1)
 
 
 def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int, more_follows: bool = False) -> torch.Tensor:
-    """The 2D mask with left padding moved between prefix and suffix, where the cache has it.
+    """The 2D mask with left padding moved between prefix and suffix, as in the cache.
 
-    A row `[pad * p][prefix][suffix]` becomes `[prefix][pad * p][suffix]`: the model gets the columns after the first
-    `prefix_tokens` as input, of which the first `p` repeat tokens of the prefix and must not be seen.
+    A row `[pad * p][prefix][suffix]` becomes `[prefix][pad * p][suffix]`. The model gets the columns after the first
+    `prefix_tokens` as input; the first `p` of these repeat tokens of the prefix and must stay hidden.
 
     Args:
-        mask: `(batch, columns)`, nonzero where there is a token.
+        mask: `(batch, columns)`, nonzero for real tokens.
         prefix_tokens: tokens of the prefix.
-        more_follows: this is a block of a prompt that goes on (chunked prefill): its columns may all be padding.
+        more_follows: whether this is a block of a prompt that goes on (chunked prefill); its columns may all be
+            padding.
 
     Raises:
         InputError: a row is too short to begin with the prefix.
@@ -238,12 +239,12 @@ def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int, more_follows: boo
 
 
 def rows_of(inputs: dict[str, Any], cached: int, drafts: int) -> Rows:
-    """Which rows are distinct and which of their suffix tokens are real and vote.
+    """The distinct rows, and which of their suffix tokens are real and which vote.
 
     Args:
         inputs: the forward's arguments, after `cut_cached` and `mask_behind_prefix`.
         cached: tokens in the cache before this forward.
-        drafts: candidate tokens of assisted decoding at the end, which never vote.
+        drafts: number of draft tokens of assisted decoding at the end, which never vote.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     states = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
@@ -264,9 +265,9 @@ def rows_of(inputs: dict[str, Any], cached: int, drafts: int) -> Rows:
         return Rows(first, first, voting, visible)
     if not isinstance(ids, torch.Tensor):
         return Rows(torch.arange(batch), torch.arange(batch), voting, visible)
-    # Padding tokens may differ without a difference in what is seen.
+    # Padding tokens may differ between rows that are otherwise equal.
     content = torch.cat([ids.cpu().masked_fill(~visible, -1), visible.long()], dim=1)
-    # In order of first appearance: where all rows differ, distinct rows are the batch's rows, in its order.
+    # In order of first appearance, so that if all rows differ, the distinct rows are the batch's rows in order.
     first_of: dict[bytes, int] = {}
     for row in range(batch):
         first_of.setdefault(content[row].numpy().tobytes(), row)

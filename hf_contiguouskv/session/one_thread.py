@@ -1,4 +1,4 @@
-"""A cache belongs to one thread at a time: two would mix their tokens, and store what no forward computed."""
+"""Ensures that only one thread uses a cache at a time: two threads would mix their tokens, and store wrong K/V."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..model.transformers_internals import in_use_on_thread
 
 
 class OneThread:
-    """Which thread used a cache last. A cache may move from thread to thread between two calls, not during one.
+    """Remembers which thread used a cache last. A cache may move to another thread between calls, not during one.
 
     Args:
-        cache: held weakly.
+        cache: the cache, held weakly.
     """
 
     def __init__(self, cache: object) -> None:
@@ -22,10 +22,10 @@ class OneThread:
         self._last: int | None = None
 
     def claim(self) -> None:
-        """This thread uses the cache now.
+        """Note that this thread uses the cache now.
 
         Raises:
-            InputError: a `generate` or a forward with it is running on another thread.
+            InputError: another thread is running a `generate` or a forward with the cache.
         """
         me = threading.get_ident()
         with self._lock:
@@ -37,5 +37,5 @@ class OneThread:
             self._last = me
 
     def is_mine(self) -> bool:
-        """Whether this thread is the one that used the cache last."""
+        """Whether this thread used the cache last."""
         return self._last == threading.get_ident()

@@ -1,4 +1,4 @@
-"""`PrefixSession`: what a cache is doing, from call to call."""
+"""`PrefixSession`: the state of a cache from call to call."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .unserved import note_unserved
 
 
 class PrefixSession:
-    """Serves a prefix to one cache. It hears of the calls that the cache is given to (`model.forward_hooks`), and makes
-    the arguments of each forward fit what is cached.
+    """Serves a prefix to one cache. Hooks notify it of calls with the cache (`model.forward_hooks`), and it fits the
+    arguments of each forward to the cached tokens. (Five of its methods are the listener protocol.)
 
     Args:
         owner: the cache; held weakly.
-        model, store, config: what it serves, from where, and how.
-        layers: of the cache.
-        automatic: the prefix is found by each prompt; otherwise `held.slot.attach_ids` names it.
+        model, store, config: the served model, the store that holds its prefixes, and the cache's configuration.
+        layers: the cache's layers.
+        automatic: whether each prompt determines the prefix; otherwise `held.slot.attach_ids` names it.
         method: serves the prefix in place of the library's own method.
 
     Attributes:
         held: the prefix and the suffix.
-        announced: a forward of the cache's own model is running.
+        announced: whether a forward of the cache's own model is running.
     """
 
     def __init__(
@@ -61,39 +61,39 @@ class PrefixSession:
         self._automatic = AutomaticPrefix(self.held) if automatic else None
         self._positions = TextPositions(model)
         self._thread = OneThread(owner)
-        # A `generate` was given the cache, and its first forward has not been seen yet.
+        # Whether a `generate` was given the cache and its first forward has not been seen yet.
         self._generate_begins = False
-        # The forward that is running, or ran last, is one of `generate`.
+        # Whether the running or last forward belongs to a `generate`.
         self._in_generate = False
-        # The `generate` that is running has found another prompt in the cache than its own.
+        # Whether the running `generate` found another prompt than its own in the cache.
         self._started_over = False
 
-    # -- what the cache is asked to do --------------------------------------------------------------------------------
+    # -- for the cache ------------------------------------------------------------------------------------------------
 
     @property
     def request(self) -> PrefixRequest | None:
-        """The running request on the attached prefix, if there is one."""
+        """The running request on the attached prefix, or `None`."""
         attached = self.held.slot.attached
         return None if attached is None else attached.request
 
     @property
     def stats(self) -> RequestStats:
-        """Of the running request."""
+        """Statistics of the running request."""
         if self.request is not None:
             self.request.count()
         return self.held.slot.stats
 
     def claim(self) -> CachedSequence:
-        """What the cache holds, for this thread to change.
+        """The cached tokens, for this thread to change.
 
         Raises:
-            InputError: a `generate` or a forward with the cache is running on another thread.
+            InputError: another thread is running a `generate` or a forward with the cache.
         """
         self._thread.claim()
         return self.held
 
     def close(self) -> None:
-        """End the request; model and store may go."""
+        """End the request, and release model and store."""
         self.claim()
         self.held.slot.close()
         self.held.suffix.clear()
@@ -101,7 +101,7 @@ class PrefixSession:
     # -- calls: see `model.forward_hooks.ForwardListener` -------------------------------------------------------------
 
     def generate_begins(self, call: GenerateCall | None) -> None:
-        """A `generate` has been given the cache. Another prompt than the one in the cache needs no `reset`."""
+        """Called when `generate` receives the cache. A prompt other than the cached one needs no `reset`."""
         self._thread.claim()
         if self._generate_begins:
             self._note("a generate call whose forward was not seen")
@@ -112,12 +112,12 @@ class PrefixSession:
             try:
                 self._started_over = begin_prompt(self.held, call)
             except ContiguousKVError:
-                self._model.forget_shift()  # What `generate` has noted for a prompt that is refused.
+                self._model.forget_shift()  # `generate` has already noted the shift of the refused prompt.
                 raise
         self._generate_begins = True
 
     def before_forward(self, inputs: dict[str, Any]) -> None:
-        """Make the arguments of the model's forward fit what is cached. `inputs` are changed in place."""
+        """Fit the arguments of the model's forward to the cached tokens. `inputs` are changed in place."""
         self._thread.claim()
         try:
             self._fit(inputs)
@@ -128,11 +128,11 @@ class PrefixSession:
         self.forward_runs(True)
 
     def forward_runs(self, running: bool) -> None:
-        """Have this library's attention function in the model for as long as a forward runs."""
+        """Install this library's attention function in the model while a forward runs."""
         if running:
             self._thread.claim()
         elif not self._thread.is_mine():
-            return  # A forward that was refused, because one is running on another thread.
+            return  # This forward was refused, because another thread is running one.
         self.announced = running
         attached, installation = self.held.slot.attached, self.held.slot.installation
         if running and attached is not None:
@@ -144,7 +144,7 @@ class PrefixSession:
             attached.plain = attached.plain and running
 
     def after_forward(self, output: Any) -> Any:
-        """The forward is over; what is returned instead of `None` replaces its output."""
+        """Called after the forward; a result other than `None` replaces its output."""
         self.held.forward_ended()
         self._positions.forward_ended(self._in_generate)
         request = self.request
@@ -155,7 +155,7 @@ class PrefixSession:
         return None if self._automatic is None else self._automatic.after_forward(output)
 
     def unannounced_update(self) -> None:
-        """A layer was given K/V although no forward was announced: nothing is known of their tokens."""
+        """Called when a layer receives K/V of an unannounced forward, whose tokens are unknown."""
         self.held.suffix.forget()
         self._note("a forward of another model, or one that this library's hook does not see")
 
@@ -172,7 +172,7 @@ class PrefixSession:
         held = self.held
         held.repair()
         if self.request is not None:
-            self.request.settle()  # The forward before this one has had its token by now.
+            self.request.settle()  # The token of the previous forward is out by now.
         call = running_generate()
         self._in_generate = call is not None
         begins, self._generate_begins = self._generate_begins and call is not None, False
@@ -217,7 +217,7 @@ class PrefixSession:
         slot.attached.plain = fitted.plain
 
     def _compute_everything(self, inputs: dict[str, Any]) -> None:
-        """This request computes the prefix with its rows, exactly; `reset` attaches it again."""
+        """Detach the prefix and let this forward compute it exactly with its rows; `reset` attaches it again."""
         prefix, held = self.held.prefix, self.held
         if held.suffix_length > 0 or prefix is None or not isinstance(inputs.get("input_ids"), torch.Tensor):
             raise InputError(
@@ -228,7 +228,7 @@ class PrefixSession:
         held.detach()
 
     def copy_for(self, owner: object, layers: Sequence[PrefixLayer], memo: dict[int, Any]) -> PrefixSession:
-        """The same session for a copy of the cache with these `layers`."""
+        """A copy of the session for a copy of the cache with these `layers`."""
         twin = copy.copy(self)
         twin.held = self.held.copy_for(layers, memo)
         twin._automatic = None if self._automatic is None else AutomaticPrefix(twin.held)

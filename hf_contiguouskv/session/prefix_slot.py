@@ -1,4 +1,4 @@
-"""The prefix in front of a cache: attached to its layers, and served by a request."""
+"""The prefix in front of a cache: attached to the cache's layers, and served by a request."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .prefix_source import PrefixSource
 
 
 class PrefixSlot:
-    """Where a prefix is attached. It begins and ends the requests on it.
+    """Attaches a prefix to the layers, and begins and ends the requests on it.
 
     Args:
-        source: where prefixes come from.
-        layers: of the cache.
+        source: finds and computes prefixes.
+        layers: the cache's layers.
         method: serves prefixes in place of the library's own method.
 
     Attributes:
         source: as passed.
-        installation: of the library's attention function in the model.
-        ids: int64 `(n,)`: the tokens of the prefix; the first `tokens` of them are attached. `None`: no prefix.
-        whole: the prefix of all `ids`, where the user has named it; automatic mode has none.
-        attached: what the layers share; `None`: no prefix is attached.
-        stats: of the running request.
-        budget_choice: what `budget="auto"` has chosen for it, or `None`.
+        installation: installs the library's attention function in the model.
+        ids: the tokens of the prefix, int64 `(n,)`, of which the first `tokens` are attached; `None` without a prefix.
+        whole: the prefix of all `ids` if the user has named it; `None` in automatic mode.
+        attached: the state that the layers share; `None` if no prefix is attached.
+        stats: statistics of the running request.
+        budget_choice: the choice of `budget="auto"` for the prefix, or `None`.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class PrefixSlot:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prefix that is attached now."""
+        """Tokens of the attached prefix; 0 without one."""
         return 0 if self.attached is None else self.attached.request.prefix.tokens
 
     @property
     def is_damaged(self) -> bool:
-        """Whether stored bytes of the prefix proved wrong, and could not be computed again."""
+        """Whether stored bytes of the prefix are damaged and could not be computed again."""
         return self.attached is not None and self.attached.request.damaged
 
     def attach_ids(self, ids: torch.Tensor) -> None:
         """Attach the prefix that the user has named, int64 `(n,)`, and start to read it.
 
         Raises:
-            InputError: it is not stored, and must not be.
+            InputError: it is not completely stored, and must not be.
         """
         source = self.source
         if self._method is not None:
@@ -78,14 +78,14 @@ class PrefixSlot:
             self.attach(self.whole)
             self.budget_choice = found.recomputed or self.budget_choice
             self._count_tokens(found.from_store)
-        # A cache is made to be used, and `generate` takes a while to prepare its inputs.
+        # Start reading now, because `generate` takes a while to prepare its inputs.
         if self.attached is not None:
             self.attached.request.start()
 
     def attach(self, prefix: AttachedPrefix, config: ContiguousKVConfig | None = None) -> None:
-        """Begin a new request on `prefix`: every layer forgets its suffix.
+        """Begin a new request on `prefix`; every layer drops its suffix.
 
-        `config`: for this request; what was chosen for the budget stays.
+        `config` applies to this request only; with it, the earlier choice of the budget is kept.
         """
         self._end_request()
         source = self.source
@@ -106,14 +106,14 @@ class PrefixSlot:
         self._show()
 
     def detach(self) -> None:
-        """Take the prefix away: every layer is empty afterwards."""
+        """Remove the prefix and leave every layer empty."""
         self._end_request()
         self.budget_choice = None
         self.stats = RequestStats()
         self._show()
 
     def shorten(self, tokens: int) -> None:
-        """Begin a new request on the first `tokens` tokens of the prefix that is attached (0: without a prefix)."""
+        """Begin a new request on the first `tokens` tokens of the attached prefix (0: without a prefix)."""
         assert self.attached is not None
         if tokens == 0:
             self.detach()
@@ -123,7 +123,7 @@ class PrefixSlot:
         self._count_tokens(before.tokens_from_store)
 
     def restart(self) -> None:
-        """Begin the request on the attached prefix again, if there is one."""
+        """Begin the request on the attached prefix again; without a prefix, leave every layer empty."""
         if self.attached is None:
             self.detach()
         else:
@@ -132,7 +132,7 @@ class PrefixSlot:
             self._count_tokens(before.tokens_from_store)
 
     def _recovered(self, whole: AttachedPrefix, from_store: int) -> None:
-        """Damage showed in the middle of a request, and `whole`, the prefix of all `ids`, has replaced it."""
+        """Called when a request met damage, and `whole`, the prefix of all `ids`, has replaced its prefix."""
         if self.whole is not None:
             self.whole = whole
         self._count_tokens(from_store)
@@ -159,7 +159,7 @@ class PrefixSlot:
         self.installation.release()
 
     def copy_for(self, layers: Sequence[PrefixLayer], memo: dict[int, Any]) -> PrefixSlot:
-        """The same for a copy of the cache. Its `layers` are the caller's to fill: nothing is attached to them."""
+        """A copy for a copy of the cache. Nothing is attached to its `layers`; the caller must fill them."""
         twin = copy.copy(self)
         twin._layers = layers
         twin.source = copy.copy(self.source)

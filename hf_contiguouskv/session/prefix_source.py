@@ -1,4 +1,4 @@
-"""Where a cache gets prefixes from: the store has them, or the model computes them."""
+"""Provides prefixes to a cache: from the store, or computed by the model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .arguments import require_storable
 
 @dataclass(frozen=True)
 class CompletePrefix:
-    """A prefix of which every token is there.
+    """A prefix that covers all requested tokens.
 
     Attributes:
-        prefix: all of it.
-        from_store: how many of its tokens were stored before.
+        prefix: the whole prefix.
+        from_store: number of its tokens that were already stored.
         recomputed: why it was computed although it was stored, or `None`.
     """
 
@@ -41,13 +41,13 @@ class PrefixSource:
     """Finds and computes the prefixes of one model in one store.
 
     Args:
-        model: whose prefixes.
-        store: where they are.
-        config: of the cache.
+        model: the model that computes the prefixes.
+        store: the store that holds them.
+        config: the cache's configuration.
 
     Attributes:
         model, store, config: as passed.
-        fingerprint: of the model, as of the last `refresh`.
+        fingerprint: the model's fingerprint at the last `refresh`.
 
     Raises:
         UnsupportedModelError: the model cannot be served correctly.
@@ -60,7 +60,7 @@ class PrefixSource:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look at the model again: its weights, adapters, dtype or devices may have changed."""
+        """Read the model's state again, because its weights, adapters, dtype or devices may have changed."""
         geometry = self.model.geometry(self.config.chunk_size)
         self.fingerprint = self.model.fingerprint()
         self._prefill = Prefill(self.model, self.fingerprint, geometry, self.store, self.config.prefill_block)
@@ -68,18 +68,18 @@ class PrefixSource:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the model would compute other K/V now than those of its prefixes."""
+        """Whether the model now computes other K/V than at the last `refresh`."""
         return self.model.fingerprint() != self.fingerprint
 
     def look_up(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> StoredPrefix | None:
-        """The longest stored beginning of `ids`. The statistics of the store count it."""
+        """The longest stored beginning of `ids`. The store's statistics count this look-up."""
         return self._prefill.look_up(ids, count=True)
 
     def complete(self, ids: torch.Tensor) -> CompletePrefix:
-        """The prefix `ids`, int64 `(n,)`: what is stored of it, and what is computed and stored now.
+        """The prefix `ids`, int64 `(n,)`. What is not stored is computed and stored now.
 
         Raises:
-            InputError: it must not be stored.
+            InputError: the missing part must not be stored.
         """
         numbers = ids.numpy().astype(np.int64)
         stored = self.look_up(numbers)
@@ -95,22 +95,23 @@ class PrefixSource:
         return CompletePrefix(AttachedPrefix.of(stored, len(numbers)), found, recomputed)
 
     def choose_budget(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice | None:
-        """What `budget="auto"` of `config` means for `prefix`; `None`: the budget is a number."""
+        """The choice for `prefix` if `config` has `budget="auto"`; `None` if the budget is a number."""
         if config.budget != "auto" or self._auto_budget is None:
             return None
         return self._auto_budget.choose(prefix)
 
     def faster_to_compute(self, prefix: AttachedPrefix, config: ContiguousKVConfig) -> BudgetChoice | None:
-        """Why a stored prefix should be computed again, where `budget="auto"` finds that faster than loading it."""
+        """Why a stored prefix should be computed again, if `budget="auto"` finds that faster than loading; else
+        `None`."""
         choice = self.choose_budget(prefix, config)
         return replace(choice, budget=1.0) if choice is not None and choice.recompute else None
 
     def recovery(self, ids: torch.Tensor, report: Callable[[AttachedPrefix, int], None]) -> Recovery:
-        """What a request on `ids`, int64 `(n,)`, does about damage. It does not keep the owner of `report` alive.
+        """How a request on `ids`, int64 `(n,)`, recovers from damage. It does not keep the owner of `report` alive.
 
         Args:
             ids: the whole prefix.
-            report: a bound method; called with the sound prefix, and how many of its tokens came from the store.
+            report: a bound method, called with the sound prefix and the number of its tokens that came from the store.
         """
         assert isinstance(report, MethodType)
         weak: weakref.WeakMethod[Callable[[AttachedPrefix, int], None]] = weakref.WeakMethod(report)

@@ -1,4 +1,4 @@
-"""Whether a prompt continues what a cache holds, and whether it begins with the prefix."""
+"""Checks whether a prompt continues the cached tokens, and whether it begins with the prefix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from .cached_sequence import CachedSequence
 from .forward_inputs import pads_before_prefix
 
 SEAM_TOKENS = 8
-"""A prompt that differs from the prefix in so many of its last tokens was probably tokenised across the seam."""
+"""A prompt that differs only in the prefix's last tokens, up to this many, was probably tokenised across the
+boundary."""
 
 
 def continues(held: CachedSequence, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether each row of `prompt`, int64 `(rows, n)`, provably begins with what the same row of the cache holds."""
+    """Whether each row of `prompt`, int64 `(rows, n)`, provably begins with the cached tokens of the same row."""
     before = held.prefix
     hidden = mask == 0 if mask is not None and mask.shape == prompt.shape else None
     if held.suffix_length > 0 or before is None:
@@ -25,7 +26,7 @@ def continues(held: CachedSequence, prompt: torch.Tensor, mask: torch.Tensor | N
 
 
 def check_rows(prefix: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Raise `InputError` if whole prompts `(rows, n)` do not begin with the prefix, behind their left padding."""
+    """Raise `InputError` if whole prompts `(rows, n)` do not begin with the prefix after their left padding."""
     for row, skip in zip(ids, _pads(ids, mask), strict=True):
         if prefix is not None:
             check_ids(prefix, row[skip:], partial=True)
@@ -34,7 +35,7 @@ def check_rows(prefix: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tenso
 def check_ids(prefix: torch.Tensor, input_ids: torch.Tensor, partial: bool) -> None:
     """Raise `InputError` if ids (`[n]`, or `[batch, n]`: each row) do not begin with the prefix, int64 `(tokens,)`.
 
-    With `partial`, ids shorter than the prefix need only agree as far as they go.
+    With `partial`, ids shorter than the prefix need only match its beginning.
     """
     rows = input_ids[None] if input_ids.ndim == 1 else input_ids
     for position, row in enumerate(rows.cpu()):
@@ -56,8 +57,8 @@ def check_ids(prefix: torch.Tensor, input_ids: torch.Tensor, partial: bool) -> N
 
 
 def check_embeddings(lm: Any, prefix: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Raise `InputError` if a prompt of embeddings `(rows, n, hidden)` does not begin with those of the prefix, int64
-    `(tokens,)`, as far as it goes."""
+    """Raise `InputError` if a prompt of embeddings `(rows, n, hidden)` does not begin with the embeddings of the
+    prefix, int64 `(tokens,)`. A shorter prompt need only match their beginning."""
     with torch.no_grad():
         expected = lm.get_input_embeddings()(prefix.to(embeddings.device))
     for position, (row, skip) in enumerate(zip(embeddings, _pads(embeddings, mask), strict=True)):
@@ -69,7 +70,7 @@ def check_embeddings(lm: Any, prefix: torch.Tensor, embeddings: torch.Tensor, ma
 
 
 def shortest_row(prompt: torch.Tensor, mask: torch.Tensor | None) -> int:
-    """Tokens of the shortest row of ids or embeddings, left padding not counted."""
+    """Tokens of the shortest row of ids or embeddings, without left padding."""
     return prompt.shape[1] - (0 if mask is None else int(pads_before_prefix(mask).max()))
 
 

@@ -1,4 +1,5 @@
-"""A prompt begins: keep of the cache what the prompt provably continues, and leave it as many tokens as it needs."""
+"""Prepares the cache for a new prompt: keeps the tokens that the prompt provably continues, and leaves enough to
+compute."""
 
 from __future__ import annotations
 
@@ -14,19 +15,19 @@ from .forward_inputs import cut_cached
 from .prompt_checks import check_embeddings, check_rows, continues, shortest_row
 
 FEWEST_VOTERS = 4
-"""A pruned prefix that leaves fewer tokens of the prompt to choose its chunks gives some of its own back."""
+"""If a pruned prefix leaves fewer tokens of the prompt to choose its chunks, it is shortened."""
 
 
 def voters_wanted(config: ContiguousKVConfig) -> int:
-    """How many tokens of a prompt should stay behind a pruned prefix, because their queries choose its chunks."""
+    """Number of prompt tokens that should follow a pruned prefix, because their queries choose its chunks."""
     return 1 if config.budget == 1.0 else config.selection.queries or config.chunk_size
 
 
 def begin_prompt(held: CachedSequence, call: GenerateCall) -> bool:
-    """A `generate` is about to use what the cache holds: keep what its prompt provably continues, and nothing else.
+    """Keep only the cached tokens that the prompt of a beginning `generate` provably continues.
 
     Returns:
-        whether the prompt starts over: the cache held another one.
+        whether the prompt starts over, because the cache held another prompt.
 
     Raises:
         InputError: the prompt does not begin with the prefix of the cache.
@@ -37,7 +38,7 @@ def begin_prompt(held: CachedSequence, call: GenerateCall) -> bool:
     prompt, mask, slot = call.whole_prompt, call.attention_mask, held.slot
     if call.embeddings is not None:
         if held.suffix_length > 0:
-            held.next_prompt()  # Nothing can be said about what embeddings continue.
+            held.next_prompt()  # Whether embeddings continue a suffix is unknown.
         if held.prefix is None:
             return False
         prompt = call.embeddings
@@ -57,18 +58,18 @@ def begin_prompt(held: CachedSequence, call: GenerateCall) -> bool:
         check_rows(held.prefix, prompt, mask)
     left, keep_back = shortest_row(prompt, mask), voters_wanted(slot.attached.request.plan.config)
     if held.suffix_length == 0 and left - slot.tokens < min(keep_back, FEWEST_VOTERS):
-        # Cut before `generate` cuts the prompt by what is cached.
+        # Shorten the prefix before `generate` cuts the cached tokens from the prompt.
         held.shorten_prefix(max(0, left - keep_back))
     return started_over
 
 
 def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: bool) -> None:
-    """A forward is passed the whole prompt although some of it is cached: keep what is new of it in `inputs`.
+    """Cut the cached tokens from a forward that was passed the whole prompt; at least one token stays in `inputs`.
 
-    At least one token is left. What is cached and is not the beginning of the prompt is forgotten first.
+    Cached tokens that are not the beginning of the prompt are dropped first.
 
     Raises:
-        InputError: logits of cached tokens are wanted, or the prompt is shorter than what is cached.
+        InputError: logits of cached tokens are wanted, or the prompt is shorter than the cached tokens.
     """
     ids, mask, needed = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -80,7 +81,7 @@ def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: b
         return
     if not generate_begins and (not isinstance(needed, int) or not 1 <= needed <= length):
         if held.automatic:
-            held.next_prompt()  # Logits of all tokens are wanted: all are computed.
+            held.next_prompt()  # Logits of all tokens are wanted, so compute all tokens.
             return
         raise InputError(
             f"{cached} of these {length} tokens are in the cache already, and have no logits: pass the new tokens "
@@ -96,10 +97,10 @@ def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: b
 
 
 def _leave(held: CachedSequence, length: int, needed: int) -> None:
-    """Give back the end of what is cached of a prompt of `length` tokens, so that `needed` are left to compute."""
+    """Remove the last cached tokens of a prompt of `length` tokens, so that `needed` are left to compute."""
     missing = needed - (length - held.length)
     if missing > 0 and held.suffix_length > 0 and any(held.slot.source.model.windows):
-        held.next_prompt()  # Windows do not remember what has left them.
+        held.next_prompt()  # A sliding window cannot restore tokens that have left it.
         missing = needed - (length - held.length)
     if missing > 0 and held.length > 0:
         held.give_back(missing)

@@ -1,4 +1,4 @@
-"""Positions of text tokens, where the model would shift them by what it remembers of an earlier image."""
+"""Positions of text tokens for models that would shift them by an offset remembered from an earlier image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .forward_inputs import foreign_inputs, text_positions
 
 
 class TextPositions:
-    """Gives the tokens of a text their own positions. It does nothing for models that shift none.
+    """Sets the plain positions of text tokens. Does nothing for models that shift no positions.
 
     Attributes:
-        text_so_far: whether everything behind the prefix is text.
+        text_so_far: whether everything after the prefix is text.
     """
 
     def __init__(self, model: ServedModel) -> None:
@@ -23,14 +23,14 @@ class TextPositions:
     def place(self, held: CachedSequence, inputs: dict[str, Any], in_generate: bool, started_over: bool) -> None:
         """Set the positions of a forward in `inputs`.
 
-        Positions that the user passes to a forward are left alone. `generate` computes them before it knows that its
-        prompt starts over: those of a text are counted here, and with media the model finds them itself.
+        Positions that the user passes to a forward are not changed. `generate` computes positions before it knows that
+        its prompt starts over. Positions of a text are therefore computed here; with media the model computes them.
 
         Args:
-            held: what is cached before the forward.
-            inputs: its arguments by name, changed in place.
-            in_generate: it is one of a `generate` call.
-            started_over: that call has found another prompt in the cache than its own.
+            held: the tokens cached before the forward.
+            inputs: the forward's arguments by name, changed in place.
+            in_generate: whether the forward belongs to a `generate` call.
+            started_over: whether that call found another prompt than its own in the cache.
         """
         if not self._model.shifts_positions:
             return
@@ -48,6 +48,6 @@ class TextPositions:
                 self._model.forget_shift()
 
     def forward_ended(self, in_generate: bool) -> None:
-        """Forget the shift of this forward: `generate` adds it to the next prompt, before it asks what is cached."""
+        """Clear the shift of this forward, because `generate` adds it to the next prompt before it asks the cache."""
         if self.text_so_far or in_generate:
             self._model.forget_shift()

@@ -1,4 +1,4 @@
-"""Says why automatic mode did nothing for a prompt: counted for the request and the store, logged once a process."""
+"""Records why automatic mode did nothing for a prompt: counted per request and store, logged once per process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _logged: set[str] = set()
 
 
 def note_unserved(slot: PrefixSlot, reason: str, *, stored: bool = False) -> None:
-    """Count `reason` in the request and the store of `slot`, and log it if it is the first of its kind in this process.
+    """Count `reason` in the request and the store of `slot`, and log its first occurrence in this process.
 
     Args:
-        slot: of the cache.
+        slot: the cache's slot.
         reason: what the caller did, in a few words.
-        stored: the prompt is stored all the same.
+        stored: whether the prompt is stored nevertheless.
     """
     passed_over = slot.stats.passed_over
     passed_over[reason] = passed_over.get(reason, 0) + 1

@@ -118,6 +118,16 @@ class Segment:
         return self.header.geometry
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model, all of which it has chunks of."""
+        return self.geometry.num_layers
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its bytes lie in memory."""
+        return bool(getattr(self.blob, "in_memory", False))
+
+    @property
     def key(self) -> str:
         """Chain hash of the last chunk, hex: the name of the segment."""
         return self.header.key
@@ -131,21 +141,6 @@ class Segment:
     def num_chunks(self) -> int:
         """Chunks in this segment, a partial last one included."""
         return self.header.num_chunks
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return self.header.geometry.num_layers
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether its blob lies in the memory of this process."""
-        return bool(getattr(self.blob, "in_memory", False))
-
-    @property
-    def needs_no_table(self) -> bool:
-        """Whether its bytes lie in memory already, or no later request will ask for them."""
-        return self.in_memory or self.retired
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +166,7 @@ class Segment:
         """
         return self._extents[form]
 
-    def extent_bytes(self, form: Form) -> int:
+    def extent_bytes(self, form: Form = "exact") -> int:
         """Bytes of one chunk of one layer in one form.
 
         Raises:

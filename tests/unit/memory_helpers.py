@@ -18,8 +18,8 @@ from hf_contiguouskv.memory.arena import Arena
 from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorBlocks
 from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, Floats, SegmentTable, Uses
-from hf_contiguouskv.memory.kept_segment import KeptSegment
 from hf_contiguouskv.memory.policies import EvictionPolicy
+from hf_contiguouskv.memory.segments import CachedSegment
 from hf_contiguouskv.memory.tier import Tier
 
 
@@ -211,7 +211,7 @@ def check_arena(arena: Arena) -> None:
 
 def fake_segment(
     key: str, chunks: int = 16, layers: int = 1, extent_bytes: int = PAGE, in_memory: bool = False
-) -> KeptSegment:
+) -> CachedSegment:
     """What `MemoryTiers.table` asks of a segment."""
     found = SimpleNamespace(
         key=key,
@@ -219,10 +219,11 @@ def fake_segment(
         identity=(1, 2),
         num_layers=layers,
         num_chunks=chunks,
-        needs_no_table=in_memory,
+        in_memory=in_memory,
         extent_bytes=lambda form: extent_bytes,
+        retired=False,
     )
-    return cast(KeptSegment, found)
+    return cast(CachedSegment, found)
 
 
 def pageable(slot_bytes: int, max_bytes: int) -> Blocks:
