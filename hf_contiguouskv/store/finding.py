@@ -64,7 +64,7 @@ class _Prompt:
     geometry: KVGeometry | None
 
     def fits(self, segment: Segment) -> bool:
-        """Whether its KV has the shape and dtype that the model's has (whoever wrote the segment may lie)."""
+        """Whether its KV has the shape and dtype that the model's has (its writer may have lied)."""
         return self.geometry is None or self.geometry.same_kv(segment.geometry)
 
     def is_contradicted_by(self, segment: Segment) -> bool:
@@ -239,7 +239,7 @@ class Finder:
     def discard(self, segment: Segment, reason: str) -> None:
         """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside.
 
-        Segments that continue it stay, and are found again once its chunks have been stored anew.
+        Segments that continue it stay, and are found again once its chunks have been stored again.
         """
         logger.warning("%s is taken out of service: %s", segment.name, reason)
         self._take_out(segment.key, segment.identity)
@@ -255,7 +255,7 @@ class Finder:
             logger.warning("segment %s could not be taken out of service: %s", key, error)
 
     def _drop_if_gone(self, db: sqlite3.Connection, key: str) -> None:
-        # Asked inside the transaction: somebody may be storing it anew.
+        # Asked inside the transaction: another process may be storing it again.
         if self._backend.identity(key) is None:
             drop_segment(db, key)
 

@@ -210,7 +210,7 @@ def _is_wrong(
 def _repair_rows(
     db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str], suspects: list[str]
 ) -> list[str]:
-    """Write anew what the index says wrongly of these segments, if it still does; the keys of those."""
+    """Rewrite the rows of these segments that are still wrong; the keys of those that were."""
     repaired = []
     for key in suspects:
         row = segment_by_key(db, key)

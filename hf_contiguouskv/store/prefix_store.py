@@ -292,7 +292,7 @@ class PrefixStore(Upkeep):
     def discard(self, segment: Segment, reason: str) -> None:
         """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside until `gc`.
 
-        Segments that continue it stay, and are found again once its chunks have been stored anew. Never fails.
+        Segments that continue it stay, and are found again once its chunks have been stored again. Never fails.
         """
         self.inner.finder.discard(segment, reason)
 
@@ -329,7 +329,7 @@ class PrefixStore(Upkeep):
         first_chunk: int = 0,
         before: StoredPrefix | None = None,
     ) -> SegmentWriter:
-        """As `begin_segment`, for what could not be stored: nobody but the caller finds it, and it goes with them."""
+        """As `begin_segment`, for what could not be stored: it is in memory, and only the caller finds it."""
         return self.inner.publisher.begin_in_memory(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
 
     def write_failed(self, error: Exception) -> None:

@@ -86,7 +86,7 @@ class Publisher:
         first_chunk: int,
         before: StoredPrefix | None = None,
     ) -> SegmentWriter:
-        """See `PrefixStore.begin_segment`."""
+        """Start storing a segment, as `PrefixStore.begin_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
         if header.parent and self._index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
@@ -107,7 +107,7 @@ class Publisher:
         first_chunk: int,
         before: StoredPrefix | None,
     ) -> SegmentWriter:
-        """See `PrefixStore.begin_memory_segment`."""
+        """Start a segment that only the caller finds, as `PrefixStore.begin_memory_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
         memory = MemoryBackend()
 
@@ -120,7 +120,7 @@ class Publisher:
     def _published(
         self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None, segment: Segment | None
     ) -> StoredPrefix:
-        """The prefix that ends with the segment that was just published, by us or by somebody else."""
+        """The prefix that ends with the segment that was just published, by this process or another."""
         # A chain of thousands (a long conversation) is not proved again for each segment that it grows by.
         if segment is not None and segment.first_chunk == 0:
             return _continued(None, segment, len(ids))
@@ -168,7 +168,7 @@ class Publisher:
             if not in_place and self._room.is_there(db, header.key, existing):
                 there = self.stored_twin(db, header, ids)
                 if there is not None:
-                    # Whoever computed it again uses it: without this, what has expired would never be found again.
+                    # Computing it again is a use of it: without this, what has expired would never be found again.
                     mark_used(db, [(1, time.time(), key) for key in _chain_keys(db, header)])
                     return False, there
                 existing = segment_by_key(db, header.key)

@@ -47,7 +47,7 @@ class Segment:
         header: its header, checked.
         checksum: the checksum of some bytes, as this segment's are made.
         numbers: where its floating-point numbers lie.
-        retired: it was removed from its store, and stays open only for those who use it.
+        retired: it was removed from its store, and lives only as long as it is in use.
 
     Raises:
         SegmentCorruptError, StoreFormatError: see `format.read_header`.

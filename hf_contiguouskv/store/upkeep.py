@@ -62,7 +62,7 @@ class Upkeep:
             self.backend.collect()
             maintenance.reconcile_on_opening(self.inner.parts)
             if not self.inner.room.is_within_bound():
-                # Somebody else may be writing, and deleting takes long: opening waits for neither.
+                # Another process may be writing, and deleting takes long: opening waits for neither.
                 self._background.submit(self._evict_excess)
         except (StoreError, OSError) as error:
             logger.warning("%s could not be cleaned up: %s", self.path, error)
@@ -168,7 +168,7 @@ class Upkeep:
             what is wrong; empty when all is well. Nothing is changed, except that a damaged index is rebuilt.
         """
         self.inner.require_open()
-        # First, for whoever reads a damaged index repairs it.
+        # First, because the next read of a damaged index repairs it.
         texts = [] if key else self.inner.index.inspect()
         if texts and not self.inner.tenant.is_operator:  # (They name segments of others.)
             texts = ["is or was damaged; `verify` of the store without a salt tells where"]

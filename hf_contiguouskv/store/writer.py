@@ -167,7 +167,7 @@ class SegmentWriter:
             layer: one of the geometry's `indexed_layers`.
             index: int8 `[kv_heads, c, chunks, head_dim]` of all chunks of the segment, on the CPU.
             scale: float32 `[kv_heads, head_dim]`, on the CPU.
-            ready: see `write_chunks`.
+            ready: called on the writer thread before it looks at these tensors; returns once they are there.
 
         Raises:
             InputError: wrong layer, shape, dtype or device.
@@ -197,8 +197,8 @@ class SegmentWriter:
             compute_s: how long the model took to compute it, seconds: what losing it would cost. 0 is unknown.
 
         Returns:
-            the whole prefix that ends with this segment. If somebody else has published the same one meanwhile,
-            theirs is kept and returned.
+            the whole prefix that ends with this segment. If another writer has published the same one meanwhile,
+            that one is kept and returned.
 
         Raises:
             StoreFullError: it does not fit in `max_disk_bytes`, or the disk is full.
@@ -222,7 +222,7 @@ class SegmentWriter:
             self.abort()
             raise
         self._finalizer.detach()
-        self._output.blob.discard()  # Closes it; where somebody else was faster, theirs stays.
+        self._output.blob.discard()  # Closes it; where another writer was faster, its blob stays.
         return stored
 
     def abort(self) -> None:
