@@ -1,4 +1,4 @@
-"""`python -m eval.ablation run|report`: what each idea about selection and precision is worth."""
+"""`python -m eval.ablation run|report`: the value of each idea about selection and precision."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ TASKS = ("needle", "sst2", "subj", "trec", "rte")
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Argument(help="File of rows, JSON Lines; added to.")],
-    sets: Annotated[list[str], typer.Option("--set", help=f"Of {', '.join(SETS)}; may be repeated.")],
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="May be repeated; default: five.")] = None,
-    requests: Annotated[int, typer.Option(help="Of each task.")] = 24,
+    out: Annotated[Path, typer.Argument(help="JSON Lines file to which rows are appended.")],
+    sets: Annotated[list[str], typer.Option("--set", help=f"One of {', '.join(SETS)}; may be repeated.")],
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="May be repeated; default: five tasks.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests of each task.")] = 24,
     share: Annotated[
-        float | None, typer.Option(help="Of the chunks, instead of what the set says (not in sets of shares).")
+        float | None, typer.Option(help="Share of the chunks, instead of the set's own (not for sets of shares).")
     ] = None,
     model_name: Annotated[str | None, typer.Option("--model", help="Name or folder; default: SmolLM2-135M.")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Local data; default: $CONTIGUOUSKV_DATA, else the Hub.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the requests and the examples before them.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the requests and of the examples before them.")] = 0,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Answer requests in every variant of some sets."""
+    """Answer requests in every variant of the chosen sets."""
     for name in sets:
         if name not in SETS:
             raise typer.BadParameter(f"must be of {', '.join(SETS)}, got {name!r}", param_hint="--set")
@@ -83,7 +83,7 @@ def run(
 def report(
     rows: Annotated[list[Path], typer.Argument(help="Files of rows.")],
 ) -> None:
-    """Print the tables of some rows, as Markdown."""
+    """Print tables of the rows as Markdown."""
     print(as_markdown(rows))
 
 

@@ -1,4 +1,4 @@
-"""How good one request is answered in one variant."""
+"""How well a variant answers one request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .variants import FULL, Variant
 class VariantJudge:
     """Judges one request in variants of selection.
 
-    A choice is right if the right label is the most likely one; a generated answer, if each of its tokens is the most
-    likely one after those before it, which is what greedy decoding would have written.
+    A choice is right if the right label is the most likely one. A generated answer is right if each of its tokens is
+    the most likely one after the tokens before it, as in greedy decoding.
     """
 
     def __init__(self, simulation: Simulation, tokenizer: Any, request: Request) -> None:
@@ -32,7 +32,7 @@ class VariantJudge:
         self._reference = self._logits(FULL)
 
     def _logits(self, variant: Variant) -> torch.Tensor:
-        # What is behind the last token of a row tells nothing.
+        # The logits after the last token of a row are not needed.
         return self._simulation.logits(variant, self._suffix, self._rows[:, :-1])
 
     def judge(self, variant: Variant) -> dict[str, float]:

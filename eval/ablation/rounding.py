@@ -1,4 +1,4 @@
-"""What numbers become when they are stored in few bits."""
+"""Rounds numbers as if they were stored in few bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def round_values(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Values `(..., head_dim)` in `bits` bits: per token, `group` channels share a minimum and a scale."""
+    """Values `(..., head_dim)` rounded to `bits` bits: per token, `group` channels share a minimum and a scale."""
     if bits == 16:
         return values
     grouped = values.float().unflatten(-1, (-1, min(group, values.shape[-1])))
@@ -14,9 +14,9 @@ def round_values(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 
 def round_keys(keys: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Keys `(..., tokens, head_dim)` in `bits` bits, per channel.
+    """Keys `(..., tokens, head_dim)` rounded to `bits` bits per channel.
 
-    In 8 bits as the key index has them: all tokens share a scale. In fewer, `group` tokens share a minimum and a scale.
+    With 8 bits, all tokens share a scale, as in the key index. With fewer, `group` tokens share a minimum and a scale.
     """
     if bits == 16:
         return keys
@@ -31,7 +31,7 @@ def round_keys(keys: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 
 def _between_ends(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    # In bfloat16, as packed values have them.
+    # Minimum and scale are bfloat16, as in packed values.
     steps = 2**bits - 1
     low = numbers.amin(dim, keepdim=True).bfloat16().float()
     scale = ((numbers.amax(dim, keepdim=True) - low) / steps).bfloat16().float().clamp_min(1e-30)

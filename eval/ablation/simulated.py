@@ -1,4 +1,4 @@
-"""A model whose attention sees of a computed prefix what a variant would have selected."""
+"""A model whose attention sees only those chunks of a computed prefix that a variant would have selected."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _NAME = "contiguouskv_ablation"
 
 
 class Simulation:
-    """Answers with one prefix, in any variant. A context manager: the model's attention is replaced meanwhile.
+    """Answers with one prefix, in any variant. A context manager that replaces the model's attention.
 
     Args:
-        model: a decoder whose layers all attend to everything.
-        prefix_ids: int64 `(n,)`, computed at once.
+        model: a decoder with full attention in all layers.
+        prefix_ids: int64 `(n,)`; its K/V are computed at once.
     """
 
     def __init__(self, model: Any, prefix_ids: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ class Simulation:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(input_ids=prefix_ids[None], logits_to_keep=1, **{cache_argument(model): cache})
-        # float32 `(kv_heads, tokens, head_dim)` per layer would be as good; it is the model's dtype that is stored.
+        # `(kv_heads, tokens, head_dim)` per layer, in the model's dtype, because that dtype is stored.
         self._kv = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
         self._tokens = len(prefix_ids)
         self._scorers: dict[tuple[str, float, int, int], Any] = {}
@@ -51,12 +51,12 @@ class Simulation:
         self._kept = torch.zeros(0, dtype=torch.int64)
 
     def logits(self, variant: Variant, suffix: torch.Tensor, continuations: torch.Tensor) -> torch.Tensor:
-        """Logits behind every token of the suffix and of each continuation.
+        """Logits after every token of the suffix and of each continuation.
 
         Args:
-            variant: what attention sees.
-            suffix: int64 `(q,)`; its last tokens choose.
-            continuations: int64 `(rows, a)`, each behind the suffix (`a` may be 0).
+            variant: decides what attention sees.
+            suffix: int64 `(q,)`; its last tokens choose the chunks.
+            continuations: int64 `(rows, a)`, each after the suffix (`a` may be 0).
 
         Returns:
             float32 `(rows, q + a, vocabulary)`.
@@ -70,7 +70,7 @@ class Simulation:
         return logits
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Any:
-        """The attention of one layer: over the selected part of the prefix, and what has been passed."""
+        """The attention of one layer, over the selected part of the prefix and the passed K/V."""
         if layer % self._variant.period == 0:
             self._kept = self._select(layer, query[:1, :, : self._suffix], key[:1, :, : self._suffix], scaling)
         keys, values = (states[None, :, self._kept] for states in self._stored(layer))

@@ -1,4 +1,4 @@
-"""Rows of variants as tables."""
+"""Tables of variants, from rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-# Of rows that do not say it, which earlier versions wrote.
+# The dtype of rows without one, which earlier versions wrote.
 _EARLIER_DTYPE = "bfloat16"
 NEEDLES = ("needle", "needle_multikey")
 
 
 def dtypes_of(file: Path) -> set[str]:
-    """Names of the dtypes that the rows of a file were computed in; none, where there is no file."""
+    """Names of the dtypes of a file's rows; empty if there is no file."""
     if not file.exists():
         return set()
     rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
@@ -22,9 +22,9 @@ def dtypes_of(file: Path) -> set[str]:
 
 
 def as_markdown(files: Sequence[Path]) -> str:
-    """One table per set: per task, points of score from the full cache, and the mean divergence from it.
+    """One table per set: per task, the difference in points of score from the full cache, and the mean divergence.
 
-    Rows of several seeds, in one file or in several, count together.
+    Rows of several seeds, in one file or several, count together.
 
     Raises:
         ValueError: a request was answered twice in one variant, or models ran in different dtypes.
@@ -33,7 +33,7 @@ def as_markdown(files: Sequence[Path]) -> str:
     if len(dtypes) > 1:
         raise ValueError(f"rows in {' and '.join(sorted(dtypes))} cannot be compared; make a table of each")
     rows = pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
-    # Rows of earlier versions do not say it.
+    # Rows of earlier versions have no seed.
     rows["seed"] = rows.seed.fillna(0) if "seed" in rows else 0
     request = ["task", "seed", "number"]
     full = rows[rows.set == "full"].drop_duplicates(request).set_index(request).score

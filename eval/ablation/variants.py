@@ -1,4 +1,4 @@
-"""What can be varied, and the variants that docs/research.md reports."""
+"""The parameters that can be varied, and the variants that docs/research.md reports."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to choose chunks of 16 tokens, and to keep them.
+    """One way to choose and store chunks of 16 tokens.
 
     Attributes:
-        name: in tables.
-        share: of the chunks that attention sees in each layer; 1.0 is all.
+        name: name in tables.
+        share: share of the chunks that attention sees in each layer; 1.0 for all.
         rule: `"strongest"`: a chunk's best logit, softmax over chunks; `"mass"`: attention mass of its tokens.
         power: exponent on a chunk's share per head and query.
-        voters: how many of the suffix queries vote; `None` is all.
-        recent: how many of the voters are the last queries; the others are spread evenly over what is before them.
-        period: layers that share the selection of their first.
-        index_bits: of the keys that are scored: 16 (exact), 8 or 4.
-        key_bits, value_bits: of the keys and values that attention sees: 16 (exact), 8, 4 or 2.
-        key_group: tokens that share a scale and a minimum, per channel (not for 8 bits: all tokens share a scale).
+        voters: number of suffix queries that vote; `None` for all.
+        recent: number of voters that are the last queries; the others are spread evenly over the earlier queries.
+        period: number of layers that share the selection of the first of them.
+        index_bits: bits of the scored keys: 16 (exact), 8 or 4.
+        key_bits, value_bits: bits of the keys and values that attention sees: 16 (exact), 8, 4 or 2.
+        key_group: tokens that share a scale and a minimum, per channel (with 8 bits, all tokens share a scale).
         value_group: channels that share a scale and a minimum, per token.
-        ends: chunks at the beginning, and at the end, that are always kept.
+        ends: number of chunks that are always kept at the beginning, and at the end.
     """
 
     name: str
@@ -107,7 +107,7 @@ SETS: dict[str, list[Variant]] = {
         )
         for share in shares
     ],
-    # Both methods at the shares that docs/results compares, and with the voters of before.
+    # Both methods at the shares that docs/results compares, and with the earlier choice of voters.
     "beside": [
         *(at(PUBLISHED, share) for share in (0.05, 0.10, 0.25)),
         *(at(_of_packed("ours"), share) for share in (0.20, 0.25, 0.35, 0.60)),

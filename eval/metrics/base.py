@@ -1,4 +1,4 @@
-"""What the metric modules share: a mean over requests of a score between 0 and 1."""
+"""Base classes of the metric modules: means over requests, or over positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class MeanScore(evaluate.Metric):
-    """The mean of `score` over all pairs of a prediction (text) and its answers (one or several texts)."""
+    """The mean of `score` over pairs of a prediction (a text) and its right answers (texts)."""
 
     score: Callable[[str, Sequence[str]], float]
 
@@ -34,7 +34,7 @@ class MeanScore(evaluate.Metric):
 
 
 class MeanOfLogits(evaluate.Metric):
-    """The mean over all positions of what `of_positions` says of two tables of logits, `(positions, vocabulary)`."""
+    """The mean of `of_positions` over all positions of two tables of logits, `(positions, vocabulary)`."""
 
     of_positions: Callable[[Any, Any], Any]
 

@@ -1,4 +1,4 @@
-"""What runs measured, as a report for people."""
+"""Turns the results of runs into a report for people."""
 
 from __future__ import annotations
 

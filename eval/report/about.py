@@ -1,4 +1,4 @@
-"""What was run, as Markdown."""
+"""The description of the runs, as Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .rows import Results, Run
 
 
 def warnings(results: Results) -> list[str]:
-    """What a reader must know before any figure."""
+    """Warnings that a reader must see before any figure."""
     found = []
     processes = int(results.table["processes"].max())
     if processes > 1:
@@ -43,7 +43,7 @@ def warnings(results: Results) -> list[str]:
 
 
 def what_was_run(results: Results) -> str:
-    """The first section."""
+    """The first section: what was run."""
     parts = [f"> {warning}" for warning in warnings(results)]
     parts += [_of_run(run, len(results.table[results.table["run"] == place])) for place, run in enumerate(results.runs)]
     alone = results.alone
@@ -73,7 +73,7 @@ def _facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     model = ", ".join(str(config[name]) for name in ("model", "source", "dtype") if config.get(name))
     requests = f"{config['requests']} of each task" if config.get("tasks") and config.get("requests") else ""
     if requests and config.get("timed_requests", config["requests"]) < config["requests"]:
-        requests += f"; {config['timed_requests']} of them also in systems that are made for their time alone"
+        requests += f"; {config['timed_requests']} of them also in systems that are measured only for time"
     streams = listed([str(stream) for stream in config.get("streams") or []])
     if streams:
         streams += (

@@ -1,4 +1,4 @@
-"""Numbers as text, and Markdown tables of them."""
+"""Formats numbers as text and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .names import OURS, Setting, label
 
 
 def shown(interval: Interval | None, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
-    """A figure with its interval, "1.32 (1.28 - 1.36)"; without one if there is none; nothing if it is not known."""
+    """A figure with its interval, if it has one: "1.32 (1.28 - 1.36)"; "" if it is unknown."""
     if interval is None or math.isnan(interval[0]):
         return ""
     kind = "+" if sign else ""
-    # A difference that rounds to nothing has no sign.
+    # A difference that rounds to zero has no sign.
     value, low, high = (f"{round(one * scale, digits) + 0.0:{kind}.{digits}f}" for one in interval)
     return (
         value if math.isnan(interval[1]) else f"{value} ({low} - {high})" if not sign else f"{value} ({low} to {high})"
@@ -23,12 +23,12 @@ def shown(interval: Interval | None, scale: float = 1.0, digits: int = 2, sign: 
 
 
 def number(value: float | None, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
-    """A figure; nothing if it is not known."""
+    """A figure; "" if it is unknown."""
     return "" if value is None or math.isnan(value) else f"{value * scale:,.{digits}f}{unit}"
 
 
 def milliseconds(spread: Spread | None) -> str:
-    """Median and quartiles of seconds, "210 (190 - 240)"."""
+    """Median and quartiles of seconds, in milliseconds: "210 (190 - 240)"."""
     if spread is None:
         return ""
     digits = 1 if spread.median < 0.1 else 0
@@ -37,7 +37,7 @@ def milliseconds(spread: Spread | None) -> str:
 
 
 def share(value: float) -> str:
-    """A budget as a percentage with no more digits than it needs."""
+    """A budget as a percentage, without superfluous digits."""
     return f"{value * 100:.4g}%"
 
 
@@ -48,22 +48,22 @@ def named(setting: Setting) -> list[str]:
 
 
 def quoted(text: object, characters: int = 24) -> str:
-    """The beginning of what a model said, as code in one line; nothing if it said nothing that is known."""
+    """The beginning of a model's answer, as code on one line; "" if the answer is unknown."""
     if not isinstance(text, str):
         return ""
-    # Neither can stand in code in a table.
+    # Code in a table cannot contain either character.
     line = " ".join(text.replace("`", "'").replace("|", "¦").split())
     return f"`{line[:characters].rstrip()}…`" if len(line) > characters else f"`{line or ' '}`"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
-    """Markdown; all columns but the first `words` are numbers and stand to the right."""
+    """A Markdown table; all columns after the first `words` are numbers and right-aligned."""
     lines = [head, ["---" if place < words else "---:" for place in range(len(head))], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
 def columns_used(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The same without columns that are empty in every row."""
+    """Head and rows without columns that are empty in every row."""
     kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
     return [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
 

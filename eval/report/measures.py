@@ -1,4 +1,4 @@
-"""The figures of a report, from its rows. Functions give `None` where rows do not say."""
+"""The figures of a report, from its rows. Functions return `None` if the rows do not have the data."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..timing import Spread, median_spread
 from .names import EXACT, Setting, ordered
 from .rows import PAIR, REQUEST, Table
 
-# What makes one value of the two of a pair.
+# Combines the two values of a pair into one.
 Combine = Callable[[Any, Any], Any]
 
 
 def settings(rows: Table) -> list[Setting]:
-    """Systems and budgets that occur."""
+    """Systems and budgets that occur in the rows."""
     return ordered(zip(rows["system"], rows["budget"], strict=True))
 
 
 def tasks(rows: Table) -> list[str]:
-    """Tasks that occur, in the order of the rows."""
+    """Tasks that occur in the rows, in their order."""
     return list(dict.fromkeys(rows["task"]))
 
 
@@ -35,7 +35,7 @@ def of(rows: Table, setting: Setting, task: str | None = None) -> Table:
 
 
 def setting_of(rows: Table, system: str, budget: float = 1.0) -> Setting | None:
-    """A system as it is compared at a budget: systems that are exact always serve the whole prefix."""
+    """A system's setting at a budget; exact systems always serve the whole prefix. `None` if it has no rows."""
     wanted = (system, 1.0 if system in EXACT else budget)
     return wanted if len(of(rows, wanted)) else None
 
@@ -47,27 +47,28 @@ def spread(rows: Table, setting: Setting, task: str | None = None) -> Spread | N
 
 
 def percentile(rows: Table, setting: Setting, share: float) -> Interval | None:
-    """Percentile of the time to the first token, seconds; `None` where rows are too few for one to lie beyond it."""
+    """Percentile of the time to the first token in seconds; `None` if there are too few rows for one to lie beyond
+    it."""
     times = of(rows, setting)["ttft_s"].to_numpy()
     return quantile_interval(times, share) if len(times) * (1 - share) >= 1 - 1e-9 else None
 
 
 def mean_time(rows: Table, setting: Setting) -> Interval | None:
-    """Mean time to the first token, seconds, over all rows."""
+    """Mean time to the first token in seconds, over all rows."""
     times = of(rows, setting)["ttft_s"].to_numpy()
     return mean_interval(times) if len(times) else None
 
 
 def per_request(rows: Table, field: str) -> Table:
-    """One value for each request and its task: repetitions of a request, in several runs say, are averaged.
+    """One value per request and task. Repetitions of a request, for example in several runs, are averaged.
 
-    They are not new requests, so intervals must not draw them as such.
+    Repetitions are not new requests, so intervals must not draw them separately.
     """
     return rows[rows[field].notna()].groupby(REQUEST, sort=False)[field].mean().reset_index()
 
 
 def paired(rows: Table, mine: Setting, other: Setting, field: str, combine: Combine, task: str | None = None) -> Table:
-    """One `value` for each request that two systems answered in the same run: `combine(mine, other)` of a field."""
+    """`value`, which is `combine(mine, other)` of a field, per request that two systems answered in the same run."""
     both = of(rows, mine, task)[[*PAIR, "identity", field]].merge(
         of(rows, other, task)[[*PAIR, field]], on=PAIR, suffixes=("", " other")
     )
@@ -90,25 +91,25 @@ def same_requests(rows: Table) -> bool:
 
 
 def ratio(rows: Table, mine: Setting, other: Setting, task: str | None = None) -> Interval | None:
-    """Time to the first token over another system's: geometric mean of the requests' ratios."""
+    """Time to the first token divided by another system's: geometric mean of the requests' ratios."""
     found = paired(rows, mine, other, "ttft_s", lambda a, b: np.log(a / b), task)["value"]
     return geometric_mean(np.exp(found.to_numpy())) if len(found) else None
 
 
 def mean_of(rows: Table, setting: Setting, field: str, task: str | None = None) -> Interval | None:
-    """Mean of a field over a task's requests; over tasks: the mean of their means."""
+    """Mean of a field over a task's requests; for several tasks, the mean of their means."""
     found = per_request(of(rows, setting, task), field)
     return mean_of_groups(found[field].to_numpy(), found["task"].tolist()) if len(found) else None
 
 
 def difference(rows: Table, mine: Setting, other: Setting, task: str | None = None) -> Interval | None:
-    """Score less another system's, request by request; over tasks: the mean of their means."""
+    """Score minus another system's, request by request; for several tasks, the mean of their means."""
     found = paired(rows, mine, other, "score", lambda a, b: a - b, task)
     return mean_of_groups(found["value"].to_numpy(), found["task"].tolist()) if len(found) else None
 
 
 def perplexity(rows: Table, setting: Setting, task: str | None = None) -> float | None:
-    """Geometric mean over requests (tasks, if several): what the mean loss says."""
+    """Geometric mean over requests (over tasks, if there are several), from the mean loss."""
     found = of(rows, setting, task).copy()
     found["loss"] = np.log(found["perplexity"])
     loss = mean_of(found, setting, "loss", task)
@@ -120,13 +121,13 @@ class Volume:
     """Mean bytes of a request.
 
     Attributes:
-        read: from storage.
-        used: that attention used.
-        identified: of those read, to choose chunks.
-        wasted: of those read, ahead and for nothing.
-        share: read, of the prefix (mean of the requests' shares); NaN where the prefix's bytes are not known.
-        amplification: all that was read / all that was used.
-        payload: without what was identified and wasted.
+        read: bytes read from storage.
+        used: bytes that attention used.
+        identified: bytes read to choose chunks; part of `read`.
+        wasted: bytes read ahead and not used; part of `read`.
+        share: bytes read as a share of the prefix (mean over requests); NaN if the prefix's bytes are unknown.
+        amplification: bytes read / bytes used.
+        payload: the same without `identified` and `wasted`.
     """
 
     read: float
@@ -139,7 +140,7 @@ class Volume:
 
 
 def volume(rows: Table, setting: Setting) -> Volume | None:
-    """What a system read; `None` if it read nothing."""
+    """Mean bytes of a system's requests; `None` if it read nothing."""
     mine = of(rows, setting)
     mine = mine[mine["bytes_read"].notna()]
     if not mine["bytes_read"].sum():
@@ -161,7 +162,7 @@ def phases(rows: Table, setting: Setting) -> dict[str, float]:
 
 
 def waiting(rows: Table, setting: Setting) -> float | None:
-    """Share of the time to the first token in which a system waited for reads."""
+    """Share of the time to the first token that a system waited for reads."""
     found = phases(rows, setting)
     whole = sum(found.values())
     return found["wait"] / whole if "wait" in found and whole > 0 else None
@@ -175,6 +176,6 @@ def hit_rate(rows: Table, setting: Setting) -> float | None:
 
 
 def values(rows: Table, setting: Setting, field: str) -> Values:
-    """A field of a system's rows, float64 `(n,)`, without those that lack it."""
+    """A field of a system's rows, float64 `(n,)`, without rows that lack it."""
     found: Values = of(rows, setting)[field].dropna().to_numpy()
     return found

@@ -1,4 +1,4 @@
-"""What systems are called in a report, in which order they stand, and their colours."""
+"""Names, order and colours of systems in a report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..systems import SYSTEMS
 
-# A system at a budget: what every table has a row for.
+# A system at a budget: tables have one row for each.
 Setting = tuple[str, float]
 
 IN_MEMORY = "in_memory"
@@ -61,24 +61,24 @@ _MARKERS = {
     "contiguouskv_paper": "h",
     "contiguouskv_exact": "d",
 }
-# Systems that attend to the whole prefix, whatever budget others have.
+# Systems that attend to the whole prefix at any budget.
 EXACT = tuple(name for name, kind in SYSTEMS.items() if kind.exact)
 
 
 def answering(setting: Setting) -> Setting:
-    """Whose answers are those of a system: mostly its own, see `SystemKind.answers_as`."""
+    """The setting whose answers a system gives: mostly itself (see `SystemKind.answers_as`)."""
     system, budget = setting
     known = SYSTEMS.get(system)
     return (known.answers_as if known is not None and known.answers_as else system), budget
 
 
 def label(system: str) -> str:
-    """A system's name for readers; its own where we know no better."""
+    """A system's name for readers; its own name if there is no other."""
     return _LABELS.get(system, system)
 
 
 def colour(system: str, systems: Iterable[str]) -> str:
-    """A system's colour; strangers take turns with the spare ones, in the order of their names among `systems`."""
+    """A system's colour; unknown systems get the spare colours, in the order of their names among `systems`."""
     if system in _COLOURS:
         return _COLOURS[system]
     strangers = sorted(set(systems) - set(_COLOURS))
@@ -86,12 +86,12 @@ def colour(system: str, systems: Iterable[str]) -> str:
 
 
 def marker(system: str) -> str:
-    """A system's marker in pictures, for readers who do not tell the colours apart."""
+    """A system's marker in pictures, for readers who cannot distinguish the colours."""
     return _MARKERS.get(system, "o")
 
 
 def ordered(settings: Iterable[Setting]) -> list[Setting]:
-    """By budget, the whole prefix first; within a budget as systems are listed here, strangers last."""
+    """Settings by budget, the whole prefix first; within a budget in the order listed here, unknown systems last."""
     places = {name: place for place, name in enumerate(_LABELS)}
 
     def place(setting: Setting) -> tuple[float, int, str]:

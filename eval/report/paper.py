@@ -1,4 +1,4 @@
-"""Our figures beside those of the paper (arXiv 2601.13631), and what our rows say about the distance."""
+"""Our figures beside those of the paper (arXiv 2601.13631), and what our rows show about the difference."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .names import ATTENTIONSTORE, IN_MEMORY, OURS, PAPER, Setting, label
 from .rows import Results, Table
 
 BUDGET = 0.05
-# Time to the first token of these systems over the paper's own, at that budget.
+# Time to the first token of these systems divided by that of the paper's own system, at that budget.
 SPEED_UPS = {ATTENTIONSTORE: 6.16, "attentionstore_h2o": 5.83, "impress": 3.85}
-# Its tasks.
+# The paper's tasks.
 TASKS = ("sst2", "subj", "trec", "rte")
-# Points of accuracy that the paper loses at most.
+# Maximum loss of accuracy in the paper, in points.
 ACCURACY_LOSS = 2.94
 BASELINES = (
     ATTENTIONSTORE,
@@ -34,11 +34,11 @@ class SpeedUp:
     """How many times faster one of our systems is than a baseline at the same budget.
 
     Attributes:
-        baseline: what it is compared with.
-        ours: the system, with its budget.
-        measured: the baseline's time over its own, geometric mean over requests, with interval.
-        requests: how many.
-        paper: what the paper says; `None` if it has no such comparison.
+        baseline: the system that it is compared with.
+        ours: our system, with its budget.
+        measured: the baseline's time divided by ours, geometric mean over requests, with interval.
+        requests: number of requests.
+        paper: the paper's figure; `None` if the paper has no such comparison.
     """
 
     baseline: str
@@ -54,7 +54,7 @@ class SpeedUp:
 
 
 def compared(measured: Interval, paper: float, above: str = "above", below: str = "below") -> str:
-    """On which side of the paper's figure the whole interval lies."""
+    """The side of the paper's figure on which the whole interval lies."""
     value, low, high = measured
     if math.isnan(low):
         return f"{above if value > paper else below} (no interval)"
@@ -62,7 +62,7 @@ def compared(measured: Interval, paper: float, above: str = "above", below: str 
 
 
 def speed_ups(rows: Table) -> list[SpeedUp]:
-    """All comparisons that the timed rows allow, over the paper's own tasks if there are any."""
+    """All comparisons that the timed rows allow, over the paper's tasks if there are any."""
     own = rows[rows["task"].isin(TASKS)]
     rows = own if len(own) else rows
     found = []
@@ -79,7 +79,8 @@ def speed_ups(rows: Table) -> list[SpeedUp]:
 
 
 def losses(results: Results) -> list[tuple[Setting, str, Interval]]:
-    """Points of score lost against in memory: of tasks that are judged by accuracy, and of all, if those differ."""
+    """Points of score lost against in memory: over tasks judged by accuracy and, if there are others, over all
+    tasks."""
     rows = results.judged
     metrics = results.metrics
     accuracy = [task for task in measures.tasks(rows) if metrics.get(task) == "accuracy"]
@@ -157,7 +158,7 @@ def _loss_table(found: list[tuple[Setting, str, Interval]]) -> str:
 
 
 def _why(rows: Table) -> list[str]:
-    """What the phases say; nothing that they do not say."""
+    """Explanations that the phases support."""
     budgets = [budget for system, budget in measures.settings(rows) if system in (PAPER, OURS)]
     budget = min(budgets, key=lambda one: abs(one - BUDGET))
     chosen = [measures.setting_of(rows, name, budget) for name in (*BASELINES, PAPER, OURS)]
@@ -184,11 +185,11 @@ def _why(rows: Table) -> list[str]:
 
 
 def _ceiling(rows: Table, base: Setting, waited: float, ours: list[Setting]) -> str:
-    """How much could be gained over AttentionStore by not waiting, and what became of the rest of its time."""
+    """The possible gain over AttentionStore from not waiting, and the rest of its time."""
     paper = SPEED_UPS[ATTENTIONSTORE]
     most = 1 / (1 - waited) if waited < 1 else math.inf
     verdict = (
-        f"less than the paper's {paper}x: that could not be had here by reading less alone"
+        f"less than the paper's {paper}x: reading less cannot reach that figure here by itself"
         if most < paper
         else f"no less than the paper's {paper}x: its reads leave room for that here"
     )
@@ -196,7 +197,7 @@ def _ceiling(rows: Table, base: Setting, waited: float, ours: list[Setting]) -> 
         f"If AttentionStore never waited and the rest of its time stayed as it is, it would be {most:.2f} times as "
         f"fast, {verdict}."
     )
-    # Only requests that all of them answered: prefixes of other lengths would take other times.
+    # Only requests that all of them answered, because times depend on prefix lengths.
     same = measures.shared(rows, [base, *ours])
     if not ours or not len(same):
         return text

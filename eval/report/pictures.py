@@ -1,4 +1,4 @@
-"""The pictures of a report. Each function writes one PNG, or none if rows do not say enough."""
+"""The pictures of a report. Each function writes one PNG, or none if the rows do not have the data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PHASES_SAID = {"wait": "wait for reads"}
 
 
 def _lines(settings: Sequence[Setting]) -> tuple[dict[Setting, float], list[tuple[float, str, bool]], float]:
-    """Heights of the rows of a chart, its row labels (whether ours), and its full height; one group per budget."""
+    """Heights of a chart's rows, the row labels (and whether ours), and the full height; one group per budget."""
     places: dict[Setting, float] = {}
     labels: list[tuple[float, str, bool]] = []
     height, group = 0.0, None
@@ -50,7 +50,7 @@ def _lines(settings: Sequence[Setting]) -> tuple[dict[Setting, float], list[tupl
 
 
 def _chart(settings: Sequence[Setting], width: float, panels: int = 1, room: float = 0.9) -> tuple[Any, Any, Any]:
-    """A figure with a row for each system, grouped by budget: the figure, its axes and the rows' heights."""
+    """A figure with one row per system, grouped by budget: the figure, its axes and the rows' heights."""
     places, labels, height = _lines(settings)
     figure, axes = pyplot.subplots(
         1, panels, figsize=(width, _ROW * height + room), sharey=True, squeeze=False, constrained_layout=True
@@ -84,7 +84,7 @@ def _plain(axis: Any, scale: float = 1.0, unit: str = "") -> None:
 
 
 def _scaled(axis: Any, low: float, high: float) -> None:
-    """A time axis: logarithmic where times differ by more than eight times, else from zero."""
+    """Scale a time axis: logarithmic if times differ by more than a factor of eight, else from zero."""
     if high > 8 * low:
         axis.set_xscale("log")
         ticks = [t * 10.0**p for p in range(-3, 8) for t in (1, 2, 5)]
@@ -97,7 +97,7 @@ def _scaled(axis: Any, low: float, high: float) -> None:
 
 
 def _dots(axis: Any, places: dict[Setting, float], found: dict[Setting, Interval], label_text: str) -> None:
-    """Milliseconds as dots with whiskers, their values beside them."""
+    """Draw milliseconds as dots with whiskers and values."""
     systems = [system for system, _ in places]
     ends = [one for value in found.values() for one in value if np.isfinite(one)]
     for setting, (value, low, high) in found.items():
@@ -150,7 +150,7 @@ def phases(results: Results, path: Path) -> bool:
     colours = _PHASES | {name: _OTHER_PHASES[place % len(_OTHER_PHASES)] for place, name in enumerate(others)}
     figure, (axis,), places = _chart(list(found), 9, room=1.3)
     wholes = {setting: sum(seconds.values()) * 1e3 for setting, seconds in found.items()}
-    # Computing the prefix anew can take so long that nothing would be seen of the others.
+    # Recomputing the prefix can take so long that the other bars would be invisible.
     longest = max(wholes.values())
     stored = max((whole for (system, _), whole in wholes.items() if system != "recompute"), default=longest)
     limit = 1.15 * (stored if longest > 2 * stored else longest)
@@ -183,10 +183,10 @@ def phases(results: Results, path: Path) -> bool:
 def frontier(results: Results, path: Path) -> bool:
     """Score and KL against the observed share of bytes read, and against time; one line per system through its budgets.
 
-    A system that only differs in time from another one is judged by the answers of that one.
+    A system that differs from another only in time is judged by the other's answers.
     """
     timed, judged = results.timed, results.judged
-    # Where some systems were asked less often, times and bytes are those of requests that all of them answered.
+    # If some systems made fewer requests, use times and bytes of requests that all systems made.
     common = measures.shared(timed, measures.settings(timed))
     timed = common if len(common) else timed
     reference = measures.setting_of(judged, IN_MEMORY)
@@ -232,7 +232,7 @@ def frontier(results: Results, path: Path) -> bool:
 
 
 def _frontier_panel(axis: Any, points: dict[Setting, Interval], places: dict[Setting, float]) -> None:
-    """Figures with their intervals, at `places` along a logarithmic axis."""
+    """Draw figures with intervals at `places` along a logarithmic axis."""
     systems = [system for system, _ in places]
     for system in dict.fromkeys(name for name, _ in points):
         line = [
@@ -265,7 +265,7 @@ def _frontier_panel(axis: Any, points: dict[Setting, Interval], places: dict[Set
     axis.set_xlim(low / 1.3, high * 1.3)
     axis.set_xticks(ticks)
     axis.xaxis.set_minor_locator(NullLocator())
-    # Distances span orders of magnitude down to nothing at all; differences of scores have both signs.
+    # Distances span orders of magnitude down to zero; differences of scores have both signs.
     if all(value >= 0 for value, _, _ in points.values()) and positive and max(positive) > 30 * min(positive):
         smallest, largest = (
             max(min(positive), 1e-4),
@@ -306,9 +306,9 @@ def stream(results: Results, name: str, path: Path) -> bool:
 
 
 def beside_the_paper(results: Results, path: Path) -> bool:
-    """Speed-ups over each baseline, with those that the paper gives."""
+    """Speed-ups over each baseline, beside the paper's."""
     found = paper.speed_ups(results.timed)
-    # One budget says enough: the paper's, or the nearest to it.
+    # One budget is enough: the paper's, or the nearest to it.
     nearest = min((one.ours[1] for one in found), key=lambda budget: abs(budget - paper.BUDGET), default=None)
     found = [one for one in found if one.ours[1] == nearest]
     if nearest is None:
@@ -332,7 +332,7 @@ def beside_the_paper(results: Results, path: Path) -> bool:
             textcoords="offset points",
             va="center",
             fontsize=8,
-            # Over the paper's mark, where they meet.
+            # Drawn over the paper's mark.
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             zorder=5,
         )

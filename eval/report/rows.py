@@ -13,9 +13,9 @@ import pandas
 # Untyped: pandas has no types of its own.
 Table = Any
 
-# The same request of the same run, made in one go: what is compared in pairs.
+# Identifies a request of one run and session, within which systems are compared in pairs.
 PAIR = ["run", "session", "task", "number", "stream", "occurrence"]
-# The same question, whichever run asked it: what intervals draw.
+# Identifies a question across runs; intervals draw these.
 REQUEST = ["identity", "task", "number"]
 
 _NEEDED = ("task", "number", "system", "budget")
@@ -32,13 +32,13 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run beside its rows.
+    """Information about a run beside its rows.
 
     Attributes:
-        folder: of the run.
-        config: how it was made.
-        machine: on what.
-        torn: whether its last row was cut off by a crash; that row is not in the table.
+        folder: the run's folder.
+        config: the run's configuration.
+        machine: the machine that made it.
+        torn: whether a crash cut off its last row, which is then not in the table.
         untimed: whether only its answers count.
     """
 
@@ -54,10 +54,10 @@ class Results:
     """All runs of a report.
 
     Attributes:
-        runs: in the order in which they were named.
-        table: one row per request and system, of all runs. Fields that a row lacks are NaN; `stream` is "" for requests
-            on their own; `cold` is "cold", "warm" (files were in the page cache) or "none" (no files); `memory_hits`
-            and `all_hits` are chunks; `phase:<name>` are seconds.
+        runs: the runs, in the order given.
+        table: one row per request and system, of all runs. Missing fields are NaN. `stream` is "" for requests outside
+            streams. `cold` is "cold", "warm" (files were in the page cache) or "none" (no files). `memory_hits` and
+            `all_hits` are chunks; `phase:<name>` are seconds.
     """
 
     runs: list[Run]
@@ -65,7 +65,7 @@ class Results:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Metric of each task, "" if no row says; in the order of the rows."""
+        """Metric of each task ("" if no row has one), in the order of the rows."""
         found: dict[str, str] = {}
         for task, metric in zip(self.table["task"], self.table["metric"], strict=True):
             found[task] = found.get(task) or metric
@@ -73,17 +73,17 @@ class Results:
 
     @property
     def alone(self) -> Table:
-        """Rows with a time of requests on their own, cold or not."""
+        """Rows of requests outside streams that have a time, cold or not."""
         return self.table[(self.table["stream"] == "") & self.table["ttft_s"].notna()]
 
     @property
     def timed(self) -> Table:
-        """Rows whose times and bytes count: requests on their own, with no file in the page cache."""
+        """Rows whose times and bytes count: requests outside streams without files in the page cache."""
         return self.alone[self.alone["cold"] != "warm"]
 
     @property
     def judged(self) -> Table:
-        """Requests on their own that have a score or a distance from the whole cache; whether cold does not matter."""
+        """Rows of requests outside streams that have a score or a distance from the whole cache, cold or not."""
         rows = self.table
         known = rows[["score", "kl", "agreement", "perplexity"]].notna().any(axis=1)
         return rows[(rows["stream"] == "") & known]
@@ -100,7 +100,7 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
 
     Args:
         folders: each with `config.json`, `machine.json` and `rows.jsonl`.
-        untimed: more of them, made while the machine did other work: only their answers count.
+        untimed: more such folders, made while the machine did other work; only their answers count.
 
     Raises:
         RunError: a file is missing or broken, no run has a row, or models ran in different dtypes.
@@ -110,7 +110,7 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
         config, machine = _document(folder / "config.json"), _document(folder / "machine.json")
         rows, torn = read_rows(folder / "rows.jsonl")
         runs.append(Run(folder, config, machine, torn, folder in untimed))
-        # Runs of the same model, source and seed ask the same questions, if these were made from the same data.
+        # Runs with the same model, source and seed ask the same questions if these were made from the same data.
         identity = json.dumps([config.get(name) for name in ("model", "source", "seed", "questions")], sort_keys=True)
         if folder in untimed:
             rows = [row | {"ttft_s": None, "stats": None, "phases": None} for row in rows]
@@ -131,17 +131,17 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a file, and whether a crash tore the last one (which is then left out).
+    """The rows of a file, and whether a crash cut off the last row (which is then left out).
 
     Raises:
-        RunError: there is no such file, or another line is broken.
+        RunError: the file does not exist, or another line is broken.
     """
     if not path.is_file():
         raise RunError(f"{path} is missing: a run folder holds config.json, machine.json and rows.jsonl")
     whole, _, rest = path.read_bytes().rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
     rows = list(_parsed(lines, path))
-    # Without its line end, the last row may have been cut off; if it is complete, it counts.
+    # A last row without a line end may have been cut off; it counts if it is complete.
     try:
         rows += _parsed([rest], path, len(lines))
     except RunError:

@@ -1,4 +1,4 @@
-"""The tables of a report, as Markdown; "" where there is nothing to show."""
+"""The tables of a report, as Markdown; "" if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def times(results: Results) -> str:
     return table(*columns_used(head, lines)) if lines else ""
 
 
-# Requests whose answers are shown, of each task.
+# Number of requests of each task whose answers are shown.
 ANSWERS = 5
 
 
 def _by_task(rows: Table, cell: Callable[[Setting, str], str], first: list[str] | None = None, note: str = "") -> str:
-    """One row per system and budget, one column per task; "" where all cells are empty."""
+    """One row per system and budget, one column per task; "" if all cells are empty."""
     names = measures.tasks(rows)
     lines = [[*named(setting), *(cell(setting, task) for task in names)] for setting in measures.settings(rows)]
     lines = [line for line in lines if any(line[2:])]
@@ -49,7 +49,7 @@ def _by_task(rows: Table, cell: Callable[[Setting, str], str], first: list[str] 
 
 
 def times_by_task(results: Results) -> str:
-    """Median time of each task, and its ratio to in memory; the first row: how long prefixes are."""
+    """Median time of each task, and its ratio to in memory; the first row has the lengths of prefixes."""
     rows = results.timed
 
     def cell(setting: Setting, task: str) -> str:
@@ -85,7 +85,7 @@ def _percentiles(rows: Table) -> str:
         for setting in measures.settings(rows)
     ]
     head = ["system", "budget", "n", "P50, ms", "P95, ms", "P99, ms"]
-    # Where there are enough rows for a median only, the first table has said it all.
+    # With only enough rows for a median, this table would add nothing to the first one.
     return table(*columns_used(head, lines)) if any(line[4] for line in lines) else ""
 
 
@@ -126,7 +126,7 @@ def quality(results: Results) -> str:
 
 
 def scores_by_task(results: Results) -> str:
-    """Mean score of each task; the first row: by which metric."""
+    """Mean score of each task; the first row has the metrics."""
     rows = results.judged
 
     def cell(setting: Setting, task: str) -> str:
@@ -137,7 +137,7 @@ def scores_by_task(results: Results) -> str:
 
 
 def differences_by_task(results: Results) -> str:
-    """Points of score from in memory, each task."""
+    """Difference in points of score from in memory, per task."""
     rows = results.judged
     reference = measures.setting_of(rows, IN_MEMORY)
 
@@ -150,7 +150,7 @@ def differences_by_task(results: Results) -> str:
 
 
 def distances_by_task(results: Results) -> str:
-    """KL and agreement, each task."""
+    """KL and agreement, per task."""
     rows = results.judged
 
     def cell(setting: Setting, task: str) -> str:
@@ -162,7 +162,7 @@ def distances_by_task(results: Results) -> str:
 
 
 def answers(results: Results) -> list[tuple[str, str]]:
-    """Of every task whose answers are generated: what each system said to the first few requests."""
+    """For every task with generated answers: each system's answers to the first few requests."""
     found = []
     rows = results.judged[results.judged["prediction"].notna()]
     for task in (task for task in measures.tasks(rows) if results.metrics.get(task) != "accuracy"):
@@ -178,7 +178,7 @@ def answers(results: Results) -> list[tuple[str, str]]:
 
 
 def amplification(results: Results) -> str:
-    """Mean bytes of a request: read, used, and what for."""
+    """Mean bytes of a request, read and used, by purpose."""
     rows = results.timed
     lines = []
     for setting in measures.settings(rows):
@@ -201,7 +201,7 @@ def amplification(results: Results) -> str:
 
 
 def phases(results: Results) -> str:
-    """Mean milliseconds of each phase, and the share of waiting for reads."""
+    """Mean milliseconds of each phase, and the share of time spent waiting for reads."""
     rows = results.timed
     found = {setting: measures.phases(rows, setting) for setting in measures.settings(rows)}
     names = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
@@ -240,7 +240,7 @@ def stream(results: Results, name: str) -> str:
 
 
 def cold_rows(results: Results) -> str:
-    """How many rows of each system were timed cold, and how many are left out. (Requests of streams are not.)"""
+    """Rows of each system that were timed cold, and rows that are left out (without streams)."""
     rows = results.alone
     lines = []
     for system in dict.fromkeys(system for system, _ in measures.settings(rows)):

@@ -1,4 +1,4 @@
-"""The whole report: Markdown, the same as one HTML file, and its pictures."""
+"""The whole report: as Markdown, as one HTML file, and its pictures."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def write_report(runs: Sequence[Path], out: Path, untimed: Sequence[Path] = ()) 
     """Write `report.md`, `report.html` (one file, pictures inside) and the pictures, of one or several runs.
 
     Args:
-        runs: run folders (`config.json`, `machine.json`, `rows.jsonl`). Their rows are put together; requests are
-            compared within their run.
+        runs: run folders (`config.json`, `machine.json`, `rows.jsonl`). Their rows are combined; requests are compared
+            within their run.
         out: folder of the report; made if it does not exist.
-        untimed: more runs, made while the machine did other work: only their answers count.
+        untimed: more runs, made while the machine did other work; only their answers count.
 
     Returns:
-        Paths of all that was written; the Markdown file first.
+        Paths of all written files, the Markdown file first.
 
     Raises:
         RunError: a run cannot be read.
@@ -68,7 +68,7 @@ def write_report(runs: Sequence[Path], out: Path, untimed: Sequence[Path] = ()) 
 
     def picture(name: str, title: str, draw: Callable[[Path], bool]) -> str:
         path = out / f"{name}.png"
-        # A picture of an earlier report in this folder must not pass for one of this report.
+        # A picture of an earlier report in this folder must not appear in this report.
         path.unlink(missing_ok=True)
         if not draw(path):
             return ""
@@ -153,7 +153,7 @@ def _tail_note() -> str:
 
 
 def _phases_note(results: Results) -> str:
-    """What the table says at a glance: who waits most, and who least."""
+    """A summary of the table: the systems that wait most and least."""
     rows = results.timed
     waits = {setting: measures.waiting(rows, setting) for setting in measures.settings(rows)}
     known = sorted((waited, label(name)) for (name, _), waited in waits.items() if waited is not None)
@@ -184,7 +184,7 @@ def _streams(results: Results, picture: Callable[[str, str, Callable[[Path], boo
 
 
 def as_html(text: str, folder: Path) -> str:
-    """Markdown as one page that needs no other file: pictures of `folder` are inside."""
+    """Markdown as one self-contained page with the pictures of `folder` embedded."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 

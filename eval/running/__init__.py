@@ -1,4 +1,4 @@
-"""Running an evaluation: requests are made in every system, and each leaves a row in the run's folder."""
+"""Running an evaluation: every system makes all requests, and each request leaves a row in the run's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All systems of a run, in one folder, for as long as some prefixes are stored there."""
+"""All systems of a run in one folder, while they store some prefixes there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .config import IN_MEMORY, Setting
 
 
 class Bench:
-    """Systems that requests are made in.
+    """The systems that make requests.
 
     Attributes:
-        in_memory: the reference; a system of the run only if it was asked for.
-        systems: by what was asked for.
+        in_memory: the reference; a system of the run only if the run names it.
+        systems: the systems, by setting.
     """
 
     def __init__(self, in_memory: InMemory, systems: dict[Setting, System]) -> None:
@@ -26,7 +26,7 @@ class Bench:
         self.systems = systems
 
     def store(self, request: Request) -> None:
-        """Let all systems see the prefix of a request."""
+        """Store the prefix of a request in all systems."""
         for system in self.systems.values():
             system.store(request.prefix_ids)
 
@@ -36,11 +36,11 @@ def bench_in(folder: Path, model: Any, settings: Sequence[Setting], **store_opti
     """Make systems that store in `folder`, which is emptied before and removed afterwards.
 
     Args:
-        folder, model: where and whose.
-        settings: which systems, at which budgets.
-        store_options: of the stores (`host_bytes`, say).
+        folder, model: the folder, and the model of the systems.
+        settings: systems and budgets.
+        store_options: options of the stores, such as `host_bytes`.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # Of a run that crashed.
+    shutil.rmtree(folder, ignore_errors=True)  # A crashed run may have left it.
     try:
         with ExitStack() as stack:
             in_memory = stack.enter_context(InMemory(model))

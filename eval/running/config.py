@@ -1,4 +1,4 @@
-"""What a run is asked to do."""
+"""The configuration of a run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Setting:
 
     @classmethod
     def all_of(cls, asked: str, budgets: Sequence[float]) -> list[Setting]:
-        """The settings that `"system"` or `"system@budget"` means.
+        """The settings that `"system"` or `"system@budget"` stands for.
 
         Raises:
-            ValueError: there is no such system, or it takes no budget.
+            ValueError: the system does not exist, or takes no budget.
         """
         name, at, share = asked.partition("@")
         exact = system_named(name).exact
@@ -44,28 +44,28 @@ class Setting:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What is run.
+    """Configuration of a run.
 
     Attributes:
-        model: name or folder of the model; `None`: the default model.
-        dtype: of model and KV; `"auto"`: that of the run which is continued, for a new one what is fast on the device.
-            The folder of the run says which it was, and refuses another.
+        model: name or folder of the model; `None` for the default model.
+        dtype: dtype of model and KV; `"auto"` is the dtype of a continued run, and for a new run the fastest on the
+            device. The run's folder records it, and refuses another.
         tasks: names of `eval.tasks.TASKS`.
         streams: names of `STREAMS`.
-        systems: names of `eval.systems.SYSTEMS`, each perhaps with a budget of its own, as `"impress@0.1"`.
-        budgets: shares of the prefix, for systems that take one and come without.
-        requests: of each task.
-        timed_requests: so many requests of each task are also made in systems whose answers are known beforehand (exact
-            ones, and those that are only quicker than another): for their time alone.
-        stream_requests: of each stream.
-        documents: of a stream, or conversations.
-        memory_share: what of all KV of a stream fits in the memory of a system.
-        seed: of requests and of their order.
-        data_dir: local data; `None`: see `eval.tasks`.
-        device: of the model; `None`: a GPU for each process if there are any, else the CPU.
+        systems: names of `eval.systems.SYSTEMS`, each optionally with its own budget, as in `"impress@0.1"`.
+        budgets: shares of the prefix, for systems that take a budget and name none.
+        requests: requests of each task.
+        timed_requests: requests of each task that are also made, only for their time, in systems whose answers are
+            known beforehand (exact systems, and systems that differ from another only in speed).
+        stream_requests: requests of each stream.
+        documents: documents (or conversations) of a stream.
+        memory_share: share of a stream's KV that fits in a system's memory.
+        seed: seed of the requests and of their order.
+        data_dir: local data; for `None` see `eval.tasks`.
+        device: the model's device; `None` for one GPU per process if there are GPUs, else the CPU.
 
     Raises:
-        ValueError: a field makes no sense.
+        ValueError: a field is invalid.
     """
 
     model: str | None = None
@@ -101,5 +101,5 @@ class RunConfig:
                 raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")
 
     def settings(self) -> list[Setting]:
-        """Every system at every budget that it takes, each once."""
+        """Every system at each of its budgets, without duplicates."""
         return list(dict.fromkeys(one for name in self.systems for one in Setting.all_of(name, self.budgets)))

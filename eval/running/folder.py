@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, the machine, and one row for each request in each system."""
+"""The folder of a run: its configuration, the machine, and one row per request and system."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Any
 from ..timing import machine
 
 ROWS, CONFIG, MACHINE = "rows.jsonl", "config.json", "machine.json"
-# Of a configuration, what may change when a run is continued; of a machine, what does not tell it from others.
+# Configuration fields that may change when a run is continued; machine fields that do not identify a machine.
 _MAY_CHANGE = ("systems", "budgets", "tasks", "streams", "processes", "command", "questions")
 _MAY_DIFFER = ("torch_threads",)
 # Lists that grow when a run is continued.
 _UNITED = ("systems", "budgets", "tasks", "streams")
 
 Row = dict[str, Any]
-# Names a row: task, number, stream, system, budget.
+# Identifies a row: task, number, stream, system, budget.
 Key = tuple[Any, ...]
 
 
 class RunFolderError(Exception):
-    """A folder holds another run, or none."""
+    """A folder holds another run, or no run."""
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
-    """What a row is about."""
+    """The key of a row."""
     return tuple(row[name] for name in ("task", "number", "stream", "system", "budget"))
 
 
 def recorded_dtype(path: Path) -> str | None:
-    """The dtype of the run in a folder, for example `"bfloat16"`; `None` where there is no run."""
+    """The dtype of the run in a folder, for example `"bfloat16"`; `None` if there is no run."""
     file = path / CONFIG
     return json.loads(file.read_text()).get("dtype") if file.exists() else None
 
 
 class RunFolder:
-    """Where a run leaves what it finds. Each process appends to a file of its own; `gather` makes one of them.
+    """Holds the results of a run. Each process appends to its own file; `gather` merges the files.
 
     Args:
-        path: of the folder; it is made if need be.
+        path: the folder; it is made if necessary.
         process: number of this process.
     """
 
@@ -52,10 +52,10 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Say what the run is, and gather what an earlier process left. Called by one process.
+        """Record the run's configuration, and gather rows of earlier processes. One process calls this.
 
         Raises:
-            RunFolderError: the folder has rows of a run that differs in more than its systems, budgets and tasks, or
+            RunFolderError: the folder has rows of a run that differs in more than systems, budgets and tasks, or that
                 was made on another machine.
         """
         here = machine()
@@ -68,7 +68,7 @@ class RunFolder:
             _replace(self.path / name, json.dumps(document, indent=2) + "\n")
 
     def _require_same(self, name: str, now: Mapping[str, Any], except_for: tuple[str, ...]) -> dict[str, Any]:
-        """What the file says; raise if that is another run."""
+        """The content of the file; raises `RunFolderError` if it belongs to another run."""
         path = self.path / name
         if not path.exists():
             return {}
@@ -88,16 +88,16 @@ class RunFolder:
         return before
 
     def done(self) -> set[Key]:
-        """What has a row."""
+        """Keys of all rows."""
         return {key_of(row) for path in self._files() for row in _rows(path)}
 
     def add(self, row: Row) -> None:
-        """Append a row; when this returns, it survives a crash of this process."""
+        """Append a row. Once this returns, the row survives a crash of this process."""
         with self._part.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def gather(self) -> None:
-        """Put the rows of all processes into one file, each once. Called by one process, while no other adds any."""
+        """Merge the rows of all processes into one file. One process calls this while no other adds rows."""
         parts = [path for path in self._files() if path.name != ROWS]
         rows = {key_of(row): row for path in self._files() for row in _rows(path)}
         _replace(self.path / ROWS, "".join(json.dumps(row) + "\n" for row in rows.values()))
@@ -110,7 +110,7 @@ class RunFolder:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """Rows that were written to their end: a crash may have cut the last one of each process."""
+    """The completely written rows; a crash may have cut off the last row of each process."""
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             try:
@@ -120,7 +120,7 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _united(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run that is continued: what was run before was run."""
+    """The configuration of a continued run, which includes everything that ran before."""
     united = {name: list(dict.fromkeys([*before.get(name, ()), *now.get(name, ())])) for name in _UNITED}
     command = now.get("command", "")
     if before.get("command") not in (None, "", command):

@@ -1,4 +1,4 @@
-"""Where the time of one request goes."""
+"""How the time of one request divides into phases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PHASES = ("lookup", "identify", "wait", "gather", "attention", "rest")
 
 
 class Stopwatch:
-    """Seconds that were spent inside `running`."""
+    """Accumulates the seconds spent inside `running`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time what happens inside."""
+        """A context whose time is added."""
         began = time.perf_counter()
         try:
             yield
@@ -33,9 +33,9 @@ class Stopwatch:
 
 @contextmanager
 def attention_timed(watch: Stopwatch, device: torch.device) -> Iterator[None]:
-    """Inside, `watch` runs while torch computes attention.
+    """A context in which `watch` runs while torch computes attention.
 
-    Only on a CPU: elsewhere a call returns before it is done, so nothing is timed there.
+    Only on a CPU: on other devices a call returns before it has finished, so nothing is timed.
     """
     if device.type != "cpu":
         yield
@@ -53,25 +53,25 @@ def attention_timed(watch: Stopwatch, device: torch.device) -> Iterator[None]:
 def phases_of(
     seconds: float, lookup_s: float, attention_s: float, wait_s: float, spans: Sequence[Span] | None
 ) -> dict[str, float]:
-    """What the seconds of one request went into; they add up to `seconds`.
+    """The phases of one request in seconds; they add up to `seconds`.
 
     Args:
-        seconds: to the first token.
-        lookup_s: until there was a cache: opening the store, finding the prefix, asking for the first reads.
-        attention_s: in attention itself.
-        wait_s: compute stood still for reads.
-        spans: of the request; `None`: nothing was identified or gathered.
+        seconds: time to the first token.
+        lookup_s: time until the cache was made: opening the store, finding the prefix, issuing the first reads.
+        attention_s: time in attention.
+        wait_s: time that compute waited for reads.
+        spans: the request's timeline; `None` if nothing was identified or gathered.
 
     Returns:
-        `lookup`, `identify` (scoring and choosing), `wait` (compute stands still for reads), `gather` (copies into
-        attention's buffer), `attention` and `rest` (the model's other compute), seconds each.
+        `lookup`, `identify` (scoring and choosing), `wait` (compute waits for reads), `gather` (copies into attention's
+        buffer), `attention` and `rest` (the model's other compute), in seconds.
     """
 
     def spent(kind: str) -> float:
         return sum(span.end - span.start for span in spans or () if span.kind == kind)
 
     found = {
-        # A system without a timeline reads while its cache is made: that is not looking anything up.
+        # A system without a timeline reads while its cache is made, which is not part of the look-up.
         "lookup": max(0.0, lookup_s - (wait_s if spans is None else 0.0)),
         "identify": spent("identify"),
         "wait": wait_s,

@@ -1,4 +1,4 @@
-"""How good an answer is, and how close to that of the whole cache."""
+"""The quality of an answer, and its distance from the answer of the whole cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .timed import prompt_of
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model thinks of a request, with some cache.
+    """A model's logits for a request, with some cache.
 
     Attributes:
-        logits: `(q - 1 + a, vocabulary)` float32: behind the suffix tokens from the second on, and behind those of the
-            right answer but its last. (The first suffix token is not asked again: a cache that goes back to its prefix
-            would select anew.)
-        suffix: how many of them are the suffix's.
+        logits: `(q - 1 + a, vocabulary)` float32: after each suffix token from the second on, and after each token of
+            the right answer except its last. (The first suffix token is not computed again, because a cache that goes
+            back to its prefix would select again.)
+        suffix: number of rows that belong to the suffix.
     """
 
     logits: torch.Tensor
@@ -33,11 +33,11 @@ class Reading:
 
 
 class Judge:
-    """Judges one request in several systems. Caches come with the whole prompt in them, and perhaps an answer.
+    """Judges one request in several systems. Caches already hold the whole prompt, and possibly an answer.
 
     Args:
-        model, tokenizer: which answer.
-        request: the question.
+        model, tokenizer: the model that answers, and its tokenizer.
+        request: the request to judge.
         metric: name of a function in `metrics.scores`.
     """
 
@@ -51,7 +51,7 @@ class Judge:
         self._reference: Reading | None = None
 
     def refer_to(self, in_memory: InMemory) -> None:
-        """Read the request with the whole cache."""
+        """Compute the reference logits of the request with the whole cache."""
         cache = in_memory.cache(self._request.prefix_ids)
         try:
             self._forward(cache, self._request.suffix_ids)
@@ -60,14 +60,14 @@ class Judge:
             in_memory.finish(cache)
 
     def judge(self, cache: Any, first_token: int) -> dict[str, Any]:
-        """The fields of a row that are about quality.
+        """The quality fields of a row.
 
-        These are `prediction`, `score`, `perplexity`, and beside the whole cache: `kl` and `agreement`, means over the
-        suffix, and `kl_answer`, over the tokens of the right answer.
+        These are `prediction`, `score`, `perplexity`, and compared with the whole cache: `kl` and `agreement`, means
+        over the suffix, and `kl_answer`, the mean over the tokens of the right answer.
 
         Args:
-            cache: holds the prompt; what is added is not taken away.
-            first_token: what the model has said so far.
+            cache: holds the prompt; added tokens are not removed again.
+            first_token: the model's first new token.
         """
         request = self._request
         prediction = None if request.choices else self._generated(cache, first_token)
@@ -120,7 +120,7 @@ class Judge:
         return text.strip()
 
     def _likeliest(self, cache: Any, logits: torch.Tensor) -> str:
-        """The choice with the highest log-likelihood, all of its tokens taken together."""
+        """The choice whose tokens together have the highest log-likelihood."""
         likelihoods = [self._likelihood(cache, logits, choice) for choice in self._request.choices]
         return self._request.choices[likelihoods.index(max(likelihoods))]
 
@@ -141,7 +141,7 @@ class Judge:
         return float(divergence(theirs, mine).mean())
 
     def _perplexity(self, reading: Reading) -> float | None:
-        """Of the right answer."""
+        """Perplexity of the right answer, or `None` without one."""
         if not len(self._answer):
             return None
         rows = reading.logits[reading.suffix - 1 :]
@@ -149,5 +149,5 @@ class Judge:
 
 
 def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Of tokens `(a,)`, by the logits `(a, vocabulary)` before each of them."""
+    """Perplexity of tokens `(a,)`, given the logits `(a, vocabulary)` before each of them."""
     return float(logits.log_softmax(-1).gather(1, ids[:, None]).mean().neg().exp())

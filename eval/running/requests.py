@@ -1,4 +1,4 @@
-"""The requests of a run: made, made fit for the model, and checked before anything is stored."""
+"""The requests of a run: made, adapted to the model, and checked before anything is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import RunConfig
 
 
 class NotServedError(Exception):
-    """The model cannot be asked this, or not in these systems."""
+    """The model cannot serve these requests, or not in these systems."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Asked:
     """Requests of a run.
 
     Attributes:
-        alone: requests of tasks, those with the same prefix side by side, and the metric of each.
-        streams: of each stream, in order.
+        alone: requests of tasks and their metrics; requests with the same prefix are adjacent.
+        streams: requests of each stream, in order.
     """
 
     alone: list[tuple[Request, str]]
@@ -41,7 +41,7 @@ class Asked:
 
 
 def asked_of(config: RunConfig, tokenizer: Any) -> Asked:
-    """All requests of a run; they begin with the token that the tokenizer begins every text with, if there is one."""
+    """All requests of a run; they begin with the tokenizer's BOS token, if it adds one to every text."""
     alone: list[tuple[Request, str]] = []
     for name in config.tasks:
         task = task_named(name, config.data_dir)
@@ -62,7 +62,7 @@ def _stream(name: str, config: RunConfig, tokenizer: Any) -> list[Request]:
 
 
 def _begun(requests: Sequence[Request], tokenizer: Any) -> list[Request]:
-    """Requests as the model knows texts: behind a BOS token, if its tokenizer puts one there."""
+    """Requests that begin with a BOS token, if the model's tokenizer adds one."""
     begin = tokenizer("")["input_ids"]
     first = getattr(tokenizer, "bos_token_id", None)
     if first is None or begin[:1] != [first]:
@@ -72,7 +72,7 @@ def _begun(requests: Sequence[Request], tokenizer: Any) -> list[Request]:
 
 
 def questions_of(asked: Asked) -> dict[str, str]:
-    """A digest of the token ids of each task's and stream's requests: whether two runs have asked the same."""
+    """A digest of the token ids of each task's and stream's requests; it shows whether two runs asked the same."""
     found = {}
     for name, requests in asked.by_name().items():
         digest = hashlib.blake2b(digest_size=8)
@@ -84,22 +84,22 @@ def questions_of(asked: Asked) -> dict[str, str]:
 
 
 def chat_of(request: Request) -> Any:
-    """What the prefix of a stream's request is a part of: all turns of a chat have one."""
+    """The number of the conversation, equal for all turns of a chat, or else of the prefix."""
     return dict(request.about).get("conversation", request.prefix)
 
 
 def token_bytes(model: Any) -> int:
-    """Bytes of K and V of one token in all layers."""
+    """Bytes of K and V of one token over all layers."""
     geometry = ServedModel(model).geometry(16)
     return 2 * geometry.num_layers * geometry.kv_heads * geometry.head_dim * geometry.itemsize
 
 
 def require_served(model: Any, asked: Asked) -> None:
-    """Raise if something that was asked for cannot be done, before anything is stored.
+    """Check, before anything is stored, that the model can serve all requests.
 
     Raises:
-        NotServedError: a prompt with its answer is longer than the model's context; the model has sliding windows
-            (caches cannot go back behind them, which judging needs).
+        NotServedError: a prompt with its answer is longer than the model's context, or the model has sliding windows
+            (judging crops caches, which windows do not allow).
     """
     served = ServedModel(model)
     if any(window is not None for window in served.windows):

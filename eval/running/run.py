@@ -1,4 +1,4 @@
-"""A whole run: prefixes are stored, requests are made in all systems in turn, rows are written."""
+"""A whole run: it stores prefixes, makes requests in all systems in turn, and writes rows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Run:
         """Make the requests of this process that have no row yet."""
         mine = self._asked.alone[self._state.process_index :: self._state.num_processes]
         todo = [(request, metric, self._missing(request, self._settings(request), None)) for request, metric in mine]
-        # A stream is a sequence, so one process makes all of it.
+        # A stream is a sequence, so one process makes all its requests.
         listed = self._asked.streams if self._state.is_main_process else {}
         settings = self._config.settings()
         streamed = sum(len(self._missing(one, settings, name)) for name, all_ in listed.items() for one in all_)
@@ -82,7 +82,7 @@ class _Run:
                 self._stream(name, requests, settings, bar)
 
     def _settings(self, request: Request) -> list[Setting]:
-        """In which systems a request of a task is made."""
+        """The systems in which a request of a task is made."""
         only_some = request.number >= self._config.timed_requests
         return [
             one
@@ -145,7 +145,7 @@ class _Run:
                     bar.update()
 
     def _stream(self, name: str, requests: Sequence[Request], settings: Sequence[Setting], bar: Any) -> None:
-        """All requests in order, in all systems; what a system keeps in memory it keeps for the next request."""
+        """Make all requests in order, in all systems; each system keeps its memory for the next request."""
         if not any(self._missing(one, settings, name) for one in requests):
             return
         with bench_in(self._work, self._model, settings) as bench:  # First calls of kernels are slow.
@@ -162,14 +162,14 @@ class _Run:
                     row = self._row(request, setting, name, streams.METRIC)
                     with timed_request(self._model, bench.systems[setting], request, forget=False) as timed:
                         pass
-                    # A stream that was broken off is made again from its beginning: memory starts empty.
+                    # An interrupted stream starts again from its beginning, because memory starts empty.
                     if self._missing(request, [setting], name):
                         self._folder.add(row | timed.fields())
                         bar.update()
 
 
 def distinct_tokens(requests: Sequence[Request]) -> int:
-    """Prefix tokens of a stream, each once: the last turn of a chat has those of the turns before it."""
+    """Distinct prefix tokens of a stream; the last turn of a chat contains the tokens of earlier turns."""
     longest: dict[Any, int] = {}
     for request in requests:
         longest[chat_of(request)] = max(longest.get(chat_of(request), 0), len(request.prefix_ids))
@@ -177,9 +177,9 @@ def distinct_tokens(requests: Sequence[Request]) -> int:
 
 
 def _agreed_dtype(config: RunConfig, out: Path, device: torch.device | str, state: PartialState) -> DtypeChoice:
-    """The dtype of a run: as asked, else that of the run in `out`, else what is fast on the device.
+    """The dtype of a run: as asked, else that of the run in `out`, else the fastest on the device.
 
-    One process decides for all: two that measure could find different ones.
+    One process decides for all, because two measurements could give different results.
     """
     found: list[Any] = [None]
     if state.is_main_process:
@@ -198,11 +198,11 @@ def run(
     """Make all requests that have no row in `out` yet. Under `accelerate launch` processes share them.
 
     Args:
-        config: what.
-        out: folder of the run. One that was broken off is continued.
-        command: what the user typed, for the report.
-        progress: whether to show a bar.
-        loaded: model and tokenizer, if there are any already.
+        config: the run's configuration.
+        out: folder of the run. An interrupted run is continued.
+        command: the user's command line, for the report.
+        progress: whether to show a progress bar.
+        loaded: model and tokenizer, if they are already loaded.
 
     Returns:
         `out`.
@@ -210,11 +210,11 @@ def run(
     Raises:
         RunFolderError: `out` holds another run.
         NotServedError: see `require_served`.
-        DataMissingError: a task's data cannot be had.
+        DataMissingError: a task's data cannot be loaded.
     """
     from ..models import DEFAULT_MODEL, load_model
 
-    # Processes wait for the slowest, and for the one that makes the streams.
+    # Processes wait for the slowest process, and for the one that makes the streams.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     device = config.device or state.device
     if loaded is None:
@@ -242,8 +242,8 @@ def run(
         }
         folder.begin(about)
     state.wait_for_everyone()
-    # Rivals at their best: on a CPU transformers, too, can do without repeating K and V for each query head, if it is
-    # told to. (On a GPU that is slower where there is a mask.)
+    # Rivals at their best: on a CPU, with this variable transformers does not repeat K and V for each query head
+    # either. (On a GPU this is slower with a mask.)
     on_cpu = model.device.type == "cpu"
     forced = mock.patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"}) if on_cpu else nullcontext()
     with forced:

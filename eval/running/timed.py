@@ -1,4 +1,4 @@
-"""One request in one system: cold, timed, and what it read."""
+"""One request in one system: made cold, timed, with its statistics."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Timed:
     """A request that has its first token.
 
     Attributes:
-        cache: holds the whole prompt. Gone when the request is over.
-        seconds: to the first token.
-        first_token: its id.
-        cold: whether none of the system's files was in the page cache; `None`: it has no files.
-        resident_pages: how many pages of them were.
-        departure: what speaks against the request having found the state that it was to find; known when it is over.
-        stats: what it did; known when the request is over.
-        phases: where the time went, see `phases_of`; known when the request is over.
+        cache: holds the whole prompt; `None` when the request is over.
+        seconds: time to the first token.
+        first_token: id of the first token.
+        cold: whether none of the system's files was in the page cache; `None` if it has no files.
+        resident_pages: pages of these files in the page cache.
+        departure: evidence that the request did not find the intended state; known when the request is over.
+        stats: statistics; known when the request is over.
+        phases: time by phase (see `phases_of`); known when the request is over.
     """
 
     cache: Any
@@ -42,7 +42,7 @@ class Timed:
     phases: dict[str, float] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """What a row says of it."""
+        """The request's fields of a row."""
         return {
             "ttft_s": self.seconds,
             "cold": self.cold,
@@ -64,14 +64,14 @@ def timed_request(
 ) -> Iterator[Timed]:
     """Drop the system's files from the page cache, and time one request to its first token.
 
-    Inside, its cache may be used on; afterwards the request is over.
+    Inside the context the cache may be used further; afterwards the request is over.
 
     Args:
         model: the causal language model.
-        system: has stored the request's prefix.
-        request: which.
-        forget: whether the system forgets first what earlier requests left in this process.
-        state: the system is brought there instead, as far as the request needs it (see `System.enter`).
+        system: the system; it has stored the request's prefix.
+        request: the request.
+        forget: whether the system first drops what earlier requests left in this process.
+        state: if given, the system is brought into this state instead, for what the request needs (see `System.enter`).
     """
     if state is not None:
         system.enter(state, request.prefix_ids, request.suffix_ids)
@@ -91,7 +91,7 @@ def timed_request(
         seconds, token, cache = time_to_first_token(model, prompt_of(request), make_cache)
     timed = Timed(cache, seconds, token, resident == 0 if files else None, resident)
     timeline = system.timeline(cache)
-    # Only what came before the first token is of interest.
+    # Copy the spans now: only those before the first token count.
     spans = None if timeline is None else list(timeline.spans)
     try:
         yield timed

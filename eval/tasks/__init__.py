@@ -1,4 +1,4 @@
-"""What systems are asked: one module per task, one protocol."""
+"""The tasks on which systems are evaluated: one module per task, one protocol."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = ["TASKS", "DataMissingError", "Request", "Task", "task_named"]
 
 
 def task_named(name: str, data_dir: Path | str | None = None) -> Task:
-    """A task by its name.
+    """The task of this name.
 
     Args:
         name: one of `TASKS`.
         data_dir: folder with local data; default: `$CONTIGUOUSKV_DATA`, else the Hub.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no task has this name.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""What a task is: prefixes that requests share, the requests, and what counts as a right answer."""
+"""The protocol of a task: prefixes that requests share, the requests, and their right answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Request:
 
     Attributes:
         task: name of the task.
-        number: of the request within its task; the same for the same seed.
+        number: number of the request within its task; equal for equal seeds.
         prefix_ids: int64 `(n,)`, shared by all requests with the same `prefix`.
         prefix: number of the prefix within its task.
-        suffix_ids: int64 `(q,)`, what the request adds.
-        answers: texts that are right. For a classification: the right label.
-        choices: labels, of which the most likely one is the answer; empty: the answer is generated.
-        max_new_tokens: how much is generated at most.
-        about: particulars of the request (depth of a needle, say), for the run's rows.
+        suffix_ids: the tokens that the request adds, int64 `(q,)`.
+        answers: right answers; for a classification, the right label.
+        choices: labels, of which the most likely one is the answer; empty if the answer is generated.
+        max_new_tokens: limit on generated tokens.
+        about: details of the request for the run's rows, such as the depth of a needle.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Request:
 
     @property
     def key(self) -> str:
-        """Names the request in a run."""
+        """The request's name in a run."""
         return f"{self.task}/{self.number}"
 
 
@@ -47,31 +47,31 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """On the command line and in reports."""
+        """The name on the command line and in reports."""
         ...
 
     @property
     def metric(self) -> str:
-        """By which answers are judged (a module of `eval.metrics`)."""
+        """The metric that judges answers (a module of `eval.metrics`)."""
         ...
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """The first `count` requests; the same ones for the same seed and tokenizer."""
+        """The first `count` requests; equal for equal seeds and tokenizers."""
         ...
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids of `text`, int64 `(n,)`, nothing added."""
+    """Token ids of `text`, int64 `(n,)`, without special tokens."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def user_turn(text: str) -> str:
-    """The beginning of a chat in which the user says `text`, and goes on: the shared prefix."""
+    """The beginning of a chat whose user message starts with `text` and is not complete: the shared prefix."""
     return f"<|im_start|>user\n{text}"
 
 
 def answer_turn(question: str, begin: str = "") -> str:
-    """The end of what the user says, and how the assistant begins."""
+    """The end of the user's message, and the beginning of the assistant's answer."""
     return f"{question}<|im_end|>\n<|im_start|>assistant\n{begin}"
 
 
@@ -79,7 +79,7 @@ def sample(rows: Sequence[Any], count: int, chance: random.Random) -> list[Any]:
     """`count` different rows in random order.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer rows.
     """
     if count > len(rows):
         raise ValueError(f"{count} rows were asked for, but the data set has {len(rows)}")

@@ -1,4 +1,4 @@
-"""Common words, in the manner of RULER: a long list of words, of which a few come far more often than the others."""
+"""Common words, in the manner of RULER: a long list of words, of which a few occur far more often than the others."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class CommonWords:
     """Words of real text in random order.
 
     Attributes:
-        common, often: how many words are common, and how often each comes.
-        rare: how often every other word comes.
-        tokens: of the prefix, at most.
+        common, often: number of common words, and how often each occurs.
+        rare: how often every other word occurs.
+        tokens: maximum tokens of the prefix.
         data_dir: local data.
     """
 
@@ -35,7 +35,7 @@ class CommonWords:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. Every request has a prefix of its own."""
+        """The first `count` requests; every request has its own prefix."""
         words = self._words()
         chance = random.Random(f"{self.name} {seed}")
         found = []
@@ -72,7 +72,7 @@ class CommonWords:
 
     @staticmethod
     def _cost(tokenizer: Any, word: str) -> int:
-        # With its number, full stop and line end.
+        # The word with its number, full stop and line end.
         return len(encode(tokenizer, f"1000. {word}\n"))
 
 

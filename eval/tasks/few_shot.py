@@ -1,4 +1,4 @@
-"""Few-shot classification, the tasks of the paper: labelled examples are the prefix, one text is the suffix."""
+"""Few-shot classification, as in the paper: labelled examples are the prefix, one text is the suffix."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class FewShot:
     """A text classification with examples in the prompt.
 
     Attributes:
-        name: of the task, and of its folder in a data folder.
+        name: name of the task, and of its folder in a data folder.
         shots: examples in the prefix (as many as in the paper).
         labels: names of the labels, by number.
-        template: how a row is shown, up to where the label follows.
-        hub: where the Hub has the data.
+        template: text of a row, up to its label.
+        hub: location of the data on the Hub.
         data_dir: local data.
     """
 
@@ -33,7 +33,7 @@ class FewShot:
     metric: str = "accuracy"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. All requests share one prefix; labels are as frequent in it as in the data."""
+        """The first `count` requests; all share one prefix, whose labels are as frequent as in the data."""
         chance = random.Random(f"{self.name} {seed}")
         examples = sample(load_rows(self.name, "train", self.data_dir, self.hub), self.shots, chance)
         asked = sample(load_rows(self.name, "test", self.data_dir, self.hub), count, chance)

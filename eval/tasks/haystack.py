@@ -1,4 +1,5 @@
-"""Real text to hide things in: passages of NQ-Open where there is a data folder, else Python's language reference."""
+"""Real text in which to hide sentences: passages of NQ-Open if there is a data folder, else Python's language
+reference."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class Haystack:
     """Text of any length with sentences hidden in it.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data_dir: local data.
     """
 
@@ -37,16 +38,16 @@ class Haystack:
     def hide(
         self, needles: Sequence[tuple[float, str]], tokens: int, begin: str, chance: random.Random
     ) -> torch.Tensor:
-        """Token ids int64 `(n,)`, about `tokens` of them: `begin`, then paragraphs with the needles between them.
+        """About `tokens` token ids, int64 `(n,)`: `begin`, then paragraphs with the needles between them.
 
         Args:
             needles: depth (0 is the beginning, 1 the end) and text of each; a needle never cuts a paragraph.
-            tokens: how long the text shall be, needles included; it is shorter by less than a paragraph.
-            begin: what comes first.
+            tokens: target length with needles; the text is shorter by less than a paragraph.
+            begin: the text that comes first.
             chance: chooses the paragraphs.
 
         Raises:
-            ValueError: there is less text than that.
+            ValueError: there is too little text.
         """
         first = encode(self._tokenizer, begin)
         hidden = [(depth, encode(self._tokenizer, f"{text}\n\n")) for depth, text in needles]
@@ -61,7 +62,7 @@ class Haystack:
             room -= len(piece)
         else:
             raise ValueError(f"there is not enough text for {tokens} tokens")
-        # From the back, so that places before it stay what they are. (Of two in one place, the deeper one is behind.)
+        # Insert from the back, so that earlier places do not shift. (Of two needles in one place, the deeper is later.)
         pieces = len(hay)
         for depth, ids in sorted(hidden, key=lambda one: -one[0]):
             hay.insert(round(depth * pieces), ids)

@@ -18,8 +18,8 @@ class KVRetrieval:
     """UUIDs and their values, as JSON.
 
     Attributes:
-        pairs: of each record, so many are kept (all have 75): the one that is asked for is among them.
-        data_dir: local data; the Hub has no copy that needs no script.
+        pairs: pairs kept of each record (of 75), including the one that is asked for.
+        data_dir: local data; every copy on the Hub needs a script.
     """
 
     pairs: int = 25
@@ -28,7 +28,7 @@ class KVRetrieval:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. Every request has a prefix of its own."""
+        """The first `count` requests; every request has its own prefix."""
         chance = random.Random(f"{self.name} {seed}")
         found = []
         for number, row in enumerate(sample(load_rows(self.name, "test", self.data_dir, None), count, chance)):

@@ -1,13 +1,13 @@
 """LongBench (Bai et al. 2024): real long documents with questions, in English.
 
-The rows are those of the authors' data set on the Hub, `zai-org/LongBench` (formerly `THUDM/LongBench`). Its loading
-is a script, which `datasets` no longer runs, so its `data.zip` is read instead; most copies without a script have
-other fields or LongBench's prompts in their contexts. Local files are `<data_dir>/longbench/<subset>.jsonl`, the very
+The rows come from the authors' data set on the Hub, `zai-org/LongBench` (formerly `THUDM/LongBench`). It is loaded by a
+script, which `datasets` no longer runs, so its `data.zip` is read instead; most copies without a script have other
+fields or LongBench's prompts in their contexts. Local files are `<data_dir>/longbench/<subset>.jsonl`, exactly the
 files of `data.zip`, with the fields `input`, `context`, `answers`, `length` (words), `dataset`, `language`,
 `all_classes` and `_id`.
 
-What differs from LongBench's own numbers: prompts are in our words, instruction and context come first (they are the
-shared prefix), and `trec` asks for the likeliest of all classes instead of reading a label out of a generated text.
+Differences from LongBench's own numbers: prompts use our words, instruction and context come first (as the shared
+prefix), and `trec` takes the most likely of all classes instead of reading a label from a generated text.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .rows import HubSource, Row, load_rows
 
 @dataclass(frozen=True)
 class Subset:
-    """How the rows of one subset are asked.
+    """Prompts and metric of one subset.
 
     Attributes:
-        metric: by which answers are judged (a module of `eval.metrics`).
-        max_new_tokens: as in LongBench.
-        instruction: comes before the context.
-        question: comes after it; `{input}` is the row's input without `begin` at its end.
-        begin: how the answer begins.
+        metric: judges the answers (a module of `eval.metrics`).
+        max_new_tokens: limit on generated tokens, as in LongBench.
+        instruction: text before the context.
+        question: text after the context; `{input}` is the row's input without `begin` at its end.
+        begin: beginning of the answer.
     """
 
     metric: str
@@ -89,9 +89,9 @@ class LongBench:
 
     Attributes:
         subset: one of `SUBSETS`.
-        max_tokens: of the prefix at most. The middle of a longer one is left out, as in LongBench, and so may be what
-            the answer needs; `Request.about` says how many tokens are missing (`cut_tokens`). The default leaves room
-            for question and answer in the 8,192 tokens of the default model.
+        max_tokens: maximum tokens of the prefix. The middle of a longer prefix is left out, as in LongBench, possibly
+            with text that the answer needs; `Request.about` has the number of missing tokens (`cut_tokens`). The
+            default leaves room for question and answer in the 8,192 tokens of the default model.
         data_dir: local data.
     """
 
@@ -115,7 +115,7 @@ class LongBench:
 
     @property
     def hub(self) -> HubSource:
-        """Where the Hub has the rows."""
+        """Location of the rows on the Hub."""
         return HubSource(
             "zai-org/LongBench",
             lambda row: row,
@@ -124,7 +124,7 @@ class LongBench:
         )
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. Requests share a prefix if their rows have the same context."""
+        """The first `count` requests; they share a prefix if their rows have the same context."""
         chance = random.Random(f"{self.name} {seed}")
         asked = SUBSETS[self.subset]
         prefixes: dict[str, tuple[int, torch.Tensor, int]] = {}
@@ -151,7 +151,7 @@ class LongBench:
         return found
 
     def _prefix(self, tokenizer: Any, context: str) -> tuple[torch.Tensor, int]:
-        """Instruction and context, int64 `(n,)`, and how many tokens were left out of the middle."""
+        """Instruction and context, int64 `(n,)`, and the number of tokens left out of the middle."""
         text = f"{SUBSETS[self.subset].instruction}\n\n{context.strip()}"
         ids = encode(tokenizer, user_turn(text) if self._chat else text)
         cut = max(0, len(ids) - self.max_tokens)
@@ -162,7 +162,7 @@ class LongBench:
 
     def _suffix(self, row: Row) -> str:
         asked = SUBSETS[self.subset]
-        # Inputs of the few-shot subsets end with what the answer comes after.
+        # Inputs of the few-shot subsets end with the beginning of the answer.
         text = asked.question.format(input=row["input"].strip().removesuffix(asked.begin).rstrip())
         return answer_turn(f"\n\n{text}", asked.begin) if self._chat else f"\n{text}\n{asked.begin}"
 
@@ -176,6 +176,6 @@ def longbench(subset: str, data_dir: Path | str | None = None) -> LongBench:
     """One subset, with at most 7,168 tokens of prefix.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no subset has this name.
     """
     return LongBench(subset, data_dir=data_dir)

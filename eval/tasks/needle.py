@@ -19,9 +19,9 @@ class Needle:
     """Secret numbers of cities in real text.
 
     Attributes:
-        name: of the task.
+        name: name of the task.
         keys: needles in one prefix; each is asked for, so a prefix has as many requests.
-        tokens: of the prefix.
+        tokens: tokens of the prefix.
         data_dir: local data.
     """
 
@@ -32,11 +32,11 @@ class Needle:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. Depths are spread evenly over the text."""
+        """The first `count` requests; depths are spread evenly over the text."""
         haystack = Haystack(tokenizer, self.data_dir)
         chance = random.Random(f"{self.name} {seed}")
         prefixes = -(-count // self.keys)
-        # Evenly over all needles, and each prefix has some of everywhere.
+        # Depths are even over all needles, and each prefix has some from the whole range.
         depths = [(number + 0.5) / (prefixes * self.keys) for number in range(prefixes * self.keys)]
         found: list[Request] = []
         for prefix in range(prefixes):

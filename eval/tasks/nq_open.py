@@ -18,7 +18,7 @@ class NQOpen:
     """Questions of NQ-Open; passages of other questions are the distractors.
 
     Attributes:
-        documents: in one prefix.
+        documents: documents in one prefix.
         data_dir: local data.
     """
 
@@ -28,7 +28,7 @@ class NQOpen:
     metric: str = "qa_f1"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. Every request has a prefix of its own."""
+        """The first `count` requests; every request has its own prefix."""
         chance = random.Random(f"{self.name} {seed}")
         rows = load_rows(self.name, "test", self.data_dir, None)
         found = []

@@ -15,14 +15,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where the Hub has the same data.
+    """Location of a data set on the Hub.
 
     Attributes:
-        path, config, revision: of the data set; one that needs no script.
-        splits: what its splits are called, by our names ("train", "test").
-        row: turns one of its rows into one with our fields.
-        archive: zip file of the repository with the rows as JSON Lines, for a data set whose own loading needs a
-            script; `splits` then names files in it.
+        path, config, revision: identify the data set, which must need no script.
+        splits: names of its splits, by our names ("train", "test").
+        row: converts one of its rows to our fields.
+        archive: zip file in the repository with the rows as JSON Lines, for a data set that is loaded by a script;
+            `splits` then names files in it.
     """
 
     path: str
@@ -34,7 +34,7 @@ class HubSource:
 
 
 class DataMissingError(Exception):
-    """A data set is neither in the data folder nor can it be had from the Hub."""
+    """A data set is not in the data folder and cannot be loaded from the Hub."""
 
 
 def data_folder(chosen: Path | str | None) -> Path | None:
@@ -44,10 +44,10 @@ def data_folder(chosen: Path | str | None) -> Path | None:
 
 
 def load_rows(name: str, split: str, data_dir: Path | str | None, hub: HubSource | None) -> list[Row]:
-    """All rows of a split: of `<data_dir>/<name>/<split>.jsonl` if there is a data folder, else of the Hub.
+    """All rows of a split, from `<data_dir>/<name>/<split>.jsonl` if there is a data folder, else from the Hub.
 
     Raises:
-        DataMissingError: neither can be read.
+        DataMissingError: the rows cannot be read.
     """
     folder = data_folder(data_dir)
     if folder is not None:

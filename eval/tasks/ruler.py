@@ -1,9 +1,9 @@
 """RULER (Hsieh et al. 2024): needles, chains of variables, frequent words and questions, made for one length.
 
-The Hub has all 13 tasks, ready-made, in `simonjegou/ruler` (500 rows of each; the configuration is the length: 4096,
-8192 or 16384 tokens as Llama counts them). Local files are `<data_dir>/ruler/<length>.jsonl` with the same fields:
-`context`, `question`, `answer_prefix`, `answer` (a list), `task` and `max_new_tokens`. Nothing is cut: take a length
-that the model can hold with its own tokenizer.
+The Hub has all 13 tasks in `simonjegou/ruler` (500 rows each; the configuration is the length: 4096, 8192 or 16384
+tokens of Llama's tokenizer). Local files are `<data_dir>/ruler/<length>.jsonl` with the same fields: `context`,
+`question`, `answer_prefix`, `answer` (a list), `task` and `max_new_tokens`. Nothing is cut, so choose a length that
+fits the model with its own tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from .base import Request, answer_turn, encode, sample, user_turn
 from .rows import DataMissingError, HubSource, load_rows
 
-# RULER wants all answers (`string_match_all`), but any one of a question's (`string_match_part`).
+# RULER requires all answers (`string_match_all`), but for questions only one (`string_match_part`).
 METRICS = {
     **dict.fromkeys(("niah_single_1", "niah_single_2", "niah_single_3"), "needle_recall"),
     **dict.fromkeys(("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"), "needle_recall"),
@@ -33,7 +33,7 @@ class Ruler:
 
     Attributes:
         task: its name in the data.
-        length: of the rows, question and answer included, in tokens of Llama.
+        length: length of the rows, question and answer included, in tokens of Llama.
         data_dir: local data.
     """
 
@@ -55,12 +55,12 @@ class Ruler:
 
     @property
     def hub(self) -> HubSource:
-        """Where the Hub has the rows."""
+        """Location of the rows on the Hub."""
         length = str(self.length)
         return HubSource("simonjegou/ruler", lambda row: row, config=length, splits=((length, "test"),))
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """See `Task`. Requests share a prefix if their rows have the same context.
+        """The first `count` requests; they share a prefix if their rows have the same context.
 
         Raises:
             DataMissingError: the data has no rows of this task.
@@ -97,6 +97,6 @@ def ruler(task: str, data_dir: Path | str | None = None) -> Ruler:
     """One task of 4,096 tokens.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no task has this name.
     """
     return Ruler(task, data_dir=data_dir)

@@ -17,6 +17,6 @@ def trec(data_dir: Path | str | None = None) -> FewShot:
     hub = HubSource(
         "CogComp/trec",
         lambda row: {"text": row["text"], "label": LABELS.index(_THEIRS[row["coarse_label"]])},
-        revision="refs/convert/parquet",  # The main branch is a script, which `datasets` no longer runs.
+        revision="refs/convert/parquet",  # The main branch has a script, which `datasets` no longer runs.
     )
     return FewShot("trec", 120, LABELS, "Question: {text}\nType:", hub, data_dir)

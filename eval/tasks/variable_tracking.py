@@ -1,4 +1,4 @@
-"""Variable tracking, in the manner of RULER: assignments scattered over a text, and which variables share a value?"""
+"""Variable tracking, in the manner of RULER: assignments are scattered over a text; which variables share a value?"""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class VariableTracking:
     """Chains "VAR ABCDE = 12345", "VAR FGHIJ = VAR ABCDE" and so on.
 
     Attributes:
-        chains: in one prefix; each is asked for.
+        chains: chains in one prefix; each is asked for.
         hops: assignments after the first, per chain.
-        tokens: of the prefix.
+        tokens: tokens of the prefix.
         data_dir: local data.
     """
 
@@ -44,7 +44,7 @@ class VariableTracking:
                 names = ["".join(chance.choices(string.ascii_uppercase, k=5)) for _ in range(self.hops + 1)]
                 value = str(chance.randint(10000, 99999))
                 chains.append((value, names))
-                # In the order of the text, each assignment after the one that it refers to.
+                # In text order, each assignment comes after the one that it refers to.
                 depths = sorted(chance.random() for _ in names)
                 lines = [f"VAR {names[0]} = {value}"]
                 lines += [f"VAR {new} = VAR {old}" for old, new in pairwise(names)]
