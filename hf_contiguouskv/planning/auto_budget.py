@@ -34,7 +34,8 @@ class BudgetChoice:
     Attributes:
         budget: share of the chunks to load, in (0, 1].
         recompute: whether computing the prefix again takes less time than loading this share.
-        read_s, compute_s: estimated seconds that a cold request of `SUFFIX_TOKENS` tokens reads and computes.
+        read_s: estimated seconds that a cold request of `SUFFIX_TOKENS` tokens reads.
+        compute_s: estimated seconds that it computes.
         reason: the reason, in a sentence.
     """
 

@@ -88,9 +88,11 @@ class PrefixStore(Upkeep):
         StoreError: the folder cannot be read or made.
         ConfigError: a bound is negative or no number, or the salt is neither str nor bytes, or empty.
 
-    Example:
+    Examples:
+        ```python
         with PrefixStore("kv-store", max_disk_bytes=50 * 2**30) as store:
             print(store.match(model, input_ids), store.entries())
+        ```
     """
 
     def __init__(

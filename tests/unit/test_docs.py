@@ -23,8 +23,8 @@ PAGES = [
 ]
 # Programs of others that are run by `python -m`.
 FOREIGN_MODULES = {"build", "pip"}
-# It moves into `contiguouskv eval` (docs/evaluation.md).
-MOVING_COMMANDS = {"bench"}
+# Commands of the evaluation package: they have their own --help.
+OF_THE_EVALUATION = {"bench", "eval"}
 
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -47,11 +47,8 @@ def test_every_command_and_option_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
-        if name in MOVING_COMMANDS:
-            continue
         assert re.search(rf"^\| `{name}\b", text, re.MULTILINE), name
-        # (`eval` has its own page and its own --help.)
-        for parameter in () if name == "eval" else command.params:
+        for parameter in () if name in OF_THE_EVALUATION else command.params:
             for option in (option for option in parameter.opts if option.startswith("--") and option != "--help"):
                 assert option in text, f"{name} {option}"
     for parameter in group.params:
