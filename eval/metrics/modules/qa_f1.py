@@ -1,4 +1,4 @@
-"""Mean F1 of the words of an answer, with the right answer that fits best (as SQuAD measures it)."""
+"""Mean F1 of the words of an answer and the best-matching right answer (as in SQuAD)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from eval.metrics import base, scores
 
 
 class QaF1(base.MeanScore):
-    """Mean F1 of the words of an answer, with the right answer that fits best (as SQuAD measures it)."""
+    """Mean F1 of the words of an answer and the best-matching right answer (as in SQuAD)."""
 
     score = staticmethod(scores.qa_f1)
