@@ -110,6 +110,6 @@ def choose_folder(candidates: list[Path], any_file_system: bool = False) -> Path
         said = "; ".join(f"{folder}: {reason or 'cannot be written to'}" for folder, reason in reasons.items())
         raise InMemoryError(
             f"stores must lie on a disk, or no request would be cold, but {said}. Name a folder on a disk with "
-            "--store, or go on all the same with --any-file-system."
+            "--store, or use --any-file-system to go on anyway."
         )
     return max(writable, key=lambda folder: shutil.disk_usage(folder).free)

@@ -106,9 +106,7 @@ def attention_shapes(device: torch.device) -> list[dict[str, Any]]:
     for cudnn in (True, False):
         with cudnn_attention(cudnn):
             for way in ("mask, repeated", "mask, grouped", "lower right, grouped"):
-                _once(
-                    device, way, FIRST_KEYS - 1000 - keys % 7
-                )  # Load the kernel, which is not part of a shape's cost.
+                _once(device, way, FIRST_KEYS - 1000 - keys % 7)  # Load the kernel: not part of the cost.
                 rows = []
                 for _ in range(FRESH_LENGTHS):
                     rows.append(_once(device, way, keys))

@@ -180,7 +180,7 @@ def said(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say: infinities and the like become text, and so does anything unknown."""
+    """`value` in types that JSON has: infinities, NaN and unknown types become text."""
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
