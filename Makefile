@@ -2,7 +2,9 @@
 # make demo DOC=FILE   ... your document      MODEL=NAME_OR_FOLDER   ... your model
 # make test            everything that runs without a GPU
 # make compat          the contract tests on other releases of transformers than the pinned one (COMPAT="5.20.0 5.23.0")
-# make lint            ruff and mypy
+# make package-test    the wheel, installed in an environment of its own: the quick example, the command, an evaluation
+# make lint            ruff, import-linter and mypy
+# make docs            the docs site, in site/ (strict: no dead link, no page left out; no network)
 # make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
 # make store-bench     look-up, opening, checksums, publishing, accounting (STORE_BENCH_ARGS=...)
@@ -49,7 +51,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test compat faults lint eval eval-streams bench store-bench warm-bench policies timeline gpu clean
+.PHONY: demo test package-test compat faults lint docs eval eval-streams bench store-bench warm-bench policies timeline \
+  gpu clean
 
 demo: $(VENV)/.eval
 	$(BIN)/python examples/demo.py $(if $(DOC),--doc "$(DOC)") $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
@@ -58,6 +61,9 @@ demo: $(VENV)/.eval
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup tests/unit tests/contract tests/eval $(TEST_ARGS)
 	$(BIN)/python -m pytest tests/faults tests/hostile $(TEST_ARGS)
+
+package-test: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/packaging $(TEST_ARGS)
 
 compat: $(VENV)/.dev
 	$(BIN)/python scripts/compat.py --check $(COMPAT_ARGS) $(COMPAT)
@@ -68,13 +74,18 @@ faults: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py eval/dtypes.py eval/estimate.py examples/demo.py
+
+# (The variable silences an advertisement; nothing is asked of a network.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.eval
 	$(BIN)/contiguouskv bench $(if $(MODEL),--model "$(MODEL)") $(BENCH_ARGS)
 
-# A run that was broken off goes on where it stopped; one that is complete is made anew.
+# An interrupted run continues where it stopped; a complete one is repeated.
 eval: $(VENV)/.eval
 	$(BIN)/python -m eval run .cache/eval $(EVAL_ARGS)
 	$(BIN)/python -m eval report .cache/eval --out $(EVAL_OUT)
@@ -108,7 +119,7 @@ gpu: $(VENV)/.dev
 	PYTHON=$(BIN)/python scripts/gpu_session.sh $(GPU_OUT) $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 
 # torch comes first, by its exact version: resolving a range of it can fetch several gigabytes of another build.
 $(VENV)/.torch: constraints.txt
@@ -124,4 +135,8 @@ $(VENV)/.eval: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.eval
 	$(PIP) -c constraints.txt -e ".[eval,dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e ".[docs]"
 	@touch $@

@@ -1,7 +1,8 @@
 """Hooks of the docs site: pages that lie in the repository's root, and links that leave `docs/`.
 
 README.md, CONTRIBUTING.md, SECURITY.md and CHANGELOG.md stay where GitHub looks for them and are pages of the site as
-well. A link from a page to a file of the repository that is not on the site becomes plain text.
+well. A link from a page to a file of the repository that is not on the site becomes plain text. A page that loads
+anything from another host fails the build.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +22,10 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
+_REMOTE = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\ssrc=["']?(?:https?:)?//"""
+    r"""|<link\b[^>]*\brel=["']?(?:stylesheet|preconnect|icon)\b[^>]*\bhref=["']?(?:https?:)?//"""
+)
 _LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
 
@@ -35,6 +41,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     uri = page.file.src_uri
     sources = {made: source for source, made in ROOT_PAGES.items()}
     return relink(markdown, sources.get(uri, f"docs/{uri}"), uri)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse what the browser would load from another host."""
+    if remote := _REMOTE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from another host: {remote[0]}")
+    return output
 
 
 def relink(markdown: str, source: str, uri: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m eval run`, `report` and `list`."""
+"""`python -m eval run`, `report` and `list`; `contiguouskv eval ...` when installed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,42 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from .dtypes import DtypeOption
 
+# What the extra `eval` of pyproject.toml installs, by the names that are imported.
+EXTRA = ("datasets", "evaluate", "gguf", "markdown_it", "matplotlib", "pandas", "rouge_score")
+
+
+class _NeedsExtra(TyperGroup):
+    """A group of commands that says in one line which extra is missing."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in EXTRA:
+                raise
+            advice = f"needs the extra 'eval' (pip install 'hf-contiguouskv[eval]'): {error}"
+            typer.echo(f"{ctx.command_path} {advice}", err=True)
+            raise typer.Exit(2) from None
+
+
 app = typer.Typer(
+    cls=_NeedsExtra,
     help="Measure time to first token and quality against every rival system.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 PAPER_TASKS = ("sst2", "subj", "trec", "rte")
-_CHOICE = "may be repeated; `python -m eval list` names them all"
+_CHOICE = "may be repeated; the command `list` names them all"
 
 
 @app.command()
 def run(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="folder of the run; an interrupted run is continued")],
     task: Annotated[
         list[str] | None,
@@ -75,7 +96,7 @@ def run(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        run_all(config, out, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]))
+        run_all(config, out, command=shlex.join([*str(context.find_root().info_name).split(), *sys.argv[1:]]))
     except (RunFolderError, DataMissingError, NotServedError) as error:
         raise typer.BadParameter(str(error)) from error
 

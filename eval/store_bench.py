@@ -31,7 +31,7 @@ from hf_contiguouskv.hardware.aligned_memory import aligned_buffer, as_memoryvie
 from hf_contiguouskv.model import fingerprint
 from hf_contiguouskv.store import KVGeometry
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
-from hf_contiguouskv.store.hashing import ChainMemory, TokenIds, chain_hashes
+from hf_contiguouskv.store.hashing import TokenIds, chain_hashes
 from hf_contiguouskv.store.search import longest_match
 
 from .store_fixtures import CHUNK, MODEL, TINY, Sizes, fill, large_model, no_fsync, some_ids, store_kv
@@ -71,14 +71,14 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     with PrefixStore(folder) as store:
-        root = store._finder.root(MODEL, CHUNK)
+        root = store.inner.finder.root(MODEL, CHUNK)
         for name, (ids, expected) in prompts.items():
             hashes = chain_hashes(root, ids, CHUNK, first=True)
             query = partial(longest_match, root=root, hashes=hashes, ids=ids, chunk_size=CHUNK)
             actions: dict[str, Callable[[], object]] = {
                 "first_look_up_ms": partial(_look_up, store, ids, expected),
                 "hashing_ms": partial(chain_hashes, root, ids, CHUNK, first=True),
-                "index_query_ms": partial(store._index.read, query),
+                "index_query_ms": partial(store.inner.index.read, query),
                 "look_up_of_a_new_prompt_ms": partial(_look_up, store, ids, expected, new=True),
                 "look_up_ms": partial(_look_up, store, ids, expected),
             }
@@ -103,7 +103,7 @@ def lookups(folder: Path, sizes: Sizes) -> dict[str, Any]:
 def _look_up(store: PrefixStore, ids: TokenIds, expected: int, new: bool = False) -> None:
     """Look `ids` up; with `new`, forget the hashes of recent prompts first."""
     if new:
-        store._finder._chains = ChainMemory()
+        store.inner.finder.forget_prompts()
     stored = store.lookup(MODEL, ids, CHUNK)
     tokens = stored.tokens if stored else 0
     if tokens != expected:

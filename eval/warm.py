@@ -38,7 +38,8 @@ def kept_tokens_only(cache: ContiguousKVCache, model: Any) -> DynamicCache:
     found = DynamicCache(config=model.config)
     for layer, own in enumerate(cache.layers):
         kept = state.request.kept_tokens
-        keys, values = own._buffer[0, :, :, :kept], own._buffer[1, :, :, :kept]
+        # (The prefix is loaded: no query is needed any more.)
+        keys, values = (states[:, :, :kept] for states in own.visible_kv(own.keys, None, {}))
         found.update(keys.clone(), values.clone(), layer)
     return found
 

@@ -1,4 +1,4 @@
-"""The knobs of a cache, in frozen dataclasses: what is used, how it is chosen, how it is read."""
+"""The configuration of a cache, in frozen dataclasses: what is used, how it is chosen, how it is read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Selection:
     """How chunks of the prefix are chosen. Use one of its kinds: `IndexedKeys` or `AttentionMass`.
 
     Args:
-        queries: how many of the real suffix tokens (per row) vote; `None` is all of them.
-        recent: how many of these are the last ones; the others are spread evenly over the suffix before them. As many
-            as `queries`, or more: only the last ones vote.
+        queries: number of suffix tokens per row whose queries vote, padding excluded; `None`: all of them.
+        recent: how many of these are the last tokens of the suffix. The others are spread evenly over the suffix before
+            them. If `recent >= queries`, only the last tokens vote.
         concentration: exponent on a chunk's attention mass per (head, query) before the sum. 1 favours breadth,
             4 favours needles. The published rule is 1.
         keep_first: chunks at the beginning of the prefix that are always kept (attention sinks).
@@ -73,7 +73,7 @@ class AttentionMass(Selection):
     """The published rule: softmax over the exact keys of the leader layer, in float32, summed over queries and tokens,
     averaged over heads (arXiv 2601.13631: p = 8, sp = 4).
 
-    The fields are those of `Selection`. It needs `payload="exact"`: a packed prefix gets its keys from the index, which
+    The fields are those of `Selection`. Needs `payload="exact"`: a packed prefix takes its keys from the index, which
     this rule does not read.
     """
 
@@ -86,7 +86,7 @@ class ReadOptions:
     """How the bytes of a prefix are read.
 
     Args:
-        lookahead_bytes: how many bytes may be read ahead of compute when every chunk is used.
+        lookahead_bytes: bytes that may be read ahead of compute when every chunk is used.
         verify: compare the checksum of every extent that is read from disk, and refuse numbers that are not finite. A
             store with a key is always verified.
 
@@ -111,13 +111,13 @@ class ContiguousKVConfig:
 
     Args:
         budget: share of the prefix chunks that attention uses in every full-attention layer, in (0, 1].
-            1.0 uses every chunk and gives the exact answer. `"auto"`: the largest one whose reads hide behind compute,
-            by speeds measured here (`planning.auto_budget`).
+            1.0 uses every chunk and gives the exact answer. `"auto"`: the largest budget whose reads hide behind
+            compute, by speeds that are measured once per model and store.
         chunk_size: tokens per ContiguousChunk, a power of two from 1 to 256.
-        payload: what attention gets of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`:
-            values in 4 bits, a seventh of the bytes, and the keys of the key index, in 8 bits; it needs
-            `selection=IndexedKeys(...)`. Exact all the same: prefixes that were stored without packed values,
-            `budget=1.0`, and layers with a sliding window.
+        payload: form of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`: values in 4
+            bits (a seventh of the bytes) and keys in 8 bits from the key index; needs `selection=IndexedKeys(...)`.
+            Prefixes that were stored without packed values, `budget=1.0`, and layers with a sliding window are always
+            exact.
         selection: how chunks are scored: `IndexedKeys(...)` or `AttentionMass(...)`.
         reading: how bytes are read.
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less

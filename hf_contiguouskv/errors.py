@@ -18,8 +18,8 @@ _LASTING = tuple(
 class ContiguousKVError(Exception):
     """Base of every error that this library raises on purpose.
 
-    Messages quote what files and strangers say: whatever is not printable is escaped in them, and each part has at most
-    2,000 characters.
+    Messages may quote text from files and other users. Characters that are not printable are escaped, and each part is
+    cut at 2,000 characters.
     """
 
     def __init__(self, *parts: object) -> None:
@@ -27,11 +27,11 @@ class ContiguousKVError(Exception):
 
 
 class ConfigError(ContiguousKVError, ValueError):
-    """A field of `ContiguousKVConfig` (or of another argument) has a value that makes no sense."""
+    """An argument, or a field of `ContiguousKVConfig`, is out of its range, or two of them cannot work together."""
 
 
 class InputError(ContiguousKVError, ValueError):
-    """Token ids, masks or lengths that cannot be served: wrong dtype, wrong shape, not the prefix."""
+    """Token ids, masks or lengths cannot be served: wrong dtype, wrong shape, or not the prefix."""
 
 
 class UnsupportedModelError(ContiguousKVError, ValueError):
@@ -39,7 +39,7 @@ class UnsupportedModelError(ContiguousKVError, ValueError):
 
 
 class AttentionNotActiveError(ContiguousKVError, RuntimeError):
-    """The model runs without our attention function although a cache with a prefix is in use."""
+    """The model ran without the library's attention function although a cache with a prefix is in use."""
 
 
 class StoreError(ContiguousKVError):
@@ -47,18 +47,18 @@ class StoreError(ContiguousKVError):
 
 
 class StoreFormatError(StoreError):
-    """The folder is not a store, or was written by a newer format of this library."""
+    """The folder is not a store or bundle, or is of a format that this release does not read."""
 
 
 class SegmentKeyError(StoreError):
-    """A segment was not put into the store by those who have its key; or it has one, and the store was opened without.
+    """A segment was not stored with the key of the store, or has a key although the store was opened without one.
 
-    It is not used, and left alone.
+    The segment is neither used nor changed.
     """
 
 
 class UntrustedOwnerError(StoreError):
-    """A folder or file that another user of this machine owns, or may write; see `trust_owner`."""
+    """Another user of this machine owns a folder or file of the store, or may write it (see `trust_owner`)."""
 
 
 class StoreClosedError(StoreError):
@@ -66,15 +66,15 @@ class StoreClosedError(StoreError):
 
 
 class SegmentMissingError(StoreError):
-    """There is no segment under this key (any more)."""
+    """No segment has this key, or it was deleted meanwhile."""
 
 
 class _SegmentError(StoreError):
     """An error about the bytes of one segment.
 
     Attributes:
-        segment: the open segment, where the error showed while it was read; else `None`.
-        identity: of the blob that could not be opened, as it was before that was tried; `None` is unknown.
+        segment: the open segment if a read failed; `None` if it could not be opened.
+        identity: identity of the blob before the attempt to open it; `None` if unknown.
     """
 
     def __init__(self, message: str, segment: object = None) -> None:
@@ -91,8 +91,8 @@ class SegmentReadError(_SegmentError):
     """The storage failed to deliver the bytes of a segment.
 
     Attributes:
-        damage: whether it will fail again (a bad block, no ordinary file); otherwise the segment may be sound, and only
-            this process could not read it now (out of descriptors or memory, no permission).
+        damage: true if the read will fail again (a bad block, not an ordinary file); false if the segment may be sound
+            and this process could not read it now (out of descriptors or memory, no permission).
     """
 
     def __init__(self, message: str, segment: object = None, code: int | None = None) -> None:

@@ -84,7 +84,7 @@ class StoreCollector:
     def is_open(self) -> bool:
         """Whether the store still exists and is open."""
         store = self._store()
-        return store is not None and not store._closed
+        return store is not None and not store.is_closed
 
     def collect(self) -> Iterable[Metric]:
         """Called by the registry at every scrape. Never raises; a closed store has no metrics."""
@@ -93,7 +93,7 @@ class StoreCollector:
     def stats(self) -> tuple[StoreStats, int | None] | None:
         """The current numbers and the bound on `segment_bytes`; `None` if the store is closed or unreadable."""
         store = self._store()
-        if store is None or store._closed:
+        if store is None or store.is_closed:
             return None
         try:
             return store.stats, store.max_disk_bytes

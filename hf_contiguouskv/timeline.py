@@ -1,4 +1,4 @@
-"""When one request did what: spans of reading, waiting, identifying, copying and computing, per layer."""
+"""Spans of one request, per layer: reading, waiting, identifying, copying and computing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ class Span:
     """One piece of work.
 
     Attributes:
-        kind: one of `KINDS`: a read of keys or of chunks (by reader threads), compute standing still for a read,
-            identification, copies into attention's buffer (on an accelerator: the host's part of queueing them),
-            the model's own compute.
-        layer: whose.
-        start, end: seconds on `time.perf_counter`.
+        kind: one of `KINDS`: reads of keys or of chunks (by reader threads), compute waiting for a read,
+            identification, copies into attention's buffer (on an accelerator: the host's part of queueing them), the
+            model's compute.
+        layer: number of the layer.
+        start: seconds on `time.perf_counter`.
+        end: seconds on `time.perf_counter`.
     """
 
     kind: str
@@ -35,7 +36,7 @@ class SpanRecorder(Protocol):
         ...
 
     def layer_reached(self, layer: int) -> None:
-        """The model has reached the attention of `layer`: everything since the last layer was compute."""
+        """The model reached the attention of `layer`; the time since the last layer was compute."""
         ...
 
     def layer_ready(self, layer: int) -> None:
@@ -80,12 +81,12 @@ class Timeline:
             self.spans.append(Span(kind, layer, start, end))
 
     def layer_reached(self, layer: int) -> None:
-        """The model has reached the attention of `layer`: everything since the last layer was compute."""
+        """The model reached the attention of `layer`; the time since the last layer was compute."""
         since = self.begun if self._computing is None else self._computing[1]
         self.add("compute", layer, since, time.perf_counter())
 
     def layer_ready(self, layer: int) -> None:
-        """Attention of `layer` has what it needs: the model computes on."""
+        """Attention of `layer` has its chunks; the model computes."""
         self._computing = layer, time.perf_counter()
 
     def model_done(self) -> None:

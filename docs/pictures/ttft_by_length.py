@@ -171,8 +171,6 @@ def draw(results: Path, picture: Path) -> None:
         lengths = [row["tokens"] for row in rows]
         medians[name] = {row["tokens"]: row["seconds"]["median"] * 1e3 for row in rows}
         ax.plot(lengths, medians[name].values(), color=colour, marker="o", markersize=4, label=name, linewidth=1.8)
-        low, high = ([row["seconds"][side] * 1e3 for row in rows] for side in ("low", "high"))
-        ax.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     everything = {
         length: min(medians[RELOAD][length], medians["exact, budget 1.0"][length]) for length in medians[RELOAD]
     }
@@ -204,7 +202,7 @@ def draw(results: Path, picture: Path) -> None:
     name = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}[found["dtype"]]
     ax.set_title(
         f"SmolLM2-135M-Instruct, {name}, {about['cpu']}, {about['cores']} cores, no GPU. Prefix cold on a local disk.\n"
-        "Medians; bands are quartiles.",
+        "Medians of interleaved requests.",
         fontsize=9,
         loc="left",
     )

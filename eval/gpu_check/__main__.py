@@ -42,6 +42,10 @@ def main(
     ] = False,
 ) -> None:
     """Check and measure the device path, stage by stage; FOLDER always holds the results so far."""
+    if not (ROOT / "tests").is_dir():
+        raise typer.BadParameter(
+            f"this check runs the tests of a checkout of the project, and there are none in {ROOT}"
+        )
     # If output goes to a file, rich would assume a narrow terminal.
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     chosen = stages.split(",")

@@ -124,7 +124,7 @@ def _pytest(settings: Settings, group: Group, environment: dict[str, str], clock
     junit = scratch.with_suffix(".xml")
     command = [
         *(sys.executable, "-m", "pytest", *group.arguments),
-        *("-vv", "--tb=short", "--color=no", "--durations=5", "-p", "eval.gpu_check.pytest_recorder"),
+        *("-vv", "--tb=short", "--color=no", "--durations=5", "-p", f"{__package__}.pytest_recorder"),
         *("-p", "no:cacheprovider", "--continue-on-collection-errors"),
         *(f"--junitxml={junit}", f"--basetemp={scratch}"),
     ]

@@ -39,7 +39,7 @@ class Runner:
         self,
         settings: Settings,
         results: Results,
-        command: Sequence[str] = (sys.executable, "-m", "eval.gpu_check.run_stage"),
+        command: Sequence[str] = (sys.executable, "-m", f"{__package__}.run_stage"),
     ) -> None:
         self._settings = settings
         self._results = results

@@ -17,8 +17,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv.loading.chunk_accounts import Arrival
 from hf_contiguouskv.loading.chunk_loader import ChunkLoader
-from hf_contiguouskv.loading.hit_counting import Arrival
 from hf_contiguouskv.loading.placement import copy_in_order
 from hf_contiguouskv.model.fingerprint import model_fingerprint
 from hf_contiguouskv.model.served_model import ServedModel
@@ -95,8 +95,8 @@ class _LoadedLayer(GroupedLayer):
             began = time.perf_counter()
             copy_in_order(self._prefix, part, 0, chunks)
             self._loading.timeline.add("copy", layer, began, time.perf_counter())
-            loader.count_hits(layer, Arrival.of(part))
-        loader.note_used(layer, np.arange(count))
+            loader.accounts.count_hits(layer, Arrival.of(part))
+        loader.accounts.note_used(layer, np.arange(count))
         self._buffers = [both[0], both[1]]
         self._loader = None
         self._length = self._prefix.tokens

@@ -95,7 +95,7 @@ class ImpressStrategy(TokenStrategy):
         blocks = chosen.units
         share = chosen.counts / u
         value_units, value_share = nodes.values(blocks), share.repeat(kv_heads)
-        self.loader.expect_importance([stored_values], value_share.astype(np.float32))
+        self.loader.accounts.expect_importance([stored_values], value_share.astype(np.float32))
         if agree:  # Only blocks that hold a chosen token.
             self.ask(stored_keys, nodes.other_keys(blocks))
         self.ask(stored_values, value_units)

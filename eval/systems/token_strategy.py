@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from hf_contiguouskv.config import ReadOptions
+from hf_contiguouskv.loading.chunk_accounts import Arrival
 from hf_contiguouskv.loading.chunk_loader import ChunkLoader
-from hf_contiguouskv.loading.hit_counting import Arrival
 from hf_contiguouskv.memory.blocks import neighbours
 from hf_contiguouskv.request.strategy import LayerInput, RequestContext
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
@@ -186,7 +186,7 @@ class TokenStrategy(ABC):
                     else:
                         rows.index_copy_(0, send(positions, device), part.extents(None))
                     if not identifies:  # As in the library: hits are of what attention uses.
-                        self.loader.count_hits(stored_layer, Arrival.of(part))
+                        self.loader.accounts.count_hits(stored_layer, Arrival.of(part))
         if identifies:
             self.stats.bytes_identified += self.stats.bytes_read - before
         return found
@@ -200,9 +200,9 @@ class TokenStrategy(ABC):
 
     def used(self, stored_layer: int, units: Tokens, share: npt.NDArray[np.float64] | None = None) -> None:
         """Tell memory which units a layer has used, and which share of each unit of the prefix was important."""
-        self.loader.note_used(stored_layer, units)
+        self.loader.accounts.note_used(stored_layer, units)
         if share is not None:
-            self.loader.note_importance([stored_layer], share.astype(np.float32), arriving=False)
+            self.loader.accounts.note_importance([stored_layer], share.astype(np.float32))
 
 
 class TokenMethod:

@@ -30,7 +30,8 @@ class ContiguousKVCache(ListeningCache):
 
     Use it like any other cache: `model.generate(ids, cache=ContiguousKVCache(model, prefix_ids, store="kv"))`
     (`past_key_values=` before transformers 5.24). It is a context manager. `copy.deepcopy` returns an independent cache
-    in the same state, which shares the model, the store and the loaded part of the prefix.
+    in the same state, which shares the model, the store and the loaded part of the prefix. Its methods are those of
+    `transformers.Cache` and a few properties; `session` does the work.
 
     Args:
         model: a decoder-only transformers model, on one or more devices.

@@ -38,6 +38,8 @@ class ContiguousLayer(DynamicLayer):
 
     Prefix K/V exist once per *distinct* row: beams share them, and at budget 1.0 all rows do. If there is one per batch
     row, prefix and suffix lie in one growing buffer, so that a decoding step copies nothing.
+
+    It has many methods because transformers has: each one of `DynamicLayer` that touches K/V is overridden here.
     """
 
     def __init__(self, layer_idx: int) -> None:

@@ -8,9 +8,10 @@ is an error: `{"error": {"type": ..., "message": ...}}`.
 # Importing them registers their commands, in the order in which `--help` lists them.
 from . import show as _show  # noqa: F401, I001
 from . import care as _care  # noqa: F401
-from . import model as _model  # noqa: F401
+from . import warm as _warm  # noqa: F401
 from . import bundle as _bundle  # noqa: F401
 from .app import app
+from .messages import messages_instead_of_tracebacks
 from .output import human_bytes
 
-__all__ = ["app", "human_bytes"]
+__all__ = ["app", "human_bytes", "messages_instead_of_tracebacks"]

@@ -1,4 +1,4 @@
-"""What all commands share: the application, its options, errors in one line, keys that may be abbreviated.
+"""What all commands share: the application, its options, keys that may be abbreviated.
 
 Modules add their commands with `@app.command()` and wrap them in `messages_instead_of_tracebacks`.
 """
@@ -6,23 +6,24 @@ Modules add their commands with `@app.command()` and wrap them in `messages_inst
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import ContiguousKVError, StoreError
+from ..errors import StoreError
 from ..store import PrefixInfo, PrefixStore
 from ..wording import MESSAGE_LIMIT, quoted, shown
-from .output import print_json, say
+from .extensions import extension, extension_names
+from .messages import described
+from .output import print_json
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _WANTS_JSON = "hf_contiguouskv.json"
@@ -34,7 +35,18 @@ _access: ContextVar[dict[str, Any]] = ContextVar("access")
 
 
 class _Commands(TyperGroup):
-    """The group of all commands. What is wrong with a command line is said in JSON as well, if it asks for that."""
+    """The group of all commands, those of other packages included.
+
+    What is wrong with a command line is said in JSON as well, if it asks for that.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own: list[str] = super().list_commands(ctx)
+        return [*own, *(name for name in extension_names() if name not in own)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        return extension(cmd_name) if own is None else own
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_WANTS_JSON] = "--json" in args
@@ -146,48 +158,6 @@ OptionalKey = Annotated[
     typer.Argument(metavar="KEY", help="Key, or its beginning; all of them if left out.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def messages_instead_of_tracebacks(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Errors of this library, and of the operating system, become one line on stderr and exit status 2.
-
-    With `--json`, stdout has an object with `error` then.
-    """
-
-    @functools.wraps(command)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # `contiguouskv ls | head` is no mistake; typer ends quietly.
-        except (ContiguousKVError, OSError) as error:
-            complain(error, as_json=bool(kwargs.get("as_json") or kwargs.get("json_path")))
-            raise typer.Exit(2) from None
-
-    return run
-
-
-def complain(error: Exception, *, as_json: bool = False, **done: Any) -> None:
-    """One line on stderr; for programs also an object on stdout.
-
-    Args:
-        error: what went wrong.
-        as_json: whether there is an object.
-        done: more fields of it, such as what had been done before.
-    """
-    if as_json:
-        print_json(done | {"error": described(error)})
-    say(f"contiguouskv: {described(error)['message']}", err=True)
-
-
-def described(error: Exception) -> dict[str, str]:
-    """An error for programs: its `type`, and its `message` in one line."""
-    # (Errors of a command line know how to put it.)
-    text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    return {"type": type(error).__name__, "message": shown(" ".join(text.split()), MESSAGE_LIMIT)}
 
 
 def find_entries(store: PrefixStore, beginnings: list[str]) -> list[PrefixInfo]:

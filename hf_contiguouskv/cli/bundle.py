@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..store.bundle import BundleError, export_bundle, import_bundle, read_manifest
 from ..store.bundle.hub import FetchedBundle, download_folder, fetch_bundle
 from ..wording import quoted
-from .app import AsJson, StorePath, app, complain, find_entries, messages_instead_of_tracebacks, open_store
+from .app import AsJson, StorePath, app, find_entries, open_store
+from .messages import complain, messages_instead_of_tracebacks
 from .output import counted, human_bytes, print_json, progress, say
 
 _ON_THE_HUB = re.compile(r"hf://([^/@\s]+/[^/@\s]+)(?:@(\S+))?")

@@ -9,18 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ContiguousKVError
-from .app import (
-    AsJson,
-    Keys,
-    OptionalKey,
-    StorePath,
-    app,
-    complain,
-    find_entries,
-    find_entry,
-    messages_instead_of_tracebacks,
-    open_store,
-)
+from .app import AsJson, Keys, OptionalKey, StorePath, app, find_entries, find_entry, open_store
+from .messages import complain, messages_instead_of_tracebacks
 from .output import counted, human_bytes, print_json, progress, say, seconds_from
 
 

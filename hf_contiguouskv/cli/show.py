@@ -12,7 +12,8 @@ from ..errors import StoreError
 from ..store import PrefixInfo, PrefixStore
 from ..store.chains import chains, children, parents_of_all
 from ..wording import shown
-from .app import AsJson, OptionalKey, StorePath, app, find_entry, messages_instead_of_tracebacks, open_store
+from .app import AsJson, OptionalKey, StorePath, app, find_entry, open_store
+from .messages import messages_instead_of_tracebacks
 from .output import (
     columns,
     counted,

@@ -16,16 +16,15 @@ from functools import partial
 from itertools import groupby
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..memory import Tier, Usage
+from ..memory import Tier
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..timeline import NO_TIMELINE, SpanRecorder
+from .chunk_accounts import ChunkAccounts
 from .chunk_store import ChunkStore
-from .hit_counting import Arrival, count_hits
 from .key_loader import KeyLoader
 from .key_reads import KeyReads
 from .lookahead import Lookahead
@@ -46,6 +45,9 @@ class ChunkLoader:
         verify: whether to compare checksums. Chunks that were not compared never stay in memory.
         timeline: records reads and waits.
         usage: notes what memory is told; `None`: the loader's own, told when it is closed.
+
+    Attributes:
+        accounts: counts and notes what was used of the chunks.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class ChunkLoader:
             for prefix in {one.form: one for one in prefixes}.values()
         }
         self._reads = [self._by_form[prefix.form] for prefix in prefixes]
+        tables = [reads.tables for reads in self._reads]
+        self.accounts = ChunkAccounts(prefixes, tables, self._stats, self._usage)
         self._ahead = Lookahead(lookahead_bytes)
         self._keys: KeyLoader | None = None
 
@@ -162,41 +166,6 @@ class ChunkLoader:
         self._ahead.need(layer)
         yield from self._reads[layer].take(layer)
         self._ahead.used(layer)
-
-    # -- counting -----------------------------------------------------------------------------------------------------
-
-    def _used(self, layer: int) -> Usage:
-        return self._usage.of(self._prefixes[layer].form)
-
-    def count_hits(self, layer: int, arrived: Arrival, used: npt.NDArray[np.bool_] | None = None) -> int:
-        """Count the chunks that were used by the tier that they came from; returns how many came from disk.
-
-        Args:
-            layer: whose chunks.
-            arrived: chunks that were taken.
-            used: bool `(n,)`, which of them attention uses; `None`: all.
-        """
-        return count_hits(self._stats, self._used(layer), arrived, self._prefixes[layer].extent_bytes, used)
-
-    def note_used(self, layer: int, chunks: Chunks) -> None:
-        """Attention in `layer` uses `chunks` (int64, ascending). Memory counts that after the first token."""
-        self._used(layer).used(self._reads[layer].tables, layer, chunks)
-
-    def note_importance(self, layers: list[int], mass: npt.NDArray[np.float32], *, arriving: bool = True) -> None:
-        """Memory adds `mass`, float32 `(whole_chunks,)`, to the importance of the chunks of `layers`.
-
-        Args:
-            layers: all read in one form.
-            mass: attention mass per chunk, summed over rows.
-            arriving: whether chunks that arrive from now on compete for memory with this mass.
-        """
-        self._used(layers[0]).mass.append((layers, mass))
-        if arriving:
-            self.expect_importance(layers, mass)
-
-    def expect_importance(self, layers: Sequence[int], mass: npt.NDArray[np.float32]) -> None:
-        """Chunks of `layers` that arrive from now on compete for memory with `mass`, float32 `(whole_chunks,)`."""
-        self._reads[layers[0]].tables.mass.update(dict.fromkeys(layers, mass))
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

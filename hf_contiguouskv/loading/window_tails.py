@@ -8,8 +8,8 @@ import torch
 
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
+from .chunk_accounts import Arrival
 from .chunk_loader import ChunkLoader
-from .hit_counting import Arrival
 from .placement import copy_in_order
 
 
@@ -28,8 +28,8 @@ def load_tail(
             copy_in_order(prefix, part, int(chunks[0]), kv)
             arrived.append(Arrival.of(part))
     for one in arrived:
-        loader.count_hits(layer, one)
-    loader.note_used(layer, chunks)
+        loader.accounts.count_hits(layer, one)
+    loader.accounts.note_used(layer, chunks)
     # Without the tokens before the window and after the prefix.
     tokens = kv.flatten(2, 3)[:, None, :, first - before : prefix.tokens - before]
     stats.bytes_used += tokens.shape[3] * prefix.token_bytes()

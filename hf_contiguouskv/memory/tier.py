@@ -355,8 +355,6 @@ class Tier(Lender):
             table.resident -= len(busy)
             arena.owner[busy] = 0
 
-    # -- keys ---------------------------------------------------------------------------------------------------------
-
     def hold_keys(self, name: str) -> KeptKeys | None:
         """The keys kept under `name`, which stay until `let_go`; `None` if there are none."""
         with self._lock:
@@ -389,8 +387,6 @@ class Tier(Lender):
             worth = float(self.policy.worth(table.uses_of_keys([which], self._clock))[0])
             self._buffer_bytes -= buffer.counted
             return self._keys.add(name, which, buffer, table, worth)
-
-    # -- closing ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Let go of everything; from now on keep nothing."""

@@ -17,12 +17,11 @@ import torch
 from ..errors import ConfigError
 from ..hardware.accelerator import Device, device_of, pinned_buffer, release_pinned, reserve_pinned
 from ..hardware.aligned_memory import aligned_buffer
-from ..store.extents import Form
-from ..store.segment import Segment
 from .blocks import Blocks, PageableBlocks, Slots, TensorBlocks
 from .device_tier import DeviceTier
 from .history import Clock, SegmentTable
 from .policies import EvictionPolicy, policy_named
+from .segments import CachedSegment, Form
 from .tier import Tier
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -170,12 +169,12 @@ class MemoryTiers:
 
     # -- segments -----------------------------------------------------------------------------------------------------
 
-    def table(self, segment: Segment, form: Form = "exact") -> SegmentTable | None:
+    def table(self, segment: CachedSegment, form: Form = "exact") -> SegmentTable | None:
         """The table of a segment's chunks in one form; `None` if no tier can keep them."""
         identity = (segment.key, segment.first_chunk, segment.identity, form)
-        extent_bytes = segment.extents(form).nbytes
-        if getattr(segment.blob, "in_memory", False) or segment.retired:
-            return None  # The segment is in memory already, or no later request will use it.
+        extent_bytes = segment.extent_bytes(form)
+        if segment.in_memory or segment.retired:
+            return None  # It is in memory already, or no later request will use it.
         if max(self.host.max_bytes, self.device_bytes) < extent_bytes:
             return None
         with self.lock:
@@ -186,9 +185,9 @@ class MemoryTiers:
                 self._by_identity.move_to_end(identity)
             return table
 
-    def _new_table(self, identity: Hashable, segment: Segment, extent_bytes: int) -> SegmentTable | None:
-        """A new table, if it fits; older tables are dropped for it, first those without chunks or keys in memory."""
-        layers = segment.geometry.num_layers
+    def _new_table(self, identity: Hashable, segment: CachedSegment, extent_bytes: int) -> SegmentTable | None:
+        """A table, if there is room for it; older ones go, first those of which nothing is in memory."""
+        layers = segment.num_layers
         self._last_number += 1
         table = SegmentTable(self._last_number, identity, layers, segment.num_chunks, extent_bytes)
         for tier in self.tiers:

@@ -46,6 +46,7 @@ _findings: weakref.WeakKeyDictionary[nn.Module, _Findings] = weakref.WeakKeyDict
 
 class ServedModel:
     """A transformers model as this library sees it. It holds the model weakly, because a copied cache must not copy it.
+    It has many short methods, so that no other room reads a model's configuration or modules.
 
     Args:
         model: a decoder-only transformers model, possibly inside wrappers (PEFT, `torch.compile`, DDP).

@@ -34,7 +34,8 @@ class BudgetChoice:
     Attributes:
         budget: share of the chunks to load, in (0, 1].
         recompute: whether computing the prefix again takes less time than loading this share.
-        read_s, compute_s: estimated seconds that a cold request of `SUFFIX_TOKENS` tokens reads and computes.
+        read_s: estimated seconds that a cold request of `SUFFIX_TOKENS` tokens reads.
+        compute_s: estimated seconds that it computes.
         reason: the reason, in a sentence.
     """
 
@@ -144,7 +145,7 @@ class AutoBudget:
         return found
 
     def _chosen(self, prefix: AttachedPrefix) -> BudgetChoice:
-        if all(getattr(span.segment.blob, "in_memory", False) for span in prefix.spans):
+        if all(span.segment.in_memory for span in prefix.spans):
             return BudgetChoice(1.0, False, 0.0, 0.0, f"{prefix.tokens:,} prefix tokens: budget 1, they are in memory")
         problem = self._problem
         if self._speeds is not None:

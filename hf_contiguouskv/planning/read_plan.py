@@ -46,6 +46,8 @@ def chunks_kept(budget: float | str, whole_chunks: int) -> int:
 class ReadPlan:
     """What one request uses of its prefix, and how to read it.
 
+    It has many methods because it answers every question about quantities: each is a few lines of arithmetic.
+
     Attributes:
         prefix: the prefix in exact form, which sliding-window layers use.
         served: the same prefix in the form that full-attention layers use.

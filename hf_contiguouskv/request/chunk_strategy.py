@@ -15,8 +15,8 @@ import torch
 
 from ..config import IndexedKeys
 from ..errors import InputError
+from ..loading.chunk_accounts import Arrival
 from ..loading.chunk_loader import ChunkLoader
-from ..loading.hit_counting import Arrival
 from ..loading.key_loader import KeyLoader
 from ..loading.packed_keys import place_keys
 from ..loading.placement import assemble
@@ -116,7 +116,8 @@ class ChunkStrategy:
         if plan.prefix.tail_tokens:
             wanted = np.append(wanted, plan.prefix.whole_chunks)
         members = plan.period_of(layer)
-        loader.note_importance(members, mass)
+        loader.accounts.note_importance(members, mass)
+        loader.accounts.expect_importance(members, mass)
         for member in members:
             self._selected[member], self._wanted[member] = selected, wanted
         loader.want(members, wanted)
@@ -185,14 +186,14 @@ class ChunkStrategy:
         exactly = sum(len(one.chunks) for one in arrived) == len(wanted)
         for one in arrived:
             used = None if exactly else among(one.chunks, wanted)
-            from_disk = self.loader.count_hits(layer, one, used)
+            from_disk = self.loader.accounts.count_hits(layer, one, used)
             unused = (one.from_disk - from_disk) * size
             if one.speculative:
                 stats.prefetch_hits += from_disk
                 stats.prefetch_wasted_bytes += unused
             else:
                 stats.bytes_identified += unused  # The whole layer was read for its keys.
-        self.loader.note_used(layer, wanted)
+        self.loader.accounts.note_used(layer, wanted)
         whole = len(wanted) - (1 if tail else 0)
         stats.bytes_used += whole * size + tail * plan.served.token_bytes()
         stats.chunks_used.append(plan.keep + (1 if tail else 0))

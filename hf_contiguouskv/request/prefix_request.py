@@ -11,7 +11,7 @@ import torch
 
 from ..errors import SegmentCorruptError, SegmentReadError
 from ..loading.attention_memory import attention_memory
-from ..loading.hit_counting import Arrival
+from ..loading.chunk_accounts import Arrival
 from ..loading.request_usage import RequestUsage
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
@@ -35,7 +35,7 @@ class PrefixRequest:
 
     Layers call `load_full` (full attention) or `load_tail` (sliding window) once each, in model order. A strategy
     chooses, reads and places. Where stored bytes prove wrong, `recover` is asked for a prefix that can be read, and the
-    request goes on with that one.
+    request goes on with that one. (Half of its methods are one-line properties for layers and session.)
 
     Args:
         plan: what the request uses of its prefix.

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..loading.chunk_accounts import Arrival
 from ..loading.chunk_loader import ChunkLoader
 from ..loading.chunk_store import ChunkStore
-from ..loading.hit_counting import Arrival
 from ..loading.request_usage import RequestUsage
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
@@ -29,7 +29,7 @@ class RequestContext:
         store: where the prefix is.
         stats: of the request.
         timeline: records what the request does.
-        usage: notes what memory is told of the request. A strategy passes it to its loader.
+        usage: what the request used, for the memory tiers. A strategy passes it to its loader.
     """
 
     plan: ReadPlan

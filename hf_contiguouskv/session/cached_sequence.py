@@ -36,7 +36,8 @@ class NewPrompt:
 
 
 class CachedSequence:
-    """The tokens that a cache holds, and the operations that shorten them.
+    """The tokens that a cache holds, and the operations that shorten them. Each method of a transformers cache that
+    changes tokens or rows has one here.
 
     Args:
         slot: the slot that attaches the prefix.

@@ -32,7 +32,7 @@ from .unserved import note_unserved
 
 class PrefixSession:
     """Serves a prefix to one cache. Hooks notify it of calls with the cache (`model.forward_hooks`), and it fits the
-    arguments of each forward to the cached tokens.
+    arguments of each forward to the cached tokens. (Five of its methods are the listener protocol.)
 
     Args:
         owner: the cache; held weakly.

@@ -1,12 +1,12 @@
-"""What a store needs of the place that its segments lie in: one small protocol.
+"""The protocol between a store and the place where its segments lie.
 
-A backend keeps immutable *blobs* under keys of 32 hexadecimal digits. What is in a blob is none of its business (that
-is `format.py`), and which blob holds which tokens neither (that is `index.py`). The local disk is one
-(`local_disk.py`), this process's memory another (`memory_backend.py`); object storage and distributed caches fit as
-well. Nothing above this protocol knows of files. `conformance.py` checks a backend against the promises made here.
+A backend keeps immutable *blobs* under keys of 32 hexadecimal digits. It does not know what a blob holds (`format.py`
+does) or which blob holds which tokens (`index.py` does). The local disk is one backend (`local_disk.py`), this
+process's memory another (`memory_backend.py`). Object storage and distributed caches fit as well. Nothing above this
+protocol knows files. The package `conformance` checks a backend against every promise made here.
 
-Errors: `SegmentMissingError` for a key that is not there, `InputError` for a key that is none, `OSError` for everything
-that the storage itself refuses (full, unreadable, read-only). A blob that ends too early raises `EOFError`.
+Errors: `SegmentMissingError` for a missing key, `InputError` for a malformed key, `OSError` for everything that the
+storage refuses (full, unreadable, read-only), `EOFError` for a blob that ends too early.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class BlobInfo:
 
     Attributes:
         key: its name, 32 hexadecimal digits.
-        nbytes: its length.
-        stored_bytes: what it takes up where it lies (on a disk: whole blocks).
+        nbytes: its length in bytes.
+        stored_bytes: bytes that it takes up in the storage (on a disk: whole blocks).
         created: when it was published, seconds since the epoch.
     """
 
@@ -44,12 +44,12 @@ class BlobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
-    """What crashes have left behind.
+    """What writers that crashed have left behind.
 
     Attributes:
-        removed: names of what was deleted (or would be).
-        bytes_freed: what that took up.
-        in_use: names of what a living writer is still filling.
+        removed: names of what was deleted, or would be.
+        bytes_freed: bytes that it took up.
+        in_use: names of what a running writer is still filling.
     """
 
     removed: tuple[str, ...] = ()
@@ -60,18 +60,17 @@ class Leftovers:
 class Blob(Protocol):
     """A published blob, open for reading. It stays readable when its key is deleted or replaced.
 
-    A backend that holds few things open at once may let go of one that was not read for long. Where that cannot be
-    opened again because it was deleted or replaced meanwhile, its reads raise `OSError` (`EIO`) from then on, and its
-    `identity` is no blob's any more.
+    A backend may close a blob that was not read for long and open it again for the next read. If the blob was deleted
+    or replaced meanwhile, its reads raise `OSError` (`EIO`) from then on, and no blob has its `identity` any more.
 
     Attributes:
-        name: for messages; says where the blob lies.
-        nbytes: its length.
-        stored_bytes: what it takes up where it lies.
-        identity: while it is open, no other blob under its key has the same.
+        name: where the blob lies, for messages.
+        nbytes: its length in bytes.
+        stored_bytes: bytes that it takes up in the storage.
+        identity: differs from that of every other blob under the same key while this one is open.
         created: when it was published, seconds since the epoch.
-        extents_per_read: how many extents a reader thread should hand over at once. 1 where many threads with one
-            extent each are what keeps the storage busy (a disk); more where the storage takes batches.
+        extents_per_read: extents that a reader thread should pass at once: 1 for a disk, which several threads keep
+            busy; more for storage that takes batches.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Blob(Protocol):
         """Fill each buffer from its offset. Called by several threads at once.
 
         Returns:
-            bytes that the storage was asked for, rounding included.
+            bytes requested from the storage, rounding included.
 
         Raises:
             EOFError: the blob ends before an extent does.
@@ -94,30 +93,30 @@ class Blob(Protocol):
         ...
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
-        """Whether these bytes are there and mostly take up storage: a file may say that it has any length.
+        """Whether this range exists and takes up storage: a sparse file may claim any length.
 
-        (Some file systems and copying programs make a hole of any longer run of zeros.)
+        Up to half of the range may be holes, because some file systems and copying programs turn zeros into holes.
 
         Returns:
-            false where a part lies past the end, or more than a half in holes; true too where the storage cannot tell.
+            false if a part lies past the end, or more than half of it in holes; true if the storage cannot tell.
 
         Raises:
-            OSError: as `read_into`.
+            OSError: the storage failed, or the blob was closed.
         """
         ...
 
     def close(self) -> None:
-        """Let go of it; reads that are under way must have ended. May be called more than once."""
+        """Close it, after all reads have ended. May be called more than once."""
         ...
 
 
 class BlobWriter(Protocol):
-    """A blob that is being made: nobody else sees it before `publish` returns.
+    """A blob that is being written. No reader sees it before `publish`.
 
     Attributes:
-        name: for messages.
-        nbytes: its length, fixed from the beginning.
-        stored_bytes: what it takes up; final after `seal`.
+        name: name for messages.
+        nbytes: its length in bytes, fixed from the beginning.
+        stored_bytes: bytes that it takes up in the storage; final after `seal`.
     """
 
     name: str
@@ -125,32 +124,32 @@ class BlobWriter(Protocol):
     stored_bytes: int
 
     def write(self, offset: int, octets: memoryview) -> None:
-        """Put bytes anywhere inside; in any order, also twice."""
+        """Write bytes at an offset. Ranges may come in any order and more than once."""
         ...
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Read back what was written; fewer bytes only at the end."""
+        """Read back what was written; shorter than `nbytes` only at the end."""
         ...
 
     def seal(self) -> None:
-        """Make what was written durable. Nothing is written afterwards."""
+        """Make the bytes durable. No write may follow."""
         ...
 
     def publish(self) -> None:
-        """Put it under its key, whole or not at all, and durably; it replaces what was there. Needs `seal`."""
+        """Publish it under its key, atomically and durably, after `seal`. It replaces a blob under the same key."""
         ...
 
     def discard(self) -> None:
-        """Give it up and free what it took; after `publish`: only close. May be called more than once."""
+        """Delete what was written; after `publish`, only close. May be called more than once."""
         ...
 
 
 @runtime_checkable
 class SegmentBackend(Protocol):
-    """A place for blobs, shared by threads and, if it says so, by processes.
+    """A place for blobs, shared by threads and, if the backend says so, by processes.
 
     Attributes:
-        name: for messages.
+        name: name for messages.
         lists_cheaply: whether `list_keys` may be called each time a store is opened.
     """
 
@@ -159,11 +158,11 @@ class SegmentBackend(Protocol):
 
     @property
     def direct(self) -> bool:
-        """Whether reads bypass the operating system's page cache (where there is none: true)."""
+        """Whether reads bypass the operating system's page cache; true if there is no page cache."""
         ...
 
     def create(self, key: str, nbytes: int) -> BlobWriter:
-        """Begin a blob of `nbytes`; where the storage can tell, it is refused here if it will not fit."""
+        """Begin a blob of `nbytes`. Storage that knows its free space refuses a blob that does not fit."""
         ...
 
     def open(self, key: str) -> Blob:
@@ -175,39 +174,39 @@ class SegmentBackend(Protocol):
         ...
 
     def identity(self, key: str) -> Hashable:
-        """The `Blob.identity` of what is under `key` now, or `None`: cheap, asked at every look-up."""
+        """`Blob.identity` of the blob under `key` now, or `None`. Called at every look-up, so it must be cheap."""
         ...
 
     def delete(self, key: str) -> bool:
-        """Remove the blob under `key`; whether there was one. Those who have it open read on."""
+        """Delete the blob under `key`. Open blobs stay readable. Returns whether there was one."""
         ...
 
     def list_keys(self) -> set[str]:
-        """The keys of all published blobs; of those that come and go meanwhile, some."""
+        """Keys of all published blobs. Blobs published or deleted during the call may or may not be listed."""
         ...
 
     def list_blobs(self) -> Iterable[BlobInfo]:
-        """The same, with sizes."""
+        """All published blobs, with sizes."""
         ...
 
     def quarantine(self, key: str, identity: Hashable) -> bool:
-        """Take the blob with this very identity out of service but keep it to look at; whether it was there."""
+        """Take the blob with this identity out of service and keep it for inspection. Returns whether it existed."""
         ...
 
     def quarantined(self) -> Iterable[BlobInfo]:
-        """What `quarantine` has put aside."""
+        """All blobs in quarantine."""
         ...
 
     def drop_quarantined(self, key: str) -> int:
-        """Delete what `quarantine` has put aside under `key`; the bytes that this frees."""
+        """Delete the blobs in quarantine under `key`. Returns the bytes freed."""
         ...
 
     def collect(self, dry_run: bool = False) -> Leftovers:
-        """Remove what writers that died have left behind; nothing that a living one needs."""
+        """Delete what dead writers have left behind, and nothing that a running writer needs."""
         ...
 
     def overhead_bytes(self) -> int:
-        """What is taken up besides published blobs: quarantine, leftovers, directories."""
+        """Bytes taken up besides published blobs: quarantine, leftovers, directories."""
         ...
 
     def close(self) -> None:
@@ -216,10 +215,10 @@ class SegmentBackend(Protocol):
 
 
 def checked_key(key: object) -> str:
-    """`key`, if it is a key: never a path, never anything that could become one.
+    """`key`, after a check that it is 32 hexadecimal digits, so that it can never be a path.
 
     Raises:
-        InputError: it is none.
+        InputError: `key` is malformed.
     """
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise InputError(f"a segment key is 32 hexadecimal digits, got {quoted(key)}")

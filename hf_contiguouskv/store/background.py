@@ -17,7 +17,7 @@ class Background:
     """Runs functions in order on one thread, which starts at the first use.
 
     The interpreter waits for what was submitted before it exits (a property of `ThreadPoolExecutor`). A forked child
-    begins anew: what was submitted before is its parent's to do.
+    begins with an empty queue: its parent runs what was submitted before.
     """
 
     def __init__(self) -> None:

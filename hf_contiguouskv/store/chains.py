@@ -27,13 +27,13 @@ def parents_of_all(store: PrefixStore) -> dict[str, str]:
     """
 
     def query(db: sqlite3.Connection) -> dict[str, str]:
-        roots: Roots = store._tenant.roots(db)
+        roots: Roots = store.inner.tenant.roots(db)
         if roots is None:
             return dict(db.execute(f"{_PARENTS} {_ORDER}"))
         own = f"{_PARENTS} AND child.root = ? {_ORDER}"
         return dict(pair for root in roots for pair in db.execute(own, (root,)))
 
-    found: dict[str, str] = store._read(query)
+    found: dict[str, str] = store.inner.read(query)
     return found
 
 
@@ -45,9 +45,9 @@ def children(store: PrefixStore, key: str) -> list[str]:
     """
 
     def query(db: sqlite3.Connection) -> list[SegmentRow]:
-        return segments_by_id(db, sorted({*children_of(db, store._tenant.find(db, key).id)}))
+        return segments_by_id(db, sorted({*children_of(db, store.inner.tenant.find(db, key).id)}))
 
-    return [row.key for row in sorted(store._read(query), key=lambda row: (row.created, row.id))]
+    return [row.key for row in sorted(store.inner.read(query), key=lambda row: (row.created, row.id))]
 
 
 def chains(store: PrefixStore, keys: list[str]) -> dict[str, list[SegmentRow]]:
@@ -58,9 +58,9 @@ def chains(store: PrefixStore, keys: list[str]) -> dict[str, list[SegmentRow]]:
     """
 
     def query(db: sqlite3.Connection) -> dict[str, list[SegmentRow]]:
-        return {key: _chain(db, store._tenant.find(db, key)) for key in keys}
+        return {key: _chain(db, store.inner.tenant.find(db, key)) for key in keys}
 
-    found: dict[str, list[SegmentRow]] = store._read(query)
+    found: dict[str, list[SegmentRow]] = store.inner.read(query)
     return found
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from ..memory.segments import Form
 from .format import SegmentHeader
 
-# `exact`: K and V in the model's dtype. `packed`: values in 4 bits; the keys are those of the key index.
-Form = Literal["exact", "packed"]
+__all__ = ["ExtentPlaces", "Form", "exact_extents", "packed_extents"]
 
 
 @dataclass(frozen=True)

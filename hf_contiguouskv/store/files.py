@@ -17,7 +17,7 @@ from ..hardware.aligned_memory import PAGE
 from .backend import Extent
 from .descriptors import Descriptors, new_number, note_closed, note_open, now, with_room
 from .directory import Directory
-from .pread import read_joined, read_range, read_scattered
+from .pread import read_each, read_joined, read_scattered
 
 SUFFIX = ".safetensors"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,7 +30,7 @@ _CANNOT_TELL = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class FileBlob:
-    """A file that is open for reading. See `backend.Blob`.
+    """A `backend.Blob` that is a file, open for reading.
 
     Where very many are open in this process, one that was not read for long gives its descriptors back. It is opened
     again when it is read; if another file lies there by then, or none, it is lost, and that read fails.
@@ -73,7 +73,6 @@ class FileBlob:
         return (self.held or self._open_again()).buffered
 
     def read_into(self, extents: Sequence[Extent]) -> int:
-        """See `backend.Blob.read_into`."""
         # (A reference: as long as there is one, nobody closes these descriptors.)
         held = self.held or self._open_again()
         held.used = next(now)
@@ -82,16 +81,12 @@ class FileBlob:
             gaps = [two[0] - one[0] - one[1].nbytes for one, two in itertools.pairwise(extents)]
             pages = all(offset % PAGE == into.nbytes % PAGE == 0 for offset, into in extents)
             if pages and not any(gaps):
-                return read_scattered(direct, buffered, extents[0][0], [into for _, into in extents])
+                return read_scattered(direct, buffered, extents)
             if min(gaps) >= 0:
                 return read_joined(direct, buffered, extents)
-        physical = 0
-        for offset, into in extents:
-            physical += read_range(direct, buffered, offset, into)
-        return physical
+        return read_each(direct, buffered, extents)
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
-        """See `backend.Blob.is_backed`."""
         if offset < 0 or offset + nbytes > self.nbytes:
             return False
         if not nbytes or not hasattr(os, "SEEK_HOLE"):
@@ -107,7 +102,6 @@ class FileBlob:
             raise
 
     def close(self) -> None:
-        """See `backend.Blob.close`."""
         self._closed = True
         self.held = None
         note_closed(self._number)
@@ -165,7 +159,7 @@ def identity_of(status: os.stat_result) -> Hashable:
 
 
 class FileBlobWriter:
-    """A partial file, locked while its writer lives. See `backend.BlobWriter`.
+    """A `backend.BlobWriter` of a partial file, which is locked while its writer lives.
 
     Args:
         partial: folder of partial files.
@@ -191,22 +185,19 @@ class FileBlobWriter:
         self.stored_bytes = nbytes
 
     def write(self, offset: int, octets: memoryview) -> None:
-        """See `backend.BlobWriter.write`."""
         done = 0
         while done < octets.nbytes:
             done += os.pwrite(self._fd, octets[done:], offset + done)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """See `backend.BlobWriter.read`."""
         return os.pread(self._fd, nbytes, offset)
 
     def seal(self) -> None:
-        """See `backend.BlobWriter.seal`."""
         os.fsync(self._fd)
         self.stored_bytes = os.fstat(self._fd).st_blocks * 512
 
     def publish(self) -> None:
-        """See `backend.BlobWriter.publish`: rename, then make the folder durable."""
+        """Rename, then make the folder durable."""
         name = f"{self._key}{SUFFIX}"
         with self._final_folder() as folder:
             try:
@@ -231,7 +222,6 @@ class FileBlobWriter:
         return self._segments.sub(name, create=True)
 
     def discard(self) -> None:
-        """See `backend.BlobWriter.discard`."""
         if self._fd >= 0 and not self._published:
             with contextlib.suppress(OSError):  # What cannot be removed now is collected later.
                 self._partial.remove(self._file)
@@ -252,7 +242,7 @@ def _create_locked(folder: Directory, key: str) -> tuple[int, str]:
         name = f"{key}.{secrets.token_hex(4)}.partial"
         fd = folder.create_file(name)
         try:
-            # Without locks on this file system, `collect` goes by the age of partial files.
+            # Without locks on this file system, `collect` judges partial files by their age.
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX)
             # A `collect` that came between the two calls above has removed the file.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +25,9 @@ from ..errors import (
     UntrustedOwnerError,
 )
 from ..model.kv_geometry import KVGeometry
-from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .hashing import ChainMemory, TokenIds, chunk_hash, root_hash, segment_hashes
-from .index import StoreIndex
-from .opened import OpenSegments
+from .parts import StoreParts
 from .rows import SegmentRow, drop_segment
 from .search import Chain, is_stored_for_another_model, longest_match
 from .segment import Segment
@@ -66,7 +64,7 @@ class _Prompt:
     geometry: KVGeometry | None
 
     def fits(self, segment: Segment) -> bool:
-        """Whether its KV has the shape and dtype that the model's has (whoever wrote the segment may lie)."""
+        """Whether its KV has the shape and dtype that the model's has (its writer may have lied)."""
         return self.geometry is None or self.geometry.same_kv(segment.geometry)
 
     def is_contradicted_by(self, segment: Segment) -> bool:
@@ -108,29 +106,18 @@ class Finder:
     """Looks prompts up in the index and opens what it names.
 
     Args:
-        index, backend, opened: of the store.
-        salt: of the tenant.
-        ttl_s: what nobody used for so many seconds is not found any more; `None`: everything is.
-        last_use: when this process used a segment last, as far as the index does not know yet.
+        parts: of the store.
+        ttl_s: a segment that was not used for this many seconds is not found; `None`: all are.
     """
 
-    def __init__(
-        self,
-        index: StoreIndex,
-        backend: SegmentBackend,
-        opened: OpenSegments,
-        salt: bytes,
-        ttl_s: float | None,
-        last_use: Callable[[str], float],
-        on_quarantine: Callable[[], None],
-    ) -> None:
-        self._index = index
-        self._backend = backend
-        self._opened = opened
-        self._salt = salt
+    def __init__(self, parts: StoreParts, ttl_s: float | None) -> None:
+        self._index = parts.index
+        self._backend = parts.backend
+        self._opened = parts.opened
+        self._salt = parts.tenant.salt
         self._ttl_s = ttl_s
-        self._last_use = last_use
-        self._on_quarantine = on_quarantine
+        self._uses = parts.uses
+        self._counters = parts.counters
         self._chains = ChainMemory()
         self._rebuilt_s = -_REBUILD_AGAIN_S
 
@@ -141,6 +128,10 @@ class Finder:
     def beginning(self, ids: TokenIds, chunk_size: int) -> str:
         """The name of the first chunk for no model in particular, hex."""
         return segment_hashes(self.root("", chunk_size), ids[:chunk_size], chunk_size, first=True)[0].hex()
+
+    def forget_prompts(self) -> None:
+        """Forget the hashes of recent prompts: measurements of look-ups of new prompts call this."""
+        self._chains = ChainMemory()
 
     def find(self, fingerprint: str, ids: TokenIds, chunk_size: int, geometry: KVGeometry | None = None) -> Found:
         """The longest stored beginning of `ids` (int64 `[n]`), whose KV has the shape and dtype of `geometry`.
@@ -215,7 +206,7 @@ class Finder:
     def _expired(self, row: SegmentRow) -> str | None:
         if self._ttl_s is None:
             return None
-        used = max(row.last_used, self._last_use(row.key))
+        used = max(row.last_used, self._uses.last_use(row.key))
         return "expired" if used < time.time() - self._ttl_s else None
 
     def _segment(self, row: SegmentRow) -> tuple[Segment | None, str | None]:
@@ -248,7 +239,7 @@ class Finder:
     def discard(self, segment: Segment, reason: str) -> None:
         """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside.
 
-        Segments that continue it stay, and are found again once its chunks have been stored anew.
+        Segments that continue it stay, and are found again once its chunks have been stored again.
         """
         logger.warning("%s is taken out of service: %s", segment.name, reason)
         self._take_out(segment.key, segment.identity)
@@ -258,13 +249,13 @@ class Finder:
         self._opened.forget([key])
         try:
             if identity is not None and self._backend.quarantine(key, identity):
-                self._on_quarantine()
+                self._counters.add("quarantined")
             self._index.try_write(lambda db: self._drop_if_gone(db, key))
         except (StoreError, OSError) as error:
             logger.warning("segment %s could not be taken out of service: %s", key, error)
 
     def _drop_if_gone(self, db: sqlite3.Connection, key: str) -> None:
-        # Asked inside the transaction: somebody may be storing it anew.
+        # Asked inside the transaction: another process may be storing it again.
         if self._backend.identity(key) is None:
             drop_segment(db, key)
 

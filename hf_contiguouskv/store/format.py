@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,21 +33,20 @@ import xxhash
 
 from ..errors import InputError, SegmentCorruptError, StoreFormatError
 from ..hardware.aligned_memory import PAGE
-from ..model.kv_geometry import SAFETENSORS_DTYPES, KVGeometry, whole_number
+from ..model.kv_geometry import KVGeometry, whole_number
 from ..wording import quoted
 from .backend import Blob
 from .hashing import TokenIds, segment_hashes
 from .key import MAC_BYTES, NO_MAC
 from .strict_json import once_each
+from .tensor_places import TensorPlace, place_tensors, places_as_json
 
 __all__ = [
     "MAX_HEADER_BYTES",
     "PAGE",
     "KVGeometry",
     "SegmentHeader",
-    "TensorPlace",
     "parse_header",
-    "place_tensors",
     "read_header",
 ]
 
@@ -58,7 +57,6 @@ MAX_HEADER_BYTES = 2 * 2**20
 MAX_TOKENS = 2**26
 _FIRST_READ = 64 * 1024
 
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "U64": 8}
 _HASH = re.compile(r"[0-9a-f]{32}")
 # The header covers itself: its checksum is taken with these digits in the place of the checksum.
 _NO_CHECKSUM = "0" * 16
@@ -66,57 +64,6 @@ _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{16})"')
 _MAC = re.compile(rb'"mac":"([0-9a-f]{64})"')
 _MAC_DIGITS = re.compile(r"[0-9a-f]{64}")
 _BEGINNING = b'{"__metadata__":'
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor of a segment lies: `start` and `nbytes` in bytes from the beginning of the data section."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-def _tensors(geometry: KVGeometry, chunks: int, tokens: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """Name, dtype, shape and alignment of every tensor of a segment, in file order."""
-    g = geometry
-    dtype = SAFETENSORS_DTYPES[g.dtype]
-    for group in range(g.num_groups):
-        shape = (chunks, g.group_layers(group), 2, g.kv_heads, g.chunk_size, g.head_dim)
-        yield f"payload.{group}", dtype, shape, PAGE
-    for layer in g.leader_layers:
-        yield f"leader_keys.{layer}", dtype, (chunks, g.kv_heads, g.chunk_size, g.head_dim), PAGE
-    for layer in g.indexed_layers:
-        yield f"key_index.{layer}", "I8", (g.kv_heads, g.chunk_size, chunks, g.head_dim), PAGE
-    for layer in g.indexed_layers:
-        yield f"key_scale.{layer}", "F32", (g.kv_heads, g.head_dim), 8
-    for layer in g.packed_layers:
-        yield f"values4.{layer}", "U8", (chunks, g.packed_bytes), PAGE
-    yield "token_ids", "I64", (tokens,), 8
-    yield "checksums.payload", "U64", (g.num_layers, chunks), 8
-    if g.packed_layers:
-        yield "checksums.values4", "U64", (len(g.packed_layers), chunks), 8
-    checked = g.num_groups + len(g.leader_layers) + 2 * len(g.indexed_layers) + len(g.packed_layers) + 1
-    yield "checksums.tensors", "U64", (checked,), 8
-
-
-def place_tensors(geometry: KVGeometry, chunks: int, tokens: int) -> dict[str, TensorPlace]:
-    """The place of every tensor of a segment of `chunks` chunks and `tokens` tokens, padding included."""
-    places: dict[str, TensorPlace] = {}
-    end = 0
-    for name, dtype, shape, alignment in _tensors(geometry, chunks, tokens):
-        gap = -end % alignment
-        if gap:
-            # The format allows no holes between tensors, so the gap is a tensor too.
-            places[f"padding.{len(places)}"] = TensorPlace("U8", (gap,), end, gap)
-            end += gap
-        nbytes = _ITEM_BYTES[dtype]
-        for size in shape:
-            nbytes *= size
-        places[name] = TensorPlace(dtype, shape, end, nbytes)
-        end += nbytes
-    return places
 
 
 @dataclass(frozen=True)
@@ -182,7 +129,7 @@ class SegmentHeader:
 
     def _text(self) -> bytes:
         content: dict[str, Any] = {"__metadata__": self._metadata()}
-        content |= _as_json(self.places)
+        content |= places_as_json(self.places)
         text = json.dumps(content, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE)
         return _with_checksum(text, _header_checksum(text))
@@ -225,13 +172,6 @@ class SegmentHeader:
             "checksum": _NO_CHECKSUM,
         }
         return own | self.geometry.to_metadata()
-
-
-def _as_json(places: Mapping[str, TensorPlace]) -> dict[str, Any]:
-    return {
-        name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.start, p.start + p.nbytes]}
-        for name, p in places.items()
-    }
 
 
 def _header_checksum(text: bytes) -> str:
@@ -330,7 +270,7 @@ def _parse_any(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     # Token ids alone take 8 bytes each: a bound on the work below, whatever the header claims.
     if 8 * header.num_tokens > file_bytes:
         raise SegmentCorruptError(f"{name}: {header.num_tokens} tokens do not fit in {file_bytes} bytes")
-    expected = _as_json(header.places)
+    expected = places_as_json(header.places)
     if _exactly(content) != _exactly(expected):
         wrong = next(n for n in [*expected, *content] if _exactly(content.get(n)) != _exactly(expected.get(n)))
         raise SegmentCorruptError(

@@ -98,7 +98,7 @@ class ChainMemory:
         self._prompts = prompts
 
     def hashes(self, root: bytes, ids: TokenIds, chunk_size: int) -> list[bytes]:
-        """See `chain_hashes`; `ids` begin the prefix."""
+        """The chain hashes of `ids` (int64 `[n]`), which begin a prefix, as `chain_hashes` makes them."""
         best: list[bytes] = []
         for known_root, known_size, known_ids, known_hashes in self._recent:
             if (known_root, known_size) == (root, chunk_size):

@@ -43,7 +43,7 @@ class StoreIndex:
     Attributes:
         path: of the database, for messages.
 
-    A missing database is made anew; a damaged one is moved aside first. Nothing that is stored depends on it.
+    A missing database is made from the segments. A damaged one is moved aside first. No stored segment depends on it.
     """
 
     def __init__(self, folder: Directory, refill: Callable[[sqlite3.Connection], None]) -> None:
@@ -97,7 +97,7 @@ class StoreIndex:
         return self._run(self._for_writing, change, "BEGIN IMMEDIATE")
 
     def try_write(self, change: Callable[[sqlite3.Connection], Result]) -> Result | None:
-        """As `write`, but for what can wait: where somebody else is writing, or writing fails, nothing is done."""
+        """As `write`, for what can wait: does nothing while another connection writes, or where writing fails."""
         if not self._for_writing.lock.acquire(blocking=False):
             return None
         try:
@@ -188,7 +188,7 @@ class StoreIndex:
 
 
 class _Connection:
-    """One connection with the lock for it; opened anew after a fork, or when the file has been replaced."""
+    """One connection with the lock for it; opened again after a fork, or when the file has been replaced."""
 
     def __init__(self, file: IndexFile) -> None:
         self.lock = threading.RLock()

@@ -72,7 +72,6 @@ class LocalDisk:
 
     @cached_property
     def direct(self) -> bool:
-        """See `backend.SegmentBackend.direct`."""
         return self._want_direct and _can_read_directly(self._partial)
 
     def path_of(self, key: str) -> Path:
@@ -80,11 +79,10 @@ class LocalDisk:
         return self.folder / "segments" / checked_key(key)[:2] / f"{key}{SUFFIX}"
 
     def create(self, key: str, nbytes: int) -> FileBlobWriter:
-        """See `backend.SegmentBackend.create`: the space is taken now, so a full disk shows before anything is done."""
+        """Start a blob. The space is taken now, so a full disk shows before anything is done."""
         return FileBlobWriter(self._partial, self._segments, checked_key(key), nbytes, drop_cached=self._want_direct)
 
     def open(self, key: str) -> FileBlob:
-        """See `backend.SegmentBackend.open`."""
         path = self.path_of(key)
         try:
             blob = FileBlob(path, direct=self._want_direct, folder=partial(self._segments.sub, key[:2]))
@@ -94,7 +92,6 @@ class LocalDisk:
         return blob
 
     def identity(self, key: str) -> Hashable:
-        """See `backend.SegmentBackend.identity`."""
         try:
             # One call, since every look-up asks for each segment of its chain. A link in the place of the folder could
             # lead it out of the store: then it sees another file than the one that is open, and nothing else happens.
@@ -106,7 +103,6 @@ class LocalDisk:
             raise
 
     def delete(self, key: str) -> bool:
-        """See `backend.SegmentBackend.delete`."""
         name = f"{checked_key(key)}{SUFFIX}"
         try:
             with self._segments.sub(key[:2]) as folder:
@@ -121,13 +117,12 @@ class LocalDisk:
         return True
 
     def list_blobs(self) -> Iterable[BlobInfo]:
-        """See `backend.SegmentBackend.list_blobs`."""
         for key, entry in self._files():
             with contextlib.suppress(FileNotFoundError):
                 yield _info(key, entry.stat(follow_symlinks=False))
 
     def list_keys(self) -> set[str]:
-        """See `backend.SegmentBackend.list_keys`: only folders are read, so ten thousand take milliseconds."""
+        """The keys of all blobs. Only folders are read, so ten thousand take milliseconds."""
         return {key for key, _ in self._files()}
 
     def _files(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -147,7 +142,6 @@ class LocalDisk:
                     raise
 
     def quarantine(self, key: str, identity: Hashable) -> bool:
-        """See `backend.SegmentBackend.quarantine`."""
         name = f"{checked_key(key)}{SUFFIX}"
         try:
             with self._segments.sub(key[:2]) as folder:
@@ -176,7 +170,6 @@ class LocalDisk:
             yield iter(())
 
     def quarantined(self) -> Iterable[BlobInfo]:
-        """See `backend.SegmentBackend.quarantined`."""
         with self._damaged() as entries:
             for entry in entries:
                 match = _FILE.fullmatch(entry.name)
@@ -185,7 +178,6 @@ class LocalDisk:
                         yield _info(match[1], entry.stat(follow_symlinks=False))
 
     def drop_quarantined(self, key: str) -> int:
-        """See `backend.SegmentBackend.drop_quarantined`."""
         name = f"{checked_key(key)}{SUFFIX}"
         try:
             with self._root.sub("damaged") as aside:
@@ -200,7 +192,7 @@ class LocalDisk:
         return 0
 
     def collect(self, dry_run: bool = False) -> Leftovers:
-        """See `backend.SegmentBackend.collect`. A folder that holds something is left alone, and what is not ours."""
+        """Remove what crashes left. A folder that holds something, and files of others, are left alone."""
         removed, in_use, freed = [], [], 0
         for name in self._partial.names():
             if not name.endswith(".partial"):
@@ -221,7 +213,6 @@ class LocalDisk:
         return Leftovers(tuple(removed), freed, tuple(in_use))
 
     def overhead_bytes(self) -> int:
-        """See `backend.SegmentBackend.overhead_bytes`."""
         total = sum(info.stored_bytes for info in self.quarantined())
         with self._partial.scan() as entries:
             for entry in entries:
@@ -234,7 +225,6 @@ class LocalDisk:
         return total
 
     def close(self) -> None:
-        """See `backend.SegmentBackend.close`."""
         for blob in list(self._open):
             blob.close()
         self._segments.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ..errors import SegmentMissingError, StoreError
 from .backend import Leftovers, SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
+from .parts import StoreParts
 from .rows import SegmentRow, all_segments, drop_segment, insert_segment, keys_of_all, segment_by_key, set_use
 from .search import unreachable_keys
 from .segment import SegmentOpener
@@ -104,44 +105,38 @@ def reconcile(
     return done
 
 
-def reconcile_on_opening(
-    index: StoreIndex,
-    backend: SegmentBackend,
-    opener: SegmentOpener,
-    pinned: Callable[[], set[str]],
-    tenant: Tenant,
-) -> None:
+def reconcile_on_opening(parts: StoreParts) -> None:
     """Where a crash came between the publication of a segment and its entry in the index, make up for it.
 
     Only looks, if all is well; and where another process is writing, that one is left in peace.
     """
+    index, backend = parts.index, parts.backend
     if not backend.lists_cheaply or index.read(keys_of_all) == backend.list_keys():
         return
-    done = index.try_write(lambda db: reconcile(db, backend, opener, pinned(), tenant))
+    done = index.try_write(lambda db: reconcile(db, backend, parts.opener, parts.pins.keys(), parts.tenant))
     for text in done.unreadable.values() if done else ():
         logger.warning("skipped: %s", text)
 
 
-def collect_garbage(
-    index: StoreIndex,
-    backend: SegmentBackend,
-    opener: SegmentOpener,
-    pinned: Callable[[], set[str]],
-    tenant: Tenant,
-    *,
-    expired: list[SegmentRow],
-    dry_run: bool,
-) -> GcReport:
-    """See `PrefixStore.gc`; `expired` have been (or would be) removed before."""
+def collect_garbage(parts: StoreParts, index: StoreIndex, *, expired: list[SegmentRow], dry_run: bool) -> GcReport:
+    """Remove what crashes left and make index and segments agree, as `PrefixStore.gc` says.
+
+    Args:
+        parts: of the store.
+        index: of the store, with connections of its own, because the questions asked here take long.
+        expired: segments that were removed before because their time was over, or would have been.
+        dry_run: only say what would be done.
+    """
+    backend, opener, tenant = parts.backend, parts.opener, parts.tenant
     report = GcReport(expired=tuple(row.key for row in expired), bytes_freed=sum(row.nbytes for row in expired))
     leftovers = backend.collect(dry_run)
     if tenant.is_operator:  # (Names of partial files and of damaged segments tell what others store.)
         report = _with_leftovers(report, leftovers, index, backend, dry_run)
     # Reading every header takes long: that is done before anybody is kept from writing.
-    suspects, damaged = index.read(lambda db: _suspects(db, backend, opener, pinned(), tenant))
+    suspects, damaged = index.read(lambda db: _suspects(db, backend, opener, parts.pins.keys(), tenant))
 
     def change(db: sqlite3.Connection) -> tuple[Reconciled, list[str], list[str]]:
-        pins = pinned()
+        pins = parts.pins.keys()
         done = reconcile(db, backend, opener, pins, tenant)
         repaired = _repair_rows(db, backend, opener, pins, suspects)
         outcome = done, repaired, unreachable_keys(db, tenant.roots(db))
@@ -215,7 +210,7 @@ def _is_wrong(
 def _repair_rows(
     db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, pinned: set[str], suspects: list[str]
 ) -> list[str]:
-    """Write anew what the index says wrongly of these segments, if it still does; the keys of those."""
+    """Rewrite the rows of these segments that are still wrong; the keys of those that were."""
     repaired = []
     for key in suspects:
         row = segment_by_key(db, key)

@@ -15,7 +15,7 @@ _numbers = count(1)
 
 
 class MemoryBlob:
-    """See `backend.Blob`."""
+    """A `backend.Blob` in memory."""
 
     extents_per_read = 16
     in_memory = True
@@ -30,7 +30,6 @@ class MemoryBlob:
         self._closed = False
 
     def read_into(self, extents: Sequence[Extent]) -> int:
-        """See `backend.Blob.read_into`."""
         if self._closed:
             raise OSError(f"{self.name} is closed")
         total = 0
@@ -43,16 +42,14 @@ class MemoryBlob:
         return total
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
-        """See `backend.Blob.is_backed`."""
         return 0 <= offset <= offset + nbytes <= self.nbytes
 
     def close(self) -> None:
-        """See `backend.Blob.close`."""
         self._closed = True
 
 
 class MemoryBlobWriter:
-    """See `backend.BlobWriter`."""
+    """A `backend.BlobWriter` that writes to memory."""
 
     def __init__(self, backend: MemoryBackend, key: str, nbytes: int) -> None:
         self.key = key
@@ -67,25 +64,20 @@ class MemoryBlobWriter:
         return self._buffer
 
     def write(self, offset: int, octets: memoryview) -> None:
-        """See `backend.BlobWriter.write`."""
         self._open()[offset : offset + octets.nbytes] = octets.cast("B")
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """See `backend.BlobWriter.read`."""
         return bytes(self._open()[offset : offset + nbytes])
 
     def seal(self) -> None:
-        """See `backend.BlobWriter.seal`."""
         self._open()
 
     def publish(self) -> None:
-        """See `backend.BlobWriter.publish`."""
         content = self._open().toreadonly()
         self._buffer = None
         self._backend.put(self.key, content)
 
     def discard(self) -> None:
-        """See `backend.BlobWriter.discard`."""
         self._buffer = None
 
 
@@ -107,36 +99,29 @@ class MemoryBackend:
             self._blobs[key] = (content, next(_numbers), time.time())
 
     def create(self, key: str, nbytes: int) -> MemoryBlobWriter:
-        """See `backend.SegmentBackend.create`."""
         return MemoryBlobWriter(self, checked_key(key), nbytes)
 
     def open(self, key: str) -> MemoryBlob:
-        """See `backend.SegmentBackend.open`."""
         found = self._blobs.get(checked_key(key))
         if found is None:
             raise SegmentMissingError(f"memory:{key}: there is no such segment")
         return MemoryBlob(key, *found)
 
     def identity(self, key: str) -> Hashable:
-        """See `backend.SegmentBackend.identity`."""
         found = self._blobs.get(checked_key(key))
         return None if found is None else found[1]
 
     def delete(self, key: str) -> bool:
-        """See `backend.SegmentBackend.delete`."""
         with self._lock:
             return self._blobs.pop(checked_key(key), None) is not None
 
     def list_keys(self) -> set[str]:
-        """See `backend.SegmentBackend.list_keys`."""
         return set(self._blobs)
 
     def list_blobs(self) -> Iterable[BlobInfo]:
-        """See `backend.SegmentBackend.list_blobs`."""
         return _infos(self._blobs)
 
     def quarantine(self, key: str, identity: Hashable) -> bool:
-        """See `backend.SegmentBackend.quarantine`."""
         with self._lock:
             found = self._blobs.get(checked_key(key))
             if found is None or found[1] != identity:
@@ -145,25 +130,22 @@ class MemoryBackend:
             return True
 
     def quarantined(self) -> Iterable[BlobInfo]:
-        """See `backend.SegmentBackend.quarantined`."""
         return _infos(self._aside)
 
     def drop_quarantined(self, key: str) -> int:
-        """See `backend.SegmentBackend.drop_quarantined`."""
         with self._lock:
             found = self._aside.pop(checked_key(key), None)
         return 0 if found is None else found[0].nbytes
 
     def collect(self, dry_run: bool = False) -> Leftovers:
-        """See `backend.SegmentBackend.collect`: an unfinished blob goes with its writer."""
+        """Nothing: an unfinished blob goes with its writer."""
         return Leftovers()
 
     def overhead_bytes(self) -> int:
-        """See `backend.SegmentBackend.overhead_bytes`."""
         return sum(info.stored_bytes for info in self.quarantined())
 
     def close(self) -> None:
-        """See `backend.SegmentBackend.close`: the blobs stay, another store may open them."""
+        """The blobs stay, another store may open them."""
 
 
 def _infos(blobs: dict[str, tuple[memoryview, int, float]]) -> list[BlobInfo]:

@@ -20,7 +20,7 @@ _TENSOR_BYTES = 400
 
 
 class OpenSegments:
-    """A bounded table of open segments by key. One that is pushed out stays open as long as somebody uses it.
+    """A bounded table of open segments by key. One that is pushed out stays open as long as it is used.
 
     What is kept of a segment is its parsed header, its token ids and its checksums: they bound the table.
 

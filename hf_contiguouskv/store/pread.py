@@ -56,22 +56,22 @@ def read_range(direct: int | None, buffered: int, offset: int, into: memoryview)
     return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
 
 
-def read_scattered(direct: int | None, buffered: int, offset: int, into: list[memoryview]) -> int:
-    """As `read_range`, for one range of a file that goes to several buffers in turn."""
-    nbytes = sum(part.nbytes for part in into)
+def read_scattered(direct: int | None, buffered: int, extents: Sequence[tuple[int, memoryview]]) -> int:
+    """As `read_range`, for ranges of a file that follow each other without a gap: one read into several buffers.
+
+    Where that is not possible they are read one by one.
+    """
+    offset, parts = extents[0][0], [into for _, into in extents]
+    nbytes = sum(part.nbytes for part in parts)
     if direct is not None and not offset & (PAGE - 1) and not nbytes & (PAGE - 1):
         try:
-            if os.preadv(direct, into, offset) == nbytes:
+            if os.preadv(direct, parts, offset) == nbytes:
                 return nbytes
         except OSError as error:
             if error.errno not in NOT_DIRECTLY:
                 raise
-    # Misaligned, or the storage delivered less at once: one by one, which also finds out what is wrong.
-    physical = 0
-    for part in into:
-        physical += read_range(direct, buffered, offset, part)
-        offset += part.nbytes
-    return physical
+    # Misaligned, or the storage delivered less at once: reading one by one also finds out what is wrong.
+    return read_each(direct, buffered, extents)
 
 
 def read_joined(direct: int | None, buffered: int, extents: Sequence[tuple[int, memoryview]]) -> int:
@@ -96,6 +96,11 @@ def read_joined(direct: int | None, buffered: int, extents: Sequence[tuple[int, 
                 for offset, into in extents:
                     into[:] = aligned[offset - begin : offset - begin + into.nbytes]
                 return span
+    return read_each(direct, buffered, extents)
+
+
+def read_each(direct: int | None, buffered: int, extents: Sequence[tuple[int, memoryview]]) -> int:
+    """As `read_range`, for several ranges of a file, one after another."""
     return sum(read_range(direct, buffered, offset, into) for offset, into in extents)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import sqlite3
 import threading
-import time
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
@@ -21,43 +19,43 @@ from ..wording import quoted
 from .backend import SegmentBackend
 from .background import Background
 from .entries import SegmentSpan, StoredPrefix
-from .finding import Finder, Found
+from .finding import Found
 from .folder import Pins, open_folder
 from .format import KVGeometry
 from .hashing import TokenIds, as_token_ids, chain_hashes, shared_beginning
 from .index import StoreIndex
+from .inner import StoreInner
 from .key import KeySource, StoreKey
 from .local_disk import LocalDisk
+from .maintenance import index_segments
+from .open_stores import OpenStores
 from .opened import OpenSegments
-from .publishing import Publisher
+from .parts import StoreParts
 from .reader import ExtentReader
-from .room import Room
-from .rows import mark_used
 from .search import next_stored
 from .segment import Segment
 from .tenant import Tenant
 from .totals import stored_models
 from .upkeep import Upkeep
+from .uses import PendingUses
 from .writer import SegmentWriter
 
 __all__ = ["PrefixStore", "SegmentSpan", "StoredPrefix"]
 
 logger = logging.getLogger("hf_contiguouskv")
 
-_MARKS_BEFORE_FLUSH = 256
-_FLUSH_AFTER_S = 5.0
 # A look-up waits at most so long for a prompt that is being written and that it could use.
 _WAIT_FOR_WRITE_S = 30.0
-
-_shared: weakref.WeakValueDictionary[str, PrefixStore] = weakref.WeakValueDictionary()
-_shared_lock = threading.RLock()
-_open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
 
 
 class PrefixStore(Upkeep):
     """A folder of stored prefixes, plus this process's memory for them.
 
     Cheap to open; safe to share between caches, threads and processes. A context manager.
+
+    Applications use the constructor, `shared`, `match`, `flush`, `close`, and what `Upkeep` adds (`entries`, `stats`,
+    `pin`, `delete`, `verify`, `gc`, ...). The other methods, from `lookup` on, and the attributes `inner`, `memory` and
+    `counters` are for the library's own rooms: they may change in any release. That is why the class has so many.
 
     Args:
         path: the folder. Missing: it is created, for this user only. It must be a store, or empty.
@@ -90,9 +88,11 @@ class PrefixStore(Upkeep):
         StoreError: the folder cannot be read or made.
         ConfigError: a bound is negative or no number, or the salt is neither str nor bytes, or empty.
 
-    Example:
+    Examples:
+        ```python
         with PrefixStore("kv-store", max_disk_bytes=50 * 2**30) as store:
             print(store.match(model, input_ids), store.entries())
+        ```
     """
 
     def __init__(
@@ -121,89 +121,63 @@ class PrefixStore(Upkeep):
         for name, value in bounds.items():
             if value is not None:
                 _require_bound(name, value)
-        self._tenant = Tenant(salt)
-        self._key = StoreKey.of(key)
-        self._opener = partial(Segment, key=self._key)
-        self._closed = True  # Until everything below has worked: `__del__` sees half-made stores too.
+        tenant, secret = Tenant(salt), StoreKey.of(key)
+        opener = partial(Segment, key=secret)
         try:
-            self._folder = open_folder(path, create=create, trust_owner=trust_owner)
-            self.path = self._folder.path
-            self.backend: SegmentBackend = LocalDisk(self._folder, direct=direct) if backend is None else backend
+            folder = open_folder(path, create=create, trust_owner=trust_owner)
+            self.path = folder.path
+            self.backend: SegmentBackend = LocalDisk(folder, direct=direct) if backend is None else backend
         except OSError as error:
             raise StoreError(f"{path}: the store cannot be opened: {error}") from error
         self.max_disk_bytes = max_disk_bytes
         self.memory = MemoryTiers(host_bytes, device_bytes, eviction)
+        self.counters = StoreCounters()
         self._lock = threading.RLock()
         self._background = Background()
         self._reader: ExtentReader | None = None
         self._reader_threads = reader_threads
-        self._uses: dict[str, tuple[int, float]] = {}
-        self._uses_flushed = time.time()
-        # Other processes evict and expire by what the index says.
-        self._flush_after_s = min(_FLUSH_AFTER_S, _FLUSH_AFTER_S if ttl_s is None else ttl_s / 4)
-        self._pins = Pins(self._folder)
-        self.counters = StoreCounters()
-        index = self._index = StoreIndex(self._folder, self._refill)
-        opened = self._opened = OpenSegments(self.backend, self._opener, self.memory.forget)
-        self._finder = Finder(
-            index,
-            self.backend,
-            opened,
-            self._tenant.salt,
-            ttl_s,
-            self._last_use,
-            lambda: self.counters.add("quarantined"),
+        pins = Pins(folder)
+
+        def refill(db: sqlite3.Connection) -> None:
+            index_segments(db, self.backend, opener, pins.keys(), tenant)
+
+        parts = StoreParts(
+            folder=folder,
+            backend=self.backend,
+            index=StoreIndex(folder, refill),
+            opened=OpenSegments(self.backend, opener, self.memory.forget),
+            opener=opener,
+            pins=pins,
+            tenant=tenant,
+            key=secret,
+            counters=self.counters,
+            uses=PendingUses(lambda change: self.inner.write(change), ttl_s),
         )
-        self._room = Room(
-            index,
-            self.backend,
-            opened,
-            self._opener,
-            self.counters,
-            tenant=self._tenant,
-            max_disk_bytes=max_disk_bytes,
-            ttl_s=ttl_s,
-            pins=self._pins,
-            before_eviction=self._flush_uses,
-        )
-        self._publisher = Publisher(
-            index,
-            self.backend,
-            opened,
-            self._opener,
-            self._finder,
-            self.counters,
-            room=self._room,
-            key=self._key,
-            tenant=self._tenant,
-            pins=self._pins,
-        )
-        self._closed = False
+        # (Last: `__del__` sees half-made stores too, and closes only those that have it.)
+        self.inner = StoreInner(self.path, parts, max_disk_bytes=max_disk_bytes, ttl_s=ttl_s)
         self._put_in_order()
-        _open_stores.add(self)
-        if not self._tenant.is_operator:
-            return  # A path alone says nothing of a tenant, so it must not lead to one's store.
-        with _shared_lock:
-            earlier = _shared.get(os.path.realpath(self.path))
-            useless = earlier is None or earlier._closed or not earlier._folder.is_in_place()
-            # (One with a key uses less: a path must not lead around it.)
-            if useless or (self.has_key and earlier is not None and not earlier.has_key):
-                _shared[os.path.realpath(self.path)] = self
+        # A path alone says nothing of a tenant, so it must not lead to a tenant's store.
+        _open_stores.add(self, by_path=tenant.is_operator)
 
     @property
     def has_key(self) -> bool:
         """Whether only what was stored with its key is used."""
-        return self._key is not None
+        return self.inner.key is not None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.inner.is_closed
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is open, and its folder is still at its path."""
+        return not self.is_closed and self.inner.parts.folder.is_in_place()
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
         """The store that this process has open at `path` (the first, or the first with a key), or a new one."""
-        with _shared_lock:
-            store = _shared.get(os.path.realpath(path))
-            usable = store is not None and not store._closed and store._folder.is_in_place()
-            return store if store is not None and usable else cls(path)
-
-    # -- finding ------------------------------------------------------------------------------------------------
+        return _open_stores.at(path, lambda: cls(path))
 
     def match(self, model: Any, input_ids: Any) -> int:
         """How many leading tokens of `input_ids` are stored for this very model; waits for what is being written.
@@ -218,9 +192,50 @@ class PrefixStore(Upkeep):
         ids = as_token_ids(input_ids.cpu() if hasattr(input_ids, "cpu") else input_ids)
         fingerprint = model_fingerprint(model)
         self._wait_for_prompts(ids, 0)
-        sizes = [size for model, size in self._read(stored_models) if model == fingerprint]
-        found = (self._finder.find(fingerprint, ids, size).stored for size in sizes)
+        sizes = [size for model, size in self.inner.read(stored_models) if model == fingerprint]
+        found = (self.inner.finder.find(fingerprint, ids, size).stored for size in sizes)
         return max((stored.tokens for stored in found if stored), default=0)
+
+    def flush(self) -> bool:
+        """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
+        return self._background.flush()
+
+    def close(self) -> None:
+        """Finish background work, stop the threads and close the files. May be called more than once."""
+        if self.is_closed:
+            return
+        parts = self.inner.parts
+        self._background.close()
+        parts.uses.flush()
+        with self._lock:
+            self.inner.is_closed = True
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
+        parts.opened.close()
+        self.backend.close()
+        parts.index.close()
+        self.memory.close()
+        parts.folder.close()
+
+    def __enter__(self) -> PrefixStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "inner"):
+            self.close()
+
+    def __deepcopy__(self, memo: object) -> PrefixStore:
+        # A copy of a cache reads from the same store.
+        return self
+
+    def __repr__(self) -> str:
+        return f"PrefixStore({str(self.path)!r}{', closed' if self.is_closed else ''})"
+
+    # -- for the library's own rooms ---------------------------------------------------------------------------------
 
     def lookup(
         self,
@@ -248,51 +263,40 @@ class PrefixStore(Upkeep):
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         ids = as_token_ids(ids)
-        self._require_open()
+        self.inner.require_open()
         try:
-            found = self._finder.find(fingerprint, ids, chunk_size, geometry)
+            found = self.inner.finder.find(fingerprint, ids, chunk_size, geometry)
             if wait and self._wait_for_prompts(ids, found.stored.tokens if found.stored else 0):
-                found = self._finder.find(fingerprint, ids, chunk_size, geometry)
-            reason = None if found.stored else self._finder.why_missing(found, fingerprint, ids, chunk_size)
+                found = self.inner.finder.find(fingerprint, ids, chunk_size, geometry)
+            reason = None if found.stored else self.inner.finder.why_missing(found, fingerprint, ids, chunk_size)
         except StoreError as error:
-            self._require_open()
+            self.inner.require_open()
             logger.warning("nothing is found in %s: %s", self.path, error)
             found, reason = Found(None), "corrupt"
         if count:
             self._count(found.stored, len(ids), reason)
         return found.stored
 
-    def _count(self, stored: StoredPrefix | None, asked: int, reason: str | None) -> None:
-        self.counters.add("tokens_asked", asked)
-        if stored is None:
-            self.counters.add(f"misses.{reason}")
-        else:
-            self.counters.add("hits")
-            self.counters.add("tokens_found", stored.tokens)
-            self._mark(stored)
-
     def next_stored(self, fingerprint: str, ids: TokenIds, chunk_size: int, first_chunk: int) -> int | None:
         """The first chunk of `ids` from `first_chunk` on that is stored although the one before it is not.
 
         Where a segment in the middle of a prefix was lost, only what lies before that chunk needs to be computed.
         """
-        root = self._finder.root(fingerprint, chunk_size)
+        root = self.inner.finder.root(fingerprint, chunk_size)
         hashes = chain_hashes(root, as_token_ids(ids), chunk_size, first=True)
         try:
-            found: int | None = self._read(lambda db: next_stored(db, root, hashes, first_chunk))
+            found: int | None = self.inner.read(lambda db: next_stored(db, root, hashes, first_chunk))
         except StoreError:
-            self._require_open()
+            self.inner.require_open()
             return None
         return found
 
     def discard(self, segment: Segment, reason: str) -> None:
         """Take a segment whose bytes proved wrong out of service; what it is made of is kept aside until `gc`.
 
-        Segments that continue it stay, and are found again once its chunks have been stored anew. Never fails.
+        Segments that continue it stay, and are found again once its chunks have been stored again. Never fails.
         """
-        self._finder.discard(segment, reason)
-
-    # -- storing ------------------------------------------------------------------------------------------------
+        self.inner.finder.discard(segment, reason)
 
     def begin_segment(
         self,
@@ -316,8 +320,8 @@ class PrefixStore(Upkeep):
             StoreError: the chunks before `first_chunk` are not stored.
             StoreFullError: it cannot fit in `max_disk_bytes`, or the disk is full.
         """
-        self._require_open()
-        return self._publisher.begin(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
+        self.inner.require_open()
+        return self.inner.publisher.begin(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
 
     def begin_memory_segment(
         self,
@@ -327,32 +331,13 @@ class PrefixStore(Upkeep):
         first_chunk: int = 0,
         before: StoredPrefix | None = None,
     ) -> SegmentWriter:
-        """As `begin_segment`, for what could not be stored: nobody but the caller finds it, and it goes with them."""
-        return self._publisher.begin_in_memory(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
+        """As `begin_segment`, for what could not be stored: it is in memory, and only the caller finds it."""
+        return self.inner.publisher.begin_in_memory(fingerprint, geometry, as_token_ids(ids), first_chunk, before)
 
     def write_failed(self, error: Exception) -> None:
         """Count and report that a prefix could not be stored."""
         self.counters.add("write_failures")
         logger.warning("a prefix could not be stored (its request is answered all the same): %s", error)
-
-    # -- shared services ----------------------------------------------------------------------------------------
-
-    @property
-    def reader(self) -> ExtentReader:
-        """The reader threads of this store; started at the first use."""
-        with self._lock:
-            self._require_open()
-            if self._reader is None:
-                self._reader = ExtentReader(self._reader_threads)
-            return self._reader
-
-    def _wait_for_prompts(self, ids: TokenIds, found: int) -> bool:
-        """Wait for prompts that are being written and share more than `found` tokens with `ids`; whether there were."""
-
-        def helps(prompts: Sequence[TokenIds]) -> bool:
-            return any(shared_beginning(prompt, ids) > found for prompt in prompts)
-
-        return self._background.wait_for(helps, _WAIT_FOR_WRITE_S)
 
     def submit_background(self, function: Callable[[], object], prompts: Sequence[TokenIds] = ()) -> None:
         """Run `function`, which stores `prompts` (if any), on the background thread, after everything submitted before.
@@ -362,74 +347,38 @@ class PrefixStore(Upkeep):
         """
         self._background.submit(function, prompts)
 
-    def flush(self) -> bool:
-        """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
-        return self._background.flush()
-
     @property
     def background_failures(self) -> int:
         """How many background functions raised."""
         return self._background.failures
 
-    def _mark(self, stored: StoredPrefix) -> None:
-        now = time.time()
+    @property
+    def reader(self) -> ExtentReader:
+        """The reader threads of this store; started at the first use."""
         with self._lock:
-            for span in stored.spans:
-                count, _ = self._uses.get(span.segment.key, (0, 0.0))
-                self._uses[span.segment.key] = (count + 1, now)
-            due = len(self._uses) >= _MARKS_BEFORE_FLUSH or now - self._uses_flushed > self._flush_after_s
-            if due:
-                self._uses_flushed = now  # (Nearly: so that not every look-up until then asks for it.)
-        if due:
-            self._background.submit(self._flush_uses)  # A look-up waits for no writer.
+            self.inner.require_open()
+            if self._reader is None:
+                self._reader = ExtentReader(self._reader_threads)
+            return self._reader
 
-    def _last_use(self, key: str) -> float:
-        with self._lock:
-            return self._uses.get(key, (0, 0.0))[1]
+    def _count(self, stored: StoredPrefix | None, asked: int, reason: str | None) -> None:
+        self.counters.add("tokens_asked", asked)
+        if stored is None:
+            self.counters.add(f"misses.{reason}")
+        else:
+            self.counters.add("hits")
+            self.counters.add("tokens_found", stored.tokens)
+            uses = self.inner.parts.uses
+            if uses.mark(span.segment.key for span in stored.spans):
+                self._background.submit(uses.flush)  # A look-up waits for no writer.
 
-    def _flush_uses(self) -> None:
-        with self._lock:
-            uses, self._uses = self._uses, {}
-            self._uses_flushed = time.time()
-        try:
-            if uses:
-                self._write(lambda db: mark_used(db, [(count, when, key) for key, (count, when) in uses.items()]))
-        except StoreError as error:
-            logger.warning("counters of use are lost: %s", error)
+    def _wait_for_prompts(self, ids: TokenIds, found: int) -> bool:
+        """Wait for prompts that are being written and share more than `found` tokens with `ids`; whether there were."""
 
-    def close(self) -> None:
-        """Finish background work, stop the threads and close the files. May be called more than once."""
-        if self._closed:
-            return
-        self._background.close()
-        self._flush_uses()
-        with self._lock:
-            self._closed = True
-            reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
-        self._opened.close()
-        self.backend.close()
-        self._index.close()
-        self.memory.close()
-        self._folder.close()
+        def helps(prompts: Sequence[TokenIds]) -> bool:
+            return any(shared_beginning(prompt, ids) > found for prompt in prompts)
 
-    def __enter__(self) -> PrefixStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            self.close()
-
-    def __deepcopy__(self, memo: object) -> PrefixStore:
-        # A copy of a cache reads from the same store.
-        return self
-
-    def __repr__(self) -> str:
-        return f"PrefixStore({str(self.path)!r}{', closed' if self._closed else ''})"
+        return self._background.wait_for(helps, _WAIT_FOR_WRITE_S)
 
 
 def _require_bound(name: str, value: object) -> None:
@@ -440,8 +389,4 @@ def _require_bound(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be 0 or more, got {value}")
 
 
-@atexit.register
-def _close_open_stores() -> None:
-    # Counters of use wait in memory; reader threads should not be cut off inside a read.
-    for store in list(_open_stores):
-        store.close()
+_open_stores: OpenStores[PrefixStore] = OpenStores()

@@ -9,18 +9,14 @@ import time
 from collections.abc import Hashable
 
 from ..errors import InputError, StoreError
-from ..stats import StoreCounters
-from .backend import BlobWriter, SegmentBackend
+from .backend import BlobWriter
 from .entries import SegmentSpan, StoredPrefix
 from .eviction import superseded_by, too_large
 from .finding import Finder
-from .folder import Pins
 from .format import KVGeometry, SegmentHeader
 from .hashing import TokenIds, chain_hashes, segment_hashes
-from .index import StoreIndex
-from .key import StoreKey
 from .memory_backend import MemoryBackend
-from .opened import OpenSegments
+from .parts import StoreParts
 from .proof import continues, is_superseded, is_the_same
 from .room import Room
 from .rows import (
@@ -34,8 +30,7 @@ from .rows import (
     set_use,
 )
 from .search import chain_to
-from .segment import Segment, SegmentOpener
-from .tenant import Tenant
+from .segment import Segment
 from .verification import row_problems
 from .writer import SegmentWriter
 
@@ -46,37 +41,23 @@ class Publisher:
     """Begins segments, and publishes those that are complete.
 
     Args:
-        index, backend, opened, opener, finder, counters: of the store.
-        key: of the store, if it has one.
-        room: where victims are chosen, and what is given up is removed.
-        tenant: whose segments it makes.
-        pins: which segments are pinned, stored or not.
+        parts: of the store.
+        finder: of the store.
+        room: chooses victims and removes them.
     """
 
-    def __init__(
-        self,
-        index: StoreIndex,
-        backend: SegmentBackend,
-        opened: OpenSegments,
-        opener: SegmentOpener,
-        finder: Finder,
-        counters: StoreCounters,
-        *,
-        key: StoreKey | None,
-        room: Room,
-        tenant: Tenant,
-        pins: Pins,
-    ) -> None:
-        self._index = index
-        self._backend = backend
-        self._opened = opened
-        self._opener = opener
-        self._key = key
+    def __init__(self, parts: StoreParts, finder: Finder, room: Room) -> None:
+        self._index = parts.index
+        self._backend = parts.backend
+        self._opened = parts.opened
+        self._opener = parts.opener
+        self._key = parts.key
+        self._counters = parts.counters
+        self._tenant = parts.tenant
+        self._pins = parts.pins
+        self._uses = parts.uses
         self._finder = finder
-        self._counters = counters
         self._room = room
-        self._tenant = tenant
-        self._pins = pins
 
     def _header(self, fingerprint: str, geometry: KVGeometry, ids: TokenIds, first_chunk: int) -> SegmentHeader:
         c = geometry.chunk_size
@@ -105,7 +86,7 @@ class Publisher:
         first_chunk: int,
         before: StoredPrefix | None = None,
     ) -> SegmentWriter:
-        """See `PrefixStore.begin_segment`."""
+        """Start storing a segment, as `PrefixStore.begin_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
         if header.parent and self._index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
@@ -126,7 +107,7 @@ class Publisher:
         first_chunk: int,
         before: StoredPrefix | None,
     ) -> SegmentWriter:
-        """See `PrefixStore.begin_memory_segment`."""
+        """Start a segment that only the caller finds, as `PrefixStore.begin_memory_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
         memory = MemoryBackend()
 
@@ -139,7 +120,7 @@ class Publisher:
     def _published(
         self, header: SegmentHeader, ids: TokenIds, before: StoredPrefix | None, segment: Segment | None
     ) -> StoredPrefix:
-        """The prefix that ends with the segment that was just published, by us or by somebody else."""
+        """The prefix that ends with the segment that was just published, by this process or another."""
         # A chain of thousands (a long conversation) is not proved again for each segment that it grows by.
         if segment is not None and segment.first_chunk == 0:
             return _continued(None, segment, len(ids))
@@ -185,9 +166,9 @@ class Publisher:
             nonlocal in_place, evicted, replaced
             existing = segment_by_key(db, header.key)
             if not in_place and self._room.is_there(db, header.key, existing):
-                there = self._same_there(db, header, ids)
+                there = self.stored_twin(db, header, ids)
                 if there is not None:
-                    # Whoever computed it again uses it: without this, what has expired would never be found again.
+                    # Computing it again is a use of it: without this, what has expired would never be found again.
                     mark_used(db, [(1, time.time(), key) for key in _chain_keys(db, header)])
                     return False, there
                 existing = segment_by_key(db, header.key)
@@ -206,9 +187,9 @@ class Publisher:
             for row in (*victims, *self._superseded(db, header, ids)):
                 drop_segment(db, row.key)
                 doomed[row.key] = self._backend.identity(row.key)
-            return True, self._opened_now(header.key)
+            return True, self.open_now(header.key)
 
-        self._room.before_eviction()
+        self._uses.flush()  # Victims are chosen by what the index says.
         try:
             published, segment = self._index.write(change)
         except BaseException:
@@ -228,19 +209,19 @@ class Publisher:
             self._counters.add("evicted", evicted)
         return published, segment
 
-    def _opened_now(self, key: str) -> Segment | None:
+    def open_now(self, key: str) -> Segment | None:
         """The segment `key`, opened before anybody can delete it."""
         with contextlib.suppress(StoreError, OSError):
             return self._opener(self._backend.open(key))
         return None
 
-    def _same_there(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> Segment | None:
+    def stored_twin(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> Segment | None:
         """The segment that is stored under this name already, if it is of use; otherwise the new one replaces it.
 
         It must be possible to open it, and it must prove to be the same: it may be a lie. And segments with
         the same end may begin at different chunks: one that continues nothing is of no use.
         """
-        there = self._opened_now(header.key)
+        there = self.open_now(header.key)
         with contextlib.suppress(StoreError):
             if there is not None and is_the_same(there, header, ids):
                 if there.first_chunk > header.first_chunk and not self.is_held(db, there.header):

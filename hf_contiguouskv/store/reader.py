@@ -18,7 +18,7 @@ from types import TracebackType
 
 from ..errors import InputError, StoreClosedError
 from ..hardware.aligned_memory import aligned_buffer, as_memoryview
-from .finite import FiniteCheck
+from .finite_check import FiniteCheck
 from .pread import MAX_PART
 from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, cut, explain, finish
 

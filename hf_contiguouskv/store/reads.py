@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from ..hardware.aligned_memory import PAGE
-from .finite import FiniteCheck
+from .finite_check import FiniteCheck
 from .pread import MAX_PART
 from .segment import Segment
 

@@ -6,20 +6,14 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 
 from ..errors import StoreError, StoreFullError
-from ..stats import StoreCounters
-from .backend import SegmentBackend
 from .eviction import choose_excess, choose_victims, expired_segments, is_expired, stored_bytes
-from .folder import Pins
 from .format import SegmentHeader
-from .index import StoreIndex
-from .opened import OpenSegments
+from .parts import StoreParts
 from .rows import SegmentRow, drop_segment, end_future_uses, insert_segment, number_of_chunks, segment_by_key
-from .segment import SegmentOpener
-from .tenant import Tenant
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -31,38 +25,22 @@ class Room:
     """Keeps what a handle stores within its bound, and removes what is given up.
 
     Args:
-        index, backend, opened, opener, counters: of the store.
-        tenant: whose segments are counted and evicted.
+        parts: of the store. The tenant's segments are counted and evicted.
         max_disk_bytes: bound on what these take up; `None`: no bound.
-        ttl_s: see `PrefixStore`.
-        pins: which segments are pinned, stored or not.
-        before_eviction: called before victims are chosen, so that the index knows of all uses.
+        ttl_s: seconds after which an unused segment expires; `None`: never.
     """
 
-    def __init__(
-        self,
-        index: StoreIndex,
-        backend: SegmentBackend,
-        opened: OpenSegments,
-        opener: SegmentOpener,
-        counters: StoreCounters,
-        *,
-        tenant: Tenant,
-        max_disk_bytes: int | None,
-        ttl_s: float | None,
-        pins: Pins,
-        before_eviction: Callable[[], None],
-    ) -> None:
-        self._index = index
-        self._backend = backend
-        self._opened = opened
-        self._opener = opener
-        self._counters = counters
-        self._tenant = tenant
+    def __init__(self, parts: StoreParts, *, max_disk_bytes: int | None, ttl_s: float | None) -> None:
+        self._index = parts.index
+        self._backend = parts.backend
+        self._opened = parts.opened
+        self._opener = parts.opener
+        self._counters = parts.counters
+        self._tenant = parts.tenant
+        self._pins = parts.pins
+        self._uses = parts.uses
         self.max_disk_bytes = max_disk_bytes
-        self._ttl_s = ttl_s
-        self._pins = pins
-        self.before_eviction = before_eviction
+        self.ttl_s = ttl_s
 
     def victims(self, db: sqlite3.Connection, header: SegmentHeader, nbytes: int) -> list[SegmentRow]:
         """What must go so that a new segment fits; see `eviction.choose_victims`.
@@ -126,7 +104,7 @@ class Room:
                 drop_segment(db, row.key)
             return {row.key: self._backend.identity(row.key) for row in victims}, excess
 
-        self.before_eviction()
+        self._uses.flush()  # Victims are chosen by what the index says.
         excess = 1
         while excess > 0:
             try:
@@ -151,10 +129,10 @@ class Room:
 
     def expire(self, dry_run: bool) -> list[SegmentRow]:
         """Delete what nobody used for `ttl_s`; what was (or would be) deleted."""
-        if self._ttl_s is None:
+        if self.ttl_s is None:
             return []
-        unused_since = time.time() - self._ttl_s
-        self.before_eviction()
+        unused_since = time.time() - self.ttl_s
+        self._uses.flush()  # Victims are chosen by what the index says.
 
         def choose(db: sqlite3.Connection) -> list[SegmentRow]:
             return expired_segments(db, unused_since, self._pins.keys(), self._tenant.roots(db))

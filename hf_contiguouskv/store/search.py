@@ -100,7 +100,7 @@ def longest_match(
         `(tokens, chain)`, or `None` when nothing matches. A number: the chain is broken before that chunk (a parent
         was lost); ask again with no more hashes than that.
     """
-    # Whoever stores a chunk has stored all chunks before it, so the matching ones can be found by bisection.
+    # A chunk is stored only after all chunks before it, so the matching ones can be found by bisection.
     low, high = 0, len(hashes)
     while low < high:
         middle = (low + high + 1) // 2

@@ -47,7 +47,7 @@ class Segment:
         header: its header, checked.
         checksum: the checksum of some bytes, as this segment's are made.
         numbers: where its floating-point numbers lie.
-        retired: it was removed from its store, and lives only as long as somebody has it open.
+        retired: it was removed from its store, and lives only as long as it is in use.
 
     Raises:
         SegmentCorruptError, StoreFormatError: see `format.read_header`.
@@ -118,6 +118,16 @@ class Segment:
         return self.header.geometry
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model, all of which it has chunks of."""
+        return self.geometry.num_layers
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its bytes lie in memory."""
+        return bool(getattr(self.blob, "in_memory", False))
+
+    @property
     def key(self) -> str:
         """Chain hash of the last chunk, hex: the name of the segment."""
         return self.header.key
@@ -155,6 +165,14 @@ class Segment:
             KeyError: the segment has no packed values.
         """
         return self._extents[form]
+
+    def extent_bytes(self, form: Form = "exact") -> int:
+        """Bytes of one chunk of one layer in one form.
+
+        Raises:
+            KeyError: the segment has no packed values.
+        """
+        return self._extents[form].nbytes
 
     def tensor_extent(self, name: str) -> tuple[int, int]:
         """`(offset, nbytes)` in the file of tensor `name`.

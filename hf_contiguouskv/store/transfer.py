@@ -67,7 +67,7 @@ def _require_sound(copy: Segment) -> None:
 
 
 class _WrittenBlob:
-    """What has been written to a blob, to be read before it is published. See `backend.Blob`."""
+    """A `backend.Blob` of what was written to a blob, read before that is published."""
 
     extents_per_read = 1
 
@@ -80,7 +80,6 @@ class _WrittenBlob:
         self.created = 0.0
 
     def read_into(self, extents: Sequence[Extent]) -> int:
-        """See `backend.Blob.read_into`."""
         total = 0
         for offset, into in extents:
             done = 0
@@ -94,8 +93,7 @@ class _WrittenBlob:
         return total
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
-        """See `backend.Blob.is_backed`."""
         return offset + nbytes <= self.nbytes
 
     def close(self) -> None:
-        """See `backend.Blob.close`: the writer stays."""
+        """The writer stays."""

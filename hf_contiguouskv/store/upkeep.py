@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..errors import PrefixInUseError, StoreClosedError, StoreError, StoreFullError
+from ..errors import PrefixInUseError, StoreError, StoreFullError
 from ..memory import MemoryTiers
 from ..stats import StoreCounters, StoreStats
 from . import maintenance
 from .backend import SegmentBackend
 from .background import Background
-from .directory import Directory
 from .entries import GcReport, PrefixInfo, StoreProblem
-from .folder import Pins, folder_bytes
-from .index import StoreIndex
-from .opened import OpenSegments
-from .publishing import Publisher
+from .folder import folder_bytes
+from .inner import StoreInner
 from .reader import ExtentReader
-from .room import Room
 from .rows import SegmentRow, all_segments, drop_segment, index_problems, segments_with_beginning
 from .search import continuations
-from .segment import SegmentOpener
 from .tenant import Tenant
 from .totals import Totals, totals
 from .verification import verify_segments
@@ -48,6 +41,7 @@ class Upkeep:
         backend: where its segments lie.
         memory: what this process keeps of it in memory.
         counters: what this process did with it.
+        inner: for this library alone.
     """
 
     path: Path
@@ -55,34 +49,9 @@ class Upkeep:
     memory: MemoryTiers
     counters: StoreCounters
     max_disk_bytes: int | None
+    inner: StoreInner
     _background: Background
-    _folder: Directory
-    _index: StoreIndex
-    _opened: OpenSegments
-    _opener: SegmentOpener
-    _tenant: Tenant
-    _publisher: Publisher
-    _room: Room
-    _pins: Pins
     _reader: ExtentReader | None
-    _uses: dict[str, tuple[int, float]]
-    _lock: threading.RLock
-    _closed: bool
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StoreClosedError(f"{self.path}: the store is closed")
-
-    def _read(self, query: Callable[[sqlite3.Connection], Any]) -> Any:
-        self._require_open()
-        return self._index.read(query)
-
-    def _write(self, change: Callable[[sqlite3.Connection], Any]) -> Any:
-        self._require_open()
-        return self._index.write(change)
-
-    def _refill(self, db: sqlite3.Connection) -> None:
-        maintenance.index_segments(db, self.backend, self._opener, self._pins.keys(), self._tenant)
 
     def _put_in_order(self) -> None:
         """On opening: free what crashes left, index what they had just published, and let `max_disk_bytes` hold.
@@ -91,16 +60,16 @@ class Upkeep:
         """
         try:
             self.backend.collect()
-            maintenance.reconcile_on_opening(self._index, self.backend, self._opener, self._pins.keys, self._tenant)
-            if not self._room.is_within_bound():
-                # Somebody else may be writing, and deleting takes long: opening waits for neither.
+            maintenance.reconcile_on_opening(self.inner.parts)
+            if not self.inner.room.is_within_bound():
+                # Another process may be writing, and deleting takes long: opening waits for neither.
                 self._background.submit(self._evict_excess)
         except (StoreError, OSError) as error:
             logger.warning("%s could not be cleaned up: %s", self.path, error)
 
     def _evict_excess(self) -> None:
         try:
-            self._room.evict_excess()
+            self.inner.room.evict_excess()
         except (StoreError, OSError) as error:
             logger.warning("%s takes up more than max_disk_bytes=%s: %s", self.path, self.max_disk_bytes, error)
 
@@ -113,15 +82,14 @@ class Upkeep:
 
         def query(db: sqlite3.Connection) -> list[SegmentRow]:
             if not beginning:
-                return all_segments(db, self._tenant.roots(db))
+                return all_segments(db, self.inner.tenant.roots(db))
             if not all(digit in "0123456789abcdef" for digit in beginning):
                 return []
-            rows = [row for row in segments_with_beginning(db, beginning) if self._tenant.owns(row)]
+            rows = [row for row in segments_with_beginning(db, beginning) if self.inner.tenant.owns(row)]
             return sorted(rows, key=lambda row: (row.created, row.id))
 
-        rows = self._read(query)
-        with self._lock:
-            uses = dict(self._uses)
+        rows = self.inner.read(query)
+        uses = self.inner.parts.uses.pending()
         return [PrefixInfo.from_row(row, *uses.get(row.key, (0, 0.0))) for row in rows]
 
     def delete(self, key: str, recursive: bool = False) -> list[str]:
@@ -141,7 +109,7 @@ class Upkeep:
 
         def delete(db: sqlite3.Connection) -> list[str]:
             # (The last ones are leaves. A crash in between leaves prefixes that are shorter, and whole.)
-            doomed = _deletable(db, self._tenant, key, recursive)[-_DELETED_AT_ONCE:]
+            doomed = _deletable(db, self.inner.tenant, key, recursive)[-_DELETED_AT_ONCE:]
             for one in doomed:
                 drop_segment(db, one)
                 self.backend.delete(one)
@@ -150,16 +118,16 @@ class Upkeep:
         deleted: list[str] = []
         while key not in deleted:
             try:
-                some: list[str] = self._write(delete)
+                some: list[str] = self.inner.write(delete)
             except StoreFullError:
                 # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
-                for key_of_one in self._read(lambda db: _deletable(db, self._tenant, key, recursive)):
+                for key_of_one in self.inner.read(lambda db: _deletable(db, self.inner.tenant, key, recursive)):
                     self.backend.delete(key_of_one)
-                some = self._write(delete)
+                some = self.inner.write(delete)
             deleted = some + deleted
-            self._opened.forget(some)
-            for gone in self._pins.keys() & set(some):
-                self._pins.set(gone, False)
+            self.inner.parts.opened.forget(some)
+            for gone in self.inner.parts.pins.keys() & set(some):
+                self.inner.parts.pins.set(gone, False)
         return deleted
 
     def pin(self, key: str) -> None:
@@ -180,11 +148,11 @@ class Upkeep:
 
     def _set_pinned(self, key: str, pinned: bool) -> None:
         def change(db: sqlite3.Connection) -> None:
-            number = self._tenant.find(db, key).id
-            self._pins.set(key, pinned)
+            number = self.inner.tenant.find(db, key).id
+            self.inner.parts.pins.set(key, pinned)
             db.execute("UPDATE segments SET pinned = ? WHERE id = ?", (int(pinned), number))
 
-        self._write(change)
+        self.inner.write(change)
 
     def verify(
         self, key: str | None = None, progress: Callable[[int, int], None] | None = None, deep: bool = False
@@ -199,27 +167,27 @@ class Upkeep:
         Returns:
             what is wrong; empty when all is well. Nothing is changed, except that a damaged index is rebuilt.
         """
-        self._require_open()
-        # First, for whoever reads a damaged index repairs it.
-        texts = [] if key else self._index.inspect()
-        if texts and not self._tenant.is_operator:  # (They name segments of others.)
+        self.inner.require_open()
+        # First, because the next read of a damaged index repairs it.
+        texts = [] if key else self.inner.index.inspect()
+        if texts and not self.inner.tenant.is_operator:  # (They name segments of others.)
             texts = ["is or was damaged; `verify` of the store without a salt tells where"]
         found = [StoreProblem("", "index", text) for text in texts]
 
         def query(db: sqlite3.Connection) -> list[SegmentRow]:
-            return [self._tenant.find(db, key)] if key else all_segments(db, self._tenant.roots(db))
+            return [self.inner.tenant.find(db, key)] if key else all_segments(db, self.inner.tenant.roots(db))
 
         # With a connection of its own: look-ups of this process do not wait for long questions.
-        index = self._index.again()
+        index = self.inner.index.again()
         try:
             return found + verify_segments(
                 self.backend,
                 index,
-                self._read(query),
-                self._pins.keys(),
-                whole_store=key is None and self._tenant.is_operator,
+                self.inner.read(query),
+                self.inner.parts.pins.keys(),
+                whole_store=key is None and self.inner.tenant.is_operator,
                 progress=progress,
-                opener=self._opener,
+                opener=self.inner.opener,
                 deep=deep,
             )
         finally:
@@ -234,35 +202,24 @@ class Upkeep:
         Args:
             dry_run: only say what would be done.
         """
-        self._require_open()
-        if not dry_run and self._read(index_problems):
-            self._index.rebuild()
+        self.inner.require_open()
+        if not dry_run and self.inner.read(index_problems):
+            self.inner.index.rebuild()
         # With connections of its own: look-ups of this process do not wait for long questions.
-        index = self._index.again()
+        index = self.inner.index.again()
         try:
             report = maintenance.collect_garbage(
-                index,
-                self.backend,
-                self._opener,
-                self._pins.keys,
-                self._tenant,
-                expired=self._room.expire(dry_run),
-                dry_run=dry_run,
+                self.inner.parts, index, expired=self.inner.room.expire(dry_run), dry_run=dry_run
             )
         finally:
             index.close()
-        self._opened.forget(report.forgotten)
+        self.inner.parts.opened.forget(report.forgotten)
         return report
-
-    def rebuild_index(self) -> None:
-        """Build the index anew from the segments; pins and counters are kept."""
-        self._require_open()
-        self._index.rebuild()
 
     @property
     def stats(self) -> StoreStats:
         """What the store holds, and what this object did since it was opened."""
-        stored: Totals = self._read(lambda db: totals(db, self._tenant.roots(db)))
+        stored: Totals = self.inner.read(lambda db: totals(db, self.inner.tenant.roots(db)))
         tiers = self.memory.bytes_by_tier
         stats = StoreStats(
             segments=stored.segments,
@@ -274,8 +231,8 @@ class Upkeep:
             bytes_read=self._reader.bytes_read if self._reader else 0,
             direct_reads=self.backend.direct,
         )
-        if self._tenant.is_operator:
-            stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self._folder)
+        if self.inner.tenant.is_operator:
+            stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.inner.parts.folder)
             stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
         self.counters.put_into(stats)
         return stats

@@ -20,8 +20,6 @@ from .output import SegmentOutput, as_store_error
 if TYPE_CHECKING:
     from .entries import StoredPrefix
 
-KVSource = torch.Tensor | Callable[[], torch.Tensor]
-
 
 class _Jobs:
     """A queue of writes whose waiting bytes are bounded, and the first error of the thread that serves it."""
@@ -125,7 +123,7 @@ class SegmentWriter:
         self,
         layer: int,
         first: int,
-        kv: KVSource,
+        kv: torch.Tensor,
         *,
         packed: torch.Tensor | None = None,
         ready: Callable[[], None] | None = None,
@@ -136,42 +134,29 @@ class SegmentWriter:
             layer: 0 to `num_layers - 1`.
             first: position of the first of these chunks in the segment.
             kv: `[chunks, 2, kv_heads, c, head_dim]`, contiguous, on the CPU, in the dtype of the geometry; must not be
-                changed until `commit`. Or a callable that returns it, called on the writer thread. In a partial last
-                chunk, what lies past the last token is written as zeros.
+                changed until `commit`. In a partial last chunk, what lies past the last token is written as zeros.
             packed: their values as `packing.pack_values` makes them, uint8 `[chunks, packed_bytes]`, on the CPU, where
                 that is known already (of a partial last chunk: with those zeros).
             ready: called on the writer thread before it looks at these tensors; returns once they are there.
 
         Raises:
-            InputError: wrong layer, position, shape, dtype or device (for a callable: raised by `commit`).
+            InputError: wrong layer, position, shape, dtype or device.
             StoreError: the writer was committed or aborted.
         """
-        output, check, header = self._output, self._check_chunks, self.header
-        if not 0 <= layer < self.header.geometry.num_layers:
-            raise InputError(f"layer must be from 0 to {self.header.geometry.num_layers - 1}, got {layer}")
-        if isinstance(kv, torch.Tensor):
-            check(header, first, kv)
-            tensor, octets = kv.detach(), packed
-            if octets is not None and (
-                octets.shape != (len(tensor), header.geometry.packed_bytes) or octets.dtype != torch.uint8
-            ):
-                raise InputError(f"packed values: expected uint8 [{len(tensor)}, {header.geometry.packed_bytes}]")
+        output, geometry = self._output, self.header.geometry
+        if not 0 <= layer < geometry.num_layers:
+            raise InputError(f"layer must be from 0 to {geometry.num_layers - 1}, got {layer}")
+        self._check_chunks(first, kv)
+        tensor = kv.detach()
+        if packed is not None and (packed.shape != (len(tensor), geometry.packed_bytes) or packed.dtype != torch.uint8):
+            raise InputError(f"packed values: expected uint8 [{len(tensor)}, {geometry.packed_bytes}]")
 
-            def write() -> None:
-                if ready is not None:
-                    ready()
-                output.write_chunks(layer, first, tensor, octets)
+        def write() -> None:
+            if ready is not None:
+                ready()
+            output.write_chunks(layer, first, tensor, packed)
 
-            self._jobs.put(tensor.nbytes + (0 if octets is None else octets.nbytes), write)
-            return
-        source = kv
-
-        def compute_and_write() -> None:
-            result = source()
-            check(header, first, result)
-            output.write_chunks(layer, first, result.detach())
-
-        self._jobs.put(0, compute_and_write)
+        self._jobs.put(tensor.nbytes + (0 if packed is None else packed.nbytes), write)
 
     def write_index(
         self, layer: int, index: torch.Tensor, scale: torch.Tensor, *, ready: Callable[[], None] | None = None
@@ -182,7 +167,7 @@ class SegmentWriter:
             layer: one of the geometry's `indexed_layers`.
             index: int8 `[kv_heads, c, chunks, head_dim]` of all chunks of the segment, on the CPU.
             scale: float32 `[kv_heads, head_dim]`, on the CPU.
-            ready: see `write_chunks`.
+            ready: called on the writer thread before it looks at these tensors; returns once they are there.
 
         Raises:
             InputError: wrong layer, shape, dtype or device.
@@ -212,8 +197,8 @@ class SegmentWriter:
             compute_s: how long the model took to compute it, seconds: what losing it would cost. 0 is unknown.
 
         Returns:
-            the whole prefix that ends with this segment. If somebody else has published the same one meanwhile,
-            theirs is kept and returned.
+            the whole prefix that ends with this segment. If another writer has published the same one meanwhile,
+            that one is kept and returned.
 
         Raises:
             StoreFullError: it does not fit in `max_disk_bytes`, or the disk is full.
@@ -237,16 +222,15 @@ class SegmentWriter:
             self.abort()
             raise
         self._finalizer.detach()
-        self._output.blob.discard()  # Closes it; where somebody else was faster, theirs stays.
+        self._output.blob.discard()  # Closes it; where another writer was faster, its blob stays.
         return stored
 
     def abort(self) -> None:
         """Stop, and give the blob up. Does nothing after `commit` or another `abort`."""
         self._finalizer()
 
-    @staticmethod
-    def _check_chunks(header: SegmentHeader, first: int, kv: torch.Tensor) -> None:
-        g = header.geometry
+    def _check_chunks(self, first: int, kv: torch.Tensor) -> None:
+        g, chunks = self.header.geometry, self.header.num_chunks
         shape = (2, g.kv_heads, g.chunk_size, g.head_dim)
         if kv.ndim != 5 or tuple(kv.shape[1:]) != shape or kv.dtype != g.dtype:
             raise InputError(
@@ -255,8 +239,8 @@ class SegmentWriter:
             )
         if kv.device.type != "cpu" or not kv.is_contiguous():
             raise InputError(f"chunks: expected a contiguous CPU tensor, got {kv.device}, strides {kv.stride()}")
-        if not 0 <= first <= first + kv.shape[0] <= header.num_chunks:
-            raise InputError(f"chunks {first} to {first + kv.shape[0]} are outside a segment of {header.num_chunks}")
+        if not 0 <= first <= first + kv.shape[0] <= chunks:
+            raise InputError(f"chunks {first} to {first + kv.shape[0]} are outside a segment of {chunks}")
 
     def __enter__(self) -> SegmentWriter:
         return self

@@ -393,7 +393,7 @@ def take_out_of_service(store, model):
 
 
 def expire(store, model):
-    store._room._ttl_s = 1e-9
+    store.inner.room.ttl_s = 1e-9
     store.gc()
 
 

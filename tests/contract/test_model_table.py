@@ -155,7 +155,7 @@ def test_the_table_in_the_documentation_is_up_to_date():
         pytest.skip(f"the table is that of transformers {PINNED}, not {hf.__version__}")
     if os.environ.get("UPDATE_DOCS"):
         TABLE.write_text(table(), encoding="utf-8")
-    assert TABLE.read_text(encoding="utf-8") == table(), "write it anew: UPDATE_DOCS=1 make test TEST_ARGS=..."
+    assert TABLE.read_text(encoding="utf-8") == table(), "rewrite it: UPDATE_DOCS=1 make test TEST_ARGS=..."
 
 
 @cache
@@ -167,14 +167,14 @@ def table() -> str:
     lines = [
         "# Which models are served",
         "",
-        "A model is recognised by what it does, not by its name: its configuration is read, then three tokens go",
-        "through it while the library watches what happens to their K/V. So this list, of a tiny random model of",
-        f"every kind with transformers {PINNED}, is not complete; a kind that is missing here is tried like any other.",
-        "It is written by `tests/contract/test_model_table.py`, which checks every line of it:",
+        "The library recognises a model by what it does, not by its name: it reads the configuration and watches",
+        "the K/V of three tokens. So a kind that is missing here is tried like any other.",
+        "`tests/contract/test_model_table.py` writes this list and checks every line of it with a tiny random model",
+        f"and transformers {PINNED}:",
         "",
-        "- **Served**: at `budget=1.0` with the prefix from disk, `generate` gives the tokens and logits of one with a",
-        "  prefilled `DynamicCache`, and of one without a prefix; below, a forward gives the logits of the model with",
-        "  the pruned tokens masked.",
+        "- **Served**: at `budget=1.0` with the prefix from disk, `generate` gives the tokens and logits that it",
+        "  gives with a prefilled `DynamicCache` and without a prefix. Below 1.0, a forward gives the logits of the",
+        "  model with the pruned tokens masked.",
         "- **Refused**: `UnsupportedModelError` at construction, with this reason in its message.",
         "",
         f"## Served: {len(text)} kinds of language models",

@@ -163,7 +163,7 @@ def test_a_folder_of_no_known_model_is_named(tmp_path: Path) -> None:
         "eval.timeline.record",
         "eval.ablation.__main__.run",
         "eval.policies.__main__.record",
-        "hf_contiguouskv.cli.model.bench",
+        "eval.commands.bench",
         "examples.demo.main",
         "examples.chat.main",
         "examples.batch_questions.main",

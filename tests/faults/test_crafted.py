@@ -149,7 +149,7 @@ def live_through(scene: Scene, place: Neighbourhood) -> None:
         for entry in store.entries():
             attempt(store, entry.key)
         store.gc()
-        store.rebuild_index()
+        store.inner.index.rebuild()
         for name in ALL:
             scene.request(store, name, "explicit", "exact", tally)
     assert (tally.wrong, tally.crashes) == ([], [])
@@ -485,7 +485,7 @@ def test_a_crafted_segment(scene, place, fields, rebuilt) -> None:
                 scene.request(store, name, mode, "exact", tally)
         store.verify()
         store.gc()
-        store.rebuild_index()
+        store.inner.index.rebuild()
         scene.count_lost(store, [name for name in ALL if name != "lone"], tally)
     assert (tally.wrong, tally.crashes, tally.lost) == ([], [], [])
     place.assert_untouched()

@@ -381,7 +381,7 @@ def a_rebuild(path: Path) -> Task:
             prefix.write(store)
 
     def work(where: Path) -> None:
-        PrefixStore(where).rebuild_index()
+        PrefixStore(where).inner.index.rebuild()
 
     return Task(work, stays=family)
 

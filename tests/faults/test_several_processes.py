@@ -127,7 +127,7 @@ def keep_cleaning(link: Link, path: Path, seed: int, stop: Path) -> None:
             assert report.unreadable == (), report
             collected += len(report.removed)
             if rng.random() < 0.1:
-                store.rebuild_index()
+                store.inner.index.rebuild()
         link.say("cleaned", deleted, collected, store.stats.quarantined)
 
 

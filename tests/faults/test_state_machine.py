@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from unit.store_helpers import FINGERPRINT, expected_kv, geometry, read_back, write_prefix
 
 from hf_contiguouskv.errors import PrefixInUseError, StoreFullError
-from hf_contiguouskv.store import PrefixStore, StoredPrefix, eviction, finding, prefix_store, publishing, room, rows
+from hf_contiguouskv.store import PrefixStore, StoredPrefix, eviction, finding, publishing, room, rows, uses
 
 from .damage import segment_files, segment_path
 from .scale import REPRODUCIBLE, scaled
@@ -145,7 +145,7 @@ class Machine(RuleBasedStateMachine):
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(logging.getLogger("hf_contiguouskv"), "disabled", True)
-        for module in (eviction, finding, prefix_store, publishing, room, rows):
+        for module in (eviction, finding, publishing, room, rows, uses):
             self.patch.setattr(module, "time", self.clock)
         self.store = self.open()
 
@@ -290,7 +290,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def rebuild_index(self) -> None:
-        self.store.rebuild_index()
+        self.store.inner.index.rebuild()
 
     @rule()
     def reopen(self) -> None:

@@ -90,7 +90,7 @@ def test_what_one_segment_raises_is_told_of_that_segment(
         assert {problem.key for problem in store.verify()} == {bad}
         report = store.gc()
         assert len(report.unreadable) == 1
-        store.rebuild_index()
+        store.inner.index.rebuild()
         assert {entry.key for entry in store.entries()} == others
         assert found(store) == [number != 2 for number in range(6)]
     forget_the_index(store_path)

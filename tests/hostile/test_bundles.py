@@ -398,7 +398,7 @@ def test_claims_that_nobody_can_check_are_left_out(tmp_path: Path, store_path: P
         os.utime(path, (2**32, 2**32))
     with PrefixStore(store_path) as store:
         (key,) = import_bundle(store, folder).added
-        row = store._read(lambda db: segment_by_key(db, key))
+        row = store.inner.read(lambda db: segment_by_key(db, key))
         assert row is not None
         assert (row.compute_ms, told_by(path_in(store, key).read_bytes())["compute_ms"]) == (0, "0" * 12)
         assert row.created <= time.time()
@@ -406,7 +406,7 @@ def test_claims_that_nobody_can_check_are_left_out(tmp_path: Path, store_path: P
         assert path_in(store, key).stat().st_mtime <= time.time()
     (store_path / "index.sqlite").unlink()
     with PrefixStore(store_path) as store:  # (Nor does the index learn them when it is built anew.)
-        row = store._read(lambda db: segment_by_key(db, key))
+        row = store.inner.read(lambda db: segment_by_key(db, key))
         assert row is not None
         assert row.compute_ms == 0
         assert row.created <= time.time()

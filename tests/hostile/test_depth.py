@@ -48,7 +48,7 @@ class Counted(MemoryBackend):
 def statements(store: PrefixStore) -> Iterator[list[str]]:
     """The SQL that this store runs within it, on both connections."""
     found: list[str] = []
-    connections = store._index._for_reading, store._index._for_writing
+    connections = store.inner.index._for_reading, store.inner.index._for_writing
     for connection in connections:
         db = connection.open()
         assert db is not None
@@ -79,7 +79,7 @@ def test_a_look_up_asks_once_for_a_whole_chain_and_opens_each_segment_once(
     deep: tuple[PrefixStore, TokenIds], backend: Counted, attacks: Figures
 ) -> None:
     store, ids = deep
-    store._opened.close()
+    store.inner.parts.opened.close()
     for opens in (DEEP, 0, 0):
         before = backend.opened
         with statements(store) as ran:
@@ -127,7 +127,7 @@ def test_all_of_a_deep_chain_is_deleted_in_short_transactions(
         assert len(ran) < 12 * 50
         assert [entry.key for entry in store.entries()] == keys[:2]
         assert store.backend.list_keys() == set(keys[:2])
-        assert store._pins.keys() == set()
+        assert store.inner.parts.pins.keys() == set()
         assert store.lookup(FINGERPRINT, ids, C).tokens == 2 * C  # type: ignore[union-attr]
     attacks.add("deep chains deleted in short transactions")
 
@@ -155,26 +155,26 @@ def test_what_stays_open_is_bounded_by_its_size(
     with PrefixStore(tmp_path / "store", backend=MemoryBackend()) as store:
         for seed in range(30):
             write_prefix(store, some_tokens(C, seed), 0, G)
-        rows = _rows(store)
-        one = opened.kept_bytes(store._opened.get(rows[0]))
+        rows, table = _rows(store), store.inner.parts.opened
+        one = opened.kept_bytes(table.get(rows[0]))
         monkeypatch.setattr(opened, "_ALWAYS_OPEN", 4)
         monkeypatch.setattr(opened, "_MAX_KEPT_BYTES", 10 * one)
-        store._opened.forget([row.key for row in rows])
+        table.forget([row.key for row in rows])
         for row in rows * 2:
-            store._opened.get(row)
-            assert len(store._opened._recent) <= 10
-            assert store._opened._kept_bytes == sum(map(opened.kept_bytes, store._opened._recent.values()))
+            table.get(row)
+            assert len(table._recent) <= 10
+            assert table._kept_bytes == sum(map(opened.kept_bytes, table._recent.values()))
         monkeypatch.setattr(opened, "_MAX_KEPT_BYTES", 0)
         for row in rows:
-            store._opened.get(row)
-        assert len(store._opened._recent) == 4
-        store._opened.forget([row.key for row in rows])
-        assert (len(store._opened._recent), store._opened._kept_bytes) == (0, 0)
+            table.get(row)
+        assert len(table._recent) == 4
+        table.forget([row.key for row in rows])
+        assert (len(table._recent), table._kept_bytes) == (0, 0)
     attacks.add("tables of open segments bounded")
 
 
 def _rows(store: PrefixStore) -> list[SegmentRow]:
-    found: list[SegmentRow] = store._read(all_segments)
+    found: list[SegmentRow] = store.inner.read(all_segments)
     return found
 
 
@@ -332,7 +332,7 @@ def test_a_child_of_a_partial_chunk_is_nobodys_child(store_path: Path, attacks: 
         child = SegmentHeader(G, FINGERPRINT, parent.header.root, parent.key, "", 2, len(own))
         key = child.hashes(own)[-1].hex()
         child = SegmentHeader(G, FINGERPRINT, parent.header.root, parent.key, key, 2, len(own))
-        store._write(lambda db: insert_segment(db, child, own, 4096, time.time()))
+        store.inner.write(lambda db: insert_segment(db, child, own, 4096, time.time()))
         assert parents_of_all(store) == {}
         assert children(store, parent.key) == []
         with pytest.raises(StoreError, match="not stored any more"):

@@ -343,7 +343,7 @@ def test_a_table_of_endless_rows_in_a_small_file(
 
 def test_a_query_that_never_ends_ends(path: Path, attacks: Figures) -> None:
     with PrefixStore(path) as store, pytest.raises(StoreError, match="interrupted"):
-        store._read(lambda db: db.execute(f"{ENDLESS} SELECT count(*) FROM n").fetchone())
+        store.inner.read(lambda db: db.execute(f"{ENDLESS} SELECT count(*) FROM n").fetchone())
     live(path)
     attacks.add("endless tables ended")
 
@@ -358,11 +358,11 @@ def test_what_is_allowed_grows_with_the_index_and_begins_anew_with_each_transact
     with PrefixStore(path) as store:
         monkeypatch.setattr(IndexFile, "nbytes", lambda self: 0)
         for _ in range(30):
-            assert store._read(steps(2000)) == (2000,)
+            assert store.inner.read(steps(2000)) == (2000,)
         with pytest.raises(StoreError, match="interrupted"):
-            store._read(steps(100_000))
+            store.inner.read(steps(100_000))
         monkeypatch.setattr(IndexFile, "nbytes", lambda self: 10_000_000)
-        assert store._read(steps(100_000)) == (100_000,)
+        assert store.inner.read(steps(100_000)) == (100_000,)
 
 
 @pytest.mark.parametrize("column", ["fingerprint", "beginning", "key", "dtype"])
@@ -428,9 +428,9 @@ def test_a_folder_that_is_exchanged_when_the_index_is_opened(
 def test_a_lock_on_the_index_of_another_connection_stays(path: Path) -> None:
     """Closing any descriptor of a file drops the locks that this process has on it: the index is only looked at."""
     with PrefixStore(path) as one:
-        one._index._for_writing.open().execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]
+        one.inner.index._for_writing.open().execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]
         with PrefixStore(path) as two:
-            assert two._index.inspect() == []
-            assert two._index.try_write(lambda db: True) is None
-        one._index._for_writing.open().execute("ROLLBACK")  # type: ignore[union-attr]
-        assert one._index.write(lambda db: True)
+            assert two.inner.index.inspect() == []
+            assert two.inner.index.try_write(lambda db: True) is None
+        one.inner.index._for_writing.open().execute("ROLLBACK")  # type: ignore[union-attr]
+        assert one.inner.index.write(lambda db: True)

@@ -254,7 +254,8 @@ def test_segments_that_all_continue_all_others(attacks: Figures) -> None:
         assert [len(found), found[0].id] == [1401, 1]
         assert [one.first_chunk for one in found] == [0] + [1] * 700 + [2] * 700
         assert peak(lambda: unreachable_keys(db)) < 1_000_000
-        store = SimpleNamespace(_tenant=SimpleNamespace(roots=lambda db: None), _read=lambda query: query(db))
+        inner = SimpleNamespace(tenant=SimpleNamespace(roots=lambda db: None), read=lambda query: query(db))
+        store = SimpleNamespace(inner=inner)
         assert peak(lambda: parents_of_all(store)) < 4_000_000  # type: ignore[arg-type]
     attacks.add("rows that are too many or too long not collected")
 

@@ -213,7 +213,7 @@ def test_a_segment_that_others_could_have_written_is_skipped_and_left_alone(
     with PrefixStore(path) as store:
         assert store.lookup(FINGERPRINT, IDS, geometry().chunk_size) is None
         store.gc()
-        store.rebuild_index()
+        store.inner.index.rebuild()
         assert store.lookup(FINGERPRINT, IDS, geometry().chunk_size) is None
     assert segment.read_bytes() == content
     assert found(path, trust_owner=True) == 40
@@ -290,7 +290,7 @@ def test_all_that_is_made_is_for_its_owner_only_from_its_first_moment(
     with PrefixStore(path) as store:
         stored = write_prefix(store, IDS)
         store.pin(stored.spans[0].segment.key)
-        store.rebuild_index()
+        store.inner.index.rebuild()
         store.discard(stored.spans[0].segment, "a test")
         write_prefix(store, IDS)
         note()

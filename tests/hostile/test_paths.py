@@ -110,7 +110,7 @@ ACTIONS: dict[str, Callable[[Scene], object]] = {
     "drop the quarantine": lambda s: backend(s).drop_quarantined(s.lost.key),
     "unpin": lambda s: s.store.unpin(s.key),
     "pin": lambda s: s.store.pin(s.other),
-    "rebuild": lambda s: s.store.rebuild_index(),
+    "rebuild": lambda s: s.store.inner.index.rebuild(),
     "count": lambda s: s.store.stats,
     "lose the index": lambda s: ((s.path / "index.sqlite").unlink(missing_ok=True), s.store.entries()),
     "open another": lambda s: PrefixStore(s.path).close(),
@@ -269,7 +269,7 @@ def test_a_folder_that_holds_something_is_never_deleted(scene: Scene, name: str,
         write_prefix(store, IDS)
         for dry_run in (True, False, False):
             store.gc(dry_run=dry_run)
-        store.rebuild_index()
+        store.inner.index.rebuild()
         assert store.lookup(FINGERPRINT, IDS, geometry().chunk_size).tokens == 40  # type: ignore[union-attr]
         store.delete(scene.key)
     works = list(scene.path.rglob("work"))

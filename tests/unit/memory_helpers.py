@@ -19,8 +19,8 @@ from hf_contiguouskv.memory.blocks import Blocks, PageableBlocks, Slots, TensorB
 from hf_contiguouskv.memory.entries import KeptKeys
 from hf_contiguouskv.memory.history import Clock, Floats, SegmentTable, Uses
 from hf_contiguouskv.memory.policies import EvictionPolicy
+from hf_contiguouskv.memory.segments import CachedSegment
 from hf_contiguouskv.memory.tier import Tier
-from hf_contiguouskv.store.segment import Segment
 
 
 class ByImportance:
@@ -211,21 +211,19 @@ def check_arena(arena: Arena) -> None:
 
 def fake_segment(
     key: str, chunks: int = 16, layers: int = 1, extent_bytes: int = PAGE, in_memory: bool = False
-) -> Segment:
+) -> CachedSegment:
     """What `MemoryTiers.table` asks of a segment."""
-    geometry = SimpleNamespace(num_layers=layers, extent_bytes=extent_bytes)
-    blob = SimpleNamespace(in_memory=in_memory)
     found = SimpleNamespace(
         key=key,
         first_chunk=0,
         identity=(1, 2),
-        geometry=geometry,
-        extents=lambda form="exact": SimpleNamespace(nbytes=extent_bytes),
+        num_layers=layers,
         num_chunks=chunks,
-        blob=blob,
+        in_memory=in_memory,
+        extent_bytes=lambda form: extent_bytes,
         retired=False,
     )
-    return cast(Segment, found)
+    return cast(CachedSegment, found)
 
 
 def pageable(slot_bytes: int, max_bytes: int) -> Blocks:

@@ -44,7 +44,7 @@ def path_of(segment: Segment) -> Path:
 
 def spoil_key_index(store: PrefixStore, key: str, layer: int = 1) -> None:
     """Make the key index of a stored segment zeros, with a checksum that matches."""
-    segment = store._opener(store.backend.open(key))
+    segment = store.inner.opener(store.backend.open(key))
     path, name = path_of(segment), f"key_index.{layer}"
     offset, nbytes = segment.tensor_extent(name)
     last, _ = segment.tensor_extent("checksums.tensors")

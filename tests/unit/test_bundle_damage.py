@@ -297,7 +297,7 @@ def test_an_import_that_is_cut_off_leaves_whole_segments_only(
     bundle: tuple[Path, str, str], target: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, root, child = bundle
-    publish, calls = target._publisher.publish, []
+    publish, calls = target.inner.publisher.publish, []
 
     def full(*arguments: object) -> bool:
         calls.append(arguments)
@@ -305,7 +305,7 @@ def test_an_import_that_is_cut_off_leaves_whole_segments_only(
             raise OSError(28, "No space left on device")
         return publish(*arguments)
 
-    monkeypatch.setattr(target._publisher, "publish", full)
+    monkeypatch.setattr(target.inner.publisher, "publish", full)
     with pytest.raises(StoreFullError):
         import_bundle(target, folder)
     assert [entry.key for entry in target.entries()] == [root]

@@ -11,8 +11,7 @@ from bundle_helpers import tree
 from store_helpers import FINGERPRINT, expected_kv, geometry, some_tokens, write_prefix
 from typer.testing import CliRunner, Result
 
-from hf_contiguouskv.cli import app, human_bytes
-from hf_contiguouskv.cli.app import messages_instead_of_tracebacks
+from hf_contiguouskv.cli import app, human_bytes, messages_instead_of_tracebacks
 from hf_contiguouskv.cli.output import human_age, human_seconds, seconds_from
 from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.store import PrefixStore
@@ -280,7 +279,7 @@ def test_mistakes_are_one_line_and_status_2(tmp_path: Path, store_path: Path, ke
         (["show", "store", "--json"], "", "'show'"),
         (["--json", "ls", "store"], "NoSuchOption", "--json"),
         (["warm", "store", "file", "--json", "--dtype", "int8"], "BadParameter", "'int8'"),
-        (["bench", "--rounds", "few", "--json", "numbers.json"], "BadParameter", "--rounds"),
+        (["warm", "kv", "a.txt", "--chunk-size", "few", "--json"], "BadParameter", "--chunk-size"),
     ],
 )
 def test_mistakes_in_the_command_line_are_json_where_it_asks_for_json(
@@ -324,7 +323,7 @@ def test_a_closed_pipe_is_no_mistake() -> None:
 
 def test_help_lists_every_command() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == {"ls", "info", "verify", "gc", "rm", "pin", "unpin", "warm", "bench", "export", "import"}
+    assert names == {"ls", "info", "verify", "gc", "rm", "pin", "unpin", "warm", "export", "import"}
     for name in names:
         result = run(name, "--help")
         assert result.exit_code == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,7 @@ from contract.models import build
 from test_cli import run, run_json
 from transformers import AutoModelForCausalLM
 
-import eval.bench
-import eval.models
+import hf_contiguouskv.cli.warm as warm_command
 from hf_contiguouskv.errors import StoreError
 from hf_contiguouskv.store import PrefixStore
 
@@ -30,7 +28,7 @@ class Letters:
 @pytest.fixture
 def small_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     model = build("llama", layers=2)
-    monkeypatch.setattr(eval.models, "load_model", lambda name, dtype: (model, Letters()))
+    monkeypatch.setattr(warm_command, "load_model", lambda name, dtype: (model, Letters()))
     return model
 
 
@@ -58,7 +56,7 @@ def test_what_warm_stores_is_found_by_whoever_loads_the_model_by_name(
     tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, saved: torch.dtype
 ) -> None:
     build("llama", layers=2).to(saved).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(eval.models, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: Letters()))
+    monkeypatch.setattr("transformers.AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: Letters()))
     (tmp_path / "a.txt").write_text("x" * 40)
     arguments = ("warm", store_path, tmp_path / "a.txt", "--model", tmp_path / "model")
     by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -137,7 +135,7 @@ def test_warm_stores_the_good_files_beside_bad_ones(
 def test_no_model_is_loaded_and_no_store_made_where_no_file_can_be_read(
     tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eval.models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(warm_command, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert run("warm", store_path, tmp_path / "missing").exit_code == 1
     assert not store_path.exists()
 
@@ -157,47 +155,14 @@ def test_warm_ends_with_status_2_when_the_store_takes_nothing(
     assert [failed["file"] for failed in report["failed"]] == [str(tmp_path / "missing")]
 
 
-@pytest.mark.parametrize("command", ["warm", "bench"])
-def test_a_missing_model_is_one_line(
-    tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    def load_model(name: str | None, dtype: str) -> None:
-        raise eval.models.ModelNotAvailableError(f"no {name}\n- tried this\n- and that")
-
-    monkeypatch.setattr(eval.models, "load_model", load_model)
-    (tmp_path / "a.txt").write_text("a")
-    arguments = ["warm", store_path, tmp_path / "a.txt"] if command == "warm" else ["bench"]
-    result = run(*arguments, "--model", "nobody/nothing")
-    assert (result.exit_code, result.stderr) == (2, "contiguouskv: no nobody/nothing - tried this - and that\n")
-
-
-def test_bench_runs_in_the_dtype_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(eval.bench, "main", lambda *arguments: calls.append(arguments))
-    assert run("bench").exit_code == run("bench", "--dtype", "float32").exit_code == 0
-    assert [call[-1] for call in calls] == ["auto", "float32"]
-
-
-@pytest.mark.parametrize(("command", "module"), [("warm", "eval.models"), ("bench", "eval.bench")])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_missing_extra_is_named(
-    tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str, as_json: bool
-) -> None:
-    real = builtins.__import__
-
-    def without_eval(name: str, *arguments: Any) -> Any:
-        if name == module:
-            raise ImportError("no module", name=module)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without_eval)
+def test_a_missing_model_is_one_line(tmp_path: Path, store_path: Path, as_json: bool) -> None:
     (tmp_path / "a.txt").write_text("a")
-    arguments = ["warm", store_path, tmp_path / "a.txt"] if command == "warm" else ["bench"]
-    if as_json:
-        arguments += ["--json"] if command == "warm" else ["--json", tmp_path / "numbers.json"]
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert f"{command} needs the" in result.stderr
-    assert "eval" in result.stderr
-    if as_json:
-        assert json.loads(result.stdout)["error"]["type"] == "InputError"
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("nobody/nothing", tmp_path):
+        result = run("warm", store_path, tmp_path / "a.txt", "--model", name, *(["--json"] if as_json else []))
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"contiguouskv: cannot load the model '{name}': ")
+        assert result.stderr.count("\n") == 1
+        if as_json:
+            assert json.loads(result.stdout)["error"]["type"] == "InputError"

@@ -315,7 +315,7 @@ def test_the_document_names_every_file_and_column_of_a_store(store_path: Path) -
     with PrefixStore(store_path) as store:
         segment = write_prefix(store, some_tokens(10)).spans[0].segment
         store.pin(segment.key)
-        store.rebuild_index()
+        store.inner.index.rebuild()
         store.discard(write_prefix(store, some_tokens(10, seed=1)).spans[0].segment, "a test")
         for path in store_path.rglob("*"):
             name = (

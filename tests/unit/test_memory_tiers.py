@@ -16,7 +16,7 @@ from hf_contiguouskv.errors import ConfigError
 from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import MemoryTiers, Usage, tiers
 from hf_contiguouskv.memory.history import SegmentTable
-from hf_contiguouskv.store.segment import Segment
+from hf_contiguouskv.memory.segments import CachedSegment
 
 CHUNKS = 16
 
@@ -55,7 +55,7 @@ def test_a_segment_has_one_table_and_another_one_after_it_was_forgotten() -> Non
     [(0, fake_segment("a")), (PAGE - 1, fake_segment("a")), (64 * PAGE, fake_segment("a", in_memory=True))],
     ids=["no memory", "less than a chunk", "in memory already"],
 )
-def test_what_cannot_or_need_not_be_kept_has_no_table(host_bytes: int, segment: Segment) -> None:
+def test_what_cannot_or_need_not_be_kept_has_no_table(host_bytes: int, segment: CachedSegment) -> None:
     memory = MemoryTiers(host_bytes, 0, "lru")
     assert memory.table(segment) is None
     memory.finished(Usage(loaded_bytes=PAGE))

@@ -70,7 +70,7 @@ def test_what_another_model_has_stored(store_path: Path, length: int) -> None:
         write_prefix(store, IDS, fingerprint=OTHER)
         assert found(store, np.append(IDS, some_tokens(40))[:length]) == 0
         assert misses(store) == {"other_model": 1}
-        store.rebuild_index()
+        store.inner.index.rebuild()
         assert found(store, IDS[:length]) == 0
         assert misses(store) == {"other_model": 2}
 
@@ -208,7 +208,7 @@ def test_an_index_that_cannot_be_read_finds_nothing_and_raises_nothing(
             raise StoreError("the disk is on fire")
 
         with monkeypatch.context() as patch:
-            patch.setattr(store._index, "read", fail)
+            patch.setattr(store.inner.index, "read", fail)
             assert store.lookup(FINGERPRINT, IDS, 4) is None
         assert misses(store) == {"corrupt": 1}
         assert found(store) == 18

@@ -16,9 +16,10 @@ from store_helpers import expected_kv, geometry, open_segment, path_of, some_tok
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError, StoreFormatError
 from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.store import KVGeometry, PrefixStore
-from hf_contiguouskv.store.format import SegmentHeader, parse_header, place_tensors
+from hf_contiguouskv.store.format import SegmentHeader, parse_header
 from hf_contiguouskv.store.hashing import ChainMemory, chain_hashes, chunk_hash, root_hash, segment_hashes
 from hf_contiguouskv.store.key_index import build_key_index
+from hf_contiguouskv.store.tensor_places import place_tensors
 
 
 @st.composite

@@ -76,7 +76,7 @@ def test_another_model_chunk_size_or_tenant_does_not_match(store_path: Path) -> 
         assert matched(other, ids) == 20
     with PrefixStore(store_path, salt=b"tenant") as same:
         assert matched(same, ids) == 20
-        same.rebuild_index()
+        same.inner.index.rebuild()
         assert matched(same, ids) == 20
         assert [entry.key for entry in same.entries()] == [segment.key]
     with PrefixStore(store_path) as whole:  # Who has no salt looks after everything, and finds only its own.
@@ -126,7 +126,7 @@ def test_the_match_is_the_longest_common_beginning(
         for query in queries + stored:
             expected = max(len(os.path.commonprefix([query, sequence])) for sequence in stored)  # noqa: RUF071
             assert matched(store, tokens(*query)) == expected
-        store.rebuild_index()
+        store.inner.index.rebuild()
         for query in queries + stored:
             expected = max(len(os.path.commonprefix([query, sequence])) for sequence in stored)  # noqa: RUF071
             assert matched(store, tokens(*query)) == expected

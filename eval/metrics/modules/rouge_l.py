@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from eval.metrics import base, scores
+try:
+    from contiguouskv_eval.metrics import base, scores
+except ModuleNotFoundError:  # (A checkout: the package is the folder `eval`.)
+    from eval.metrics import base, scores
 
 
 class RougeL(base.MeanScore):

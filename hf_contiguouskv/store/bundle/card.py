@@ -46,7 +46,7 @@ pickle, that any reader opens; `bundle.json` lists them.
 
 ## Before you share or use it
 
-- It contains the token ids of the whole text, so whoever has it can read the text.
+- It contains the token ids of the whole text, so anyone who has it can read the text.
 - Checksums show that it arrived undamaged, not that it was computed honestly. Import what you would also trust to
   answer in the place of the text: keys and values can say something else than the tokens that they stand for.
 {salt}"""

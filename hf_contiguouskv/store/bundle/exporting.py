@@ -103,9 +103,9 @@ def export_bundle(
         headers: list[SegmentHeader] = []
         written: list[BundledSegment] = []
         for row in ordered:
-            segment = store._opener(store.backend.open(row.key))
+            segment = store.inner.opener(store.backend.open(row.key))
             try:
-                entry, header = _export_segment(segment, row.key, store._opener, lineage, bundle, copied)
+                entry, header = _export_segment(segment, row.key, store.inner.opener, lineage, bundle, copied)
                 written.append(entry)
                 headers.append(header)
             finally:

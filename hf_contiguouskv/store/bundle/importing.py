@@ -99,7 +99,7 @@ def import_bundle(
         StoreError: the store cannot be written.
     """
     roots = checked_roots(foreign_roots)
-    if roots and not store._tenant.is_operator:
+    if roots and not store.inner.tenant.is_operator:
         # Or a tenant could learn what others have stored, and store what they are answered from.
         raise InputError("foreign_roots are for the operator of the store, who opens it without a salt")
     work = _Import(store, Path(folder), read_manifest(folder), progress, roots)
@@ -195,9 +195,9 @@ class _Import:
         try:
             segment = Segment(blob)
         except SegmentKeyError:
-            if self.store._key is None:
+            if self.store.inner.key is None:
                 raise
-            segment = Segment(FileBlob(path, direct=False), key=self.store._key)
+            segment = Segment(FileBlob(path, direct=False), key=self.store.inner.key)
         header = segment.header
         told = (header.key, header.parent, header.prefix_tokens, segment.nbytes)
         if told != (entry.key, entry.parent, entry.tokens, entry.bytes):
@@ -211,12 +211,12 @@ class _Import:
         Raises:
             BundleError: it has, but in another shape; one of the two is a lie.
         """
-        header, ids, publisher = segment.header, segment.token_ids, self.store._publisher
-        if self.store._read(lambda db: segment_by_key(db, header.key)) is None:
+        header, ids, publisher = segment.header, segment.token_ids, self.store.inner.publisher
+        if self.store.inner.read(lambda db: segment_by_key(db, header.key)) is None:
             return False
-        if self.store._read(lambda db: publisher._same_there(db, header, ids)) is not None:
+        if self.store.inner.read(lambda db: publisher.stored_twin(db, header, ids)) is not None:
             return True
-        there = publisher._opened_now(header.key)
+        there = publisher.open_now(header.key)
         if there is None or there.geometry.same_kv(header.geometry):
             return False  # (What only claims to be this prefix, or continues nothing, is replaced.)
         if is_the_same(there, replace(header, geometry=there.geometry), ids):
@@ -271,12 +271,12 @@ class _Import:
                 digest.update(octets)
                 self._count(len(octets))
 
-            header, writer = copy_segment(segment, self.store.backend, self.store._key, copied)
+            header, writer = copy_segment(segment, self.store.backend, self.store.inner.key, copied)
             try:
                 # What was verified before had this digest and this header: these are other bytes.
                 if digest.hexdigest() != entry.sha256 or segment.header != verified:
                     raise BundleError(f"{segment.name} changed while it was imported")
-                return self.store._publisher.publish(header, segment.token_ids, writer)
+                return self.store.inner.publisher.publish(header, segment.token_ids, writer)
             finally:
                 writer.discard()
         finally:

@@ -74,7 +74,8 @@ class Lineage:
             return self._parent_problem(header, *found)
         try:
             # The index only claims it: the token ids of the segment that it names are hashed.
-            held = not self._alone and self._store._read(lambda db: self._store._publisher.is_held(db, header))
+            inner = self._store.inner
+            held = not self._alone and inner.read(lambda db: inner.publisher.is_held(db, header))
         except StoreError as error:
             return f"what it continues cannot be read: {error}"
         if held:
@@ -86,7 +87,7 @@ class Lineage:
 
     def is_findable(self, header: SegmentHeader) -> bool:
         """Whether the store, with the salt that it has, looks for this segment's prefix at all."""
-        return header.root == self._store._finder.root(header.fingerprint, header.geometry.chunk_size).hex()
+        return header.root == self._store.inner.finder.root(header.fingerprint, header.geometry.chunk_size).hex()
 
     def _root_problem(self, header: SegmentHeader) -> str | None:
         if self._foreign_roots is None or header.root in self._foreign_roots or self.is_findable(header):
@@ -116,7 +117,7 @@ class Lineage:
         if not header.salted:
             beginning = segment_hashes(root_hash("", c), ids[:c], c, first=True)[0].hex()
         elif self.is_findable(header):
-            beginning = self._store._finder.beginning(ids, c)
+            beginning = self._store.inner.finder.beginning(ids, c)
         # (With a salt that is not ours, nothing can be said.)
         if beginning is not None and header.beginning != beginning:
             return "the name of its beginning is not that of its tokens"

@@ -25,7 +25,7 @@ def quarantines_what_it_is_asked_to(make: Make) -> None:
         require(read(current) == second, "who had the blob open when it was quarantined cannot read it any more")
         require(backend.quarantine(key, current.identity) is False, "quarantine of what is gone must be False")
         publish(backend, key, first)
-        is_whole(backend, key, first, "published anew beside its quarantine")
+        is_whole(backend, key, first, "published again beside its quarantine")
         for blob in (old, current):
             blob.close()
         backend.drop_quarantined(key)

@@ -1,4 +1,4 @@
-"""Commands that need a model: fill a store with documents, and measure."""
+"""`contiguouskv warm`: compute the KV of documents and store it, ahead of time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from ..cache.contiguous_cache import ContiguousKVCache
 from ..config import ContiguousKVConfig
 from ..errors import InputError, StoreError
 from ..store import PrefixStore
-from ..wording import escaped
-from .app import AsJson, StorePath, app, complain, described, messages_instead_of_tracebacks, open_store
+from ..wording import escaped, quoted
+from .app import AsJson, StorePath, app, open_store
+from .messages import complain, described, messages_instead_of_tracebacks
 from .output import human_bytes, print_json, say
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-ModelName = Annotated[
-    str | None, typer.Option("--model", help="Name or path of a causal LM.", show_default="SmolLM2-135M-Instruct")
-]
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class WarmedFile:
 def warm(
     store: StorePath,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text files.", show_default=False)],
-    model: ModelName = None,
+    model: Annotated[str, typer.Option(help="Name or path of a causal LM.")] = DEFAULT_MODEL,
     dtype: Annotated[
         Dtype,
         typer.Option(help="Of model and KV; only a model of the same dtype finds them. auto: as the model was saved."),
@@ -73,7 +72,7 @@ def warm(
     texts, refused = _read(files)  # Before the model, which takes longer to load.
     found: dict[str, Any] = {"files": []}
     if texts:
-        loaded, tokenizer = _load_model(model, dtype)
+        loaded, tokenizer = load_model(model, dtype)
         found["dtype"] = str(loaded.dtype).removeprefix("torch.")
         # One file has a bar of its own. (None: a bar only where stderr is a terminal.)
         no_bar = True if len(texts) == 1 else None
@@ -150,37 +149,17 @@ def _store(file: Path, ids: torch.Tensor, model: Any, store: PrefixStore, config
     return WarmedFile(str(file), stats.prefix_tokens, stats.tokens_from_store, stats.tokens_prefilled, seconds)
 
 
-def _load_model(name: str | None, dtype: Dtype) -> tuple[Any, Any]:
-    """The model and its tokenizer; for `"auto"` in the dtype that `from_pretrained(name)` gives everybody."""
-    try:
-        from eval.models import ModelNotAvailableError, load_model
-    except ImportError as error:
-        raise InputError(f"warm needs the package 'eval' of this project beside the library: {error}") from error
-    try:
-        return load_model(name, dtype="own" if dtype == "auto" else dtype)
-    except ModelNotAvailableError as error:
-        raise InputError(" ".join(str(error).split())) from error
+def load_model(name: str, dtype: Dtype) -> tuple[Any, Any]:
+    """The model in evaluation mode, and its tokenizer; for `"auto"` in the dtype that `from_pretrained(name)` gives."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # (Slow to import; the other commands do without.)
 
-
-@app.command()
-@messages_instead_of_tracebacks
-def bench(
-    model: ModelName = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of model and KV; auto: what is fast on this machine.")] = "auto",
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the stored prefix.")] = 8128,
-    suffix_tokens: Annotated[int, typer.Option(help="Tokens of each request.")] = 32,
-    budget: Annotated[float, typer.Option(help="Share of chunks, for the published method and ours.")] = 0.05,
-    rounds: Annotated[int, typer.Option(help="Measured requests of each system.")] = 9,
-    folder: Annotated[Path | None, typer.Option(help="Where to put the temporary store.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
-) -> None:
-    """Measure time to first token, cold, every system interleaved in this one process."""
     try:
-        from eval.bench import main
-        from eval.models import ModelNotAvailableError
-    except ImportError as error:
-        raise InputError(f"bench needs the extra 'eval' (pip install 'hf-contiguouskv[eval]'): {error}") from error
-    try:
-        main(model, prefix_tokens, suffix_tokens, budget, rounds, folder, json_path, dtype)
-    except ModelNotAvailableError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:  # (ValueError: a folder with a configuration of no known model.)
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"cannot load the model {quoted(name)}: {reason}; give --model a folder that `save_pretrained` wrote, or "
+            "a Hub name that is reachable or already downloaded"
+        ) from error
+    return model.eval(), tokenizer
