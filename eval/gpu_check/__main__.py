@@ -1,6 +1,6 @@
-"""`python -m eval.gpu_check --out FOLDER`: what the GPU path of the library answers and takes, in eight minutes.
+"""`python -m eval.gpu_check --out FOLDER`: checks and times the library's GPU path, in eight minutes.
 
-Exit status: 0 if every stage is complete, no test failed and no answer was wrong; 1 if not; 2 if nothing could be done.
+Exit status: 0 if every stage is complete, no test failed and no answer was wrong; 1 if not; 2 if no stage could run.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ FILES = ("gpu.json", "table.md", "tests.txt", "log.txt", "trace-*.json.gz")
 def main(
     out: Annotated[Path, typer.Option(help="folder for the results: at most 8 files; earlier ones are replaced")],
     store: Annotated[
-        Path | None, typer.Option(help="folder on a disk for stores, 50 GB; default: where there is most room")
+        Path | None, typer.Option(help="folder on a disk for stores, 50 GB; default: the one with the most room")
     ] = None,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="on a CPU, tiny, with a stand-in for the device")
+        bool, typer.Option("--rehearse", help="run on a CPU at tiny sizes, with a stand-in for the device")
     ] = False,
-    stages: Annotated[str, typer.Option(help="which stages, with commas")] = ",".join(STAGES),
-    scale_deadlines: Annotated[float, typer.Option(min=0.01, help="factor on the time that stages may take")] = 1.0,
+    stages: Annotated[str, typer.Option(help="stages, separated by commas")] = ",".join(STAGES),
+    scale_deadlines: Annotated[float, typer.Option(min=0.01, help="factor on the deadlines of stages")] = 1.0,
     any_file_system: Annotated[
-        bool, typer.Option("--any-file-system", help="go on where stores lie in memory: nothing is cold there")
+        bool, typer.Option("--any-file-system", help="go on even if stores lie in memory, where nothing is cold")
     ] = False,
 ) -> None:
-    """Check and measure the device path, stage by stage; what was found is in FOLDER at every moment."""
+    """Check and measure the device path, stage by stage; FOLDER always holds the results so far."""
     if not (ROOT / "tests").is_dir():
         raise typer.BadParameter(
             f"this check runs the tests of a checkout of the project, and there are none in {ROOT}"
         )
-    # Where output goes to a file, rich would take a narrow terminal for granted.
+    # If output goes to a file, rich would assume a narrow terminal.
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     chosen = stages.split(",")
     unknown = sorted(set(chosen) - set(STAGES))
@@ -65,7 +65,7 @@ def main(
     folder = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=place))
     make: Any = Settings.rehearsal if rehearse else Settings
     settings = make(str(out), str(folder), scale=scale_deadlines, any_file_system=any_file_system)
-    # A request to end is an ending like any other: what there is becomes a table.
+    # A request to end is handled like an interrupt, so that the results so far become a table.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = run(settings, chosen, console)
@@ -75,13 +75,13 @@ def main(
 
 
 def _candidates() -> list[Path]:
-    """Not the folder of results: what is left of a store, should this be killed, must not be among them."""
+    """Folders for stores. The results folder is not one: a killed check must not leave parts of a store there."""
     places = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.home(), Path.cwd(), ROOT]
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
 def run(settings: Settings, stages: list[str], console: Console) -> int:
-    """Run stages, and print the table; the exit status."""
+    """Run stages, and print the table; returns the exit status."""
     out = Path(settings.out)
     results = Results(out)
     results.content |= {

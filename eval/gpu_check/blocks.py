@@ -1,4 +1,5 @@
-"""All requests on prefixes of one length: stored once, then every case once per round, as far as time goes."""
+"""All requests on prefixes of one length: the prefix is stored once, then every case runs once per round, as time
+allows."""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ from .requests import Answers, LastLogits, prefix_effect, timed_floor, timed_req
 from .results import Clock, Record
 from .settings import Settings
 
-# What takes longer than this, than ten times what it took before, and than a very slow disk would, counts as hung.
+# A step counts as hung if it takes longer than this, than ten times its earlier time, and than a very slow disk needs.
 HUNG_S = 25.0
 SLOWEST_BYTES_PER_S = 5e7
-# Of the free room on the disk, what a length may take at most; and what must be left, as a share of what is needed.
+# The largest share of the disk's free room that one length may take.
 DISK_SHARE = 0.9
 
 
@@ -32,18 +33,18 @@ class Block:
     """Prefixes of one length.
 
     Args:
-        settings, model: of the run.
-        tokens: of the prefix.
-        folder: for what is stored of it.
-        record: of the stage; `record.found["prefixes"][tokens]` is this block's own.
-        clock: of this block.
-        last: watches the model.
-        write_speed: bytes per second that storing has had so far, if that is known.
+        settings, model: settings and model of the run.
+        tokens: tokens of the prefix.
+        folder: folder for its stores.
+        record: record of the stage; `record.found["prefixes"][tokens]` belongs to this block.
+        clock: clock of this block.
+        last: keeps the model's last logits.
+        write_speed: bytes per second of earlier stores, if known.
 
     Attributes:
-        own: what was found.
-        systems: what is open, by case.
-        write_speed: as given, or as it was found here.
+        own: the results.
+        systems: open systems, by case.
+        write_speed: as given, or as measured here.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Block:
         self._first_round()
         self.own["seconds_to_first_rounds"] = time.time() - began
         self.own["memory"] = memory_in_use(self._settings)
-        # An earlier process may have made some, and died.
+        # An earlier process may have made some rounds before it died.
         done = max((one["round"] for one in self.own["requests"]), default=0)
         cases, rounds = self._planned(self._settings.rounds - done)
         for number in range(done + 1, done + 1 + rounds):
@@ -93,7 +94,8 @@ class Block:
         self._record.results.flush()
 
     def predicted(self, tokens: int) -> float:
-        """Seconds to store a prefix of another length and make two rounds of requests, going by this one."""
+        """Estimated seconds to store a prefix of another length and make two rounds of requests, scaled from this
+        one."""
         others = measured_at(self._settings, tokens)
         labels, folders = {one.label for one in others}, {one.folder for one in others}
         complete = tokens in self._settings.complete_lengths
@@ -107,10 +109,10 @@ class Block:
         return seconds * tokens / self._tokens
 
     def close(self, keep: tuple[str, ...] = ()) -> None:
-        """Close all systems, and delete what they have stored.
+        """Close all systems, and delete their stores.
 
         Args:
-            keep: folders that stay.
+            keep: names of folders to keep.
         """
         self._stack.close()
         self.systems.clear()
@@ -142,7 +144,7 @@ class Block:
         free = shutil.disk_usage(self._folder).free
         if size > free * DISK_SHARE:
             return f"storing it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        # Its requests take time as well.
+        # Its requests also need time.
         if self.write_speed and size / self.write_speed > self._clock.left / 2:
             return (
                 f"storing it would take {size / self.write_speed:.0f} s at {self.write_speed / 1e9:.2f} GB/s, and "
@@ -174,7 +176,7 @@ class Block:
     # -- rounds -------------------------------------------------------------------------------------------------------
 
     def _first_round(self) -> None:
-        """Every case once: what takes place for the first time is over then. Answers are compared from here on."""
+        """Run every case once, so that one-time work is done. Answers are compared from here on."""
         self._floor(0)
         for case in self.systems:
             if self._clock.left <= 0:
@@ -184,13 +186,13 @@ class Block:
         self._floor(0)
 
     def _planned(self, wanted: int) -> tuple[list[Case], int]:
-        """Which cases take part in the rounds that count, and how many of these there are: `wanted`, or fewer."""
+        """The cases of the counted rounds, and the number of these rounds: `wanted`, or fewer."""
         settings = self._settings
         walls = {case: self._wall(case) for case in self.systems}
         cases = [case for case, wall in walls.items() if wall is not None]
         left = self._clock.left
         fewest = min(wanted, settings.fewest_rounds if self._tokens in settings.complete_lengths else 1)
-        # The slowest go first.
+        # Drop the slowest cases first.
         for case in sorted(cases, key=lambda one: -(walls[one] or 0.0)):
             if fewest * sum(walls[one] or 0.0 for one in cases) <= left:
                 break
@@ -204,7 +206,7 @@ class Block:
         return cases, rounds
 
     def _round(self, number: int, cases: list[Case]) -> bool:
-        """Every case once, in a random order; whether there was time for it."""
+        """Run every case once, in random order; whether there was time for all."""
         self._floor(number)
         order = [case for _, case in interleave(cases, 1, seed=1000 * self._tokens + number)]
         for place, case in enumerate(order):
@@ -230,7 +232,7 @@ class Block:
             self.own["requests"].append(key | found)
             self._record.results.flush()
         else:
-            free_memory(self._settings)  # It may have run out.
+            free_memory(self._settings)  # Memory may have run out.
 
     def _floor(self, number: int) -> None:
         found = self._record.attempt(
@@ -243,7 +245,7 @@ class Block:
                 self.own["prefix_effect"] = prefix_effect(self._answers, logits)
 
     def _wall(self, case: Case) -> float | None:
-        """Seconds that a request takes with its preparation; `None`: there was none, or it failed."""
+        """Seconds of a request with its preparation; `None` if there was none, or it failed."""
         if f"{self._tokens} {case.name}" in self._record.failed:
             return None
         state = None if case.state is None else str(case.state)

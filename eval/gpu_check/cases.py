@@ -1,4 +1,4 @@
-"""Which requests are timed: systems, budgets, and where the prefix is when a request begins."""
+"""The timed requests: systems, budgets, and the place of the prefix when a request begins."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SPARE_BYTES = 2**27
 
 @dataclass(frozen=True)
 class Measured:
-    """A system as it is measured.
+    """A system at a budget.
 
     Attributes:
         system: its name in `eval.systems`.
         budget: share of the prefix that attention uses.
-        folder: where it keeps prefixes, below that of a length; systems may share one. `None`: it keeps none.
+        folder: its folder for prefixes, inside the folder of a length; systems may share one. `None` if it keeps none.
         scales: whether it is measured on prefixes of every length.
-        exact: whether it answers as `in_memory` does.
+        exact: whether its answers equal those of `in_memory`.
     """
 
     system: str
@@ -43,7 +43,7 @@ class Measured:
         return names.get(self.system, self.system) + share
 
 
-# In the order in which they are stored: where room or time is short, the last ones are left out.
+# In the order of storing: if room or time is short, the last ones are left out.
 MEASURED = (
     Measured("in_memory", 1.0, None, scales=True, exact=True),
     Measured("contiguouskv", 0.25, "chunks", scales=True),
@@ -57,10 +57,10 @@ MEASURED = (
     Measured("reload", 1.0, "whole", exact=True),
     Measured("recompute", 1.0, None),
 )
-# What a folder takes up, as a multiple of the prefix's K and V: chunks have an index, 4-bit values and the exact keys
-# of some layers besides.
+# Size of a folder as a multiple of the prefix's K and V: chunks also have an index, 4-bit values and the exact keys of
+# some layers.
 FOLDER_SIZES = {"chunks": 1.5, "impress": 1.05, "h2o": 1.05, "whole": 1.0}
-# What a system keeps of a prefix besides the chosen share, as a multiple of K and V: an index, or keys.
+# What a system keeps besides the chosen share, as a multiple of K and V: an index, or keys.
 KEPT_SHARES = {"contiguouskv": 0.3, "contiguouskv_paper": 0.15, "impress": 0.55, "attentionstore_h2o": 0.55}
 IN_STORES = ("chunks", "impress", "h2o")
 
@@ -71,7 +71,7 @@ class Case:
 
     Attributes:
         measured: the system.
-        state: where the prefix is; `None`: the system has no such thing.
+        state: the place of the prefix; `None` if the system has no states.
     """
 
     measured: Measured
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people, and in keys."""
+        """The name for people and in keys."""
         return self.measured.label + ("" if self.state is None else f" {self.state}")
 
 
@@ -88,7 +88,7 @@ def cases_of(settings: Settings, tokens: int, measured: Measured, system: System
     if not system.states:
         return [Case(measured, None)]
     complete = tokens in settings.complete_lengths
-    # Chunks that are in host memory cross once more than they do from the device; a long prefix shows nothing new.
+    # Chunks in host memory only add one crossing to chunks on the device, so long prefixes need not show this state.
     wanted = [state for state in system.states if complete or state is not State.WARM_HOST]
     return [Case(measured, state) for state in wanted or system.states]
 
@@ -100,13 +100,13 @@ def measured_at(settings: Settings, tokens: int) -> list[Measured]:
 
 
 def make_system(settings: Settings, model: Any, case: Case, folder: Path, tokens: int) -> System:
-    """A system for one case: its own memory, the files of all that share its folder.
+    """A system for one case, with its own memory and with the files of all systems that share its folder.
 
     Args:
-        settings, model: of the run.
-        case: which.
-        folder: for prefixes of this length.
-        tokens: of the prefix.
+        settings, model: settings and model of the run.
+        case: the case.
+        folder: folder for prefixes of this length.
+        tokens: tokens of the prefix.
     """
     one = case.measured
     options = memory_limits(settings, tokens, case) if one.folder in IN_STORES else {}
@@ -114,9 +114,10 @@ def make_system(settings: Settings, model: Any, case: Case, folder: Path, tokens
 
 
 def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]:
-    """`host_bytes` and `device_bytes` that hold what requests on one prefix use, and what is under way.
+    """`host_bytes` and `device_bytes` that hold what requests on one prefix use, and data in transit.
 
-    Not what a server would have: as much host memory as all open stores may hold is registered with the device.
+    A server would have larger limits. Here they are small, because host memory for all open stores is registered with
+    the device.
     """
     whole = kv_bytes(settings, tokens)
     used = 1.0 if case.measured.exact else KEPT_SHARES[case.measured.system] + case.measured.budget
@@ -124,6 +125,6 @@ def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]
     host = {State.COLD: 0.25 + under_way, State.WARM_HOST: 1.25 + under_way}.get(case.state or State.COLD, 0.5)
     return {
         "host_bytes": int(whole * used * host) + SPARE_BYTES,
-        # The run with many suffixes has all of a prefix there.
+        # The run with many suffixes keeps a whole prefix there.
         "device_bytes": int(whole * 2.5) + SPARE_BYTES,
     }

@@ -1,4 +1,4 @@
-"""Host memory that a device copies from: what making it costs, whether disks can read into it, how fast copies are."""
+"""Host memory that a device copies from: its cost, whether direct reads can land in it, and the speed of copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pinned(nbytes: int) -> torch.Tensor:
 
 
 def pinned_allocation() -> dict[str, Any]:
-    """Milliseconds per MiB of pinned memory: the first time, and when torch gives out again what was freed."""
+    """Milliseconds per MiB of pinned memory: for the first allocation, and when torch reuses freed memory."""
     found: dict[str, Any] = {}
     for mebibytes in ALLOCATED_MIB:
         began = time.perf_counter()
@@ -45,7 +45,7 @@ def pinned_allocation() -> dict[str, Any]:
 
 @contextmanager
 def registered(tensor: torch.Tensor) -> Iterator[None]:
-    """Inside, a device copies from this host memory without the host.
+    """A context in which a device copies from this host memory asynchronously.
 
     Raises:
         RuntimeError: CUDA refuses it.
@@ -62,7 +62,7 @@ def registered(tensor: torch.Tensor) -> Iterator[None]:
 
 
 def registration() -> dict[str, Any]:
-    """Milliseconds per MiB of `cudaHostRegister`, of mapped memory whose pages are there, and are not yet."""
+    """Milliseconds per MiB of `cudaHostRegister`, for mapped memory with touched and with untouched pages."""
     found: dict[str, Any] = {}
     for mebibytes in ALLOCATED_MIB:
         row: dict[str, float] = {}
@@ -113,7 +113,7 @@ def _read_into(path: Path, tensor: torch.Tensor, content: bytes) -> str:
 
 
 def copy_speeds(device: torch.device) -> dict[str, Any]:
-    """Bytes per second to the device and back, from pinned and from ordinary memory, and on the device itself."""
+    """Bytes per second to the device and back, with pinned and ordinary memory, and on the device."""
     found: dict[str, Any] = {}
     for mebibytes in COPIED_MIB:
         size = mebibytes * MEBIBYTE
@@ -128,7 +128,7 @@ def copy_speeds(device: torch.device) -> dict[str, Any]:
 
 
 def _seconds(action: Callable[[], Any]) -> float:
-    """Median of some calls, each waited for."""
+    """Median seconds of several calls, including the wait for each."""
     action()
     torch.cuda.synchronize()
     taken = []

@@ -1,4 +1,4 @@
-"""The device that is checked: a GPU, or in a rehearsal a stand-in for one."""
+"""The checked device: a GPU, or its stand-in in a rehearsal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ NO_CUDA = "not measured: no CUDA"
 
 @contextmanager
 def device_ready(settings: Settings) -> Iterator[None]:
-    """Inside, models of `settings.device` have a device with memory of its own.
+    """A context in which models on `settings.device` have a device with its own memory.
 
     Raises:
-        FatalError: there is no GPU, and this is no rehearsal.
+        FatalError: there is no GPU, and this is not a rehearsal.
     """
     if not settings.rehearse:
         require_cuda()
@@ -41,9 +41,10 @@ def device_ready(settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def stand_in() -> Iterator[Any]:
-    """Inside, every CPU is an accelerator whose copies come late, for stores that are opened from now on.
+    """A context in which stores treat every CPU as an accelerator whose copies arrive late.
 
-    Except one that no model is on: it plays the host, where systems bring what shall not be on the device.
+    One CPU device without a model is excepted: it plays the host, to which systems bring what must not be on the
+    device.
     """
     tests = str(Path(__file__).resolve().parents[2] / "tests")
     if tests not in sys.path:
@@ -63,10 +64,10 @@ def stand_in() -> Iterator[Any]:
 
 
 def require_cuda() -> None:
-    """Raise if there is no GPU.
+    """Check that there is a GPU.
 
     Raises:
-        FatalError: there is none.
+        FatalError: there is no GPU.
     """
     if not torch.cuda.is_available():
         raise FatalError(
@@ -76,7 +77,7 @@ def require_cuda() -> None:
 
 
 def alive_on(settings: Settings) -> Callable[[], None]:
-    """Raises where CUDA calls fail, whatever they are: after a bad access nothing works until the process ends."""
+    """A function that raises if CUDA calls fail: after a bad access no call works until the process ends."""
 
     def alive() -> None:
         if not settings.rehearse:
@@ -87,14 +88,14 @@ def alive_on(settings: Settings) -> Callable[[], None]:
 
 
 def free_memory(settings: Settings) -> None:
-    """Give back to the device what nothing uses."""
+    """Return unused memory to the device."""
     gc.collect()
     if not settings.rehearse:
         torch.cuda.empty_cache()
 
 
 def memory_in_use(settings: Settings) -> dict[str, int] | None:
-    """Bytes of the device: free, in all, and the most that tensors took; `None` in a rehearsal."""
+    """The device's memory in bytes: free, total, and the peak allocated by tensors; `None` in a rehearsal."""
     if settings.rehearse:
         return None
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""The stage `tests`: the tests of the device path, on the device."""
+"""The stage `tests`: runs the tests of the device path on the device."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .settings import Settings
 from .stages import ROOT
 
 LOG = "tests.txt"
-# Seconds after which a test counts as hung, and how many processes tests may use up.
+# Seconds after which a test counts as hung, and the maximum number of processes per group.
 HUNG_S, PROCESSES = 25.0, 6
-# A process that has less time left would do nothing but start.
+# With less time left, a process could not do more than start.
 WORTH_A_PROCESS_S = 12.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tests that one pytest runs, in this order.
+    """Tests that one pytest process runs, in this order.
 
     Attributes:
-        name: in results.
-        arguments: of pytest.
-        share: of the time that is left.
-        wanted: of some files, a part that names of tests must have.
-        environment: besides what there is.
+        name: name in the results.
+        arguments: arguments of pytest.
+        share: share of the time left.
+        wanted: for some files, a part that names of their tests must have.
+        environment: additional environment variables.
     """
 
     name: str
@@ -48,7 +48,8 @@ class Group:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-# What answers wrongly comes before what only may be a race. One process for many: each takes seconds to start.
+# Tests of answers come before tests for races. One process runs many tests, because each process takes seconds to
+# start.
 GROUPS = (
     Group(
         "device",
@@ -71,7 +72,7 @@ GROUPS = (
         environment={"TORCH_CUDA_SANITIZER": "1"},
     ),
 )
-# On a CPU a handful of the same tests, and of the stand-in's own.
+# On a CPU, a few of the same tests and of the stand-in's own tests.
 REHEARSED = (
     Group(
         "methods",
@@ -88,7 +89,7 @@ REHEARSED = (
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:
-    """Each group by itself; what it has found is kept whatever becomes of it."""
+    """Run each group separately; its results are kept even if it is killed."""
     record = Record(results, "tests", clock, settings.folder)
     for group in REHEARSED if settings.rehearse else GROUPS:
         own_clock = clock.share(group.share)
@@ -102,7 +103,7 @@ def run(settings: Settings, results: Results, clock: Clock) -> None:
 
 
 def run_group(settings: Settings, group: Group, clock: Clock) -> dict[str, Any]:
-    """Run pytest until all tests have ended, or the clock is over; what they said, ready for JSON."""
+    """Run pytest until all tests have ended or time is over; returns the results, ready for JSON."""
     scratch = Path(settings.folder)
     lines = scratch / f"{group.name}.jsonl"
     environment = os.environ | group.environment
@@ -119,7 +120,7 @@ def run_group(settings: Settings, group: Group, clock: Clock) -> dict[str, Any]:
 
 
 def _pytest(settings: Settings, group: Group, environment: dict[str, str], clock: Clock, scratch: Path) -> int | None:
-    """The exit code of one pytest; `None`: it was killed when the clock was over."""
+    """The exit code of one pytest process; `None` if it was killed when time was over."""
     junit = scratch.with_suffix(".xml")
     command = [
         *(sys.executable, "-m", "pytest", *group.arguments),
@@ -140,7 +141,7 @@ def _pytest(settings: Settings, group: Group, environment: dict[str, str], clock
 
 
 def _until(command: Sequence[str], environment: dict[str, str], out: Any, clock: Clock) -> int | None:
-    """The exit code of a command; `None`: it was killed when the clock was over."""
+    """The exit code of a command; `None` if it was killed when time was over."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -162,7 +163,7 @@ def _until(command: Sequence[str], environment: dict[str, str], out: Any, clock:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts by outcome, failures with their messages, why tests were skipped, what tests noted, and what hung."""
+    """Counts by outcome, failures with messages, reasons for skipping, notes of tests, and tests that did not end."""
     counts: dict[str, int] = {}
     begun: dict[str, bool] = {}
     failures: list[dict[str, str]] = []

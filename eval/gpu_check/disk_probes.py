@@ -1,4 +1,4 @@
-"""How fast the disk is, read as the library reads: `O_DIRECT`, by several threads of one process."""
+"""The speed of the disk, read as the library reads it: with `O_DIRECT`, by several threads of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..timing import drop_page_cache
 
 SIZES = (2**14, 2**17, 2**20)
 THREADS = (1, 8, 16)
-# Each combination reads for so long, or everything once.
+# Each combination reads for this many seconds, or until everything was read once.
 SECONDS_EACH = 0.4
 _PIECE = 2**23
 
@@ -28,9 +28,9 @@ def read_speeds(folder: Path, file_bytes: int, write_limit_s: float = 4.0) -> di
     """Bytes per second of writing a file, and of reading it in pieces of several sizes with several threads.
 
     Args:
-        folder: where the file lies meanwhile.
-        file_bytes: how large it is.
-        write_limit_s: a slow disk gets a smaller one.
+        folder: folder for the temporary file.
+        file_bytes: size of the file.
+        write_limit_s: limit on writing in seconds, so that a slow disk gets a smaller file.
     """
     path = folder / "speed"
     try:
@@ -54,7 +54,7 @@ def read_speeds(folder: Path, file_bytes: int, write_limit_s: float = 4.0) -> di
 
 
 def write(path: Path, file_bytes: int, limit_s: float) -> dict[str, Any]:
-    """Write a file of numbers that nothing can compress, and have it on the disk."""
+    """Write a file of incompressible bytes, and sync it to the disk."""
     piece = np.random.default_rng(0).bytes(min(_PIECE, file_bytes))
     began, written = time.perf_counter(), 0
     with path.open("wb") as file:
@@ -69,10 +69,10 @@ def write(path: Path, file_bytes: int, limit_s: float) -> dict[str, Any]:
 def read_for(
     descriptor: int, file_bytes: int, size: int, threads: int, seconds: float = SECONDS_EACH
 ) -> dict[str, Any]:
-    """Read pieces in a random order, each once, until time is over.
+    """Read pieces in random order, each once, until time is over.
 
     Returns:
-        `bytes_per_s`, `reads_per_s`, `read_us` (what one read takes, on one thread).
+        `bytes_per_s`, `reads_per_s`, `read_us` (time of one read on its thread).
     """
     offsets = [number * size for number in range(file_bytes // size)]
     random.Random(0).shuffle(offsets)

@@ -1,4 +1,4 @@
-"""Medians, multiples of the floor and ratios, from what the stage `time` has written, however much that is."""
+"""Medians, multiples of the floor and ratios, from complete or partial results of the stage `time`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..report.paper import SPEED_UPS
 from ..timing import median_spread
 
 Row = dict[str, Any]
-# Labels of systems that the paper compares with, and of those that stand for it; both at its budget.
+# The paper's speed-ups over its baselines at its budget, by our labels.
 PAPER_BASELINES = {
     "attentionstore": SPEED_UPS["attentionstore"],
     "attentionstore_h2o 5%": SPEED_UPS["attentionstore_h2o"],
@@ -23,13 +23,13 @@ AT_PAPERS_BUDGET = ("published 5%", "default 5%")
 
 
 def blocks_of(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was found for each length of prefixes, ascending."""
+    """The results of each prefix length, ascending."""
     found = content.get("stages", {}).get("time", {}).get("found", {}).get("prefixes", {})
     return sorted(found.values(), key=lambda one: one["tokens"])
 
 
 def counted(block: dict[str, Any]) -> dict[tuple[str, str | None], list[Row]]:
-    """Requests by label and state: of the rounds that count, or of the first where there are no others."""
+    """Requests by label and state: those of counted rounds, or of the first round if there are no others."""
     all_of: dict[tuple[str, str | None], list[Row]] = defaultdict(list)
     for one in block.get("requests", []):
         all_of[one["label"], one["state"]].append(one)
@@ -37,7 +37,7 @@ def counted(block: dict[str, Any]) -> dict[tuple[str, str | None], list[Row]]:
 
 
 def floors(block: dict[str, Any]) -> dict[int, float]:
-    """Seconds of the suffix alone, by round."""
+    """Median seconds of the suffix alone, by round."""
     by_round: dict[int, list[float]] = defaultdict(list)
     for one in block.get("floors", []):
         by_round[one["round"]].append(one["seconds"])
@@ -45,7 +45,7 @@ def floors(block: dict[str, Any]) -> dict[int, float]:
 
 
 def rows_of(content: dict[str, Any]) -> list[Row]:
-    """One row per length, system and state."""
+    """One row per length, system and state, and one for the floor of each length."""
     found = []
     for block in blocks_of(content):
         floor = floors(block)
@@ -81,13 +81,13 @@ def rows_of(content: dict[str, Any]) -> list[Row]:
 
 
 def phases(requests: list[Row]) -> dict[str, float]:
-    """Medians of what the time went into, seconds."""
+    """Median seconds of each phase."""
     names = {name for one in requests for name in one.get("phases", {})}
     return {name: median_spread(one["phases"].get(name, 0.0) for one in requests).median for name in sorted(names)}
 
 
 def speed_ups(content: dict[str, Any]) -> list[Row]:
-    """How many times faster ours are than others that find the prefix in the same state, round by round."""
+    """How many times faster our systems are than others with the prefix in the same state, round by round."""
     found = []
     for block in blocks_of(content):
         requests = counted(block)
@@ -111,7 +111,7 @@ def _ratios(slow: list[Row], fast: list[Row]) -> list[float]:
 
 
 def new_shapes(content: dict[str, Any]) -> list[Row]:
-    """What a suffix of a length that was not seen before costs, per system."""
+    """The cost of a suffix length that was not seen before, per system."""
     varied = content.get("stages", {}).get("time", {}).get("found", {}).get("varied", [])
     by_label: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for one in varied:
@@ -133,6 +133,6 @@ def new_shapes(content: dict[str, Any]) -> list[Row]:
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:
-    """Median and quartiles, ready for JSON; `None` of nothing."""
+    """Median and quartiles, ready for JSON; `None` without values."""
     listed = list(values)
     return median_spread(listed).as_dict() if listed else None

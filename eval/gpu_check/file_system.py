@@ -1,4 +1,4 @@
-"""Which file system a folder is on, and whether files there are files on a disk."""
+"""The file system of a folder, and whether its files are on a disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs", "rootfs"})
 
 
 class InMemoryError(Exception):
-    """Files in a folder lie in memory, where nothing is ever cold."""
+    """Files of a folder lie in memory, where no request is cold."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Mount:
     """One line of `/proc/self/mounts`.
 
     Attributes:
-        device: what is mounted.
-        point: where.
-        kind: of file system.
-        options: as they stand there, with commas.
+        device: the mounted device.
+        point: the mount point.
+        kind: the kind of file system.
+        options: the options as listed there, separated by commas.
     """
 
     device: str
@@ -35,7 +35,7 @@ class Mount:
 
     @property
     def upper(self) -> str | None:
-        """Where an overlay writes."""
+        """The folder to which an overlay writes, or `None`."""
         found = re.search(r"(?:^|,)upperdir=([^,]*)", self.options)
         return found[1] if found and self.kind == "overlay" else None
 
@@ -51,7 +51,7 @@ def _unescaped(field: str) -> str:
 
 
 def mount_of(folder: Path | str, mounts: list[Mount]) -> Mount | None:
-    """The mount that a folder is on; of several at one place, the last one hides the others."""
+    """The mount that holds a folder; of several at one mount point, the last one hides the others."""
     parts = Path(os.path.realpath(folder)).parts
     best: Mount | None = None
     for mount in mounts:
@@ -62,7 +62,7 @@ def mount_of(folder: Path | str, mounts: list[Mount]) -> Mount | None:
 
 
 def memory_behind(folder: Path | str, mounts: list[Mount]) -> str | None:
-    """What keeps the files of a folder in memory, in words; `None`: nothing that the mounts tell of."""
+    """What keeps the files of a folder in memory, in words; `None` if no mount shows it."""
     mount = mount_of(folder, mounts)
     if mount is None:
         return None
@@ -76,7 +76,7 @@ def memory_behind(folder: Path | str, mounts: list[Mount]) -> str | None:
 
 
 def describe(folder: Path | str) -> dict[str, Any]:
-    """Kind, device and room of the file system that a folder is on."""
+    """Kind, device and room of a folder's file system."""
     mounts = read_mounts(MOUNTS.read_text())
     mount = mount_of(folder, mounts)
     free = shutil.disk_usage(folder)
@@ -93,11 +93,11 @@ def describe(folder: Path | str) -> dict[str, Any]:
 
 
 def choose_folder(candidates: list[Path], any_file_system: bool = False) -> Path:
-    """The first folder with the most room among those that are on a disk.
+    """The folder with the most room among those on a disk.
 
     Args:
         candidates: existing folders.
-        any_file_system: memory will do, if there is nothing else.
+        any_file_system: whether a folder in memory is accepted if there is no other.
 
     Raises:
         InMemoryError: all of them are in memory.
@@ -110,6 +110,6 @@ def choose_folder(candidates: list[Path], any_file_system: bool = False) -> Path
         said = "; ".join(f"{folder}: {reason or 'cannot be written to'}" for folder, reason in reasons.items())
         raise InMemoryError(
             f"stores must lie on a disk, or no request would be cold, but {said}. Name a folder on a disk with "
-            "--store, or go on all the same with --any-file-system."
+            "--store, or use --any-file-system to go on anyway."
         )
     return max(writable, key=lambda folder: shutil.disk_usage(folder).free)

@@ -1,4 +1,4 @@
-"""What the device takes for what every request does: launches, waits, attention of a new shape, arithmetic."""
+"""The cost of what every request does on the device: launches, waits, attention of a new shape, arithmetic."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..timing import median_spread
 
 LAUNCHES = 2000
-# Of a 7B model with grouped heads, and a suffix.
+# The shape of a 7B model with grouped heads, and of a suffix.
 HEADS, KV_HEADS, HEAD_DIM, QUERIES = 28, 4, 128, 32
-# Lengths that nothing else here uses, so that their first call is a first call; each variant has its own.
+# Lengths that no other code here uses, so that their first call really is the first; each variant has its own lengths.
 FIRST_KEYS, FRESH_LENGTHS = 6007, 3
 BACKENDS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "override"}
 
 
 def launches(device: torch.device) -> dict[str, float]:
-    """Microseconds of a small kernel: for the host to queue one, and with the device's own part."""
+    """Microseconds per small kernel: for the host to queue it, and including the device's part."""
     tensor = torch.zeros(16, device=device)
     for _ in range(100):
         tensor.add_(1)
@@ -37,7 +37,7 @@ def launches(device: torch.device) -> dict[str, float]:
 
 
 def synchronisation(device: torch.device) -> dict[str, float]:
-    """Microseconds of each way to wait, for a device that has nothing to do or just one small kernel."""
+    """Microseconds of each way to wait, for a device that is idle or has one small kernel to run."""
     tensor = torch.zeros(16, device=device)
     stream = torch.cuda.current_stream()
     event = torch.cuda.Event()
@@ -69,7 +69,7 @@ def _microseconds(action: Callable[[], Any], repeats: int = 200) -> float:
 
 
 def arithmetic(device: torch.device, size: int = 8192, rounds: int = 8) -> dict[str, float]:
-    """Products per second of bfloat16 matrices (two operations each), large ones and a suffix by a weight."""
+    """Operations per second of bfloat16 matrix products, for large matrices and for a suffix and a weight."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     suffix = torch.randn(QUERIES, size, device=device, dtype=torch.bfloat16)
     found = {}
@@ -86,7 +86,7 @@ def arithmetic(device: torch.device, size: int = 8192, rounds: int = 8) -> dict[
 
 @contextmanager
 def cudnn_attention(allowed: bool) -> Iterator[None]:
-    """Inside, attention may use cuDNN, or may not."""
+    """A context in which attention may use cuDNN, or may not."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(allowed)
     try:
@@ -96,17 +96,17 @@ def cudnn_attention(allowed: bool) -> Iterator[None]:
 
 
 def attention_shapes(device: torch.device) -> list[dict[str, Any]]:
-    """Milliseconds of attention behind prefixes of lengths not seen before: the first call and the second.
+    """Milliseconds of attention after prefixes of new lengths: the first call and the second.
 
-    Three ways to ask for it: with a mask and K and V repeated for each query head, as transformers does; with a mask
-    and grouped heads; without a mask, with a causal bias at the lower right and grouped heads.
+    Three ways to call it: with a mask and K and V repeated for each query head, as in transformers; with a mask and
+    grouped heads; with a lower-right causal bias instead of a mask, and grouped heads.
     """
     found = []
     keys = FIRST_KEYS
     for cudnn in (True, False):
         with cudnn_attention(cudnn):
             for way in ("mask, repeated", "mask, grouped", "lower right, grouped"):
-                _once(device, way, FIRST_KEYS - 1000 - keys % 7)  # What loads a kernel is not what a shape costs.
+                _once(device, way, FIRST_KEYS - 1000 - keys % 7)  # Load the kernel: not part of the cost.
                 rows = []
                 for _ in range(FRESH_LENGTHS):
                     rows.append(_once(device, way, keys))
@@ -149,12 +149,12 @@ def _once(device: torch.device, way: str, keys: int) -> dict[str, Any]:
 
 
 def _backend(query: torch.Tensor, states: torch.Tensor, mask: Any, grouped: bool) -> str:
-    """Which implementation torch chooses."""
+    """The implementation that torch chooses."""
     try:
         if not isinstance(mask, CausalBias):
             chosen = torch._fused_sdp_choice(query, states, states, attn_mask=mask, enable_gqa=grouped)
             return BACKENDS.get(int(chosen), str(chosen))
-        # A bias chooses by itself, and never cuDNN.
+        # A bias makes its own choice, and never chooses cuDNN.
         parameters = torch.backends.cuda.SDPAParams(query, states, states, None, 0.0, False, grouped)
         if torch.backends.cuda.can_use_flash_attention(parameters):
             return "flash"

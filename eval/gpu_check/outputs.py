@@ -1,4 +1,4 @@
-"""What may come out: few files, none too large, with plain names."""
+"""Limits on the output: few files, none too large, with plain names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 MOST_FILES = 8
-# Sixteen million bytes, less what a header or a note may add.
+# Sixteen million bytes, less room for a header or a note.
 LARGEST_FILE = 15_500_000
 _PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -14,10 +14,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 def tidy(out: Path) -> list[str]:
     """Bring a folder of results within the limits.
 
-    Unfinished files go. Of text that is too long, the middle is left out; what else is too large goes.
+    Unfinished files are deleted. Too long text loses its middle; other files that are too large are deleted.
 
     Returns:
-        What was done, in words.
+        The changes and remaining violations, in words.
     """
     done = []
     for path in sorted(out.iterdir()):

@@ -1,4 +1,4 @@
-"""A model and prefixes of random numbers, made where they are used. Time does not depend on what they say."""
+"""A model and prefixes of random numbers, made on the device that uses them. Time does not depend on the numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 from ..tasks import Request
 from .settings import Settings
 
-# Keys this large make attention peaked (at 32K tokens, some hundred of them have most of it), and values this large
-# make it matter: a wrong or missing chunk shows in the answer.
+# Keys this large make attention peaked (at 32K tokens, about a hundred tokens get most of it). With values this large,
+# a wrong or missing chunk changes the answer visibly.
 KEY_STD, VALUE_STD = 2.0, 3.0
 
 
 def make_model(settings: Settings) -> Any:
-    """A Qwen2 of the shape in `settings`, with the same random weights each time, in evaluation mode."""
+    """A Qwen2 model of the shape in `settings`, with the same random weights each time, in evaluation mode."""
     device = torch.device(settings.device)
     config = Qwen2Config(
         **dict(settings.shape),
@@ -34,13 +34,13 @@ def make_model(settings: Settings) -> Any:
 
 
 def prefix_ids(settings: Settings, tokens: int) -> torch.Tensor:
-    """Ids of a prefix, int64 `(tokens,)` on the host; of two lengths, one is not the beginning of the other."""
+    """Ids of a prefix, int64 `(tokens,)` on the host; prefixes of different lengths share no beginning."""
     chance = torch.Generator().manual_seed(tokens)
     return torch.randint(0, dict(settings.shape)["vocab_size"], (tokens,), generator=chance)
 
 
 def request(settings: Settings, tokens: int, suffix_tokens: int | None = None) -> Request:
-    """A request on a prefix, always with the same suffix of that length."""
+    """A request on a prefix, with the same suffix for the same suffix length."""
     suffix_tokens = settings.suffix_tokens if suffix_tokens is None else suffix_tokens
     chance = torch.Generator().manual_seed(suffix_tokens)
     suffix = torch.randint(0, dict(settings.shape)["vocab_size"], (suffix_tokens,), generator=chance)
@@ -48,7 +48,7 @@ def request(settings: Settings, tokens: int, suffix_tokens: int | None = None) -
 
 
 def random_states(model: Any, tokens: int) -> DynamicCache:
-    """K and V that stand for those of a prefix, on the model's device, the same each time."""
+    """Random K and V in place of a prefix's, on the model's device, the same each time."""
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     shape = (1, config.num_key_value_heads, tokens, head_dim)
@@ -64,7 +64,7 @@ def random_states(model: Any, tokens: int) -> DynamicCache:
 
 
 def kv_bytes(settings: Settings, tokens: int) -> int:
-    """What K and V of a prefix take up, in the model's dtype."""
+    """Bytes of K and V of a prefix, in the model's dtype."""
     shape = dict(settings.shape)
     head_dim = shape["hidden_size"] // shape["num_attention_heads"]
     size: int = getattr(torch, settings.dtype).itemsize

@@ -1,7 +1,8 @@
-"""A pytest plugin (`-p eval.gpu_check.pytest_recorder`): a line per test as it ends, so that a hang loses no other.
+"""A pytest plugin (`-p eval.gpu_check.pytest_recorder`): it writes a line when a test ends, so that a hang loses no
+results.
 
-A test that hangs, or leaves a device on which nothing works any more, ends the process; in the next one only those run
-that have not begun. It is told what to do by the environment: see the variables.
+A test that hangs, or that leaves a broken device, ends the process. The next process runs only tests that have not
+begun. Environment variables configure the plugin (see below).
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# The file of lines; seconds after which a test counts as hung; and of which files only some tests are wanted, as JSON:
-# a part of their names, by the end of the file's path.
+# The variables: the file of lines; seconds after which a test counts as hung; and the wanted tests of some files, as a
+# JSON object that maps the end of a file's path to a part of the tests' names.
 RECORD, HUNG_S, WANTED = "GPU_CHECK_TEST_RECORD", "GPU_CHECK_TEST_HUNG_S", "GPU_CHECK_TEST_WANTED"
 BROKEN = 70
 _LONGEST = 1500
-# What pytest does not capture.
+# An error stream that pytest does not capture.
 _errors: Any = sys.__stderr__
 
 
 def pytest_addoption(parser: Any) -> None:
-    """The first hook of all, before anything is captured."""
+    """Duplicate standard error. This is the first hook, called before pytest captures output."""
     global _errors
     _errors = os.fdopen(os.dup(2), "w")
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leave out what is not wanted, and what has begun in an earlier process."""
+    """Deselect tests that are not wanted, and tests that began in an earlier process."""
     wanted = json.loads(os.environ.get(WANTED, "{}"))
     begun = {row["test"] for row in read_lines(_file()) if row.get("begins")}
 
@@ -44,18 +45,18 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
-    """A test begins."""
+    """Record the beginning of a test, and limit its time."""
     _write({"test": nodeid, "begins": True})
     faulthandler.dump_traceback_later(float(os.environ.get(HUNG_S, "60")), exit=True, file=_errors)
 
 
 def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
-    """A test is over, whatever came of it."""
+    """Cancel the time limit of a test."""
     faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """A test, or its preparation, is over."""
+    """Record the result of a test, or of its failed preparation."""
     if report.when != "call" and report.outcome == "passed":
         return
     row = {"test": report.nodeid, "outcome": report.outcome, "when": report.when, "seconds": report.duration}
@@ -76,19 +77,19 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
-    """All tests have ended, in this process or before."""
+    """Record that all tests have ended, in this process or earlier ones."""
     _write({"finished": int(exitstatus)})
 
 
 def pytest_collectreport(report: Any) -> None:
-    """A file cannot be collected."""
+    """Record that a file cannot be collected."""
     if report.failed:
         message = str(report.longrepr)[-_LONGEST:]
         _write({"test": report.nodeid, "outcome": "failed", "when": "collect", "message": message})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What was written so far; a line that was cut off is left out."""
+    """The lines written so far, without a line that was cut off."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -99,7 +100,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_broken() -> bool:
-    """Whether CUDA calls fail, whatever they are."""
+    """Whether all CUDA calls fail."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return False

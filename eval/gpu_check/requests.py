@@ -1,4 +1,4 @@
-"""One timed request: what it took, what it read, where it found things, and whether its answer is right."""
+"""One timed request: its time, what it read and from where, and whether its answer is right."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from ..tasks import Request
 from ..timing import resident_pages, time_to_first_token
 from .cases import IN_STORES, Case
 
-# How far an answer may be from the one it is compared with: norm of the difference over norm of the answer. In bfloat16
-# two ways to compute the same attention are a percent or so apart.
+# Maximum distance of an answer from its reference: norm of the difference over norm of the reference. In bfloat16, two
+# ways to compute the same attention differ by about a percent.
 TOLERANCE = 0.05
 
 
-# Of a request's statistics, besides those that have a name of their own in its results.
+# Statistics of a request that are copied into its results, besides those with their own field.
 TOLD = ("bytes_used", "bytes_identified", "hits", "prefetch_hits", "prefetch_wasted_bytes", "tokens_prefilled")
 
 
 @dataclass
 class Answers:
-    """Logits of the first new token, and how far they are from those that they should be.
+    """Compares logits of the first new token with their reference.
 
     Attributes:
-        known: the answer that others are compared with, float32 `(vocabulary,)`, by what gives it.
+        known: reference answers, float32 `(vocabulary,)`, by the system that gave them.
     """
 
     known: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def judge(self, case: Case, logits: torch.Tensor) -> dict[str, Any]:
-        """Compare with the answer of `in_memory`, where it should be the same, or with the system's own first one.
+        """Compare an exact system's answer with that of `in_memory`, and others with the system's own first answer.
 
         Returns:
-            `answer_error` (`None`: there is nothing to compare with), `compared_with`, `answer_ok`.
+            `answer_error` (`None` without a reference), `compared_with`, `answer_ok`.
         """
         own = centred(logits)
         if not torch.isfinite(own).all():
@@ -59,7 +59,7 @@ class Answers:
 
 
 def centred(logits: torch.Tensor) -> torch.Tensor:
-    """Logits of one position, float32, less their mean, which says nothing."""
+    """Logits of one position, float32, minus their mean, which has no meaning."""
     flat = logits.detach().flatten().float()
     return flat - flat.mean()
 
@@ -70,7 +70,7 @@ def distance(answer: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 class LastLogits:
-    """Keeps the logits that a model computed last: a reference to them, which costs no time."""
+    """Keeps a reference to the logits that a model computed last, which costs no time."""
 
     def __init__(self, model: Any) -> None:
         self.logits: torch.Tensor | None = None
@@ -80,13 +80,13 @@ class LastLogits:
         self.logits = output
 
     def take(self) -> torch.Tensor:
-        """Of the last position, `(vocabulary,)`."""
+        """The logits of the last position, `(vocabulary,)`."""
         assert self.logits is not None
         found, self.logits = self.logits[0, -1], None
         return found
 
     def close(self) -> None:
-        """Look away."""
+        """Remove the hook."""
         self._hook.remove()
 
 
@@ -119,16 +119,16 @@ def timed_request(
 
     Args:
         model: the causal language model.
-        system: has stored the request's prefix.
-        case: which system this is, and the state.
+        system: the system; it has stored the request's prefix.
+        case: the system's case, with the state.
         request: prefix and suffix.
-        last: watches the model.
-        answers: what answers are compared with; `None`: they are not.
-        whole_prefix: whether warm states hold all of the prefix, not only what this request uses.
-        around: is given the request, to be called once (a profiler, say).
+        last: keeps the model's last logits.
+        answers: compares answers; `None` for no comparison.
+        whole_prefix: whether warm states hold the whole prefix, not only the part that this request uses.
+        around: called with the request as a function, which it must call once (a profiler, for example).
 
     Returns:
-        What is known of the request, ready for JSON. `wall_s` is the time of all of it, the state included.
+        The results of the request, ready for JSON. `wall_s` is its whole time, including bringing about the state.
     """
     began = time.time()
     if case.state is not None:
@@ -162,7 +162,7 @@ def timed_request(
     if answers is not None:
         found |= answers.judge(case, logits)
     if case.state is State.COLD:
-        system.forget()  # What it has on the device is of no use to the next one.
+        system.forget()  # The next request cannot use what the system has on the device.
     return found | {"wall_s": round(time.time() - began, 4)}
 
 
@@ -171,7 +171,7 @@ def _rounded(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def _resident(files: list[Any]) -> int | None:
-    """Pages of these files in the page cache; `None`: there are no files, or the system does not tell."""
+    """Pages of these files in the page cache; `None` if there are no files, or the system does not report it."""
     try:
         return sum(resident_pages(file) for file in files) if files else None
     except OSError:
@@ -179,6 +179,6 @@ def _resident(files: list[Any]) -> int | None:
 
 
 def prefix_effect(answers: Answers, floor: torch.Tensor) -> float | None:
-    """How far the answer without any prefix is from the right one: what a missing prefix would look like."""
+    """Distance of the answer without any prefix from the right answer: the effect of a missing prefix."""
     reference = answers.known.get("in_memory")
     return None if reference is None else distance(centred(floor), reference)

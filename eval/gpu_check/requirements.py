@@ -1,4 +1,4 @@
-"""`python -m eval.gpu_check.requirements`: whether the installed packages are new enough. It imports none of them."""
+"""`python -m eval.gpu_check.requirements`: checks the versions of installed packages without importing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def unmet(requirements: Iterable[str]) -> list[str]:
-    """What of `requirements` (as in a project's metadata) is not there, or of another version; in words."""
+    """The `requirements` (as in a project's metadata) that are missing or have another version, in words."""
     found = []
     for text in requirements:
         need = Requirement(text)
@@ -31,7 +31,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
 
 
 def main() -> int:
-    """Say what is installed, and what is missing; 1 if something is."""
+    """Print what is installed and what is missing; returns 1 if something is missing."""
     project = tomllib.loads(PROJECT.read_text())["project"]
     print(f"Python {sys.version.split()[0]}, {project['requires-python']} is needed")
     missing = [f"for this project: {one}" for one in unmet(project["dependencies"])]
@@ -39,7 +39,7 @@ def main() -> int:
         needs = importlib.metadata.requires("transformers") or []
         missing += [f"for transformers {importlib.metadata.version('transformers')}: {one}" for one in unmet(needs)]
     except importlib.metadata.PackageNotFoundError:
-        pass  # Said already.
+        pass  # Already reported.
     for text in project["dependencies"]:
         name = Requirement(text).name
         try:

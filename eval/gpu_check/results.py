@@ -1,4 +1,4 @@
-"""`gpu.json`: what was found so far, valid at every moment, even if a stage is killed."""
+"""`gpu.json`: the results so far, valid at every moment, even if a stage is killed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ NAME = "gpu.json"
 
 
 class BrokenDeviceError(Exception):
-    """Nothing works on the device any more; a new process has to go on."""
+    """No call on the device works any more; a new process must continue."""
 
 
 class FatalError(Exception):
-    """No stage can do anything here."""
+    """No stage can run on this machine."""
 
 
 class Results:
-    """The file. One process writes at a time: a stage while it runs, the command that runs the stages in between.
+    """The file. One process writes at a time: a stage while it runs, and between stages the command that runs them.
 
     Args:
-        out: folder.
+        out: folder of the file.
 
     Attributes:
-        content: what is in the file; anything that JSON can say (and what it cannot is turned into text).
+        content: the content of the file; values that JSON cannot hold are turned into text.
     """
 
     def __init__(self, out: Path | str) -> None:
@@ -40,20 +40,20 @@ class Results:
         self.read()
 
     def read(self) -> None:
-        """Take over what another process has written."""
+        """Read what another process has written."""
         if self.path.exists():
             self.content = json.loads(self.path.read_text())
 
     def stage(self, name: str) -> dict[str, Any]:
-        """What is known of a stage."""
+        """The results of a stage."""
         found: dict[str, Any] = self.content.setdefault("stages", {}).setdefault(name, {})
         return found
 
     def flush(self, pretty: bool = False) -> None:
-        """Write it: all of it or, if this is killed, what was there before.
+        """Write the file atomically: if this process is killed, the old content stays.
 
         Args:
-            pretty: with line breaks, which takes several times as long.
+            pretty: whether to add line breaks, which takes several times as long.
         """
         layout: dict[str, Any] = {"indent": 1} if pretty else {"separators": (",", ":")}
         try:
@@ -66,10 +66,10 @@ class Results:
 
 
 class Clock:
-    """How much time is left.
+    """Tells how much time is left.
 
     Args:
-        until: on `time.time()`.
+        until: the end, in seconds of `time.time()`.
     """
 
     def __init__(self, until: float) -> None:
@@ -77,27 +77,27 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return self.until - time.time()
 
     def share(self, share: float) -> Clock:
-        """A clock for a part of what is left."""
+        """A clock for a share of the time left."""
         return Clock(time.time() + max(0.0, self.left) * share)
 
 
 class Record:
-    """What one stage has found, step by step. A step that killed its process is not tried again.
+    """The results of one stage, step by step. A step that killed its process is not tried again.
 
     Args:
         results: the file.
-        stage: its name.
-        clock: of the stage.
-        folder: for the marker that tells which step runs.
-        alive: raises where the device does not work any more; called after a step has failed.
+        stage: name of the stage.
+        clock: clock of the stage.
+        folder: folder for the marker that names the running step.
+        alive: raises if the device does not work any more; called after a step has failed.
 
     Attributes:
-        found: what steps returned, by their names, and whatever else a stage puts there.
-        failed: what went wrong, by step.
+        found: results of steps by name, and other results of the stage.
+        failed: errors by step.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Record:
         results.flush()
 
     def step(self, name: str, action: Callable[[], Any], limit_s: float = 60.0) -> Any:
-        """Do one thing once, and write down under its name what it returns or raises. See `attempt`."""
+        """Run `action` once, and record its result or error under `name`. See `attempt`."""
         if name not in self.found:
             value = self.attempt(name, action, limit_s)
             if name not in self.failed:
@@ -130,18 +130,18 @@ class Record:
         return self.found.get(name)
 
     def attempt(self, name: str, action: Callable[[], Any], limit_s: float = 60.0) -> Any:
-        """Do one thing, unless something of this name failed before.
+        """Run `action`, unless an action of this name failed before.
 
         Args:
-            name: of what is done.
-            action: what to do.
-            limit_s: seconds after which it counts as hung: the process ends, with all stacks in the log.
+            name: name of the action.
+            action: the function to call.
+            limit_s: seconds after which it counts as hung; the process then ends, with all stacks in the log.
 
         Returns:
-            What `action` returned; `None` if it failed, now or earlier.
+            The result of `action`; `None` if it failed, now or earlier.
 
         Raises:
-            BrokenDeviceError: it failed, and the device does not work any more.
+            BrokenDeviceError: the action failed, and the device does not work any more.
         """
         if name in self.failed:
             return None
@@ -168,7 +168,7 @@ class Record:
 
 
 def marker_of(folder: Path | str, stage: str) -> Path:
-    """The file that holds the name of the step that a stage's process is in."""
+    """The file with the name of the step that a stage's process is running."""
     return Path(folder) / f"{stage}.running"
 
 
@@ -180,7 +180,7 @@ def said(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say: infinities and the like become text, and so does anything unknown."""
+    """`value` in types that JSON has: infinities, NaN and unknown types become text."""
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -28,12 +28,12 @@ MODULES = {
 
 
 def die_with_parent() -> None:
-    """From now on, this process is killed when the one that started it ends, however that ends."""
+    """Make the system kill this process when its parent ends for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(stage: str, saved: str, until: str) -> int:
-    """Run a stage; its exit code."""
+    """Run a stage; returns the exit code."""
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -44,7 +44,7 @@ def main(stage: str, saved: str, until: str) -> int:
     try:
         module = importlib.import_module(MODULES[stage], __package__)
         results.stage(stage)["start_s"] = results.stage(stage).get("start_s", 0.0) + time.time() - began
-        # Time that starting did not take is not for working: deadlines are what they say they are.
+        # A fast start does not extend the stage's deadline.
         clock = Clock(min(float(until), time.time() + settings.deadline(stage)))
         module.run(settings, results, clock)
     except FatalError as error:
@@ -65,5 +65,5 @@ if __name__ == "__main__":
     ended = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without waiting for threads or a device that may hang; whatever matters is written.
+    # Do not wait for threads or a device that may hang; all results are written.
     os._exit(ended)

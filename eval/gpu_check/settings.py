@@ -1,4 +1,4 @@
-"""What a check does: sizes, rounds and deadlines, for a GPU and for its rehearsal on a CPU."""
+"""Settings of a check: sizes, rounds and deadlines, for a GPU and for its rehearsal on a CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-# Whatever happens, the command ends after so many seconds.
+# The command ends after this many seconds in any case.
 TOTAL_S = 480.0
-# What a process may take before its deadline begins: importing torch for the first time reads gigabytes.
+# Seconds that a process may take before its deadline begins: importing torch for the first time reads gigabytes.
 START_S = 40.0
 # Seconds that each stage may take.
 DEADLINES_S = {"where": 20.0, "tests": 90.0, "time": 270.0, "trace": 40.0, "table": 5.0}
@@ -41,23 +41,23 @@ class Settings:
 
     Attributes:
         out: folder of the results.
-        folder: for stores and scratch files; removed at the end.
-        rehearse: on a CPU, with a stand-in for the device.
+        folder: folder for stores and scratch files; removed at the end.
+        rehearse: whether to run on a CPU, with a stand-in for the device.
         scale: factor on all deadlines.
-        device: of the model: "cuda", or "cpu" in a rehearsal.
-        dtype: of weights and KV.
-        shape: of the model (fields of a `Qwen2Config`).
-        lengths: of the prefixes, in tokens, ascending.
-        shares: of the time that is left, for each length.
-        complete_lengths: lengths at which every system is measured; at others, those that scale.
-        recompute_lengths: lengths at which the prefix is also computed again.
-        trace_length: of the prefix whose requests are traced; one of `lengths`.
-        suffix_tokens: of every request.
-        varied_suffixes: shortest and longest suffix of the run in which every request has another.
-        rounds: measured rounds; one more comes first.
-        fewest_rounds: what may be left of them where time is short, at complete lengths (one at others).
-        disk_probe_bytes: size of the file that reads are timed on.
-        any_file_system: go on where stores lie in memory.
+        device: the model's device: "cuda", or "cpu" in a rehearsal.
+        dtype: dtype of weights and KV.
+        shape: shape of the model (fields of a `Qwen2Config`).
+        lengths: lengths of the prefixes in tokens, ascending.
+        shares: share of the time left, for each length.
+        complete_lengths: lengths at which every system is measured; at other lengths, only systems that scale.
+        recompute_lengths: lengths at which the prefix is also recomputed.
+        trace_length: length of the prefix whose requests are traced; one of `lengths`.
+        suffix_tokens: suffix tokens of every request.
+        varied_suffixes: shortest and longest suffix of the run in which every request has another suffix length.
+        rounds: measured rounds, after a first round that does not count.
+        fewest_rounds: minimum number of rounds if time is short, at complete lengths (one at other lengths).
+        disk_probe_bytes: size of the file for timing reads.
+        any_file_system: whether to go on if stores lie in memory.
     """
 
     out: str
@@ -67,7 +67,7 @@ class Settings:
     device: str = "cuda"
     dtype: str = "bfloat16"
     shape: tuple[tuple[str, int], ...] = tuple(QWEN2_5_7B.items())
-    # 128K less 128: with the suffix, positions stay within what the model was made for.
+    # The last is 128K less 128, so that positions stay within the model's context, suffix included.
     lengths: tuple[int, ...] = (8192, 32_768, 130_944)
     shares: tuple[float, ...] = (0.25, 0.6, 1.0)
     complete_lengths: tuple[int, ...] = (8192, 32_768)
@@ -82,7 +82,7 @@ class Settings:
 
     @classmethod
     def rehearsal(cls, out: str, folder: str, **more: Any) -> Self:
-        """Tiny, on a CPU."""
+        """Settings for tiny sizes on a CPU."""
         tiny: dict[str, Any] = {
             "rehearse": True,
             "device": "cpu",
@@ -109,12 +109,12 @@ class Settings:
         return TOTAL_S * max(1.0, self.scale)
 
     def save(self, path: Path) -> None:
-        """Write it down for a stage's process."""
+        """Save the settings for a stage's process."""
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """As it was saved."""
+        """Load saved settings."""
         found = json.loads(path.read_text())
         lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
         return cls(**(found | lists | {"shape": tuple((name, size) for name, size in found["shape"])}))

@@ -1,4 +1,4 @@
-"""Stages as processes of their own, so that one that hangs or crashes takes nothing along."""
+"""Runs each stage as a separate process, so that a hang or crash does not affect the others."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from .settings import STAGES, START_S, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "log.txt"
-# What a stage's process says of its end.
+# Exit codes of a stage's process.
 COMPLETE, FAILED, FATAL, BROKEN = 0, 1, 3, 4
-# A stage goes on in a new process where one has died, if at least so many seconds are left, and so many times.
+# If a process dies and at least this many seconds are left, a new process continues the stage, up to this many
+# processes.
 WORTH_ANOTHER_S, PROCESSES = 20.0, 6
-# After the deadline a process has so many seconds to write where it was.
+# Seconds after the deadline in which a process can write its stacks.
 LAST_WORDS_S = 2.0
 
 
 class Runner:
-    """Runs stages one after the other, within the time that all of them have.
+    """Runs stages one after the other, within the total time.
 
     Args:
-        settings: of the run.
-        results: the file that stages write to.
-        command: of a stage's process, without its arguments (tests put others here).
+        settings: settings of the run.
+        results: the file to which stages write.
+        command: the command of a stage's process, without its arguments (tests pass other commands).
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Runner:
         """Run one stage to its end, or to its deadline.
 
         Returns:
-            What is known of it: `status` ("complete", "failed", "killed" at its deadline, "no time" before it began)
-            and what it has written.
+            Its results: `status` ("complete", "failed", "killed" at its deadline, "no time" before it began) and what
+            it has written.
         """
         own = self._results.stage(stage)
         own |= {"deadline_s": self._settings.deadline(stage), "status": "running"}
@@ -73,7 +74,7 @@ class Runner:
         return self._settings.deadline(stage) + START_S * max(1.0, self._settings.scale)
 
     def _left_for(self, stage: str) -> float:
-        """What is left of the total, less what the last stage needs: a run without a table is of little use."""
+        """The rest of the total time, minus the time for the last stage, because a run needs its table."""
         last = STAGES[-1]
         reserved = 0.0 if stage == last else self._settings.deadline(last) + START_S / 2
         return self._until - reserved - time.time()
@@ -103,7 +104,7 @@ class Runner:
         return marker.read_text() if marker.exists() else None
 
     def _process(self, stage: str, limit: float) -> int | None:
-        """The exit code of one process; `None`: it was killed at `limit`."""
+        """The exit code of one process; `None` if it was killed at `limit`."""
         with (Path(self._settings.out) / LOG).open("ab") as log:
             _note(log, f"=== {stage}, {limit - time.time():.0f} s at most")
             arguments = [stage, str(self._saved), str(limit - LAST_WORDS_S)]
@@ -131,7 +132,7 @@ class Runner:
         return code
 
     def kill(self) -> None:
-        """End the stage that is running, if any, with all processes that it has started."""
+        """Kill the running stage, if any, with all processes that it has started."""
         if self._child is not None:
             self._signal(signal.SIGKILL)
             self._child.wait()
@@ -145,7 +146,7 @@ class Runner:
 
 
 def _paths() -> str:
-    """Where a stage's process finds this package: it need not be installed."""
+    """The import path with which a stage's process finds this package, even if it is not installed."""
     own = str(ROOT)
     others = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one and one != own]
     return os.pathsep.join([*others, own])

@@ -1,4 +1,4 @@
-"""The stage `table`: `table.md`, from what others have written. By hand: `python -m eval.gpu_check.table FOLDER`."""
+"""The stage `table`: writes `table.md` from other stages' results. By hand: `python -m eval.gpu_check.table FOLDER`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STATES = {None: 0, "cold": 1, "keys_resident": 2, "warm_host": 3, "warm_device"
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:
-    """See the module."""
+    """Run the stage."""
     write(results)
 
 
 def write(results: Results) -> None:
-    """Write the table, and its numbers into the results."""
+    """Write the table, and add its numbers to the results."""
     content = results.content
     results.stage("table")["found"] = {
         "rows": figures.rows_of(content),
@@ -33,7 +33,7 @@ def write(results: Results) -> None:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """All of it, as Markdown."""
+    """The whole table as Markdown."""
     parts = ["# GPU check", _about(content), _stages(content), _tests(content)]
     parts += [_times(content, block) for block in figures.blocks_of(content)]
     parts += [_paper(content), _shapes(content), _traces(content), _parts(content), _missing(content)]
@@ -169,7 +169,7 @@ def _traces(content: dict[str, Any]) -> str:
 
 
 def _trace(one: dict[str, Any]) -> dict[str, str]:
-    """One column: what happened in one request."""
+    """One column: the trace of one request."""
     summary = one["summary"]
     found = {
         "ms untraced": _number(one["seconds_untraced"], 1, 1e3),
@@ -195,7 +195,7 @@ def _trace(one: dict[str, Any]) -> dict[str, str]:
 
 
 def _parts(content: dict[str, Any]) -> str:
-    """What `where` has measured, one line each."""
+    """The measurements of the stage `where`, one line each."""
     found = content.get("stages", {}).get("where", {}).get("found", {})
     known = ("versions", "machine", "card", "file system")
     lines = [f"- {name}: {_flat(value)}" for name, value in found.items() if name not in known]

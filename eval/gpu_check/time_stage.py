@@ -1,4 +1,4 @@
-"""The stage `time`: requests on prefixes of several lengths, and with suffixes of many lengths."""
+"""The stage `time`: times requests on prefixes of several lengths, and with suffixes of many lengths."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .requests import LastLogits, timed_floor, timed_request, watched
 from .results import Clock, Record, Results
 from .settings import Settings
 
-# Systems of the run in which every request has a suffix of another length, all warm: no disk takes part.
+# Systems of the run in which every request has another suffix length. All are warm, so no disk is involved.
 VARIED = ("in_memory", "exact", "published 5%", "default 25%")
 VARIED_SHARE = 0.15
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:
-    """See the module."""
+    """Run the stage."""
     with device_ready(settings):
         record = Record(results, "time", clock, settings.folder, alive_on(settings))
         began = time.time()
@@ -48,7 +48,7 @@ def _lengths(settings: Settings, model: Any, record: Record, clock: Clock, last:
     for tokens, share in zip(settings.lengths, settings.shares, strict=True):
         known = record.found.get("prefixes", {}).get(str(tokens), {})
         if known.get("status") == "complete":
-            continue  # By an earlier process.
+            continue  # An earlier process has measured this length.
         own_clock = clock.share(share)
         why = _too_long(before, tokens, own_clock)
         if why is not None:
@@ -66,7 +66,7 @@ def _lengths(settings: Settings, model: Any, record: Record, clock: Clock, last:
 
 
 def _too_long(before: Block | None, tokens: int, clock: Clock) -> str | None:
-    """Why there is no time for prefixes of this length, going by a shorter one."""
+    """Why there is no time for prefixes of this length, estimated from a shorter one; `None` if there is."""
     if clock.left <= 0:
         return "no time was left"
     needed = 0.0 if before is None else before.predicted(tokens)
@@ -76,12 +76,13 @@ def _too_long(before: Block | None, tokens: int, clock: Clock) -> str | None:
 
 
 def _varied(settings: Settings, model: Any, block: Block, record: Record, clock: Clock, last: LastLogits) -> None:
-    """Requests whose suffixes differ in length, each length twice: attention of a new shape may take longer once."""
+    """Time requests with different suffix lengths, each length twice, because attention of a new shape may be slow
+    once."""
     found: list[dict[str, Any]] = record.found.setdefault("varied", [])
     cases: list[Case | None] = [None, *(_warmest(block, label) for label in VARIED if _warmest(block, label))]
     low, high = settings.varied_suffixes
     lengths = range(low, high + 1)
-    # No two systems share a length: one that comes second would find the shape known.
+    # No two systems share a length, because the second system would find the shape known.
     for turn in range(len(lengths) // len(cases)):
         for place, case in enumerate(cases):
             if clock.left <= 0:
@@ -109,13 +110,13 @@ def _one_varied(
         return [] if floor is None else [{"label": FLOOR, "state": None, "seconds": floor[0]} | own]
     timed = record.attempt(
         f"varied {case.name}",
-        # All of the prefix is made warm: finding out what this suffix needs would make its shape known.
+        # The whole prefix is made warm, because finding out what this suffix needs would make its shape known.
         lambda: timed_request(model, block.systems[case], case, asked, last, whole_prefix=True),
     )
     return [] if timed is None else [{"label": case.measured.label, "state": str(case.state)} | timed | own]
 
 
 def _warmest(block: Block, label: str) -> Case | None:
-    """The case of this label that is nearest to the device."""
+    """The case of this label whose prefix is nearest to the device."""
     own = {case.state: case for case in block.systems if case.measured.label == label}
     return next((own[state] for state in (State.WARM_DEVICE, State.WARM_HOST) if state in own), None)

@@ -1,4 +1,4 @@
-"""What a trace of the profiler says: launches, copies, waits, allocations, and who took the time."""
+"""Summarises a profiler trace: launches, copies, waits, allocations, and what took the time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ALLOCATIONS = (
 
 
 def summarise(events: Iterable[Event], seconds: float) -> dict[str, Any]:
-    """Numbers of one request, ready for JSON.
+    """The numbers of one request, ready for JSON.
 
     Args:
-        events: of the profiler.
-        seconds: that the request took while it was traced.
+        events: events of the profiler.
+        seconds: time of the traced request.
     """
     spans = [one for one in events if one.get("ph") == "X" and "dur" in one]
     by_kind: dict[str, list[Event]] = defaultdict(list)
@@ -70,7 +70,7 @@ def _copies(events: list[Event]) -> dict[str, Any]:
 
 
 def _by_name(events: list[Event], most: int | None = None) -> list[dict[str, Any]]:
-    """Names with count and milliseconds, the longest first."""
+    """Names with count and milliseconds, longest first."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for one in events:
         rows[one["name"]][0] += 1
@@ -80,7 +80,7 @@ def _by_name(events: list[Event], most: int | None = None) -> list[dict[str, Any
 
 
 def covered(events: list[Event]) -> float:
-    """Microseconds in which at least one of the events was going on."""
+    """Microseconds during which at least one of the events was running."""
     total, end = 0.0, float("-inf")
     for one in sorted(events, key=lambda one: one["ts"]):
         begin, stop = float(one["ts"]), float(one["ts"]) + float(one["dur"])
@@ -90,14 +90,14 @@ def covered(events: list[Event]) -> float:
 
 
 def own_time(events: list[Event], most: int) -> list[dict[str, Any]]:
-    """Operators of the host with the time that they did not spend in others, the longest first."""
+    """Operators of the host with their own time, without nested operators, longest first."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     by_thread: dict[Any, list[Event]] = defaultdict(list)
     for one in events:
         by_thread[one.get("tid")].append(one)
     for own in by_thread.values():
         running: list[tuple[str, float]] = []
-        # Of two that begin together, the longer one is around the other.
+        # Of two events that begin together, the longer one contains the other.
         for one in sorted(own, key=lambda one: (one["ts"], -one["dur"])):
             begin, spent = float(one["ts"]), float(one["dur"])
             while running and running[-1][1] <= begin:

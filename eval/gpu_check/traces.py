@@ -1,4 +1,4 @@
-"""The stage `trace`: where the time of three requests goes, by torch's profiler."""
+"""The stage `trace`: shows with torch's profiler where the time of three requests goes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .results import Clock, Record, Results
 from .settings import Settings
 from .trace_summary import Event, summarise
 
-# An escape, or a backslash that begins none.
+# An escape sequence, or a lone backslash.
 _ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
 HUNG_S = 25.0
-# Requests before the one that is traced.
+# Number of requests before the traced one.
 BEFORE = 2
 TRACED = {
     "default-cold": ("default 25%", State.COLD),
@@ -40,7 +40,7 @@ TRACED = {
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:
-    """See the module."""
+    """Run the stage."""
     with device_ready(settings):
         record = Record(results, "trace", clock, settings.folder, alive_on(settings))
         began = time.time()
@@ -48,7 +48,7 @@ def run(settings: Settings, results: Results, clock: Clock) -> None:
         tokens = _stored(settings, model)
         record.found |= {"tokens": tokens, "seconds_to_prepare": time.time() - began}
         results.flush()
-        # What the profiler does for the first time takes seconds.
+        # The profiler's first run takes seconds.
         record.attempt("profiler", partial(_profiled, settings, lambda: torch.zeros(1, device=settings.device) + 1))
         with watched(model) as last:
             for name, (label, state) in TRACED.items():
@@ -61,7 +61,7 @@ def run(settings: Settings, results: Results, clock: Clock) -> None:
 
 
 def _stored(settings: Settings, model: Any) -> int:
-    """A prefix length of which chunks are stored: by an earlier stage, or of the shortest prefix now."""
+    """A prefix length whose chunks are stored: by an earlier stage, or else the shortest prefix, stored now."""
     for tokens in (settings.trace_length, settings.lengths[0]):
         ids = request(settings, tokens).prefix_ids
         folder = Path(settings.folder) / str(tokens) / "chunks"
@@ -101,7 +101,7 @@ def _traced(settings: Settings, model: Any, tokens: int, case: Case, last: LastL
 
 
 def _profiled(settings: Settings, action: Callable[[], Any]) -> tuple[Any, list[Event]]:
-    """What an action returns, and the profiler's events of it."""
+    """The result of an action, and the profiler's events."""
     activities = [ProfilerActivity.CPU]
     if not settings.rehearse:
         activities.append(ProfilerActivity.CUDA)
@@ -115,7 +115,7 @@ def _profiled(settings: Settings, action: Callable[[], Any]) -> tuple[Any, list[
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events of an exported trace; the profiler writes names that JSON does not allow as they are."""
+    """The events of an exported trace. The profiler may write names with escapes that JSON does not allow."""
     text = path.read_text(errors="replace")
     try:
         events: list[Event] = json.loads(text, strict=False)["traceEvents"]
@@ -126,16 +126,16 @@ def read_events(path: Path) -> list[Event]:
 
 
 def write_trace(events: list[Event], path: Path, limit: int = LARGEST_FILE) -> dict[str, Any]:
-    """Write events as a compressed file that `chrome://tracing` and Perfetto open: all of them, if they fit.
+    """Write events as a compressed file that `chrome://tracing` and Perfetto open; all events, if they fit.
 
     Args:
-        events: of the profiler.
-        path: of the file.
-        limit: bytes that it may have; where all events have more, those of the host's operators are left out, then
-            everything but the device's own.
+        events: events of the profiler.
+        path: path of the file.
+        limit: maximum size in bytes. If all events need more, those of the host's operators are left out, then all
+            but the device's own events.
 
     Returns:
-        `name`, `bytes`, and which events are `left_out`.
+        `name`, `bytes`, and the kinds of events that are `left_out`.
     """
     drops: tuple[frozenset[str], ...] = (
         frozenset(),

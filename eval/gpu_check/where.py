@@ -1,4 +1,4 @@
-"""The stage `where`: what this machine is, and how fast its parts are by themselves."""
+"""The stage `where`: describes this machine, and measures the speed of its parts."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ SMI_FIELDS = (
     "clocks.max.sm",
     "clocks.max.mem",
 )
-# A probe that takes longer counts as hung.
+# A probe counts as hung after this many seconds.
 HUNG_S = 15.0
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:
-    """Each probe by itself: one that fails leaves the others."""
+    """Run each probe separately, so that a failed probe does not affect the others."""
     if not settings.rehearse:
         require_cuda()
     record = Record(results, "where", clock, settings.folder, alive_on(settings))
@@ -61,7 +61,7 @@ def run(settings: Settings, results: Results, clock: Clock) -> None:
 
 
 def probes(settings: Settings) -> dict[str, Callable[[], Any]]:
-    """What is found out, in order; what needs CUDA says so where there is none."""
+    """The probes, in order; without CUDA, probes that need it report so."""
     device = torch.device(settings.device)
     folder = Path(settings.folder)
     on_device: dict[str, Callable[[], Any]] = {
@@ -87,7 +87,7 @@ def probes(settings: Settings) -> dict[str, Callable[[], Any]]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of packages as they are installed (`None`: not installed as a package), and of CUDA."""
+    """Versions of Python, of installed packages (`None` if not installed as a package), and of CUDA."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -103,7 +103,7 @@ def versions() -> dict[str, str | None]:
 
 
 def card() -> dict[str, Any]:
-    """Name, memory, multiprocessors, capability, and what the driver tells of the link and the clocks."""
+    """Name, memory, multiprocessors and capability of the card, and the driver's data on link and clocks."""
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info()
     return {
@@ -122,7 +122,7 @@ def card() -> dict[str, Any]:
 
 @functools.cache
 def smi() -> dict[str, str]:
-    """What `nvidia-smi` says of the first card; nothing where there is none."""
+    """Data of `nvidia-smi` on the first card; empty without a card."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
@@ -133,7 +133,7 @@ def smi() -> dict[str, str]:
 
 
 def lets_go(folder: Path) -> bool | str:
-    """Whether pages of a file leave memory when they are asked to; if not, nothing proves that a request is cold."""
+    """Whether the system drops cached pages of a file on request; if not, nothing proves that a request is cold."""
     path = folder / "pages"
     try:
         path.write_bytes(b"\1" * 2**20)

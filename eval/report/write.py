@@ -30,19 +30,19 @@ pre { background: #f5f5f5; padding: .6rem 1rem; overflow-x: auto; }
 _TIMES = (
     f"Seconds from token ids in hand to the first new token id, cold. Median (quartiles) over all cold requests (n). "
     f"Ratios are the time over that of {label(IN_MEMORY)}, and of {label(ATTENTIONSTORE)}, for the same request of the "
-    "same run: geometric mean over requests, so that long prefixes weigh no more than short ones; in brackets 95% "
+    "same run: geometric mean over requests, so that long prefixes weigh no more than short ones. Brackets hold 95% "
     "intervals, bootstrap over requests."
 )
 _UNEQUAL = (
-    "Not all systems answered the same requests (see n): medians of different requests say little about systems; "
-    "ratios are always of the same ones."
+    "Not all systems answered the same requests (see n), so their medians are hard to compare. Ratios always compare "
+    "the same requests."
 )
 _QUALITY = (
     "Scores are percent. In brackets: 95% intervals, bootstrap over requests (within each task). Over several tasks: "
     "the mean of the tasks' means. Points from in memory are differences of the same request's scores. KL (of the "
-    "whole cache's next tokens from the system's) and agreement (both think the same token the likeliest) are taken "
-    "beside in memory, perplexity is the geometric mean over requests. Where all requests agree, the interval has no "
-    "width: it cannot know what other requests would do."
+    "whole cache's next tokens from the system's) and agreement (both have the same most likely token) are measured "
+    "against in memory; perplexity is the geometric mean over requests. If all requests agree, the interval has no "
+    "width, although other requests might differ."
 )
 _NONE = "No row says."
 
@@ -118,10 +118,10 @@ def _parts(results: Results, picture: Callable[[str, str, Callable[[Path], bool]
 
     frontier = picture("frontier", "Quality against bytes read and time", lambda path: pictures.frontier(results, path))
     note = (
-        "Points of a line are a system's budgets. Bytes are those observed on cold requests, page rounding included; "
-        "times are ratios to in memory, the dashed line, which reads nothing; both of requests that all systems "
-        "answered, if there are any. A system that differs from another one in time alone is shown with the answers of "
-        "that one. Bars are 95% intervals. Where the KL axis is logarithmic, it is linear below its smallest figure."
+        "Points of a line are a system's budgets. Bytes are those observed on cold requests, page rounding included. "
+        "Times are ratios to in memory (the dashed line), which reads nothing. Both are of requests that all systems "
+        "answered, if there are any. A system that differs from another only in time is shown with the other's "
+        "answers. Bars are 95% intervals. A logarithmic KL axis is linear below its smallest figure."
     )
     parts += ["## Quality for bytes and time", *((note, frontier) if frontier else (_NONE,))]
 
@@ -147,8 +147,8 @@ def _parts(results: Results, picture: Callable[[str, str, Callable[[Path], bool]
 
 def _tail_note() -> str:
     return (
-        "Cold requests of all tasks together, so tails also tell which task has the longest prefixes. A percentile is "
-        "given where one request at least lies beyond it; in brackets 95% intervals, bootstrap over requests."
+        "Cold requests of all tasks together, so tails also reflect the longest prefixes. A percentile is given if at "
+        "least one request lies beyond it. Brackets hold 95% intervals, bootstrap over requests."
     )
 
 

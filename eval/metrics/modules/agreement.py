@@ -1,4 +1,4 @@
-"""Share of positions at which prediction and reference think the same token the likeliest."""
+"""Share of positions at which prediction and reference have the same most likely token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ except ModuleNotFoundError:  # (A checkout: the package is the folder `eval`.)
 
 
 class Agreement(base.MeanOfLogits):
-    """Share of positions at which prediction and reference think the same token the likeliest."""
+    """Share of positions at which prediction and reference have the same most likely token."""
 
     of_positions = staticmethod(fidelity.agreement)

@@ -1,4 +1,4 @@
-"""Share of requests whose text is one of the answers, but for case, punctuation, articles and white space."""
+"""Share of requests whose text is one of the answers, ignoring case, punctuation, articles and white space."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ except ModuleNotFoundError:  # (A checkout: the package is the folder `eval`.)
 
 
 class ExactMatch(base.MeanScore):
-    """Share of requests whose text is one of the answers, but for case, punctuation, articles and white space."""
+    """Share of requests whose text is one of the answers, ignoring case, punctuation, articles and white space."""
 
     score = staticmethod(scores.exact_match)

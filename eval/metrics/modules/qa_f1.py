@@ -1,4 +1,4 @@
-"""Mean F1 of the words of an answer, with the right answer that fits best (as SQuAD measures it)."""
+"""Mean F1 of the words of an answer and the best-matching right answer (as in SQuAD)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ except ModuleNotFoundError:  # (A checkout: the package is the folder `eval`.)
 
 
 class QaF1(base.MeanScore):
-    """Mean F1 of the words of an answer, with the right answer that fits best (as SQuAD measures it)."""
+    """Mean F1 of the words of an answer and the best-matching right answer (as in SQuAD)."""
 
     score = staticmethod(scores.qa_f1)

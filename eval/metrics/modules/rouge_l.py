@@ -1,4 +1,4 @@
-"""Mean ROUGE-L F1, with the right answer that fits best (Lin 2004)."""
+"""Mean ROUGE-L F1 with the best-matching right answer (Lin 2004)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ except ModuleNotFoundError:  # (A checkout: the package is the folder `eval`.)
 
 
 class RougeL(base.MeanScore):
-    """Mean ROUGE-L F1, with the right answer that fits best (Lin 2004)."""
+    """Mean ROUGE-L F1 with the best-matching right answer (Lin 2004)."""
 
     score = staticmethod(scores.rouge_l)
