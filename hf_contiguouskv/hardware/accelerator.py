@@ -98,7 +98,10 @@ class Device(Protocol):
 
 
 class Accelerator:
-    """A device of CUDA, ROCm, XPU or another backend with streams, through torch's device-neutral interface."""
+    """A device of CUDA, ROCm, XPU or another backend with streams, through torch's device-neutral interface.
+
+    It has a method for each operation of the protocol `Device`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.name = str(device)

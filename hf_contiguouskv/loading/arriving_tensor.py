@@ -16,6 +16,8 @@ from ..store.reader import Ticket
 class ArrivingTensor:
     """One tensor of one segment on its way: from disk, from the host's memory to a device, or from disk to a device.
 
+    It has many attributes because it names both ends of up to two copies.
+
     The reader thread that ends the read queues the copy to the device, while the model computes earlier layers. Reader
     threads work on this, so it must not keep `KeyReads` alive.
 

@@ -52,6 +52,8 @@ class ChunksInDeviceSlots:
 class CrossingChunks:
     """Chunks that cross from a host buffer to a device buffer.
 
+    It has many attributes because it names two buffers, three events and what belongs to the chunks.
+
     Args:
         layer: layer index.
         chunks: int64 `(n,)`; the first `from_host` of them were in the host's tier, the others are read.

@@ -22,7 +22,10 @@ _FEW_SLOTS = 16
 
 
 class ChunksInHostSlots:
-    """Chunks in slots of the host's tier: resident, or being read into them."""
+    """Chunks in slots of the host's tier: resident, or being read into them.
+
+    It has many attributes because it carries what booking the chunks needs when they are released.
+    """
 
     def __init__(
         self,

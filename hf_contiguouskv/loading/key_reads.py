@@ -43,6 +43,8 @@ class _Taken:
 class KeyReads:
     """Reads the keys that the scorer of a leader layer needs. One per request.
 
+    It is large because keys have three forms (index, leader keys, payload) and two places to stay.
+
     Keys stay in memory afterwards, where there is room and the policy finds them worth it. Where a segment has neither
     index nor leader keys for a layer, the whole payload of the layer is read.
 

@@ -17,6 +17,8 @@ Empty = np.zeros(0, dtype=np.int64)
 class Arena:
     """Bookkeeping of the slots of `blocks`. Not thread-safe: its tier holds a lock.
 
+    It is large because its arrays describe one thing, a slot, and must change together.
+
     A slot is *free*, *loading* (it has a user, but no table refers to it yet) or *resident* (it holds the chunk at one
     place of a table). Slots with users are never evicted.
     """

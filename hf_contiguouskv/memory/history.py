@@ -73,6 +73,8 @@ class Uses:
 class SegmentTable:
     """Where the chunks of one segment are in each tier, and the history of their use.
 
+    It has many attributes because each is one array over the same places.
+
     Chunk `j` of layer `l` has the place `l * chunks + j` in every array.
 
     Args:

@@ -25,6 +25,8 @@ Spill = Callable[[Arena, Slots], None]
 class Tier(Lender):
     """Memory of one kind. Thread-safe; no method waits for a read or a copy.
 
+    It is large because slots, keys and buffers share one limit and one lock.
+
     Args:
         name: shown in statistics: "host", or the device.
         max_bytes: hard limit on everything held here, including kept buffers and tables.

@@ -79,6 +79,8 @@ class Usage:
 class MemoryTiers:
     """The tiers above the disk of one store, with hard limits over all its prefixes and requests. Thread-safe.
 
+    It is large because it is the one object that requests ask for memory of any kind.
+
     Without an accelerator, the host tier is the only tier.
 
     Args:

@@ -58,6 +58,8 @@ def require_trusted(status: os.stat_result, name: str, trust_owner: bool = False
 class Directory:
     """An open folder. A context manager; it is closed with the last reference at the latest.
 
+    It has many methods because each is one system call relative to the folder's descriptor.
+
     Args:
         descriptor: of the folder; it belongs to this object from now on.
         name: the path at which it was opened; for messages.

@@ -32,6 +32,8 @@ _CANNOT_TELL = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 class FileBlob:
     """A `backend.Blob` that is a file, open for reading.
 
+    It has many attributes because it must know its file again after its descriptors were given back.
+
     Where very many are open in this process, one that was not read for long gives its descriptors back. It is opened
     again when it is read; if another file lies there by then, or none, it is lost, and that read fails.
 
@@ -160,6 +162,8 @@ def identity_of(status: os.stat_result) -> Hashable:
 
 class FileBlobWriter:
     """A `backend.BlobWriter` of a partial file, which is locked while its writer lives.
+
+    It has many attributes because it must undo a write from any point.
 
     Args:
         partial: folder of partial files.

@@ -80,6 +80,8 @@ class Watch:
 class IndexFile:
     """The database of a store and the files beside it, in the open folder.
 
+    It is large because opening a database that may be damaged, foreign or swapped takes many checks.
+
     Args:
         folder: of the store.
 

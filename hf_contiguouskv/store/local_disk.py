@@ -44,6 +44,8 @@ _YOUNG_S = 3600.0
 class LocalDisk:
     """Segments as files in a folder of a local file system; threads and processes may share it.
 
+    It has a method for each operation of the protocol `SegmentBackend`.
+
     Args:
         folder: of the store: a path, which must exist, or the open folder, which stays the caller's to close.
         direct: read past the page cache where the file system can, and leave nothing that was written in it.

@@ -34,6 +34,8 @@ _UNASKED_BYTES = 64 * 1024
 class Segment:
     """A segment in an open blob.
 
+    Most of its methods are one-line properties of its header.
+
     The blob stays open until the segment is closed or collected, so deleting what lies under its key does not disturb
     readers.
 

@@ -111,7 +111,10 @@ def import_bundle(
 
 
 class _Import:
-    """One import: first `check`, then `publish`."""
+    """One import: first `check`, then `publish`.
+
+    Its attributes are the options of `import_bundle` and what `check` has found.
+    """
 
     def __init__(
         self,
