@@ -26,7 +26,7 @@ class Selection:
         keep_last: whole chunks at the end of the prefix that are always kept (recent window).
         period: consecutive full-attention layers that share one selection. The first of them is the leader layer.
         subperiod: layers of a period after which reads of the current selection start for the next period
-            (inter-period prefetch). Equal to `period`: none.
+            (inter-period prefetch). Equal to `period`: none. 0 stands for half of the period, as published.
 
     Raises:
         ConfigError: a field is out of its range.
@@ -38,7 +38,7 @@ class Selection:
     keep_first: int = 0
     keep_last: int = 0
     period: int = 1
-    subperiod: int = 1
+    subperiod: int = 0
 
     def __post_init__(self) -> None:
         if type(self) is Selection:
@@ -52,6 +52,8 @@ class Selection:
         _require_integer(self, "keep_first", 0, 2**20)
         _require_integer(self, "keep_last", 0, 2**20)
         _require_integer(self, "period", 1, 4096)
+        if self.subperiod == 0 and not isinstance(self.subperiod, bool):
+            object.__setattr__(self, "subperiod", (self.period + 1) // 2)
         _require_integer(self, "subperiod", 1, self.period)
 
 
@@ -78,7 +80,6 @@ class AttentionMass(Selection):
     """
 
     period: int = 8
-    subperiod: int = 4
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,19 @@ class ContiguousKVConfig:
 
     @classmethod
     def paper(cls, budget: Budget = 0.05, **overrides: Any) -> ContiguousKVConfig:
-        """The published algorithm and nothing else (arXiv 2601.13631: c = 16, p = 8, sp = 4)."""
+        """The published algorithm and nothing else (arXiv 2601.13631: c = 16, p = 8, sp = 4).
+
+        `overrides`: other fields, for example `selection=AttentionMass(period=4)`.
+        """
         published: dict[str, Any] = {"payload": "exact", "selection": AttentionMass()}
-        return cls(budget=budget, **(published | overrides))
+        try:
+            return cls(budget=budget, **(published | overrides))
+        except TypeError as error:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(
+                f"unknown option in {sorted(overrides)}; the options are {known}, and those of the selection are fields "
+                "of selection=AttentionMass(...)"
+            ) from error
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not (isinstance(self.budget, int | float) or self.budget == "auto"):

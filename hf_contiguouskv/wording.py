@@ -4,7 +4,7 @@ What a file, a folder or a stranger says may hold escape sequences (which move t
 feeds (which begin a line that looks like ours), characters that change the direction of writing, or seven megabytes.
 `shown` and `quoted` are for such words where they are put into a sentence. The sinks do the same for whole messages, so
 that nothing depends on every sentence: `ContiguousKVError`, the filter of the logger "hf_contiguouskv" (installed
-here), and the functions of `cli_output` that print.
+here), and the functions of `cli/output.py` that print.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class ChunkLoader:
         return chunks[self._reads[layer].tables.which_resident(layer, chunks, tier)]
 
     def forget_on_devices(self) -> None:
-        """Drop chunks and keys of the prefix's segments from the tiers of accelerators, unless they are in use."""
+        """For measuring: drop chunks and keys of the prefix's segments from accelerators, unless they are in use."""
         for reads in self._by_form.values():
             for table in reads.tables.known:
                 for tier in self._memory.devices.values():

@@ -45,11 +45,11 @@ class KeyLoader:
         self._reads.release(layer)
 
     def resident(self, layer: int) -> bool:
-        """Whether all keys of this layer are in the tier of its device."""
+        """Whether all keys of this layer are in the tier of its device: for measuring."""
         return self._reads.resident(layer)
 
     def bytes_arriving(self, layer: int) -> int:
-        """Bytes of the keys of this layer that are on their way now."""
+        """Bytes of the keys of this layer that are on their way now: for measuring."""
         return self._reads.bytes_arriving(layer)
 
     def close(self) -> None:

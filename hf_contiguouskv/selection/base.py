@@ -97,7 +97,7 @@ def _cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64
     return np.flatnonzero(chosen)
 
 
-def voting_queries(voting: torch.Tensor, suffix_queries: int | None, recent: int | None = None) -> torch.Tensor:
+def voting_queries(voting: torch.Tensor, queries: int | None, recent: int | None = None) -> torch.Tensor:
     """Positions `(n,)` int64, ascending, of the queries that count; never empty.
 
     The meaning of a question is spread over its tokens, so evenly spread votes choose better than the same number of
@@ -105,7 +105,7 @@ def voting_queries(voting: torch.Tensor, suffix_queries: int | None, recent: int
 
     Args:
         voting: bool `(q,)`, the queries that may vote.
-        suffix_queries: how many queries count at most; `None` for all.
+        queries: how many queries count at most; `None` for all.
         recent: how many of these are the last queries; `None` for all. The others are spread evenly over the earlier
             queries.
 
@@ -115,10 +115,10 @@ def voting_queries(voting: torch.Tensor, suffix_queries: int | None, recent: int
     count = positions.numel()
     if count == 0:
         return torch.tensor([voting.shape[0] - 1], device=voting.device)
-    if suffix_queries is None or suffix_queries >= count:
+    if queries is None or queries >= count:
         return positions
-    last = suffix_queries if recent is None else min(recent, suffix_queries)
-    spread, before = suffix_queries - last, count - last
+    last = queries if recent is None else min(recent, queries)
+    spread, before = queries - last, count - last
     # The midpoints of equal intervals.
     even = (2 * torch.arange(spread, device=voting.device) + 1) * before // max(2 * spread, 1)
     return torch.cat([positions[even], positions[before:]])

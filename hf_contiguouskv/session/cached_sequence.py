@@ -170,12 +170,17 @@ class CachedSequence:
     def shorten_prefix(self, tokens: int) -> None:
         """Begin a new request on the first `tokens` tokens of the prefix (0: without a prefix)."""
         self.slot.shorten(tokens)
-        self.suffix.clear()
+        self._forget_suffix()
 
     def detach(self) -> None:
         """Drop prefix and suffix."""
         self.slot.detach()
+        self._forget_suffix()
+
+    def _forget_suffix(self) -> None:
+        # Every layer is new: a forward that was interrupted has left nothing behind.
         self.suffix.clear()
+        self._before = None
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

@@ -87,19 +87,19 @@ class PrefixSlot:
 
         `config` applies to this request only; with it, the earlier choice of the budget is kept.
         """
-        self._end_request()
-        source = self.source
-        self.budget_choice = None if config is None else self.budget_choice
+        source, kept = self.source, None if config is None else self.budget_choice
         config = config or source.config
         choice = source.choose_budget(prefix, config)
         if choice is not None:
-            self.budget_choice = choice
             config = replace(config, budget=choice.budget)
+        plan = ReadPlan.of(prefix, config, source.layers)
+        # (From here on nothing of the earlier request is left.)
+        self._end_request()
+        self.budget_choice = choice or kept
         self.stats = RequestStats(
             prefix_tokens=prefix.tokens, tokens_from_store=prefix.tokens, chunks_total=prefix.chunks
         )
         recovery = None if self.ids is None else source.recovery(self.ids, self._recovered)
-        plan = ReadPlan.of(prefix, config, source.model.layers)
         request = PrefixRequest(plan, source.store, self.stats, recovery, self._method)
         self.attached = AttachedRequest(request, self.installation)
         source.model.forget_shift()

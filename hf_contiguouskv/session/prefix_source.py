@@ -47,7 +47,7 @@ class PrefixSource:
 
     Attributes:
         model, store, config: as passed.
-        fingerprint: the model's fingerprint at the last `refresh`.
+        fingerprint, layers: of the model, at the last `refresh`.
 
     Raises:
         UnsupportedModelError: the model cannot be served correctly.
@@ -62,6 +62,7 @@ class PrefixSource:
     def refresh(self) -> None:
         """Read the model's state again, because its weights, adapters, dtype or devices may have changed."""
         geometry = self.model.geometry(self.config.chunk_size)
+        self.layers = self.model.layers
         self.fingerprint = self.model.fingerprint()
         self._prefill = Prefill(self.model, self.fingerprint, geometry, self.store, self.config.prefill_block)
         self._auto_budget = AutoBudget(self.model, self.store, self.config) if self.config.budget == "auto" else None

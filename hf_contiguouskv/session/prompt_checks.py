@@ -27,9 +27,10 @@ def continues(held: CachedSequence, prompt: torch.Tensor, mask: torch.Tensor | N
 
 def check_rows(prefix: torch.Tensor | None, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Raise `InputError` if whole prompts `(rows, n)` do not begin with the prefix after their left padding."""
+    if prefix is None:
+        return
     for row, skip in zip(ids, _pads(ids, mask), strict=True):
-        if prefix is not None:
-            check_ids(prefix, row[skip:], partial=True)
+        check_ids(prefix, row[skip:], partial=True)
 
 
 def check_ids(prefix: torch.Tensor, input_ids: torch.Tensor, partial: bool) -> None:

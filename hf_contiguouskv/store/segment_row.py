@@ -11,8 +11,8 @@ from .hashing import HASH_BYTES
 from .totals import IndexDamagedError, is_fingerprint, is_number
 
 _KEY = re.compile(r"[0-9a-f]{32}")
-# What the format allows: see `format.py` and `geometry.py`. Many rows may share the pages that hold a long value, so a
-# small file could give any amount of text.
+# What the format allows: see `format.py` and `model/kv_geometry.py`. Many rows may share the pages that hold a long
+# value, so a small file could give any amount of text.
 _MAX_DTYPE = 32
 # (The year 36812: whatever is later was never the time.)
 _TIMES_BELOW = 2.0**40

@@ -87,6 +87,17 @@ def test_the_published_configuration():
     assert ContiguousKVConfig.paper(0.25, selection=AttentionMass(period=2, subperiod=1)).selection.period == 2
 
 
+def test_reads_for_the_next_period_start_in_the_middle_of_this_one():
+    assert [AttentionMass(period=period).subperiod for period in (1, 2, 3, 8)] == [1, 1, 2, 4]
+    assert AttentionMass(period=4, subperiod=4).subperiod == 4
+    assert IndexedKeys().subperiod == 1
+
+
+def test_an_option_of_the_selection_is_not_one_of_the_published_configuration():
+    with pytest.raises(ConfigError, match=r"period.*AttentionMass"):
+        ContiguousKVConfig.paper(period=4)
+
+
 @pytest.mark.parametrize("config", [ContiguousKVConfig(), IndexedKeys(), AttentionMass(), ReadOptions()])
 def test_it_is_frozen(config):
     name = dataclasses.fields(config)[0].name
