@@ -149,7 +149,7 @@ class ContiguousKVConfig:
         except TypeError as error:
             known = ", ".join(cls.__dataclass_fields__)
             raise ConfigError(
-                f"unknown option in {sorted(overrides)}; the options are {known}, and those of the selection are fields "
+                f"unknown option in {sorted(overrides)}; the options are {known}; those of the selection are fields "
                 "of selection=AttentionMass(...)"
             ) from error
 

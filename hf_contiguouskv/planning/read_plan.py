@@ -165,7 +165,7 @@ class ReadPlan:
 
     @cached_property
     def key_layers(self) -> list[int]:
-        """For measuring: full-attention layers whose keys a request needs: leaders, or all layers of a packed prefix."""
+        """For measuring: layers whose keys a request needs, which are leaders, or all layers of a packed prefix."""
         if self.keeps_all:
             return []
         return [layer for layer in self.layers.full_layers if self.packed or self.is_leader(layer)]
