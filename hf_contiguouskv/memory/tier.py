@@ -231,8 +231,6 @@ class Tier(Lender):
         room = (self.max_bytes - self.held_bytes) // arena.block_bytes
         return arena.grow(max(0, min(wanted, room)))
 
-    # -- making room --------------------------------------------------------------------------------------------------
-
     def _make_slots(self, arena: Arena, count: int) -> None:
         """Make room for `count` more slots of `arena` by evicting the entries with the lowest worth."""
         # Return free slots of other sizes before evicting anything.
