@@ -11,7 +11,7 @@ class Figures:
     """Named counts of a whole test run, printed at its end.
 
     A figure that should be 0 is counted like any other: the code that checks adds 1 where something is wrong and 0
-    where nothing is, so that a 0 in the table means that somebody looked.
+    where nothing is, so that a 0 in the table means that the suite looked.
     """
 
     def __init__(self) -> None:

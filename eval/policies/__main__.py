@@ -48,7 +48,7 @@ def record(
     """Run the model on many questions to many prefixes, and keep what it selected."""
     path = folder_of(folder) / "trace.npz"
     if path.exists() and not again:
-        print(f"{path} is there already; --again records it anew")
+        print(f"{path} is there already; --again records it again")
         return
     from ..models import load_model
     from .record import record as run

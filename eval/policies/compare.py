@@ -107,7 +107,7 @@ def _variants(policies: list[str], shares: list[float], whole: int) -> list[tupl
 
 
 def _in_processes(run: Any, untimed: list[tuple[Workload, tuple[str, float, int]]]) -> Iterator[Outcome]:
-    # Started anew: a fork would inherit the threads of torch without their stacks.
+    # Started, not forked: a fork would inherit the threads of torch without their stacks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         loads = [load for load, _ in untimed]

@@ -77,7 +77,7 @@ def _one_request(
     layers = len(cache.layers)
     chunks = [cache.selected_chunks(layer) for layer in range(layers)]
     selected = np.array([one[0].numpy() for one in chunks if one is not None], dtype=np.uint16)
-    # The default selects anew in every layer.
+    # The default selects in every layer.
     assert len(heard) == layers
     mass = np.array(heard, dtype=np.float16)
     assert cache.timeline is not None

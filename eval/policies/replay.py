@@ -106,12 +106,8 @@ class RecordedMethod:
         self._pool, self._number, self._pace = pool, number, pace
         self.keys_read = 0
 
-    def attach(self, ids: torch.Tensor, geometry: KVGeometry) -> AttachedPrefix:
-        """See `ServingMethod`. Requests are made without a cache here."""
-        raise NotImplementedError
-
     def strategy(self, context: RequestContext) -> ChunkStrategy:
-        """See `ServingMethod`."""
+        """The library's own strategy, with the recorded scores."""
         return ChunkStrategy(context, self._scorer)
 
     def _scorer(self, keys: KeyLoader, layer: int) -> ChunkScorer:

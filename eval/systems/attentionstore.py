@@ -159,7 +159,7 @@ def full_load(
 
 
 class AttentionStore(Stored):
-    """All KV of the prefix; chunks that stay in memory go by LRU, as published.
+    """All KV of the prefix; chunks in memory are evicted by LRU, as published.
 
     Args:
         model: whose prefixes.

@@ -59,7 +59,7 @@ class H2OStrategy(TokenStrategy):
 
 
 class AttentionStoreH2O(TokenSystem):
-    """AS+H2O. What stays in memory goes by LRU, or with `eviction="lfu"` by LFU: the paper has both."""
+    """AS+H2O. Memory evicts by LRU, or with `eviction="lfu"` by LFU: the paper has both."""
 
     published = "attentionstore_h2o"
     published_eviction = "lru"

@@ -7,7 +7,7 @@ hold a chosen token are loaded: values, and the keys that are not there yet.
 
 Tokens are stored in the order of their importance, as far as it was known when the prefix was stored, so that few
 blocks hold most of what is chosen. (The paper reorders within a node of its prefix tree; a prefix here is one node.)
-What stays in memory goes by how often a block was used, times the share of it that was important.
+Memory keeps blocks by how often they were used, times the share of their tokens that was important.
 
 The paper's models have a key head for every query head. Under grouped-query attention "the first three heads" can be
 read in two ways: the first three query heads, which often share one key head (`"first"`); or one query head for each

@@ -25,7 +25,7 @@ from .states import State, require_state, warm_states
 
 
 class Stored:
-    """A store in a folder, opened anew after `forget`.
+    """A store in a folder, opened again after `forget`.
 
     Args:
         name: of the system.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -91,7 +92,7 @@ def _hooked(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
 _disabled = torch.compiler.disable(reason=NO_FULL_GRAPH)
 
 
-class _Hook:
+class _Hook(ABC):
     """A hook that is not copied or pickled with the model.
 
     `kwargs` may be missing: torch looks up the hooks and their kind separately, and in between another thread may
@@ -114,9 +115,9 @@ class _Hook:
             return None
         return self.act(session, args, kwargs, *output)
 
+    @abstractmethod
     def act(self, session: ForwardListener, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Notify the session of the hook's cache."""
-        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _nothing

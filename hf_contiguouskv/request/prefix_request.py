@@ -20,7 +20,7 @@ from ..store.attached_prefix import AttachedPrefix
 from ..timeline import NO_TIMELINE, SpanRecorder, Timeline
 from .chunk_strategy import ChunkStrategy
 from .rows import Rows, SuffixRows
-from .strategy import LayerInput, RequestContext, ServingMethod, Strategy
+from .strategy import LayerInput, RequestContext, Strategy, StrategyMaker
 
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
 MAX_RECOVERIES = 20
@@ -42,7 +42,7 @@ class PrefixRequest:
         store: where the prefix is.
         stats: receives what the request does.
         recover: see `Recover`; `None`: damage ends the request. It is not used with `method`.
-        method: serves the prefix; `None`: the library's own method does.
+        method: makes the strategy; `None`: the library's own method does.
         copy_of: a strategy that has made its choices; this request makes the same ones (see `twin`).
 
     Attributes:
@@ -57,7 +57,7 @@ class PrefixRequest:
         store: PrefixStore,
         stats: RequestStats,
         recover: Recover | None = None,
-        method: ServingMethod | None = None,
+        method: StrategyMaker | None = None,
         *,
         copy_of: Strategy | None = None,
     ) -> None:

@@ -116,7 +116,15 @@ class Strategy(Protocol):
         ...
 
 
-class ServingMethod(Protocol):
+class StrategyMaker(Protocol):
+    """Makes the strategies of requests."""
+
+    def strategy(self, context: RequestContext) -> Strategy:
+        """The strategy of a new request."""
+        ...
+
+
+class ServingMethod(StrategyMaker, Protocol):
     """A method that serves prefixes in place of the library's own."""
 
     def attach(self, ids: torch.Tensor, geometry: KVGeometry) -> AttachedPrefix:
@@ -129,8 +137,4 @@ class ServingMethod(Protocol):
             ids: int64 `(n,)`.
             geometry: of the model's KV.
         """
-        ...
-
-    def strategy(self, context: RequestContext) -> Strategy:
-        """The strategy of a new request."""
         ...

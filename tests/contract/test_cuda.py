@@ -224,7 +224,7 @@ def test_memory_that_runs_out_is_no_room(llama, store_path):
         tier.max_bytes = 2**51
         assert tier.lease(2**50, must=False) is None
         tier.max_bytes = 8 * MEBIBYTE
-        tier.peak_bytes = tier.held_bytes  # What was promised, and could not be had, counts as a peak.
+        tier.peak_bytes = tier.held_bytes  # Memory that was promised and refused counts as a peak.
         assert_close(ask(model, store, EXACT, suffix)[0], expected)
         assert_idle(store.memory)
 

@@ -439,7 +439,7 @@ def test_keys_cross_before_their_layer_is_reached(tiny_model, store_path, config
         size = stored.spans[0].segment.tensor_extent(tensor)[1]
 
         def crossed(layer: int) -> None:
-            time.sleep(0.05)  # Reads need no more, and whoever ends one queues the copy.
+            time.sleep(0.05)  # Reads need no more, and the thread that ends one queues the copy.
             begun[layer] = sum(entry.detail == f"of {size} bytes" for entry in machine.copies())
 
         hooks = [

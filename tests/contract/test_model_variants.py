@@ -364,7 +364,7 @@ def test_other_weights_that_are_quantised_alike_miss(plain, tmp_path, store_path
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_a_quantised_model_finds_its_prefix_before_its_first_forward(plain, store_path, kind, request):
     if kind.startswith("bitsandbytes") and "8 bit" not in kind and has_packed_kernels():
-        reason = "bitsandbytes packs 4-bit weights anew at the first forward; only `match` comes before that"
+        reason = "bitsandbytes packs 4-bit weights again at the first forward; only `match` comes before that"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     write_prefix(load(plain[1], kind), PREFIX, store_path)
     with PrefixStore(store_path) as store:

@@ -1,4 +1,4 @@
-"""A request is answered whatever its storage does: damage is computed anew, what cannot be written stays in memory."""
+"""A request is answered whatever its storage does: damage is computed again, what cannot be written stays in memory."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_damage_anywhere_in_a_chain_of_segments_is_repaired_there(chain, store_p
                 assert_same_generation(answer(model, asked(LONGER), cache), exact(model, asked(LONGER)))
         assert store.stats.quarantined == len(broken)
         assert store.verify() == []
-        # Only what was lost is written anew (neighbours in one piece): the others are used again.
+        # Only what was lost is written again (neighbours in one piece): the others are used again.
         assert store.stats.published <= len(broken)
         assert sum(entry.chunks for entry in store.entries()) <= 6 + 2 + 3
         assert cache.stats.tokens_from_store == 143

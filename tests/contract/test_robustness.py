@@ -50,7 +50,7 @@ class MishapError(RuntimeError):
 
 @contextmanager
 def one_failure(model, forwards: int = 0):
-    """The forward after the next `forwards` fails in the middle of the model; whoever called it sees `MishapError`."""
+    """The forward after the next `forwards` fails in the middle of the model; its caller sees `MishapError`."""
     left = [forwards]
 
     def fail(module, args, output):

@@ -79,7 +79,7 @@ def test_a_stage_that_hangs_is_killed_and_the_next_one_runs(settings):
     assert "its deadline is over" in log(settings)
     # Its last words: where it hung.
     assert "in attempt" in log(settings)
-    # Whoever it started is gone as well.
+    # The processes that it started are gone as well.
     alive = Path(f"/proc/{found['where']['child']}/stat")
     assert not alive.exists() or alive.read_text().split()[2] == "Z"
 

@@ -45,7 +45,7 @@ LOSSY = ["attentionstore_h2o", "impress", "impress_groups", "contiguouskv_paper"
 
 
 class Animals:
-    """Two prefixes; who lives where (generated), or what somebody is (labels of one token and of several)."""
+    """Two prefixes; who lives where (generated), or what a person is (labels of one token and of several)."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -86,7 +86,7 @@ def live_through(
         damaged = {victim} if victim else set()
         scene.count_lost(store, scene.not_below(damaged), tally)
         if victim:
-            # What continues the damaged one is found again as soon as that has been computed anew.
+            # What continues the damaged one is found again once that one has been computed again.
             scene.request(store, victim, "explicit", "exact", tally)
             others = [name for name in scene.sequences if name != victim]
             scene.count_lost(store, others, tally)

@@ -1,4 +1,4 @@
-"""Somebody wrote into the store's folder: nothing outside it is opened, moved or deleted, and answers stay right."""
+"""Others wrote into the store's folder: nothing outside it is opened, moved or deleted, and answers stay right."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_writes_that_meet_a_full_disk_at_any_page_lose_nothing(
     stored(template, [*published, root])
     stages: set[str] = set()
     for reserve in (True, False):
-        # Without reserved space the disk fills while chunks are written, as when somebody else writes meanwhile.
+        # Without reserved space the disk fills while chunks are written, as when another program writes meanwhile.
         if not reserve:
             monkeypatch.setattr(os, "posix_fallocate", lambda fd, offset, nbytes: os.ftruncate(fd, nbytes))
         for name, prefix in new.items():

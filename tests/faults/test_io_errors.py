@@ -251,7 +251,7 @@ class Bench:
         """What a request may answer whose store is not what it was in the beginning."""
         _, mode, config = case
         if mode == "explicit" or config == "exact":
-            return [self._sound[case][0]]  # Whatever is lost of the prefix is computed anew.
+            return [self._sound[case][0]]  # The lost part of the prefix is computed again.
         # In automatic mode a pruned prefix is what happens to be stored: nothing, the prefix, or the whole prompt.
         return [self.exact, self._sound["one segment", mode, config][0], self._sound["empty", mode, config][1]]
 
@@ -380,7 +380,7 @@ def test_every_call_fails(bench: Bench, figures: Figures, kind: str, case: Case)
 def test_a_segment_that_cannot_be_read(
     bench: Bench, figures: Figures, mode: str, config: str, forever: bool, position: int
 ) -> None:
-    """Bad blocks under one segment: it is put aside, and what it held is stored anew, unless that is bad as well."""
+    """Bad blocks under one segment: it is put aside, and its chunks are stored again, unless those are bad as well."""
     case = "whole", mode, config
     with pytest.MonkeyPatch.context() as patch, bench.store("whole") as store:
         bad = store.backend.path_of(store.entries()[position].key)

@@ -372,7 +372,7 @@ def test_the_lock_goes_with_the_process_that_held_it(locked: Any, store_path: Pa
 def test_a_look_up_that_misses_a_file_does_not_forget_one_that_is_published_meanwhile(
     store_path: Path, figures: Figures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look that finds no file and the note in the index, another process stores the prefix anew."""
+    """Between the look that finds no file and the note in the index, another process stores the prefix again."""
     prefix = Prefix(numbers(50, 12), 0)
     with PrefixStore(store_path) as reader, PrefixStore(store_path) as writer:
         prefix.write(writer)

@@ -336,7 +336,7 @@ class Machine(RuleBasedStateMachine):
         if closed:
             self.store = self.open()
         else:
-            # Whoever meets it finds what lies before it; `gc` forgets it where nobody does.
+            # A look-up that meets it finds what lies before it; otherwise `gc` forgets it.
             found = self.find(self.model.segments[key].ids)
             assert (found.tokens if found else 0) <= self.model.longest(self.model.segments[key].ids)
             self.store.gc()

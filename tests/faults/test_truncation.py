@@ -57,7 +57,7 @@ EXPLICIT_FIRST, AUTOMATIC_FIRST = ("explicit", "automatic"), ("automatic", "expl
 
 
 def assert_all_is_well(scene: Scene, folder: Path, tally: Tally, *, except_for: str | None = None) -> None:
-    """Nothing went wrong, and after a clean-up everything is stored and sound, whatever was computed anew."""
+    """Nothing went wrong, and after a clean-up everything is stored and sound."""
     assert (tally.wrong, tally.crashes) == ([], [])
     with PrefixStore(folder) as store:
         store.gc()
@@ -122,7 +122,7 @@ def empty_folder(path: Path, outside: Path) -> None:
 
 def full_folder(path: Path, outside: Path) -> None:
     path.mkdir()
-    (path / "a file").write_text("of somebody")
+    (path / "a file").write_text("of a user")
 
 
 def link_to_the_right_bytes(path: Path, outside: Path) -> None:
@@ -194,11 +194,11 @@ def test_something_else_in_the_place_of_a_segment(scene, folder, tmp_path, caplo
     path.unlink()
     replace(path, outside)
     live_through(scene, folder, victim, caplog)
-    # What a link leads to was neither used (the segment was computed anew) nor touched.
+    # What a link leads to was neither used (the segment was computed again) nor touched.
     assert {file.name: file.read_bytes() for file in outside.iterdir()} == before
     assert stat.S_ISREG(path.lstat().st_mode)
     if replace is full_folder:
-        assert (folder / "damaged" / path.name / "a file").read_text() == "of somebody"
+        assert (folder / "damaged" / path.name / "a file").read_text() == "of a user"
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

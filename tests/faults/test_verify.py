@@ -141,7 +141,7 @@ def test_the_command_ends_with_status_1_and_names_the_segment(store: PrefixStore
 WRONG = {
     ("segments", "id"): "id + 1000",
     ("segments", "key"): "'" + "ab" * 16 + "'",
-    ("segments", "fingerprint"): "'somebody else'",
+    ("segments", "fingerprint"): "'another model'",
     ("segments", "beginning"): "'" + "cd" * 16 + "'",
     ("segments", "parent"): "zeroblob(16)",
     ("segments", "first_chunk"): "first_chunk + 1",

@@ -1,4 +1,4 @@
-"""A segment that makes whoever opens it raise anything at all stops nobody: others are indexed, verified and kept."""
+"""A segment whose opening raises anything at all stops no other: others are indexed, verified and kept."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_what_a_blob_says_of_itself_spoils_no_row_but_its_own(
 
 
 def test_a_row_that_was_dropped_to_be_repaired_is_kept_where_that_fails(store_path: Path, attacks: Figures) -> None:
-    """Repairing drops a row and inserts it anew: what is raised in between must not lose it."""
+    """Repairing drops a row and inserts it again: what is raised in between must not lose it."""
     backend = Lying()
     keys = filled(store_path, backend)
     with PrefixStore(store_path, backend=backend) as store:

@@ -405,7 +405,7 @@ def test_claims_that_nobody_can_check_are_left_out(tmp_path: Path, store_path: P
         assert row.last_used <= time.time()
         assert path_in(store, key).stat().st_mtime <= time.time()
     (store_path / "index.sqlite").unlink()
-    with PrefixStore(store_path) as store:  # (Nor does the index learn them when it is built anew.)
+    with PrefixStore(store_path) as store:  # (Nor does the index learn them when it is rebuilt.)
         row = store.inner.read(lambda db: segment_by_key(db, key))
         assert row is not None
         assert row.compute_ms == 0

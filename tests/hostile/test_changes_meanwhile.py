@@ -1,4 +1,4 @@
-"""Files that somebody changes while they are imported or exported: what is verified must be what is kept."""
+"""Files that change while they are imported or exported: what is verified must be what is kept."""
 
 from __future__ import annotations
 

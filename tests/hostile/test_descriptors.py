@@ -1,4 +1,4 @@
-"""Chains of thousands of segments under the limits that systems have: descriptors are given back, and taken anew."""
+"""Chains of thousands of segments under the limits that systems have: descriptors are given back, and taken again."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ LOSSES = {
     "deleted": lambda blobs, key: blobs.disk.delete(key),
     "replaced by others' bytes": lambda blobs, key: replace_with(some_bytes(9000, 99), blobs, key),
     "replaced by the same bytes": lambda blobs, key: replace_with(blobs.contents[key], blobs, key),
-    "deleted and stored anew": lambda blobs, key: (
+    "deleted and stored again": lambda blobs, key: (
         blobs.disk.delete(key),
         replace_with(some_bytes(9000, 99), blobs, key),
     ),

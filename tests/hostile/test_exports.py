@@ -151,17 +151,17 @@ def test_an_export_that_fails_deletes_nothing_but_its_own(tmp_path: Path, store_
 
         def interfere(done: int, total: int, folder: Path = folder) -> None:
             (place,) = folder.parent.iterdir()
-            (place / "README.md").write_text("somebody's")
+            (place / "README.md").write_text("a user's")
             (place / "segments" / "more").symlink_to(tmp_path / "precious")
             (place / "segments" / "kept").mkdir()
-            (place / "segments" / "kept" / "file").write_text("somebody's")
+            (place / "segments" / "kept" / "file").write_text("a user's")
             raise KeyboardInterrupt
 
         with PrefixStore(store_path) as store, pytest.raises(KeyboardInterrupt):
             export_bundle(store, stored(store), folder, interfere)
         (place,) = folder.parent.iterdir()
-        assert (place / "README.md").read_text() == "somebody's"
-        assert (place / "segments" / "kept" / "file").read_text() == "somebody's"
+        assert (place / "README.md").read_text() == "a user's"
+        assert (place / "segments" / "kept" / "file").read_text() == "a user's"
         assert not list(place.rglob("*.safetensors"))
     assert (tmp_path / "precious" / "README.md").read_text() == "mine"
     attacks.add("what others put into an export not deleted")

@@ -1,4 +1,4 @@
-"""An index that somebody made to hang, mislead or lead elsewhere: it is put aside unasked, and rebuilt."""
+"""An index that was made to hang, mislead or lead elsewhere: it is put aside unasked, and rebuilt."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def an_empty_folder(place: Path, outside: Path) -> None:
 
 def a_full_folder(place: Path, outside: Path) -> None:
     place.mkdir()
-    (place / "work").write_text("of somebody")
+    (place / "work").write_text("of a user")
 
 
 def a_link_to_zeros(place: Path, outside: Path) -> None:
@@ -156,7 +156,7 @@ def test_what_is_no_file_is_put_aside(
     assert {file.name for file in outside.iterdir()} == {"file", "pipe"}
     assert (outside / "file").read_bytes() == b"not of the store"
     works = [file.read_text() for file in path.rglob("work")]
-    assert works == (["of somebody"] if make is a_full_folder else [])
+    assert works == (["of a user"] if make is a_full_folder else [])
     attacks.add("no files in the place of the index")
 
 

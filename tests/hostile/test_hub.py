@@ -210,7 +210,7 @@ def test_what_a_killed_download_left_is_collected_and_one_that_goes_on_is_not(
 
 
 def test_nothing_is_collected_that_is_no_download(tmp_path: Path, attacks: Figures) -> None:
-    """Whoever may rename things beside the store gives something precious the name of a download."""
+    """A user who may rename things beside the store gives something precious the name of a download."""
     precious = tmp_path / "precious"
     (precious / "segments").mkdir(parents=True)
     (precious / "segments" / "file").write_text("mine")

@@ -350,7 +350,7 @@ def test_a_question_ends_however_long_the_file_is_told_to_be(
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.truncate(path / "index.sqlite", 2**35)
-    # (Somebody writes these rows while the store is open: else opening forgets segments that are not there.)
+    # (These rows are written while the store is open: otherwise opening forgets segments that are not there.)
     monkeypatch.setattr(maintenance, "reconcile_on_opening", lambda *_: None)
     with PrefixStore(path) as store, pytest.raises(StoreError, match="interrupted"):
         store.delete(key, recursive=True)

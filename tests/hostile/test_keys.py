@@ -42,7 +42,7 @@ def assert_served(store: PrefixStore, ids: TokenIds) -> None:
         assert torch.equal(kv, expected_kv(G, ids, layer))
 
 
-@pytest.mark.parametrize("theirs", [None, b"the key of somebody else"], ids=["no key", "another key"])
+@pytest.mark.parametrize("theirs", [None, b"the key of another user"], ids=["no key", "another key"])
 def test_what_was_made_without_the_key_is_not_used_and_is_replaced(
     store_path: Path, theirs: bytes | None, attacks: Figures, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -53,7 +53,7 @@ def test_what_was_made_without_the_key_is_not_used_and_is_replaced(
     with PrefixStore(store_path, key=SECRET) as store:
         assert tokens_found(store, ids) == 0
         assert "key" in caplog.text
-        assert path_in(store, key).read_bytes() == before, "it may be somebody's"
+        assert path_in(store, key).read_bytes() == before, "it may be another user's"
         write_prefix(store, ids, g=G)
         assert_served(store, ids)
         assert read_segment(path_in(store, key), SECRET)
@@ -142,7 +142,7 @@ def test_a_bundle_is_signed_by_the_store_that_imports_it(store_path: Path, tmp_p
         assert import_bundle(store, tmp_path / "plain").added == (key,)
         assert_served(store, ids)
         export_bundle(store, [key], tmp_path / "keyed")
-    for number, other in enumerate((None, b"the key of somebody else")):
+    for number, other in enumerate((None, b"the key of another user")):
         with PrefixStore(tmp_path / f"to {number}", key=other) as store:
             report = import_bundle(store, tmp_path / "keyed")
             assert report.added == ()

@@ -229,7 +229,7 @@ def test_a_lock_that_is_also_a_file_elsewhere_is_replaced(
 
 
 def test_a_copy_of_links_is_a_backup(path: Path, tmp_path: Path) -> None:
-    """Segments may have other names, for nothing writes to them. The index is made anew, in both stores."""
+    """Segments may have other names, for nothing writes to them. The index is made again, in both stores."""
     shutil.copytree(path, tmp_path / "copy", copy_function=os.link)
     for one in (path, tmp_path / "copy", path):
         assert found(one) == 40
@@ -242,7 +242,7 @@ def test_a_copy_of_links_is_a_backup(path: Path, tmp_path: Path) -> None:
 
 
 def lock_of(path: Path, mode: int) -> int:
-    """A descriptor of a lock with this mode, such as somebody has who may only read it."""
+    """A descriptor of a lock with this mode, as a user has who may only read it."""
     lock = path / "index.lock"
     lock.touch()
     lock.chmod(mode)
@@ -253,7 +253,7 @@ def lock_of(path: Path, mode: int) -> int:
 def test_a_lock_that_others_can_read_is_replaced(
     path: Path, mode: int, monkeypatch: pytest.MonkeyPatch, attacks: Figures
 ) -> None:
-    """Whoever has read it once could hold it, and later as well."""
+    """A user who could read it once could hold the lock, also later."""
     monkeypatch.setattr(index_file, "_DOUBTFUL_LOCK_S", 0.2)
     monkeypatch.setattr(index_file, "_LOCK_S", 0.5)
     for holds in (False, True):
@@ -325,7 +325,7 @@ def test_a_lock_that_somebody_replaced_while_we_waited_is_left(path: Path, monke
 
 @pytest.mark.parametrize("moment", ["while it builds", "before it is put in place"])
 def test_of_two_that_build_at_once_one_gives_up(path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the lock was taken from one of them after all: the index is whole, whoever was faster."""
+    """If the lock was taken from one of them after all: the index is whole, whichever was faster."""
     (path / "index.sqlite").unlink()
     seen: list[int] = []
     build, is_due = IndexFile.build, IndexFile.is_due

@@ -1,4 +1,4 @@
-"""Folders and files that a second user has made beforehand, or may write: refused, left alone, or made anew."""
+"""Folders and files that a second user has made beforehand, or may write: refused, left alone, or made again."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_store_that_others_own_or_may_write_is_refused(
 @needs_root
 @pytest.mark.parametrize("empty", [True, False], ids=["an empty folder", "a store"])
 def test_a_folder_that_a_stranger_made_beforehand(tmp_path: Path, empty: bool, attacks: Figures) -> None:
-    """Whoever makes the folder first would read all prompts, and decide what is answered."""
+    """The user who makes the folder first would read all prompts, and decide what is answered."""
     common = tmp_path / "common"
     common.mkdir()
     common.chmod(0o1777)
@@ -199,7 +199,7 @@ def test_a_folder_that_is_trusted_as_it_is_keeps_its_mode(tmp_path: Path) -> Non
         PrefixStore(folder)
 
 
-# ---- what is used by and by ----
+# ---- what is used later ----
 
 
 @pytest.mark.parametrize("which", ["the folder", "the file"])
@@ -302,7 +302,7 @@ def test_all_that_is_made_is_for_its_owner_only_from_its_first_moment(
 def test_a_stranger_reads_no_file_and_holds_no_lock_of_a_folder_that_he_may_enter(
     tmp_path: Path, attacks: Figures
 ) -> None:
-    """Somebody has opened the folder to all later: the files in it are closed all the same."""
+    """The folder was opened to all later: the files in it are closed all the same."""
     path = tmp_path / "store"
     before = os.umask(0)
     try:

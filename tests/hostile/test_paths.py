@@ -201,7 +201,7 @@ def test_a_folder_that_is_swapped_at_any_moment_leads_nowhere(
 
 @pytest.mark.parametrize("action", ["look up", "publish", "verify", "gc"])
 def test_what_was_swapped_is_healed(scene: Scene, action: str, attacks: Figures) -> None:
-    """A link in the place of a folder of segments goes, and what was in that folder is stored anew."""
+    """A link in the place of a folder of segments goes, and what was in that folder is stored again."""
     scene.swap(places(scene)["segments/ab"])
     for _ in range(2):
         with contextlib.suppress(*REFUSALS):
@@ -220,7 +220,7 @@ def test_what_was_swapped_is_healed(scene: Scene, action: str, attacks: Figures)
 
 
 def test_a_path_leads_to_the_store_that_lies_there_now(tmp_path: Path) -> None:
-    """Somebody deleted or moved a store that this process has open, and made another one at its path."""
+    """A store that this process has open was deleted or moved, and another one made at its path."""
     with PrefixStore(tmp_path / "store") as first:
         assert PrefixStore.shared(tmp_path / "store") is first
         (tmp_path / "store").rename(tmp_path / "moved")
@@ -258,8 +258,8 @@ def test_a_folder_that_holds_something_is_never_deleted(scene: Scene, name: str,
     place = scene.path / name.format(key=scene.key, lost=scene.lost.key, ab=scene.key[:2])
     if place.is_file():
         place.unlink()
-    (place / "of somebody").mkdir(parents=True)
-    (place / "of somebody" / "work").write_text("of years")
+    (place / "of a user").mkdir(parents=True)
+    (place / "of a user" / "work").write_text("of years")
     with PrefixStore(scene.path) as store:
         store.lookup(FINGERPRINT, IDS, geometry().chunk_size)
         store.unpin(scene.other)
@@ -354,7 +354,7 @@ def test_a_directory_follows_no_link(tmp_path: Path, attacks: Figures) -> None:
 
 
 def test_what_is_closed_is_no_other_folder(tmp_path: Path) -> None:
-    """A number of a descriptor is given again: whoever uses an old one would reach something else."""
+    """A number of a descriptor is given again: a user of the old one would reach something else."""
     folder = Directory.open(tmp_path)
     folder.close()
     folder.close()

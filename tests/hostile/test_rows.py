@@ -189,7 +189,7 @@ def test_whatever_is_in_the_rows(
 def test_whatever_is_in_the_rows_of_a_full_store(
     template: Path, tmp_path: Path, attacks: Figures, statements: list[tuple[str, tuple[Any, ...]]], bound: int
 ) -> None:
-    """Evicting and expiring go by the rows: they end, and take away no more than what a row can name."""
+    """Evicting and expiring follow the rows: they end, and take away no more than what a row can name."""
     folder = tmp_path / "store"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)

@@ -303,7 +303,7 @@ def test_no_key_of_others_comes_to_the_log_of_a_tenant(
 
 @pytest.mark.parametrize("column", ["root", "fingerprint", "chunk_size"])
 def test_a_row_is_nobodys_whose_root_is_not_that_of_its_model(town: Town, attacks: Figures, column: str) -> None:
-    """Whoever writes the index cannot make a tenant delete another one's segment by copying half of a row."""
+    """An attacker who writes the index cannot make a tenant delete another one's segment by copying half of a row."""
     theirs, own = town.keys["victim"][1], town.keys["enemy"][1]
     own_root = f"(SELECT root FROM segments WHERE key = '{own}')"
     value = {"root": own_root, "fingerprint": "'another'", "chunk_size": "8, num_chunks = (num_tokens + 7) / 8"}

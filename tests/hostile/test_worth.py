@@ -119,7 +119,7 @@ def test_what_is_imported_claims_nothing(tmp_path: Path, clock: Clock, attacks: 
 
 
 def test_a_file_from_the_future_is_one_of_now(store_path: Path, attacks: Figures) -> None:
-    """The time of a file is what its owner says; it becomes `created` where a segment is indexed anew."""
+    """The time of a file is what its owner says; it becomes `created` where a segment is indexed again."""
     with PrefixStore(store_path) as store:
         key = write_prefix(store, some_tokens(16)).spans[0].segment.key
     path = store_path / "segments" / key[:2] / f"{key}.safetensors"

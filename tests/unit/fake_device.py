@@ -324,7 +324,7 @@ class FakeDevice:
         self.name = name
         # Which memory has run out: that for copies (True), or all other (False).
         self.full: bool | None = None
-        # The most that can be had at a time, and how often more was asked for.
+        # The most that the device has, and how often more was asked for.
         self.most: int | None = None
         self.refused = 0
         # What the device says that nobody has taken.

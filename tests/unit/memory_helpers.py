@@ -195,7 +195,7 @@ def check_tier(tier: Tier, leased: int | None = None, forgotten: int = 0) -> Non
 
 
 def check_arena(arena: Arena) -> None:
-    """A slot is free, somebody's, or used: never two of them, and none is lost."""
+    """A slot is free, loading, or used: never two of them, and none is lost."""
     size = arena.blocks.slots_per_block
     free = arena._free
     assert len(set(free)) == len(free)

@@ -127,7 +127,7 @@ def test_an_orphan_is_refused_by_name(source: PrefixStore, target: PrefixStore, 
     assert report.added == ()
     assert [(refused.key, root in refused.reason) for refused in report.refused] == [(child, True)]
     assert content(target.path) == before
-    # What is sound can be had when asked for.
+    # The sound part is imported on request.
     report = import_bundle(target, tmp_path / "bundle", skip_refused=True)
     assert (report.added, [refused.key for refused in report.refused]) == ((alone,), [child])
 

@@ -206,7 +206,7 @@ def test_no_byte_is_beyond_the_checks(bundle: tuple[Path, str, str], target: Pre
         octets = bytearray(sound)
         octets[place] ^= 16
         path.write_bytes(octets)
-        # Whoever forges a file can forge its digest.
+        # An attacker who forges a file can forge its digest.
         whole["segments"][0]["sha256"] = hashlib.sha256(octets).hexdigest()
         (folder / "bundle.json").write_text(json.dumps(whole))
         assert root in [refused.key for refused in import_bundle(target, folder).refused], place

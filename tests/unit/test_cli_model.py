@@ -1,4 +1,4 @@
-"""The commands that need a model: what `warm` stores is found by whoever loads the model by name."""
+"""The commands that need a model: what `warm` stores is found by a program that loads the model by name."""
 
 from __future__ import annotations
 

@@ -326,7 +326,7 @@ def test_what_nobody_used_for_its_time_is_neither_found_nor_kept(store_path: Pat
         assert not path.exists()
         assert (store.stats.expired, len(store.entries())) == (1, 1)
         assert store.gc().expired == ()
-    with PrefixStore(store_path, ttl_s=100) as store:  # What was used is known to whoever opens it next.
+    with PrefixStore(store_path, ttl_s=100) as store:  # The next process knows what was used.
         clock.now += 99
         assert kept(store, [used]) == [True]
         clock.now += 1.5

@@ -116,7 +116,7 @@ def test_lfu_prefers_an_arrival_that_was_used_often_before_it_went() -> None:
     tell(tier, clock, table, [1, 2])
     load(tier, table, places(0))  # Used for the third time, 1 and 2 twice.
     assert here(tier, table) == [0, 2]
-    load(tier, table, places(3))  # For the first time, but somebody must go.
+    load(tier, table, places(3))  # For the first time, but one must go.
     assert here(tier, table) == [0, 3]
 
 

@@ -196,7 +196,7 @@ def test_letting_go_of_forgotten_keys_does_not_let_go_of_those_that_took_their_n
     tier.let_go(first)
     check_tier(tier, leased=0)
     tier.let_go(second)
-    assert not tier.make_room(4 * PAGE), "somebody still uses the second"
+    assert not tier.make_room(4 * PAGE), "the second is still in use"
     tier.let_go(second)
     assert tier.make_room(4 * PAGE)
 

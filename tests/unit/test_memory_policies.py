@@ -106,7 +106,7 @@ def test_loads_count_disk_reads_that_were_kept_and_nothing_else() -> None:
     table = new_table(1, chunks=4)
     tier = new_tier(4 * PAGE, [table])
     load(tier, table, places(0))
-    load(tier, table, places(0))  # Somebody else read it at the same time: it is loaded already.
+    load(tier, table, places(0))  # Another request read it at the same time: it is loaded already.
     slots = tier.take(PAGE, 1)
     tier.keep(table, places(1), slots, PAGE, loaded=False)  # From another tier.
     tier.release(slots, PAGE)

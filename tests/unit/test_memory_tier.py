@@ -135,7 +135,7 @@ class TierMachine(RuleBasedStateMachine):
             assert memory.shape == (nbytes,)
             mark = next(self.marks)
             memory.fill_(mark)
-            self.rented.append((memory[nbytes // 2 :], mark))  # Whoever has a part of it has it.
+            self.rented.append((memory[nbytes // 2 :], mark))  # A part of it keeps all of it.
 
     @precondition(lambda self: self.rented)
     @rule(data=st.data())

@@ -185,7 +185,7 @@ def test_cuda_is_asked_for_all_devices(monkeypatch: pytest.MonkeyPatch, answer: 
 
     monkeypatch.setattr(torch, "zeros", told)
     assert pinned.register_with_cuda(memory) is (answer == 0)
-    # CUDA tells the next launch of a refusal, whoever launches: it must not be a model.
+    # CUDA reports a refusal at the next launch, which must not be a model's.
     assert launched == ([] if answer == 0 else ["cuda"])
     assert cudart.calls == [(memory.data_ptr(), PAGE, 1)]
 

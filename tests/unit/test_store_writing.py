@@ -1,4 +1,4 @@
-"""Segments are published whole or not at all, whoever else writes and whatever crashes."""
+"""Segments are published whole or not at all, whatever else writes or crashes."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_a_read_between_the_halves_of_a_write_is_not_forgotten(machine: Machine,
     thread.join()
     ordered._blocks.write = inner  # type: ignore[method-assign]
     with machine.on_stream("writer"):
-        ordered.write(slots(0), rows(8))  # The reader has released slot 0; whoever has it now writes.
+        ordered.write(slots(0), rows(8))  # The reader has released slot 0; its next user writes.
     assert not [fault for fault in races(machine.log) if "low=0" in fault]
 
 

@@ -1,4 +1,4 @@
-"""Edits that torch does not count, in places that are not sampled, are found by and by, and cheaply."""
+"""Edits that torch does not count, in places that are not sampled, are found after a while, and cheaply."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_each_byte_has_its_turn(tensors: list[torch.Tensor]) -> None:
             before = tensor[place].item()
             tensor[place] = 2.0
             assert look_around(windows) == {tensor.data_ptr()}
-            assert windows.look() == {tensor.data_ptr()}, "it is found until somebody makes new windows"
+            assert windows.look() == {tensor.data_ptr()}, "it is found until new windows are made"
             tensor[place] = before
     assert look_around(windows) == set()
 
