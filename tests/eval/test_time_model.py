@@ -1,4 +1,4 @@
-"""The model of time: counting sees what requests do, a replay is the pipeline it says it is, the page is reproducible."""
+"""The model of time: counting sees what requests do, a replay is the pipeline it says it is, the page can be remade."""
 
 from __future__ import annotations
 
