@@ -111,13 +111,9 @@ class Finder:
     """
 
     def __init__(self, parts: StoreParts, ttl_s: float | None) -> None:
-        self._index = parts.index
-        self._backend = parts.backend
-        self._opened = parts.opened
+        self._parts = parts
         self._salt = parts.tenant.salt
         self._ttl_s = ttl_s
-        self._uses = parts.uses
-        self._counters = parts.counters
         self._chains = ChainMemory()
         self._rebuilt_s = -_REBUILD_AGAIN_S
 
@@ -151,7 +147,7 @@ class Finder:
                 ids=ids[:limit],
                 chunk_size=chunk_size,
             )
-            found = self._index.read(query)
+            found = self._parts.index.read(query)
             if found is None:
                 return Found(None, reason)
             if isinstance(found, int):
@@ -206,13 +202,13 @@ class Finder:
     def _expired(self, row: SegmentRow) -> str | None:
         if self._ttl_s is None:
             return None
-        used = max(row.last_used, self._uses.last_use(row.key))
+        used = max(row.last_used, self._parts.uses.last_use(row.key))
         return "expired" if used < time.time() - self._ttl_s else None
 
     def _segment(self, row: SegmentRow) -> tuple[Segment | None, str | None]:
         """The open segment of `row`, or why there is none."""
         try:
-            return self._opened.get(row), None
+            return self._parts.opened.get(row), None
         except (StoreFormatError, SegmentKeyError, UntrustedOwnerError) as error:
             # Not damage, and not ours to take away; what is computed now takes its place.
             logger.warning("skipped: %s", error)
@@ -246,29 +242,29 @@ class Finder:
 
     def _take_out(self, key: str, identity: Hashable) -> None:
         # Nothing here may fail the request, and nothing depends on it: the next look-up would find out again.
-        self._opened.forget([key])
+        self._parts.opened.forget([key])
         try:
-            if identity is not None and self._backend.quarantine(key, identity):
-                self._counters.add("quarantined")
-            self._index.try_write(lambda db: self._drop_if_gone(db, key))
+            if identity is not None and self._parts.backend.quarantine(key, identity):
+                self._parts.counters.add("quarantined")
+            self._parts.index.try_write(lambda db: self._drop_if_gone(db, key))
         except (StoreError, OSError) as error:
             logger.warning("segment %s could not be taken out of service: %s", key, error)
 
     def _drop_if_gone(self, db: sqlite3.Connection, key: str) -> None:
         # Asked inside the transaction: another process may be storing it again.
-        if self._backend.identity(key) is None:
+        if self._parts.backend.identity(key) is None:
             drop_segment(db, key)
 
     def _doubt(self, chain: Chain, times: int) -> None:
         """Index and segments contradict each other: look again, for a segment may just have been replaced; rebuild."""
-        self._opened.forget([row.key for row, _ in chain])
+        self._parts.opened.forget([row.key for row, _ in chain])
         if times == 2 and time.monotonic() - self._rebuilt_s > _REBUILD_AGAIN_S:
             self._rebuilt_s = time.monotonic()
-            logger.warning("%s contradicts the segments: it is rebuilt from them", self._index.path)
+            logger.warning("%s contradicts the segments: it is rebuilt from them", self._parts.index.path)
             try:
-                self._index.rebuild()
+                self._parts.index.rebuild()
             except StoreError as error:
-                logger.warning("%s could not be rebuilt: %s", self._index.path, error)
+                logger.warning("%s could not be rebuilt: %s", self._parts.index.path, error)
 
     def why_missing(self, found: Found, fingerprint: str, ids: TokenIds, chunk_size: int) -> str:
         """Why nothing was found: "corrupt", "expired", "other_model" or "not_stored"."""
@@ -277,7 +273,7 @@ class Finder:
         if len(ids) == 0:
             return "not_stored"
         beginning = ids[:chunk_size].tobytes()
-        other = self._index.read(
+        other = self._parts.index.read(
             lambda db: is_stored_for_another_model(db, self.root, fingerprint, chunk_size, beginning)
         )
         return "other_model" if other else "not_stored"

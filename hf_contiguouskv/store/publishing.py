@@ -47,15 +47,7 @@ class Publisher:
     """
 
     def __init__(self, parts: StoreParts, finder: Finder, room: Room) -> None:
-        self._index = parts.index
-        self._backend = parts.backend
-        self._opened = parts.opened
-        self._opener = parts.opener
-        self._key = parts.key
-        self._counters = parts.counters
-        self._tenant = parts.tenant
-        self._pins = parts.pins
-        self._uses = parts.uses
+        self._parts = parts
         self._finder = finder
         self._room = room
 
@@ -74,7 +66,7 @@ class Publisher:
             key=segment_hashes(before[-1] if before else root, ids[begin:], c, first=not before)[-1].hex(),
             first_chunk=first_chunk,
             num_tokens=len(ids) - begin,
-            salted=not self._tenant.is_operator,
+            salted=not self._parts.tenant.is_operator,
             beginning="" if before else self._finder.beginning(ids, c),
         )
 
@@ -88,7 +80,7 @@ class Publisher:
     ) -> SegmentWriter:
         """Start storing a segment, as `PrefixStore.begin_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
-        if header.parent and self._index.read(lambda db: _chunk_before(db, header)) is None:
+        if header.parent and self._parts.index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
         if self._room.max_disk_bytes is not None and header.nbytes > self._room.max_disk_bytes:
             raise too_large(header.nbytes, self._room.max_disk_bytes)
@@ -97,7 +89,7 @@ class Publisher:
             _, segment = self._publish(final, own, blob, False)
             return self._published(final, ids, before, segment)
 
-        return SegmentWriter(header, _own(ids, header), self._backend, self._key, publish)
+        return SegmentWriter(header, _own(ids, header), self._parts.backend, self._parts.key, publish)
 
     def begin_in_memory(
         self,
@@ -181,38 +173,40 @@ class Publisher:
                 blob.publish()
                 in_place = True
             # A pin outlives a segment that was lost.
-            insert_segment(db, header, ids, blob.stored_bytes, time.time(), pinned or self._pins.holds(header.key))
+            insert_segment(
+                db, header, ids, blob.stored_bytes, time.time(), pinned or self._parts.pins.holds(header.key)
+            )
             evicted, replaced = len(victims), existing is not None
             doomed.clear()
             for row in (*victims, *self._superseded(db, header, ids)):
                 drop_segment(db, row.key)
-                doomed[row.key] = self._backend.identity(row.key)
+                doomed[row.key] = self._parts.backend.identity(row.key)
             return True, self.open_now(header.key)
 
-        self._uses.flush()  # Victims are chosen by what the index says.
+        self._parts.uses.flush()  # Victims are chosen by what the index says.
         try:
-            published, segment = self._index.write(change)
+            published, segment = self._parts.index.write(change)
         except BaseException:
             if in_place:
                 # It could not be indexed: nobody would find it, and it would take up room.
                 with contextlib.suppress(OSError, StoreError):
-                    self._index.write(lambda db: self._room.delete_unindexed(db, header.key))
+                    self._parts.index.write(lambda db: self._room.delete_unindexed(db, header.key))
             raise
         self._room.remove(doomed)
         if replaced:
-            self._opened.forget([header.key])  # What is kept of it in memory may not be what it holds now.
+            self._parts.opened.forget([header.key])  # What is kept of it in memory may not be what it holds now.
         if segment is not None:
-            self._opened.adopt(segment)
+            self._parts.opened.adopt(segment)
         if published:
-            self._counters.add("published")
-            self._counters.add("bytes_written", header.nbytes)
-            self._counters.add("evicted", evicted)
+            self._parts.counters.add("published")
+            self._parts.counters.add("bytes_written", header.nbytes)
+            self._parts.counters.add("evicted", evicted)
         return published, segment
 
     def open_now(self, key: str) -> Segment | None:
         """The segment `key`, opened before anybody can delete it."""
         with contextlib.suppress(StoreError, OSError):
-            return self._opener(self._backend.open(key))
+            return self._parts.opener(self._parts.backend.open(key))
         return None
 
     def stored_twin(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> Segment | None:
@@ -247,7 +241,7 @@ class Publisher:
         if place is None:
             return False
         with contextlib.suppress(StoreError):
-            return continues(header, self._opened.get(segment_by_id(db, place[0])), place[1])
+            return continues(header, self._parts.opened.get(segment_by_id(db, place[0])), place[1])
         return False
 
     def _superseded(self, db: sqlite3.Connection, header: SegmentHeader, ids: TokenIds) -> list[SegmentRow]:
@@ -255,7 +249,7 @@ class Publisher:
         found = []
         for row in superseded_by(db, header, ids):
             with contextlib.suppress(StoreError):
-                if is_superseded(self._opened.get(row), header, ids):
+                if is_superseded(self._parts.opened.get(row), header, ids):
                     found.append(row)
         return found
 

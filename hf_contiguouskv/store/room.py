@@ -31,14 +31,7 @@ class Room:
     """
 
     def __init__(self, parts: StoreParts, *, max_disk_bytes: int | None, ttl_s: float | None) -> None:
-        self._index = parts.index
-        self._backend = parts.backend
-        self._opened = parts.opened
-        self._opener = parts.opener
-        self._counters = parts.counters
-        self._tenant = parts.tenant
-        self._pins = parts.pins
-        self._uses = parts.uses
+        self._parts = parts
         self.max_disk_bytes = max_disk_bytes
         self.ttl_s = ttl_s
 
@@ -50,22 +43,22 @@ class Room:
         """
         if self.max_disk_bytes is None:
             return []
-        roots = self._tenant.roots(db)
+        roots = self._parts.tenant.roots(db)
         needed = stored_bytes(db, roots) + nbytes
         self._drop_quarantined(needed, self.max_disk_bytes)
         if needed <= self.max_disk_bytes:
             return []
         end_future_uses(db)
-        return choose_victims(db, header, nbytes, self.max_disk_bytes, self._pins.keys(), roots)
+        return choose_victims(db, header, nbytes, self.max_disk_bytes, self._parts.pins.keys(), roots)
 
     def _drop_quarantined(self, needed: int, max_disk_bytes: int) -> None:
         """Delete damaged segments, which are kept to be looked at only as long as nobody needs the room."""
-        if not self._tenant.is_operator:
+        if not self._parts.tenant.is_operator:
             return  # (They may be anybody's.)
-        aside = list(self._backend.quarantined())
+        aside = list(self._parts.backend.quarantined())
         if needed + sum(info.stored_bytes for info in aside) > max_disk_bytes:
             for info in aside:
-                self._backend.drop_quarantined(info.key)
+                self._parts.backend.drop_quarantined(info.key)
 
     def is_within_bound(self) -> bool:
         """Whether what is stored, and what is in quarantine, is within `max_disk_bytes`; cheap.
@@ -74,9 +67,9 @@ class Room:
         """
         if self.max_disk_bytes is None:
             return True
-        total: int = self._index.read(lambda db: stored_bytes(db, self._tenant.roots(db)))
-        if self._backend.lists_cheaply and self._tenant.is_operator:
-            total += sum(info.stored_bytes for info in self._backend.quarantined())
+        total: int = self._parts.index.read(lambda db: stored_bytes(db, self._parts.tenant.roots(db)))
+        if self._parts.backend.lists_cheaply and self._parts.tenant.is_operator:
+            total += sum(info.stored_bytes for info in self._parts.backend.quarantined())
         return total <= self.max_disk_bytes
 
     def evict_excess(self) -> None:
@@ -93,36 +86,36 @@ class Room:
             return
 
         def choose(db: sqlite3.Connection) -> tuple[list[SegmentRow], int]:
-            roots = self._tenant.roots(db)
+            roots = self._parts.tenant.roots(db)
             self._drop_quarantined(stored_bytes(db, roots), bound)
-            return choose_excess(db, bound, self._pins.keys(), roots, at_most=_REMOVED_AT_ONCE)
+            return choose_excess(db, bound, self._parts.pins.keys(), roots, at_most=_REMOVED_AT_ONCE)
 
         def change(db: sqlite3.Connection) -> tuple[dict[str, Hashable], int]:
             end_future_uses(db)
             victims, excess = choose(db)
             for row in victims:
                 drop_segment(db, row.key)
-            return {row.key: self._backend.identity(row.key) for row in victims}, excess
+            return {row.key: self._parts.backend.identity(row.key) for row in victims}, excess
 
-        self._uses.flush()  # Victims are chosen by what the index says.
+        self._parts.uses.flush()  # Victims are chosen by what the index says.
         excess = 1
         while excess > 0:
             try:
-                doomed, excess = self._index.write(change)
+                doomed, excess = self._parts.index.write(change)
             except StoreFullError:
                 # Even forgetting takes a little room, and there is none: the segments go first, which makes some.
-                for row in self._index.read(choose)[0]:
-                    self._backend.delete(row.key)
-                doomed, excess = self._index.write(change)
+                for row in self._parts.index.read(choose)[0]:
+                    self._parts.backend.delete(row.key)
+                doomed, excess = self._parts.index.write(change)
             if not doomed:
                 break
             self.remove(doomed)
-            self._counters.add("evicted", len(doomed))
+            self._parts.counters.add("evicted", len(doomed))
         if excess > 0:
             logger.warning(
                 "pinned prefixes of %s, and what they continue, take up %d bytes more than max_disk_bytes=%d; unpin or "
                 "delete some of them, or raise the bound",
-                self._backend.name,
+                self._parts.backend.name,
                 excess,
                 bound,
             )
@@ -132,30 +125,30 @@ class Room:
         if self.ttl_s is None:
             return []
         unused_since = time.time() - self.ttl_s
-        self._uses.flush()  # Victims are chosen by what the index says.
+        self._parts.uses.flush()  # Victims are chosen by what the index says.
 
         def choose(db: sqlite3.Connection) -> list[SegmentRow]:
-            return expired_segments(db, unused_since, self._pins.keys(), self._tenant.roots(db))
+            return expired_segments(db, unused_since, self._parts.pins.keys(), self._parts.tenant.roots(db))
 
         if dry_run:
-            return self._index.read(choose)
+            return self._parts.index.read(choose)
 
         def delete(db: sqlite3.Connection, some: list[SegmentRow]) -> list[SegmentRow]:
-            pinned, gone = self._pins.keys(), []
+            pinned, gone = self._parts.pins.keys(), []
             for row in some:
                 # (Another process may have used it meanwhile, or continued it.)
                 if is_expired(db, row.key, unused_since, pinned):
                     drop_segment(db, row.key)
-                    self._backend.delete(row.key)
+                    self._parts.backend.delete(row.key)
                     gone.append(row)
             return gone
 
-        self._index.write(end_future_uses)
-        rows, expired = self._index.read(choose), []
+        self._parts.index.write(end_future_uses)
+        rows, expired = self._parts.index.read(choose), []
         for start in range(0, len(rows), _REMOVED_AT_ONCE):
-            expired += self._index.write(partial(delete, some=rows[start : start + _REMOVED_AT_ONCE]))
-        self._opened.forget([row.key for row in expired])
-        self._counters.add("expired", len(expired))
+            expired += self._parts.index.write(partial(delete, some=rows[start : start + _REMOVED_AT_ONCE]))
+        self._parts.opened.forget([row.key for row in expired])
+        self._parts.counters.add("expired", len(expired))
         return expired
 
     def remove(self, doomed: dict[str, Hashable]) -> None:
@@ -164,13 +157,13 @@ class Room:
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
                 # Another process may have stored or indexed it again meanwhile.
-                if self._backend.identity(key) == identity:
+                if self._parts.backend.identity(key) == identity:
                     self.delete_unindexed(db, key)
 
-        self._opened.forget(doomed)
+        self._parts.opened.forget(doomed)
         try:
             if doomed:
-                self._index.write(change)
+                self._parts.index.write(change)
         except (StoreError, OSError) as error:
             logger.warning("%d segments could not be evicted in order: %s", len(doomed), error)
             self._remove_out_of_order(doomed)
@@ -180,33 +173,33 @@ class Room:
 
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
-                if self._backend.identity(key) == identity:
+                if self._parts.backend.identity(key) == identity:
                     self.is_there(db, key, segment_by_key(db, key))
 
         for key, identity in doomed.items():
             with contextlib.suppress(OSError):
-                if self._backend.identity(key) == identity:
-                    self._backend.delete(key)
+                if self._parts.backend.identity(key) == identity:
+                    self._parts.backend.delete(key)
         with contextlib.suppress(OSError):
-            self._index.try_write(change)
+            self._parts.index.try_write(change)
 
     def delete_unindexed(self, db: sqlite3.Connection, key: str) -> None:
         """Delete a blob unless the index knows it: inside a transaction, for another process may have indexed it."""
         if segment_by_key(db, key) is None:
-            self._backend.delete(key)
+            self._parts.backend.delete(key)
 
     def is_there(self, db: sqlite3.Connection, key: str, row: SegmentRow | None) -> bool:
         """Whether the segment is stored already; if only the index does not know it (well), it learns."""
-        if self._backend.identity(key) is None:
+        if self._parts.backend.identity(key) is None:
             return False
         if row is not None and number_of_chunks(db, row.id) == row.num_chunks:
             return True
         try:
-            with contextlib.closing(self._opener(self._backend.open(key))) as segment:
+            with contextlib.closing(self._parts.opener(self._parts.backend.open(key))) as segment:
                 if segment.key != key:
                     return False
                 drop_segment(db, key)
-                blob, pinned = segment.blob, self._pins.holds(key)
+                blob, pinned = segment.blob, self._parts.pins.holds(key)
                 insert_segment(db, segment.header, segment.token_ids, blob.stored_bytes, blob.created, pinned)
         except (StoreError, OSError):
             return False  # Whatever lies there cannot be used, or is not what its name says.
