@@ -104,7 +104,7 @@ def _look_up(store: PrefixStore, ids: TokenIds, expected: int, new: bool = False
     """Look `ids` up; with `new`, forget the hashes of recent prompts first."""
     if new:
         store.inner.finder.forget_prompts()
-    stored = store.lookup(MODEL, ids, CHUNK)
+    stored = store.inner.lookup(MODEL, ids, CHUNK)
     tokens = stored.tokens if stored else 0
     if tokens != expected:
         raise AssertionError(f"{tokens} tokens are found, {expected} are stored")
@@ -153,7 +153,7 @@ def checksums(folder: Path, sizes: Sizes) -> dict[str, Any]:
         prefixes = []
         for one in (store, keyed):
             store_kv(one, ids, g)
-            stored = one.lookup(MODEL, ids, CHUNK)
+            stored = one.inner.lookup(MODEL, ids, CHUNK)
             assert stored is not None
             prefixes.append(AttachedPrefix.of(stored, sizes.tokens))
         prefix, keyed_prefix = prefixes
@@ -204,7 +204,7 @@ def _read(
         raise AssertionError(f"{path} is in the page cache")
     start, cpu = time.perf_counter(), time.process_time()
     tickets = [
-        store.reader.submit(prefix.reads(layer, chunks, slots, _places(buffer, g.extent_bytes), verify))
+        store.inner.reader.submit(prefix.reads(layer, chunks, slots, _places(buffer, g.extent_bytes), verify))
         for layer, buffer in enumerate(buffers)
     ]
     for ticket in tickets:

@@ -54,7 +54,7 @@ def some_ids(count: int, seed: int) -> TokenIds:
 
 def store_kv(store: PrefixStore, ids: TokenIds, g: KVGeometry, first_chunk: int = 0, seed: int = 0) -> None:
     """Publish a segment of random K and V."""
-    with store.begin_segment(MODEL, g, ids, first_chunk) as writer:
+    with store.inner.begin_segment(MODEL, g, ids, first_chunk) as writer:
         generator = torch.Generator().manual_seed(seed)
         for layer in range(g.num_layers):
             shape = (writer.header.num_chunks, 2, g.kv_heads, g.chunk_size, g.head_dim)

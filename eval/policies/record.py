@@ -45,7 +45,9 @@ class Listening:
 
     def attach(self, ids: torch.Tensor, geometry: KVGeometry) -> AttachedPrefix:
         """See `ServingMethod`."""
-        stored = self._store.lookup(model_fingerprint(self._model), ids.numpy(), geometry.chunk_size, geometry=geometry)
+        stored = self._store.inner.lookup(
+            model_fingerprint(self._model), ids.numpy(), geometry.chunk_size, geometry=geometry
+        )
         assert stored is not None
         return AttachedPrefix.of(stored, len(ids))
 

@@ -47,10 +47,10 @@ def fill_store(folder: Path, trace: Trace) -> Path:
     with no_fsync(), PrefixStore(path, host_bytes=0) as store:
         for number, count in enumerate(tqdm(tokens, "segments", disable=None, leave=False)):
             ids = some_ids(count, number)
-            if store.lookup(MODEL, ids, g.chunk_size) is not None:
+            if store.inner.lookup(MODEL, ids, g.chunk_size) is not None:
                 continue
             chance = torch.Generator().manual_seed(number)
-            with store.begin_segment(MODEL, g, ids) as writer:
+            with store.inner.begin_segment(MODEL, g, ids) as writer:
                 chunks = writer.header.num_chunks
                 shape = (chunks, 2, g.kv_heads, g.chunk_size, g.head_dim)
                 for layer in range(g.num_layers):
@@ -143,8 +143,8 @@ class NoReads:
     """
 
     def __init__(self, store: PrefixStore) -> None:
-        self.memory = store.memory
-        self._reader = store.reader
+        self.memory = store.inner.memory
+        self._reader = store.inner.reader
 
     @property
     def reader(self) -> NoReads:
@@ -214,7 +214,7 @@ class Replay:
     def _prefix(self, number: int) -> AttachedPrefix:
         if number not in self._attached:
             tokens = self._trace.pools[number].tokens
-            found = self._store.lookup(MODEL, some_ids(tokens, number), self._geometry.chunk_size, count=False)
+            found = self._store.inner.lookup(MODEL, some_ids(tokens, number), self._geometry.chunk_size, count=False)
             assert found is not None
             self._attached[number] = AttachedPrefix.of(found, tokens)
         return self._attached[number]
@@ -228,7 +228,7 @@ class Replay:
             reads: whether anything is read from disk.
         """
         g, pool, stats = self._geometry, self._trace.pools[prefix], RequestStats()
-        store = self._store if reads else NoReads(self._store)
+        store = self._store.inner if reads else NoReads(self._store)
         method = RecordedMethod(pool, number, pace)
         plan = ReadPlan.of(self._prefix(prefix), self._config, self._layers)
         request = PrefixRequest(plan, store, stats, method=method)
@@ -239,7 +239,7 @@ class Replay:
 
     def outcome(self, warm_up: int, timed: int) -> Outcome:
         """Without the first `warm_up` requests; reads and TTFT of the last `timed`."""
-        peak = self._store.memory.host.peak_bytes
+        peak = self._store.inner.memory.host.peak_bytes
         return _outcome(np.array(self._rows), self._geometry.extent_bytes, warm_up, timed, peak)
 
 

@@ -132,18 +132,18 @@ def full_load(
         NotStoredError: the prefix is not stored.
     """
     ids = prefix_ids.numpy().astype(np.int64)
-    stored = store.lookup(model_fingerprint(model), ids, 16)
+    stored = store.inner.lookup(model_fingerprint(model), ids, 16)
     if stored is None or stored.tokens < len(ids):
         raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
     prefix = AttachedPrefix.of(stored, len(ids))
     devices = ServedModel(model).layers.devices
     loader = loading.loader = ChunkLoader(
-        store,
+        store.inner,
         [prefix] * len(devices),
         devices,
         loading.stats,
         # What is under way takes up memory in all tiers that it goes through, and what finds no room is read late.
-        lookahead_bytes=min(tier.max_bytes for tier in store.memory.tiers) // 2,
+        lookahead_bytes=min(tier.max_bytes for tier in store.inner.memory.tiers) // 2,
         timeline=loading.timeline,
     )
     cache = DynamicCache()

@@ -134,12 +134,12 @@ class ChunkParts:
         self, prefix: AttachedPrefix, config: ContiguousKVConfig, layers: LayerPlan, store: PrefixStore, on_host: bool
     ) -> None:
         for device in layers.devices:
-            store.memory.on(device)  # From then on host memory is pinned.
+            store.inner.memory.on(device)  # From then on host memory is pinned.
         places = replace(layers, devices=(HOST,) * len(layers.devices)) if on_host else layers
-        self._memory = store.memory
+        self._memory = store.inner.memory
         self._plan = plan = ReadPlan.of(prefix, config, places)
         self.devices: Sequence[torch.device] = places.devices
-        self.loader = ChunkLoader.of(plan, store, RequestStats())
+        self.loader = ChunkLoader.of(plan, store.inner, RequestStats())
         self.chunks: Named = {
             layer: np.arange(prefix.chunks) if window is None else plan.tail_chunks(window)
             for layer, window in enumerate(places.windows)
@@ -178,14 +178,14 @@ class UnitParts:
     def __init__(
         self, units: AttachedPrefix, devices: Sequence[torch.device], keys: Chunks, store: PrefixStore, on_host: bool
     ) -> None:
-        self._memory = store.memory
+        self._memory = store.inner.memory
         for device in devices:
-            store.memory.on(device)
+            store.inner.memory.on(device)
         # Two stored layers for each of the model's: keys, values.
         self.devices: Sequence[torch.device] = [HOST if on_host else device for device in devices for _ in range(2)]
         layers = range(len(self.devices))
         self.loader = ChunkLoader(
-            store, [units for _ in layers], self.devices, lookahead_bytes=ReadOptions().lookahead_bytes
+            store.inner, [units for _ in layers], self.devices, lookahead_bytes=ReadOptions().lookahead_bytes
         )
         self.chunks: Named = {layer: np.arange(units.chunks) for layer in layers}
         self._keys = {layer: _NONE if layer % 2 else keys for layer in layers}

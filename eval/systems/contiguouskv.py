@@ -52,6 +52,6 @@ class ContiguousKV(Stored):
     def forget(self) -> None:
         """See `System`."""
         if self._keys_stay and self._store is not None:
-            self._store.memory.drop_chunks()
+            self._store.inner.memory.drop_chunks()
         else:
             super().forget()

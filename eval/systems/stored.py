@@ -75,7 +75,7 @@ class Stored:
         geometry = served.geometry(self._config.chunk_size)
         require_states(states, len(prefix_ids), geometry)
         layers = [(layer.keys[0], layer.values[0], 0) for layer in states.layers]
-        persist_rows([(prefix_ids.numpy().astype(np.int64), layers)], store, served.fingerprint(), geometry)
+        persist_rows([(prefix_ids.numpy().astype(np.int64), layers)], store.inner, served.fingerprint(), geometry)
         if store.match(self._model, prefix_ids) < len(prefix_ids):
             raise OSError(f"the prefix of {len(prefix_ids)} tokens could not be stored in {self._folder}")
 
@@ -115,14 +115,14 @@ class Stored:
         require_state(self.name, state, self.states)
         if state is State.COLD:
             self.close_store()
-            memory = self.opened().memory
+            memory = self.opened().inner.memory
             for device in ServedModel(self._model).layers.devices:
                 memory.on(device)
         else:
             warm = state is not State.KEYS_RESIDENT
             named = self._named_by(prefix_ids, suffix_ids) if warm else None
             with closing(self.parts(prefix_ids, state is State.WARM_HOST)) as parts:
-                move_to(state, parts, self.opened().memory, named)
+                move_to(state, parts, self.opened().inner.memory, named)
         drop_page_cache(self.files())
 
     def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
@@ -137,7 +137,7 @@ class Stored:
         """
         served = ServedModel(self._model)
         store, ids = self.opened(), prefix_ids.numpy().astype(np.int64)
-        found = store.lookup(served.fingerprint(), ids, self._config.chunk_size, count=False)
+        found = store.inner.lookup(served.fingerprint(), ids, self._config.chunk_size, count=False)
         if found is None or found.tokens < len(ids):
             raise NotStoredError(f"a prefix of {len(ids)} tokens is not stored in full")
         prefix = AttachedPrefix.of(found, len(ids))

@@ -196,11 +196,11 @@ def write_nodes(
     for blocks, count in zip(nodes.blocks_of, nodes.tokens, strict=True):
         begin, end = end, end + blocks * units
         tokens, token = slice(token, token + count), token + count
-        known = store.lookup(fingerprint, ids[: end * stored.chunk_size], stored.chunk_size, count=False)
+        known = store.inner.lookup(fingerprint, ids[: end * stored.chunk_size], stored.chunk_size, count=False)
         if known is not None and known.tokens >= end * stored.chunk_size:
             continue
         part = ids[: end * stored.chunk_size]
-        with store.begin_segment(fingerprint, stored, part, begin, known if begin else None) as writer:
+        with store.inner.begin_segment(fingerprint, stored, part, begin, known if begin else None) as writer:
             for layer in range(layout.geometry.num_layers):
                 both = arranged(layer, tokens)
                 for number, found in zip((layout.keys_of(layer), layout.values_of(layer)), both, strict=True):
@@ -216,7 +216,7 @@ def find_nodes(store: PrefixStore, nodes: Nodes, fingerprint: str, ids: TokenIds
         NotStoredError: it is not stored.
     """
     stored = nodes.layout.stored
-    found = store.lookup(fingerprint, ids, stored.chunk_size, geometry=stored)
+    found = store.inner.lookup(fingerprint, ids, stored.chunk_size, geometry=stored)
     if found is None or found.tokens < len(ids):
         raise NotStoredError(f"a prefix of {sum(nodes.tokens)} tokens is not stored")
     return AttachedPrefix.of(found, len(ids))

@@ -9,7 +9,7 @@ from ..store.reader import ExtentReader
 
 
 class ChunkStore(Protocol):
-    """A `PrefixStore`, or anything else that has a reader and memory tiers."""
+    """The inside of a `PrefixStore`, or anything else that has a reader and memory tiers."""
 
     @property
     def reader(self) -> ExtentReader:

@@ -11,8 +11,8 @@ from ..config import ContiguousKVConfig
 from ..errors import StoreError
 from ..model.layer_plan import LayerPlan
 from ..model.served_model import ServedModel
-from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
+from ..store.inner import StoreInner
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
 from .read_plan import WORTH_READING_BYTES, ReadPlan
 
@@ -24,7 +24,7 @@ BUDGETS = (1.0, *(percent / 100 for percent in range(95, 0, -5)))
 UNKNOWN = 0.25
 
 # Choices already printed for each store, because a service makes a cache for each request.
-_said: weakref.WeakKeyDictionary[PrefixStore, set[tuple[float, bool]]] = weakref.WeakKeyDictionary()
+_said: weakref.WeakKeyDictionary[StoreInner, set[tuple[float, bool]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class AutoBudget:
         config: the cache's configuration.
     """
 
-    def __init__(self, model: ServedModel, store: PrefixStore, config: ContiguousKVConfig) -> None:
+    def __init__(self, model: ServedModel, store: StoreInner, config: ContiguousKVConfig) -> None:
         self._store = store
         self._plan = model.layers
         self._config = config

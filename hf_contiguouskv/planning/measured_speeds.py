@@ -18,8 +18,8 @@ from ..model.attention import attend
 from ..model.served_model import ServedModel
 from ..model.trial_forward import KVShape
 from ..selection import AttentionMassScorer, IndexedKeysScorer, SelectionInput, build_key_index, voting_queries
-from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
+from ..store.inner import StoreInner
 from ..store.reader import Read
 from ..store.segment import Segment
 
@@ -49,7 +49,7 @@ class ComputeSpeeds:
 
 
 # Bytes per second of each store's disk, and the size in bytes of the read that measured it.
-_disks: weakref.WeakKeyDictionary[PrefixStore, tuple[float, int]] = weakref.WeakKeyDictionary()
+_disks: weakref.WeakKeyDictionary[StoreInner, tuple[float, int]] = weakref.WeakKeyDictionary()
 # Two simultaneous measurements would slow each other down.
 _lock = threading.Lock()
 
@@ -86,7 +86,7 @@ def _measured(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
     return ComputeSpeeds(forward, used, considered, prefill)
 
 
-def read_speed(store: PrefixStore, prefix: AttachedPrefix) -> float:
+def read_speed(store: StoreInner, prefix: AttachedPrefix) -> float:
     """Bytes per second that `store` delivers, measured by reading the prefix's longest segment.
 
     The result is kept. After a short read, it is measured again once a prefix allows a read of twice the length.
@@ -106,7 +106,7 @@ def read_speed(store: PrefixStore, prefix: AttachedPrefix) -> float:
         return known
 
 
-def _timed_read(store: PrefixStore, segment: Segment, begin: int, nbytes: int) -> float:
+def _timed_read(store: StoreInner, segment: Segment, begin: int, nbytes: int) -> float:
     """Bytes per second of one read, from byte `begin` of a segment."""
     host = store.memory.host
     buffer = host.lease(nbytes)

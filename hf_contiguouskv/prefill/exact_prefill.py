@@ -22,10 +22,10 @@ from ..model.attention import tagged, uses_our_attention
 from ..model.kv_geometry import KVGeometry
 from ..model.layer_plan import LayerPlan
 from ..model.served_model import ServedModel
-from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
 from ..store.entries import StoredPrefix
 from ..store.hashing import TokenIds
+from ..store.inner import StoreInner
 from ..store.segment import Segment
 from .segment_feed import SegmentFeed
 
@@ -93,7 +93,7 @@ class Prefill:
     """
 
     def __init__(
-        self, model: ServedModel, fingerprint: str, geometry: KVGeometry, store: PrefixStore, block: int
+        self, model: ServedModel, fingerprint: str, geometry: KVGeometry, store: StoreInner, block: int
     ) -> None:
         self.model = model
         self.store = store
@@ -233,7 +233,7 @@ def _tagged_layers(layers: LayerPlan) -> frozenset[int]:
     return frozenset(layer for layer in layers.full_layers if uses_our_attention(layers.devices[layer]))
 
 
-def load_exactly(prefix: AttachedPrefix, store: PrefixStore, layers: LayerPlan, cache: DynamicCache) -> None:
+def load_exactly(prefix: AttachedPrefix, store: StoreInner, layers: LayerPlan, cache: DynamicCache) -> None:
     """Load all tokens of all layers of a stored prefix into an empty `DynamicCache`."""
     g, devices = prefix.geometry, layers.devices
     loader = ChunkLoader(store, [prefix] * len(devices), devices, lookahead_bytes=ReadOptions().lookahead_bytes)

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import StoreClosedError, StoreError
 from ..model.kv_geometry import KVGeometry
-from ..store import PrefixStore
+from ..store.inner import StoreInner
 from .segment_feed import SegmentFeed
 
 # K and V of one layer, `(kv_heads, n - start, head_dim)` each, of tokens `[start, n)` of a prompt; and `start`.
@@ -18,7 +18,7 @@ LayerStates = tuple[torch.Tensor, torch.Tensor, int]
 
 def persist_rows(
     rows: Sequence[tuple[np.ndarray, Sequence[LayerStates]]],
-    store: PrefixStore,
+    store: StoreInner,
     fingerprint: str,
     geometry: KVGeometry,
     compute_s: float = 0.0,
@@ -30,7 +30,7 @@ def persist_rows(
             head_dim)` of tokens `[start, n)`. Tokens before `start` must already be stored, or the prompt is skipped.
         compute_s: duration of that forward in seconds.
 
-    Failures to store are only counted and reported (`PrefixStore.write_failed`), because the request has been answered.
+    Failures to store are only counted and reported (`StoreInner.write_failed`), because the request has been answered.
     """
     for ids, layers in rows:
         try:
@@ -44,7 +44,7 @@ def persist_rows(
 def _persist_row(
     ids: np.ndarray,
     layers: Sequence[LayerStates],
-    store: PrefixStore,
+    store: StoreInner,
     fingerprint: str,
     geometry: KVGeometry,
     compute_s: float,

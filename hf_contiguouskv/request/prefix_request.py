@@ -12,10 +12,10 @@ import torch
 from ..errors import SegmentCorruptError, SegmentReadError
 from ..loading.attention_memory import attention_memory
 from ..loading.chunk_accounts import Arrival
+from ..loading.chunk_store import ChunkStore
 from ..loading.request_usage import RequestUsage
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
-from ..store import PrefixStore
 from ..store.attached_prefix import AttachedPrefix
 from ..timeline import NO_TIMELINE, SpanRecorder, Timeline
 from .chunk_strategy import ChunkStrategy
@@ -39,7 +39,7 @@ class PrefixRequest:
 
     Args:
         plan: what the request uses of its prefix.
-        store: where the prefix is.
+        store: reads and keeps the chunks of the prefix.
         stats: receives what the request does.
         recover: see `Recover`; `None`: damage ends the request. It is not used with `method`.
         method: makes the strategy; `None`: the library's own method does.
@@ -54,7 +54,7 @@ class PrefixRequest:
     def __init__(
         self,
         plan: ReadPlan,
-        store: PrefixStore,
+        store: ChunkStore,
         stats: RequestStats,
         recover: Recover | None = None,
         method: StrategyMaker | None = None,

@@ -144,7 +144,7 @@ class AutomaticPrefix:
                 pads, tokens = prompt.pads[row], len(numbers)
                 rows.append((numbers, [layer.row_states(row, pads, tokens) for layer in self._held.layers]))
         self._record(False)
-        self._source.store.submit_background(
+        self._source.store.inner.submit_background(
             self._persisting(rows, time.perf_counter() - new.began), [r for r, _ in rows]
         )
 
@@ -156,7 +156,7 @@ class AutomaticPrefix:
 
         def persist() -> None:
             with follow():
-                persist_rows(rows, store, fingerprint, geometry, seconds)
+                persist_rows(rows, store.inner, fingerprint, geometry, seconds)
 
         return persist
 

@@ -100,7 +100,7 @@ class PrefixSlot:
             prefix_tokens=prefix.tokens, tokens_from_store=prefix.tokens, chunks_total=prefix.chunks
         )
         recovery = None if self.ids is None else source.recovery(self.ids, self._recovered)
-        request = PrefixRequest(plan, source.store, self.stats, recovery, self._method)
+        request = PrefixRequest(plan, source.store.inner, self.stats, recovery, self._method)
         self.attached = AttachedRequest(request, self.installation)
         source.model.forget_shift()
         self._show()

@@ -61,11 +61,11 @@ class PrefixSource:
 
     def refresh(self) -> None:
         """Read the model's state again, because its weights, adapters, dtype or devices may have changed."""
-        geometry = self.model.geometry(self.config.chunk_size)
+        geometry, inside = self.model.geometry(self.config.chunk_size), self.store.inner
         self.layers = self.model.layers
         self.fingerprint = self.model.fingerprint()
-        self._prefill = Prefill(self.model, self.fingerprint, geometry, self.store, self.config.prefill_block)
-        self._auto_budget = AutoBudget(self.model, self.store, self.config) if self.config.budget == "auto" else None
+        self._prefill = Prefill(self.model, self.fingerprint, geometry, inside, self.config.prefill_block)
+        self._auto_budget = AutoBudget(self.model, inside, self.config) if self.config.budget == "auto" else None
 
     @property
     def is_changed(self) -> bool:

@@ -20,7 +20,7 @@ def note_unserved(slot: PrefixSlot, reason: str, *, stored: bool = False) -> Non
     """
     passed_over = slot.stats.passed_over
     passed_over[reason] = passed_over.get(reason, 0) + 1
-    slot.source.store.counters.add(f"passed_over.{reason}")
+    slot.source.store.inner.counters.add(f"passed_over.{reason}")
     if reason not in _logged:
         _logged.add(reason)
         what = "not served from the store" if stored else "neither served from the store nor stored"

@@ -78,7 +78,7 @@ class Publisher:
         first_chunk: int,
         before: StoredPrefix | None = None,
     ) -> SegmentWriter:
-        """Start storing a segment, as `PrefixStore.begin_segment` says."""
+        """Start storing a segment, as `StoreInner.begin_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
         if header.parent and self._parts.index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
@@ -99,7 +99,7 @@ class Publisher:
         first_chunk: int,
         before: StoredPrefix | None,
     ) -> SegmentWriter:
-        """Start a segment that only the caller finds, as `PrefixStore.begin_memory_segment` says."""
+        """Start a segment that only the caller finds, as `StoreInner.begin_memory_segment` says."""
         header = self._header(fingerprint, geometry, ids, first_chunk)
         memory = MemoryBackend()
 

@@ -8,15 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import PrefixInUseError, StoreError, StoreFullError
-from ..memory import MemoryTiers
-from ..stats import StoreCounters, StoreStats
+from ..stats import StoreStats
 from . import maintenance
 from .backend import SegmentBackend
-from .background import Background
 from .entries import GcReport, PrefixInfo, StoreProblem
 from .folder import folder_bytes
 from .inner import StoreInner
-from .reader import ExtentReader
 from .rows import SegmentRow, all_segments, drop_segment, index_problems, segments_with_beginning
 from .search import continuations
 from .tenant import Tenant
@@ -39,19 +36,13 @@ class Upkeep:
     Attributes:
         path: folder of the store.
         backend: where its segments lie.
-        memory: what this process keeps of it in memory.
-        counters: what this process did with it.
         inner: for this library alone.
     """
 
     path: Path
     backend: SegmentBackend
-    memory: MemoryTiers
-    counters: StoreCounters
     max_disk_bytes: int | None
     inner: StoreInner
-    _background: Background
-    _reader: ExtentReader | None
 
     def _put_in_order(self) -> None:
         """On opening: free what crashes left, index what they had just published, and let `max_disk_bytes` hold.
@@ -63,7 +54,7 @@ class Upkeep:
             maintenance.reconcile_on_opening(self.inner.parts)
             if not self.inner.room.is_within_bound():
                 # Another process may be writing, and deleting takes long: opening waits for neither.
-                self._background.submit(self._evict_excess)
+                self.inner.submit_background(self._evict_excess)
         except (StoreError, OSError) as error:
             logger.warning("%s could not be cleaned up: %s", self.path, error)
 
@@ -220,7 +211,7 @@ class Upkeep:
     def stats(self) -> StoreStats:
         """What the store holds, and what this object did since it was opened."""
         stored: Totals = self.inner.read(lambda db: totals(db, self.inner.tenant.roots(db)))
-        tiers = self.memory.bytes_by_tier
+        tiers = self.inner.memory.bytes_by_tier
         stats = StoreStats(
             segments=stored.segments,
             prefix_tokens=stored.tokens,
@@ -228,13 +219,13 @@ class Upkeep:
             disk_bytes=stored.nbytes,
             host_bytes=tiers["host"],
             device_bytes=tiers["device"],
-            bytes_read=self._reader.bytes_read if self._reader else 0,
+            bytes_read=self.inner.bytes_read,
             direct_reads=self.backend.direct,
         )
         if self.inner.tenant.is_operator:
             stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.inner.parts.folder)
             stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
-        self.counters.put_into(stats)
+        self.inner.counters.put_into(stats)
         return stats
 
 

@@ -71,7 +71,7 @@ class _Jobs:
 
 
 class SegmentWriter:
-    """Writes one segment in the background; made by `PrefixStore.begin_segment`.
+    """Writes one segment in the background; made by `StoreInner.begin_segment`.
 
     Chunks and layers may come in any order. The first error of the background thread is raised by `commit`; until
     `commit` returns, no reader sees anything. A writer that is dropped, or left by an exception when it is used as a

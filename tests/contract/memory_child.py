@@ -101,8 +101,8 @@ def main(folder: Path, runs: list[str]) -> None:
             "peak": peak - baseline,
             "own": KV_BYTES if settings.budget == 1.0 else int(KV_BYTES * (settings.budget + 1 / 128)),
             "kept": _memory("VmRSS:") - baseline,
-            "held": store.memory.host.held_bytes,
-            "tier_peak": store.memory.host.peak_bytes,
+            "held": store.inner.memory.host.held_bytes,
+            "tier_peak": store.inner.memory.host.peak_bytes,
         }
         print(json.dumps(report), flush=True)
         store.close()

@@ -56,14 +56,14 @@ def ask(
 
 def chunk_bytes(store: PrefixStore) -> int:
     """Bytes of chunks that lie in host memory."""
-    return store.memory.host.bytes_by_use["chunks"]
+    return store.inner.memory.host.bytes_by_use["chunks"]
 
 
 def assert_nothing_in_use(store: PrefixStore) -> None:
     """No slot has a user, no key is held, no buffer is lent; and the bookkeeping adds up."""
     gc.collect()
-    store.memory.catch_up()
-    host = store.memory.host
+    store.inner.memory.catch_up()
+    host = store.inner.memory.host
     for arena in host._arenas.values():
         assert int(arena.users.sum()) == 0, "slots are in use"
         owned, free = int((arena.owner > 0).sum()), arena.free_slots
@@ -77,9 +77,9 @@ def assert_nothing_in_use(store: PrefixStore) -> None:
 
 def assert_tables_agree(store: PrefixStore) -> None:
     """Tables and slots name each other, and tables know how much of them is resident."""
-    host = store.memory.host
+    host = store.inner.memory.host
     resident = 0
-    for table in store.memory._tables.values():
+    for table in store.inner.memory._tables.values():
         places = (table.slots_in("host") >= 0).nonzero()[0]
         slots = table.slots_in("host")[places]
         if len(slots):

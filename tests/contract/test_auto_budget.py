@@ -221,13 +221,13 @@ def test_a_short_read_speaks_for_the_disk_until_there_is_a_longer_one(tiny_model
     with PrefixStore(store_path) as store:
         for tokens, seed in ((32, 714), (32, 714), (40, 715), (165, 716), (165, 717)):
             with ContiguousKVCache(model, token_ids(tokens, seed=seed), store=store) as cache:
-                assert speeds.read_speed(store, cache.session.request.prefix) > 0
+                assert speeds.read_speed(store.inner, cache.session.request.prefix) > 0
         assert len(lengths) == 2
         assert lengths[1] >= 2 * lengths[0]
-        assert store.memory.host.bytes_by_use["buffers"] <= store.memory.host.max_bytes
+        assert store.inner.memory.host.bytes_by_use["buffers"] <= store.inner.memory.host.max_bytes
         monkeypatch.setattr(speeds, "TELLING_BYTES", 1)
         with ContiguousKVCache(model, token_ids(960, seed=718), store=store) as cache:
-            speeds.read_speed(store, cache.session.request.prefix)
+            speeds.read_speed(store.inner, cache.session.request.prefix)
         assert len(lengths) == 2
 
 

@@ -93,7 +93,7 @@ def test_an_automatic_cache_misses_after_a_change(changing, store_path, when):
         assert cache.stats.tokens_from_store == 0
         cache.close()
         store.flush()
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
     with PrefixStore(store_path) as store:
         restored = ContiguousKVCache(unchanged, store=store, budget=1.0)
         assert_same_generation(answer(unchanged, SECOND, restored), before)
@@ -218,7 +218,7 @@ def test_an_unusual_call_is_neither_served_nor_stored(store_path, call, stored):
         cache.close()
         store.flush()
         assert store.match(model, FIRST[0]) == (96 if stored else 0)
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
 
 
 def test_the_same_call_in_its_usual_form_is_served_and_stored(store_path):
@@ -248,7 +248,7 @@ def test_gradients_are_those_without_a_cache(store_path):
         assert cache.stats.tokens_from_store == 0
         cache.close()
         store.flush()
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
     for name in expected:
         assert_close(actual[name], expected[name])
 

@@ -72,7 +72,7 @@ def test_a_whole_prefix_answers_as_a_dynamic_cache(store_path, family):
             logits, stats = ask(model, store, EXACT, suffix)
             assert_close(logits, expected)
             assert stats.hits[tier] == sum(stats.hits.values()) > 0
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
 
 
 def test_generate_goes_on_as_with_a_dynamic_cache(llama, store_path):
@@ -110,7 +110,7 @@ def test_the_smallest_memory_still_answers(llama, store_path, device, host):
         for _ in range(3):
             assert_close(ask(model, store, EXACT, suffix)[0], expected)
             torch.accelerator.synchronize()
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
 
 
 def test_requests_in_and_out_of_inference_mode_share_a_store(llama, store_path):
@@ -141,7 +141,7 @@ def test_a_store_holds_no_more_device_memory_than_its_limit(llama, store_path, d
         gc.collect()
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated() - before
-        (tier,) = store.memory.devices.values()
+        (tier,) = store.inner.memory.devices.values()
         assert tier.held_bytes <= device
         # The allocator rounds up each of a few pieces.
         assert held <= tier.held_bytes + 64 * 1024
@@ -216,7 +216,7 @@ def test_memory_that_runs_out_is_no_room(llama, store_path):
     expected = forward(model, suffix, prefilled(model, prefix))
     with opened(store_path) as store:
         ask(model, store, EXACT, suffix)
-        (tier,) = store.memory.devices.values()
+        (tier,) = store.inner.memory.devices.values()
         assert tier.held_bytes > 0
         with pytest.raises(torch.OutOfMemoryError):
             tier.where_it_fits(2**50, lambda: torch.empty(2**50, dtype=torch.uint8, device="cuda"))
@@ -226,7 +226,7 @@ def test_memory_that_runs_out_is_no_room(llama, store_path):
         tier.max_bytes = 8 * MEBIBYTE
         tier.peak_bytes = tier.held_bytes  # Memory that was promised and refused counts as a peak.
         assert_close(ask(model, store, EXACT, suffix)[0], expected)
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
 
 
 # ---- what is computed there ----
@@ -245,7 +245,7 @@ def test_the_same_bytes_are_stored_from_both_places(tmp_path, dtype):
         there = states.to(place)
         rows = [(PREFIX[0].numpy(), [(keys, values, 0) for keys, values in there])]
         with PrefixStore(tmp_path / place) as store:
-            persist_rows(rows, store, "of nobody", geometry)
+            persist_rows(rows, store.inner, "of nobody", geometry)
         (file,) = (tmp_path / place).rglob("*.safetensors")
         with safe_open(file, "pt") as segment:
             found.append({name: segment.get_tensor(name) for name in segment.keys()})  # noqa: SIM118
@@ -335,7 +335,7 @@ def test_threads_with_streams_of_their_own_share_a_store(llama, store_path, devi
             thread.join()
         assert not failures, failures[0]
         torch.cuda.synchronize()
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
 
 
 @CUDA
@@ -402,10 +402,10 @@ def test_a_model_on_two_devices_keeps_each_layers_chunks_on_its_own(store_path):
             logits, stats = ask(model, store, EXACT, SUFFIX.to(first))
             assert_close(logits.cpu(), expected)
             assert stats.hits[tier] == sum(stats.hits.values()) > 0
-        assert set(store.memory.devices) == {first, second}
-        (table,) = store.memory._tables.values()
+        assert set(store.inner.memory.devices) == {first, second}
+        (table,) = store.inner.memory._tables.values()
         for layer in range(LAYERS):
-            for device, tier in store.memory.devices.items():
+            for device, tier in store.inner.memory.devices.items():
                 here = (table.slots_in(tier.name).reshape(LAYERS, -1)[layer] >= 0).any()
                 assert here == (device == (first, second)[layer >= LAYERS // 2])
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)

@@ -197,7 +197,7 @@ def test_a_pruned_prefix_in_bfloat16_answers_as_a_masked_one(store_path, config,
                 assert distance(logits, wrong.forward(SUFFIX)) > ANOTHER_ANSWER
                 one = token_ids(1, seed=1204)
                 assert distance(forward(model, one.to(DEVICE), cache), right.forward(one)) < limit
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -258,10 +258,10 @@ def test_slots_in_many_blocks_hold_what_was_put_there(monkeypatch, store_path, c
         again = [ask(model, store, CONFIGS[config], suffix) for suffix in others]
         for (logits, _), expected in zip(again, first, strict=True):
             assert_close(logits, expected)
-        (tier,) = store.memory.devices.values()
+        (tier,) = store.inner.memory.devices.values()
         assert max(arena.held_blocks for arena in tier._arenas.values()) > 1
         assert sum(stats.hits["device"] for _, stats in again) > 0
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
 
 
 @pytest.mark.parametrize("budget", [0.95, 1.0])
@@ -277,7 +277,7 @@ def test_more_indices_than_a_pageable_copy_takes_at_once(store_path, budget):
     keys, values = torch.randn(shape, generator=chance) * 2
     rows = [(prefix[0].numpy(), [(k, v, 0) for k, v in zip(keys, values, strict=True)])]
     with PrefixStore(store_path) as store:
-        persist_rows(rows, store, model_fingerprint(on_cpu), geometry)
+        persist_rows(rows, store.inner, model_fingerprint(on_cpu), geometry)
     with opened(store_path, 64 * MEBIBYTE, 64 * MEBIBYTE) as store:
         for tier in ("disk", "device"):
             with ContiguousKVCache(model, prefix, store=store, config=config) as cache:

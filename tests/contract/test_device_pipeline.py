@@ -83,7 +83,7 @@ def test_a_whole_prefix_is_a_dynamic_cache_bit_for_bit(tiny_model, store_path, f
                 assert torch.equal(forward(model, following, cache), expected[1])
             assert len(machine.copies()) - before == copies
             assert cache.stats.hits["disk" if copies else "device"] == sum(cache.stats.hits.values()) > 0
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -98,7 +98,7 @@ def test_every_way_of_choosing_answers_as_on_a_cpu(tiny_model, store_path, famil
         for _ in range(3):
             logits, stats = ask(model, store, CONFIGS[config])
             assert torch.equal(logits, expected)
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
         assert stats.hits["device"] == sum(stats.hits.values()) > 0
         assert stats.bytes_read == 0
 
@@ -117,7 +117,7 @@ def test_the_smallest_memory_still_answers(model, store_path, device, host, conf
         for turn in (0, 1, 0):
             logits, _ = ask(model, store, CONFIGS[config], suffixes[turn])
             assert_close(logits, expected[turn])
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
             machine.run_all()
 
 
@@ -132,7 +132,7 @@ def test_rows_of_a_batch_and_a_second_suffix_answer_as_on_a_cpu(model, store_pat
             forward(model, SUFFIX, cache)
             cache.reset()
             assert_close(forward(model, suffixes, cache), expected)
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
 
 
 def test_a_whole_prefix_from_several_tiers_is_still_bit_for_bit(model, store_path):
@@ -179,7 +179,7 @@ def test_an_accelerator_stores_what_a_cpu_stores(store_path, schedule, dtype, bl
         # One copy brings all that is new of a layer, one more its index.
         blocks = -(-PREFIX.shape[1] // block)
         assert len(machine.copies("copy out")) == LAYERS * (blocks + 1)
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
     assert _stored_bytes(store_path) == _stored_bytes(other)
 
 
@@ -258,7 +258,7 @@ def test_attention_without_a_mask_answers_as_with_it(tiny_model, store_path, mon
 def test_one_copy_brings_all_that_a_layer_misses(model, store_path, config):
     with accelerated(1) as machine, opened(store_path) as store:
         _, stats = ask(model, store, CONFIGS[config])
-        keys = [tier for tier in store.memory.tiers for _ in tier._keys]
+        keys = [tier for tier in store.inner.memory.tiers for _ in tier._keys]
         assert sum(stats.hits.values()) == stats.hits["disk"]
         whole_layers = config == "whole layers"
         # The next leader's layer may be asked for twice: speculation, then what it lacks.
@@ -280,7 +280,7 @@ def test_what_a_small_device_lets_go_is_found_on_the_host(model, store_path, sch
             for turn in [0, 1, 2, 3] * 2:
                 logits, stats = ask(model, store, CONFIGS["paper"], suffixes[turn])
                 assert_close(logits, expected[turn])
-                assert_idle(store.memory)
+                assert_idle(store.inner.memory)
                 hits += stats.hits["host"]
                 machine.run_all()
         assert len(machine.copies("copy out")) > 0
@@ -316,15 +316,15 @@ def test_chunks_of_a_layer_are_on_its_device(model, store_path, order, config, s
         for _ in range(2):
             logits, stats = ask(model, store, CONFIGS[config])
             assert torch.equal(logits, expected)
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
         assert stats.hits["device"] == sum(stats.hits.values())
-        assert set(store.memory.devices) == set(CPUS)
-        (table,) = store.memory._tables.values()
+        assert set(store.inner.memory.devices) == set(CPUS)
+        (table,) = store.inner.memory._tables.values()
         for layer, number in enumerate(order):
-            for device, tier in store.memory.devices.items():
+            for device, tier in store.inner.memory.devices.items():
                 known = table.slots_in(tier.name).reshape(LAYERS, -1)[layer]
                 assert (known >= 0).any() == (device == CPUS[number])
-        assert all(tier.max_bytes == MEBIBYTE for tier in store.memory.devices.values())
+        assert all(tier.max_bytes == MEBIBYTE for tier in store.inner.memory.devices.values())
 
 
 # ---- streams ----
@@ -383,7 +383,7 @@ def test_the_host_waits_for_no_device_to_know_its_rows(model, store_path):
 @pytest.mark.parametrize("device", [8 * MEBIBYTE, 20 * CHUNK])
 def test_what_stays_is_put_in_its_place_behind_the_first_token(model, store_path, config, device):
     def chunks(store: Any) -> int:
-        (tier,) = store.memory.devices.values()
+        (tier,) = store.inner.memory.devices.values()
         return tier.bytes_by_use["chunks"]
 
     following = token_ids(1, seed=1211)
@@ -397,9 +397,9 @@ def test_what_stays_is_put_in_its_place_behind_the_first_token(model, store_path
             forward(model, following, cache)
             assert chunks(store) >= first
             assert chunks(store) > 0
-            (tier,) = store.memory.devices.values()
+            (tier,) = store.inner.memory.devices.values()
             assert tier._buffer_bytes <= (0 if device > MEBIBYTE else device)
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
         machine.run_all()
 
 
@@ -420,7 +420,7 @@ def test_keys_that_do_not_stay_are_copied_for_each_request(tiny_model, store_pat
         for prefix in (PREFIX, others, PREFIX, others):
             with ContiguousKVCache(model, prefix, store=store, config=settings) as cache:
                 assert_close(forward(model, SUFFIX, cache), expected[id(prefix)])
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
 
 
 @pytest.mark.parametrize("config", ["index", "paper"])
@@ -435,7 +435,7 @@ def test_keys_cross_before_their_layer_is_reached(tiny_model, store_path, config
     tensor = "key_index.8" if config == "index" else "leader_keys.8"
     begun: dict[int, int] = {}
     with accelerated(EARLY) as machine, opened(store_path) as store:
-        stored = store.lookup(model_fingerprint(model), PREFIX[0].numpy(), 16)
+        stored = store.inner.lookup(model_fingerprint(model), PREFIX[0].numpy(), 16)
         size = stored.spans[0].segment.tensor_extent(tensor)[1]
 
         def crossed(layer: int) -> None:
@@ -449,7 +449,7 @@ def test_keys_cross_before_their_layer_is_reached(tiny_model, store_path, config
         ask(model, store, settings)
         for hook in hooks:
             hook.remove()
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
     if config == "index":
         assert all(begun[layer] >= min(10, layer + KEYS_AHEAD) for layer in range(10))
     else:  # Only layers 0 and 8 have leader keys. The next leader's are read while this one's are used.
@@ -470,7 +470,7 @@ def test_damage_in_the_middle_of_a_request_leaves_nothing_in_use(model, store_pa
     with accelerated(schedule), opened(store_path) as store:
         for _ in range(2):
             assert_close(ask(model, store, CONFIGS[config])[0], expected)
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -487,7 +487,7 @@ def test_a_cache_that_is_dropped_gives_everything_back(model, store_path, config
             hook.remove()
         del cache
         gc.collect()
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
 
 
 def _interrupt(*_: Any) -> None:
@@ -506,7 +506,7 @@ def test_a_device_that_has_no_memory_left_leaves_nothing_in_use(model, store_pat
         with pytest.raises(torch.OutOfMemoryError) if failing == "buffers" else nullcontext():
             ask(model, store, CONFIGS["exact"])
         device.full = None
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
         assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
 
 
@@ -520,7 +520,7 @@ def test_a_device_with_less_memory_than_the_limit_says_is_one_with_less_room(mod
         device.most = 6 * CHUNK
         for _ in range(3):
             assert_close(ask(model, store, CONFIGS[config])[0], expected)
-            assert_idle(store.memory)
+            assert_idle(store.inner.memory)
         assert device.refused > 0 or config in ("paper", "index")
 
 
@@ -530,14 +530,14 @@ def test_a_device_lends_a_quarter_of_what_is_free(model, store_path, free):
     with accelerated(EARLY) as machine, PrefixStore(store_path, host_bytes=8 * MEBIBYTE) as store:
         machine.device_of(torch.device("cpu")).free = free
         assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
-        assert store.memory.device_bytes == {None: 2**30, 64 * MEBIBYTE: 16 * MEBIBYTE, 0: 0}[free]
-        assert_idle(store.memory)
+        assert store.inner.memory.device_bytes == {None: 2**30, 64 * MEBIBYTE: 16 * MEBIBYTE, 0: 0}[free]
+        assert_idle(store.inner.memory)
 
 
 def test_what_is_kept_gives_way_where_memory_runs_out(model, store_path):
     with accelerated(EARLY, piece=CHUNK), opened(store_path) as store:
         ask(model, store, CONFIGS["exact"])
-        (tier,) = store.memory.devices.values()
+        (tier,) = store.inner.memory.devices.values()
         held, attempts = tier.held_bytes, []
 
         def action() -> int:
@@ -548,7 +548,7 @@ def test_what_is_kept_gives_way_where_memory_runs_out(model, store_path):
 
         assert tier.where_it_fits(2 * CHUNK, action) == 7
         assert attempts[0] == held > attempts[1] > attempts[2] == 0
-        assert_idle(store.memory)
+        assert_idle(store.inner.memory)
         expected = forward(model, SUFFIX, prefilled(model, PREFIX))
         assert_close(ask(model, store, CONFIGS["exact"])[0], expected)
         with pytest.raises(torch.OutOfMemoryError):
@@ -563,9 +563,9 @@ def test_the_books_of_a_segment_that_is_gone_take_no_room(model, store_path):
     with accelerated(LATE), opened(store_path) as store:
         ask(model, store, CONFIGS["exact"])
         store.delete(store.entries()[0].key)
-        store.memory.forget([table.identity[0] for table in store.memory._tables.values()])
-        assert_idle(store.memory)
-        assert store.memory.host.table_bytes == 0
+        store.inner.memory.forget([table.identity[0] for table in store.inner.memory._tables.values()])
+        assert_idle(store.inner.memory)
+        assert store.inner.memory.host.table_bytes == 0
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -106,8 +106,8 @@ def faults(model: Any, path: Path, streams: tuple[str, ...], schedule: str, room
                         logits, _ = ask(model, store, CONFIGS["paper"], token_ids(6, seed=1210))
                     found += bool(logits.isnan().any())
                 if room > MEBIBYTE:  # All that is forgotten is read again, into buffers that were used before.
-                    for table in list(store.memory._tables.values()):
-                        for tier in store.memory.tiers:
+                    for table in list(store.inner.memory._tables.values()):
+                        for tier in store.inner.memory.tiers:
                             tier.forget(table)
         # (That a block may be allocated for another stream than the one that writes first has its own test.)
         found += len([fault for fault in races(machine.log) if streams == ONE or "alloc" not in fault])

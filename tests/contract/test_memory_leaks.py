@@ -88,23 +88,23 @@ def test_hundreds_of_requests_leave_nothing_behind(tiny_model, filled_store, lim
     store = PrefixStore(filled_store, host_bytes=LIMITS[limit], eviction=policy)
     requests(model, store, 0, WARM_UP)
     # Counters of use wait 5 s for the store's background thread and its connection for writing: have both now.
-    store.submit_background(store.entries)
+    store.inner.submit_background(store.entries)
     store.flush()
     store.pin(store.entries()[0].key)
     store.unpin(store.entries()[0].key)
     assert_nothing_in_use(store)
     memory, files, threads = resident(), open_files(), threading.active_count()
-    held = store.memory.host.held_bytes
+    held = store.inner.memory.host.held_bytes
     requests(model, store, WARM_UP, count)
     assert_nothing_in_use(store)
-    grown = resident() - memory - (store.memory.host.held_bytes - held)
+    grown = resident() - memory - (store.inner.memory.host.held_bytes - held)
     assert grown <= TOLERANCE
     assert open_files() == files
     assert threading.active_count() == threads
-    assert not store.memory._deferred
-    assert len(store.memory._tables) <= len(PREFIXES)
+    assert not store.inner.memory._deferred
+    assert len(store.inner.memory._tables) <= len(PREFIXES)
     if 0 < LIMITS[limit] < 2**28:
-        assert store.memory.host.evicted > count, "nothing had to go"
+        assert store.inner.memory.host.evicted > count, "nothing had to go"
     store.close()
     assert threading.active_count() == threads_before
     assert open_files() == files_before
@@ -121,9 +121,9 @@ def test_a_closed_store_returns_its_memory_to_the_system(tiny_model, tmp_path):
     before = resident()
     for one in prefixes:
         ask(model, one, SUFFIXES[0], store, CONFIGS[0])
-    held = store.memory.host.held_bytes
+    held = store.inner.memory.host.held_bytes
     assert held >= len(prefixes) * LAYERS * 62 * CHUNK_BYTES
     assert held // 2 <= resident() - before <= held + TOLERANCE
     store.close()
-    assert store.memory.host.held_bytes == 0
+    assert store.inner.memory.host.held_bytes == 0
     assert resident() - before <= TOLERANCE

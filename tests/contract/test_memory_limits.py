@@ -63,7 +63,7 @@ def test_the_exact_answer_is_right_within_any_limit(tiny_model, store_path, limi
             assert hits["disk"] + hits["host"] == LAYERS * CHUNKS
             assert answer.stats.bytes_read == hits["disk"] * CHUNK_BYTES, "each byte once"
             assert_nothing_in_use(store)
-            assert store.memory.host.held_bytes <= store.memory.host.peak_bytes <= host_bytes
+            assert store.inner.memory.host.held_bytes <= store.inner.memory.host.peak_bytes <= host_bytes
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -80,7 +80,7 @@ def test_a_pruned_answer_does_not_depend_on_the_limit(tiny_model, store_path, fa
             for our_step, their_step in zip(answer.logits, theirs.logits, strict=True):
                 assert_close(our_step, their_step)
             assert_nothing_in_use(store)
-        assert store.memory.host.peak_bytes <= LIMITS[limit]
+        assert store.inner.memory.host.peak_bytes <= LIMITS[limit]
 
 
 @pytest.mark.parametrize("limit", ["a few chunks", "one layer", "half of the prefix", "plenty"])
@@ -96,7 +96,7 @@ def test_leaders_without_stored_keys_stay_within_the_limit(tiny_model, store_pat
             for ours, theirs in zip(answer.logits, expected.logits, strict=True):
                 assert_close(ours, theirs)
             assert_nothing_in_use(store)
-        assert store.memory.host.peak_bytes <= LIMITS[limit]
+        assert store.inner.memory.host.peak_bytes <= LIMITS[limit]
 
 
 @pytest.mark.parametrize("chunks", [20, 40, 41, 120])
@@ -130,7 +130,7 @@ def test_many_requests_at_once_share_one_limit(tiny_model, store_path, chunks):
             cache.close()
         assert_nothing_in_use(store)
         assert max(most) <= host_bytes
-        assert store.memory.host.peak_bytes <= host_bytes
+        assert store.inner.memory.host.peak_bytes <= host_bytes
 
 
 @pytest.mark.parametrize("policy", POLICIES)

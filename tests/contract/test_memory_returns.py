@@ -97,7 +97,7 @@ def test_everything_is_given_back_however_a_cache_ends(tiny_model, store_path, e
         del cache
         gc.collect()
         assert_nothing_in_use(store)
-        assert store.memory.host.held_bytes <= host_bytes
+        assert store.inner.memory.host.held_bytes <= host_bytes
         after = ask(model, prefix, SUFFIX, store, EXACT)
         expected = generate(model, torch.cat([prefix, SUFFIX], dim=1), prefilled(model, prefix), tokens=3)
         for ours, theirs in zip(after.logits, expected.logits, strict=True):
@@ -120,7 +120,7 @@ def test_a_store_may_be_closed_before_a_cache_that_has_reads_under_way(tiny_mode
         cache.close()
     del cache
     assert_nothing_in_use(store)
-    assert store.memory.host.held_bytes == 0
+    assert store.inner.memory.host.held_bytes == 0
 
 
 # ---- the books ----
@@ -129,7 +129,7 @@ def test_a_store_may_be_closed_before_a_cache_that_has_reads_under_way(tiny_mode
 def history(store) -> list[tuple]:
     return [
         (table.uses, table.prefix_heat, table.importance.tobytes(), table.requests.tobytes(), table.heat.tobytes())
-        for table in store.memory._tables.values()
+        for table in store.inner.memory._tables.values()
     ]
 
 
@@ -169,12 +169,12 @@ def test_a_request_of_one_token_is_settled_when_it_ends(tiny_model, store_path, 
     with PrefixStore(store_path) as store:
         cache = ContiguousKVCache(model, prefix, store=store, config=PRUNED)
         forward(model, SUFFIX, cache)
-        table = next(iter(store.memory._tables.values()))
+        table = next(iter(store.inner.memory._tables.values()))
         assert (table.uses, float(table.importance.sum())) == (0, 0.0)
         if ending == "dropped":
             del cache
             gc.collect()
-            store.memory.catch_up()
+            store.inner.memory.catch_up()
         else:
             getattr(cache, ending)()
         assert table.uses == 1
@@ -190,7 +190,7 @@ def test_a_cache_that_was_never_asked_counts_nothing(tiny_model, store_path):
         cache = ContiguousKVCache(model, prefix, store=store, config=EXACT)
         cache.reset()
         cache.close()
-        assert [table.uses for table in store.memory._tables.values()] == [0]
+        assert [table.uses for table in store.inner.memory._tables.values()] == [0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt-neox"])
@@ -206,7 +206,7 @@ def test_importance_stays_finite_where_rows_are_padded(tiny_model, store_path, f
         for settings in (PRUNED, ContiguousKVConfig.paper(0.3)):
             with ContiguousKVCache(model, prefix, store=store, config=settings) as cache:
                 generate(model, ids, cache, tokens=2, attention_mask=(ids != 0).long())
-        for table in store.memory._tables.values():
+        for table in store.inner.memory._tables.values():
             assert torch.isfinite(torch.from_numpy(table.importance)).all()
             assert (table.importance >= 0).all()
         assert_nothing_in_use(store)
@@ -222,14 +222,14 @@ def test_requests_take_turns_in_the_same_memory_and_see_nothing_of_each_other(ti
         write_prefix(model, prefix, tmp_path / "kv-store")
         with PrefixStore(tmp_path / "kv-store", host_bytes=0) as store:  # Fresh memory for everyone.
             alone.append(ask(model, prefix, SUFFIX, store, config))
-            assert store.memory.host._workspace.held_bytes == 0, number
+            assert store.inner.memory.host._workspace.held_bytes == 0, number
     with PrefixStore(tmp_path / "kv-store") as store:
         held = set()
         for _ in range(3):
             for prefix, expected in zip(prefixes, alone, strict=True):
                 assert ask(model, prefix, SUFFIX, store, config).is_bit_for_bit(expected)
                 gc.collect()
-                workspace = store.memory.host._workspace
+                workspace = store.inner.memory.host._workspace
                 assert workspace.held_bytes == workspace.free_bytes > 0
                 held.add(workspace.held_bytes)
         assert len(held) <= 2, "memory of later requests came on top"

@@ -110,8 +110,8 @@ def test_threads_that_evict_each_others_chunks_all_answer_rightly(stored, policy
                 done.result()
         assert_nothing_in_use(store)
         assert store.stats.quarantined == store.stats.recovered == 0
-        assert store.memory.host.evicted > 0, "nothing had to go"
-        assert store.memory.host.peak_bytes <= limit
+        assert store.inner.memory.host.evicted > 0, "nothing had to go"
+        assert store.inner.memory.host.peak_bytes <= limit
         # One more alone: nothing that the crowd left in memory is wrong.
         for key in [(p, 0, 1.0, False) for p in range(len(PREFIXES))]:
             check(ask(model, PREFIXES[key[0]], SUFFIXES[0], store, config_of(1.0, False)), expected[key])

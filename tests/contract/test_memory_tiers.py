@@ -150,7 +150,7 @@ def test_a_prefix_of_several_segments_is_found_in_all_of_them(tiny_model, store_
             cold, warm = (ask(model, whole, SUFFIX, store, settings) for _ in range(2))
             assert warm.is_bit_for_bit(cold)
             assert warm.stats.bytes_read == 0
-            assert len([table for table in store.memory._tables.values() if table.resident]) == 3
+            assert len([table for table in store.inner.memory._tables.values() if table.resident]) == 3
             assert_nothing_in_use(store)
 
 
@@ -233,8 +233,8 @@ def test_models_with_chunks_of_different_sizes_share_one_memory(tiny_model, stor
             assert answers[1].is_bit_for_bit(answers[0])
             assert answers[1].stats.hits["host"] > 0
             assert_nothing_in_use(store)
-        assert len(store.memory.host._arenas) == 3
-        assert store.memory.host.peak_bytes <= limit
+        assert len(store.inner.memory.host._arenas) == 3
+        assert store.inner.memory.host.peak_bytes <= limit
 
 
 # ---- what is said of it ----
@@ -258,7 +258,7 @@ def test_the_store_says_what_memory_it_holds_at_any_time(tiny_model, store_path)
         try:
             for number in range(6):
                 ask(model, prefix, token_ids(6, seed=920 + number), store, EXACT if number % 2 else PRUNED)
-                uses = store.memory.host.bytes_by_use
+                uses = store.inner.memory.host.bytes_by_use
                 assert store.stats.host_bytes == sum(uses.values())
                 assert all(nbytes >= 0 for nbytes in uses.values())
         finally:
@@ -267,7 +267,7 @@ def test_the_store_says_what_memory_it_holds_at_any_time(tiny_model, store_path)
         assert store.stats.device_bytes == 0
     assert 0 < max(seen) <= limit
     assert min(seen) >= 0
-    assert store.memory.bytes_by_tier == {"device": 0, "host": 0}
+    assert store.inner.memory.bytes_by_tier == {"device": 0, "host": 0}
 
 
 # ---- what must not be in memory ----
@@ -284,7 +284,7 @@ def test_what_was_read_without_a_check_never_stays(tiny_model, store_path, confi
                 answer = ask(model, prefix, SUFFIX, store, settings)
                 assert answer.stats.bytes_read > 0
                 assert answer.stats.hits["host"] == 0
-                uses = store.memory.host.bytes_by_use
+                uses = store.inner.memory.host.bytes_by_use
                 assert (uses["chunks"], uses["keys"]) == (0, 0)
         assert_nothing_in_use(store)
 
@@ -313,7 +313,7 @@ def test_segments_in_memory_are_not_copied_into_the_tier(tiny_model, store_path,
         logits = []
         for _ in range(2):
             logits.append(generate(model, ids, cache, tokens=3).logits)
-            uses = store.memory.host.bytes_by_use
+            uses = store.inner.memory.host.bytes_by_use
             assert (uses["chunks"], uses["keys"], uses["tables"]) == (0, 0, 0)
             cache.reset()
         assert all(map(torch.equal, *logits))
@@ -330,22 +330,22 @@ def test_a_deleted_segment_leaves_memory(tiny_model, store_path, settings):
         write_prefix(model, prefix, store_path)
     with PrefixStore(store_path) as store:
         ask(model, first, SUFFIX, store, settings)
-        alone = store.memory.host.bytes_by_use
+        alone = store.inner.memory.host.bytes_by_use
         keys = {entry.key for entry in store.entries()}
         ask(model, second, SUFFIX, store, settings)
         assert chunk_bytes(store) == 2 * alone["chunks"]
-        doomed = {table.identity[0] for table in store.memory._tables.values()} - {
-            next(iter(store.memory._by_identity))[0]
+        doomed = {table.identity[0] for table in store.inner.memory._tables.values()} - {
+            next(iter(store.inner.memory._by_identity))[0]
         }
         assert doomed < keys
         store.delete(doomed.pop())
-        assert {name: store.memory.host.bytes_by_use[name] for name in ("chunks", "keys")} == {
+        assert {name: store.inner.memory.host.bytes_by_use[name] for name in ("chunks", "keys")} == {
             name: alone[name] for name in ("chunks", "keys")
         }
         store.delete(keys.intersection(entry.key for entry in store.entries()).pop())
-        uses = store.memory.host.bytes_by_use
+        uses = store.inner.memory.host.bytes_by_use
         assert (uses["chunks"], uses["keys"], uses["tables"]) == (0, 0, 0)
-        assert store.memory._tables == {}
+        assert store.inner.memory._tables == {}
         assert_nothing_in_use(store)
 
 
@@ -356,7 +356,7 @@ def test_a_deleted_segment_in_use_leaves_memory_when_its_request_is_over(tiny_mo
     with PrefixStore(store_path) as store:
         cold = ask(model, prefix, SUFFIX, store, EXACT)
         cache = ContiguousKVCache(model, prefix, store=store, config=EXACT)
-        assert sum(int(arena.users.sum()) for arena in store.memory.host._arenas.values()) > 0
+        assert sum(int(arena.users.sum()) for arena in store.inner.memory.host._arenas.values()) > 0
         store.delete(store.entries()[0].key)
         assert all(map(torch.equal, generate(model, ids, cache, tokens=3).logits, cold.logits))
         cache.close()
@@ -374,7 +374,7 @@ def test_a_cache_that_outlives_its_segment_does_not_bring_it_back_to_memory(tiny
         cache.reset()
         forward(model, SUFFIX, cache)
         cache.close()
-        uses = store.memory.host.bytes_by_use
+        uses = store.inner.memory.host.bytes_by_use
         assert (uses["chunks"], uses["keys"]) == (0, 0)
 
 
@@ -389,7 +389,7 @@ def take_out_of_service(store, model):
     cache = ContiguousKVCache(model, document(165), store=store)
     segment = cache.session.held.slot.whole.spans[0].segment
     cache.close()
-    store.discard(segment, "a test says so")
+    store.inner.discard(segment, "a test says so")
 
 
 def expire(store, model):
@@ -408,5 +408,5 @@ def test_a_segment_that_goes_in_another_way_leaves_memory_too(tiny_model, store_
         key = store.entries()[0].key
         end(store, model)
         assert key not in {entry.key for entry in store.entries()}
-        assert key not in {table.identity[0] for table in store.memory._tables.values()}
+        assert key not in {table.identity[0] for table in store.inner.memory._tables.values()}
         assert chunk_bytes(store) == 0

@@ -308,7 +308,7 @@ def test_an_automatic_prompt_that_cannot_be_written_is_counted(tiny_model, store
             assert_same_generation(answer(model, asked(PREFIX), cache), exact(model, asked(PREFIX)))
             store.flush()
         assert store.stats.write_failures == 2
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
         assert store.entries() == []
 
 
@@ -344,14 +344,14 @@ def test_a_parent_that_goes_while_its_child_is_computed_costs_only_the_storing(t
     model = tiny_model("llama")
     write_prefix(model, PREFIX, store_path)
     with PrefixStore(store_path) as store:
-        real = store.begin_segment
+        real = store.inner.begin_segment
 
         def begin_and_delete(*arguments):
             writer = real(*arguments)
             store.delete(store.entries()[0].key)
             return writer
 
-        monkeypatch.setattr(store, "begin_segment", begin_and_delete)
+        monkeypatch.setattr(store.inner, "begin_segment", begin_and_delete)
         cache = ContiguousKVCache(model, LONGER, store=store, budget=1.0)
         assert_same_generation(answer(model, asked(LONGER), cache), exact(model, asked(LONGER)))
         assert store.stats.write_failures == 1
@@ -422,7 +422,7 @@ def test_a_segment_that_claims_to_be_this_models_but_has_another_shape_is_refuse
     geometry = KVGeometry(**(fields | wrong))
     ids = PREFIX[0].numpy()
     with PrefixStore(store_path) as store:
-        with store.begin_segment(model_fingerprint(model), geometry, ids) as writer:
+        with store.inner.begin_segment(model_fingerprint(model), geometry, ids) as writer:
             shape = (6, 2, geometry.kv_heads, 16, geometry.head_dim)
             for layer in range(geometry.num_layers):
                 writer.write_chunks(layer, 0, torch.zeros(shape, dtype=geometry.dtype))
@@ -443,7 +443,7 @@ def test_a_chain_of_different_layouts_is_read_as_each_segment_lies(tiny_model, s
         geometry = KVGeometry(4, 2, 16, torch.float32, 16)
         for first, end, group in ((0, 64, 1), (4, 143, 2)):
             ids, grouped = LONGER[0, :end].numpy(), replace(geometry, layers_per_group=group)
-            with store.begin_segment(model_fingerprint(model), grouped, ids, first) as writer:
+            with store.inner.begin_segment(model_fingerprint(model), grouped, ids, first) as writer:
                 feed = SegmentFeed(writer, grouped, first, end)
                 for layer, states in enumerate(made.layers):
                     feed.feed(layer, states.keys[0, :, :end], states.values[0, :, :end], 0)

@@ -79,7 +79,7 @@ def test_a_request_whose_first_forward_failed_starts_over(tiny_model, store_path
             answer(model, QUESTION, cache)
         assert_same_generation(answer(model, QUESTION, cache), expected)
         store.flush()
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
@@ -105,7 +105,7 @@ def test_a_prompt_that_failed_before_anything_was_stored_starts_over(tiny_model,
         assert_same_generation(answer(model, QUESTION, cache), exact(model, QUESTION))
         store.flush()
         assert store.match(model, PREFIX[0]) >= 80
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
         again = ContiguousKVCache(model, store=store, budget=1.0)
         assert_same_generation(answer(model, QUESTION, again), exact(model, QUESTION))
 
@@ -379,7 +379,7 @@ def test_a_prompt_that_comes_in_blocks_is_stored_in_full(tiny_model, store_path,
             assert_same_generation(output, exact(model, ids))
             cache.close()
             store.flush()
-            assert store.background_failures == 0
+            assert store.inner.background_failures == 0
             assert store.match(model, ids[0]) in (101, 101 // block * block)
         cache = ContiguousKVCache(model, store=store, budget=1.0)
         assert_same_generation(answer(model, ids, cache), exact(model, ids))

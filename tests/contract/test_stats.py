@@ -89,7 +89,7 @@ def test_no_byte_is_read_twice_in_one_request(tiny_model, store_path, monkeypatc
     write_prefix(model, prefix, store_path)
     seen: list[tuple[str, int, int]] = []
     with PrefixStore(store_path) as store:
-        reader = type(store.reader)
+        reader = type(store.inner.reader)
         submit = reader.submit
 
         def spy(self, reads, *args, **kwargs):

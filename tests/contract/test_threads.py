@@ -43,7 +43,7 @@ def twin() -> Any:
 def assert_published_rightly(model: Any, twin: Any, store: Any, *prompts: torch.Tensor) -> None:
     """What the store has of these prompts is what one forward computes for them alone."""
     store.flush()
-    assert store.background_failures == 0
+    assert store.inner.background_failures == 0
     step = token_ids(3, seed=704)
     for ids in prompts:
         found = store.match(model, ids[0])

@@ -168,7 +168,7 @@ def test_after_any_sequence_of_uses_the_answer_is_the_one_without_the_cache(
         store.flush()
         life.cache.close()
         assert store.verify() == []
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
         for known in life.prompts:
             check_published(model, twin, store, known)
 

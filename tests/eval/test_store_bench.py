@@ -14,6 +14,7 @@ from eval import store_bench
 from eval.store_bench import accounting, checksums, lookups, publishing
 from eval.store_fixtures import Sizes, fill, some_ids
 from hf_contiguouskv import PrefixStore
+from hf_contiguouskv.store.inner import StoreInner
 
 SMALL = Sizes(segments=12, chunks=100, tokens=256, layers=2, parameters=200_000, rounds=2)
 
@@ -33,7 +34,7 @@ def test_the_large_store_is_what_it_says(tmp_path: Path) -> None:
     assert made["chunks"] >= 100
     with PrefixStore(tmp_path / "store") as store:
         assert len(store.entries()) == 12
-        chained = store.lookup(store_bench.MODEL, some_ids(256, 2), store_bench.CHUNK)
+        chained = store.inner.lookup(store_bench.MODEL, some_ids(256, 2), store_bench.CHUNK)
         assert chained is not None
         assert (chained.tokens, len(chained.spans)) == (256, 8)
         assert store.verify() == []
@@ -48,7 +49,7 @@ def test_look_ups_are_timed_and_their_answers_checked(tmp_path: Path, monkeypatc
         assert parts["look_up_of_a_new_prompt_ms"]["median"] > parts["index_query_ms"]["median"] > 0
     figures = [parts[name]["median"] for parts in found["prompts"].values() for name in ("match_ms", "look_up_ms")]
     assert found["met"] == (max(figures) < 1)
-    monkeypatch.setattr(PrefixStore, "lookup", lambda *_: None)
+    monkeypatch.setattr(StoreInner, "lookup", lambda *_: None)
     with pytest.raises(AssertionError, match="0 tokens are found, 256 are stored"):
         lookups(tmp_path / "store", SMALL)
 

@@ -159,7 +159,7 @@ def test_answers_do_not_depend_on_what_is_in_memory(
             with torch.no_grad():
                 model(input_ids=SUFFIX_IDS[None], **{CACHE: cache})
             system.finish(cache)
-        assert system.opened().memory.host.peak_bytes <= 64 * 1024
+        assert system.opened().inner.memory.host.peak_bytes <= 64 * 1024
 
 
 def test_h2o_reads_all_keys_and_the_values_that_it_chose(model: Any, tmp_path: Path) -> None:

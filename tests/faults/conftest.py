@@ -186,12 +186,12 @@ class Prefix:
 
     def tokens_found(self, store: PrefixStore) -> int:
         # (Not counted as a use: to look must not change what expires or is evicted.)
-        stored = store.lookup(self.fingerprint, self.ids, self.geometry.chunk_size, count=False)
+        stored = store.inner.lookup(self.fingerprint, self.ids, self.geometry.chunk_size, count=False)
         return 0 if stored is None else stored.tokens
 
     def is_intact(self, store: PrefixStore) -> bool:
         """Whether all bytes of all its chunks are the ones that were written; it must be there in full."""
-        stored = store.lookup(self.fingerprint, self.ids, self.geometry.chunk_size, count=False)
+        stored = store.inner.lookup(self.fingerprint, self.ids, self.geometry.chunk_size, count=False)
         assert stored is not None
         assert stored.tokens == len(self.ids)
         layers = range(self.geometry.num_layers)

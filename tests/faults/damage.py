@@ -251,7 +251,7 @@ class Scene:
         """How many tokens of a sequence a look-up finds."""
         sequence = self.sequences[name]
         fingerprint = model_fingerprint(self.models[sequence.model])
-        stored = store.lookup(fingerprint, sequence.ids[0].numpy(), CHUNK)
+        stored = store.inner.lookup(fingerprint, sequence.ids[0].numpy(), CHUNK)
         return 0 if stored is None else stored.tokens
 
     def count_lost(self, store: PrefixStore, names: Iterable[str], tally: Tally) -> None:

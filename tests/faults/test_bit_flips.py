@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hf_contiguouskv import PrefixStore, ReadOptions
+from hf_contiguouskv.store.inner import StoreInner
 
 from .damage import CONFIGS, Scene, Tally, draw_requests, flip, kind_of, regions, segment_path
 from .scale import SEED, scaled
@@ -183,6 +184,6 @@ def test_a_crash_would_be_counted(scene, tmp_path, monkeypatch):
 
     folder, tally = scene.copy(tmp_path / "store"), Tally()
     with PrefixStore(folder) as store:
-        monkeypatch.setattr(PrefixStore, "lookup", fail)
+        monkeypatch.setattr(StoreInner, "lookup", fail)
         scene.request(store, "lone", "explicit", "exact", tally)
     assert tally.crashes == ["explicit exact request for lone: ZeroDivisionError: on purpose"]

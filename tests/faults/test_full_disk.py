@@ -264,7 +264,7 @@ def test_requests_on_a_full_disk_are_answered_and_the_failure_is_reported(
             judge(ask(store), expected, figures)
             assert store.stats.write_failures == 1
             assert any("could not be stored" in record.getMessage() for record in caplog.records)
-            assert store.background_failures == 0
+            assert store.inner.background_failures == 0
             judge(ask(store), expected, figures)  # Nothing that failed before is in the way.
             assert list((path / "partial").iterdir()) == []
             figures.add("requests on a full disk", 2)

@@ -320,7 +320,7 @@ def request_with(bench: Bench, fault: Fault, case: Case, figures: Figures, trace
         figures.add("requests with I/O errors", fault.hits > 0)
         figures.add("I/O errors and short calls", fault.hits)
         bench.judge(found, case, figures, trace)
-        assert store.background_failures == 0, trace
+        assert store.inner.background_failures == 0, trace
         if shows and fault.hits:
             assert troubles(store) > bench.sound_troubles(case), f"{trace}: no counter shows it, {store.stats}"
         bench.judge(bench.ask(store, mode, config), case, figures, f"{trace}, the next request")
@@ -399,7 +399,7 @@ def test_a_segment_that_cannot_be_read(
         assert fault.hits > 0
         figures.add("I/O errors and short calls", fault.hits)
         assert store.stats.quarantined >= 1
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
         fault.armed = False
         bench.ask(store, "explicit", "exact")
         if not forever:
@@ -445,7 +445,9 @@ def test_what_memory_keeps_of_a_segment_is_not_used_for_another_one_with_the_sam
         (long,) = [entry for entry in store.entries() if entry.tokens == PREFIX.shape[1]]
         bench.ask(store, "explicit", "default")  # Its key index is in memory now.
         for entry in store.entries():
-            store.discard(store.lookup(entry.fingerprint, PREFIX[0].numpy(), 16).spans[-1].segment, "as if damaged")
+            store.inner.discard(
+                store.inner.lookup(entry.fingerprint, PREFIX[0].numpy(), 16).spans[-1].segment, "as if damaged"
+            )
         bench.judge(
             bench.ask(store, "explicit", "default"), ("empty", "explicit", "default"), figures, "another beginning"
         )

@@ -279,7 +279,7 @@ def a_family(seed: int) -> list[Prefix]:
 
 
 def key_of(store: PrefixStore, prefix: Prefix) -> str:
-    stored = store.lookup(prefix.fingerprint, prefix.ids, prefix.geometry.chunk_size, count=False)
+    stored = store.inner.lookup(prefix.fingerprint, prefix.ids, prefix.geometry.chunk_size, count=False)
     assert stored is not None
     assert stored.tokens == len(prefix.ids)
     return stored.spans[-1].segment.key
@@ -307,9 +307,9 @@ def a_clean_up(path: Path) -> Task:
     with PrefixStore(path) as store:
         for prefix in family:
             prefix.write(store)
-        damaged = store.lookup(second.fingerprint, second.ids, second.geometry.chunk_size)
+        damaged = store.inner.lookup(second.fingerprint, second.ids, second.geometry.chunk_size)
         assert damaged is not None
-        store.discard(damaged.spans[0].segment, "as if it were damaged")
+        store.inner.discard(damaged.spans[0].segment, "as if it were damaged")
         unindexed, lost = key_of(store, child), key_of(store, third)
     with closing(sqlite3.connect(path / "index.sqlite")) as db:
         drop_segment(db, unindexed)

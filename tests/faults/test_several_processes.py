@@ -64,7 +64,7 @@ def is_right(store: PrefixStore, stored: StoredPrefix, prefix: Prefix) -> bool:
 
 
 def find(store: PrefixStore, prefix: Prefix) -> StoredPrefix | None:
-    return store.lookup(prefix.fingerprint, prefix.ids, prefix.geometry.chunk_size)
+    return store.inner.lookup(prefix.fingerprint, prefix.ids, prefix.geometry.chunk_size)
 
 
 # ---- everybody at once ----
@@ -216,7 +216,7 @@ def test_writers_of_the_same_prefix_publish_it_once_and_all_succeed(
 
     def write(link: Link) -> None:
         store = PrefixStore(store_path)
-        with store.begin_segment(prefix.fingerprint, prefix.geometry, prefix.ids) as writer:
+        with store.inner.begin_segment(prefix.fingerprint, prefix.geometry, prefix.ids) as writer:
             for layer in range(prefix.geometry.num_layers):
                 writer.write_chunks(layer, 0, expected_kv(prefix.geometry, prefix.ids, layer))
             g, chunks = prefix.geometry, writer.header.num_chunks

@@ -160,7 +160,7 @@ class Machine(RuleBasedStateMachine):
     # -- helpers ----------------------------------------------------------------------------------------------------
 
     def find(self, ids: Tokens) -> StoredPrefix | None:
-        return self.store.lookup(FINGERPRINT, np.array(ids, dtype=np.int64), C)
+        return self.store.inner.lookup(FINGERPRINT, np.array(ids, dtype=np.int64), C)
 
     def pick(self, number: int) -> str:
         return sorted(self.model.segments)[number % len(self.model.segments)]
@@ -200,7 +200,7 @@ class Machine(RuleBasedStateMachine):
             if done == len(ids):
                 return
             array = np.array(ids, dtype=np.int64)
-            later = self.store.next_stored(FINGERPRINT, array, C, done // C + 1)
+            later = self.store.inner.next_stored(FINGERPRINT, array, C, done // C + 1)
             assert later == self.model.next_stored(ids, done // C + 1)
             end = len(ids) if later is None else later * C
             stored = write_prefix(self.store, array[:end], done // C, GEOMETRY)
@@ -304,7 +304,7 @@ class Machine(RuleBasedStateMachine):
         """A partial file is left; while its writer lives it is left alone."""
         partial = self.folder / "store" / "partial"
         if locked:
-            with self.store.begin_segment(FINGERPRINT, GEOMETRY, np.array(ids, dtype=np.int64)) as writer:
+            with self.store.inner.begin_segment(FINGERPRINT, GEOMETRY, np.array(ids, dtype=np.int64)) as writer:
                 writer.write_chunks(0, 0, expected_kv(GEOMETRY, np.array(ids), 0))
                 assert len(self.store.gc(dry_run=True).in_use) == 1
                 self.reopen_beside()
@@ -364,7 +364,7 @@ class Machine(RuleBasedStateMachine):
         self.note_use(found)
         for span in found.spans if found else ():
             if span.segment.key == key:
-                self.store.discard(span.segment, "as a test")
+                self.store.inner.discard(span.segment, "as a test")
                 del self.model.segments[key]
                 assert (self.folder / "store" / "damaged" / f"{key}.safetensors").exists()
 
@@ -469,10 +469,10 @@ def test_a_child_of_one_partial_chunk_is_found_again_after_its_parent_was_lost(s
         write_prefix(store, child, 2, GEOMETRY)
     segment_path(store_path, lost).unlink()
     with PrefixStore(store_path) as store:
-        assert store.lookup(FINGERPRINT, child, C) is None
-        assert store.next_stored(FINGERPRINT, child, C, 1) is None  # So all of it is computed again:
+        assert store.inner.lookup(FINGERPRINT, child, C) is None
+        assert store.inner.next_stored(FINGERPRINT, child, C, 1) is None  # So all of it is computed again:
         write_prefix(store, child, 0, GEOMETRY)
-        found = store.lookup(FINGERPRINT, child, C)
+        found = store.inner.lookup(FINGERPRINT, child, C)
         assert found is not None
         assert found.tokens == len(child)
 
@@ -486,7 +486,7 @@ def test_the_match_is_exact_to_the_token_before_a_lost_parent(store_path: Path) 
         write_prefix(store, np.array([0, 91, 92]), 0, GEOMETRY)
     segment_path(store_path, lost).unlink()
     with PrefixStore(store_path) as store:
-        found = store.lookup(FINGERPRINT, np.arange(4 * C), C)
+        found = store.inner.lookup(FINGERPRINT, np.arange(4 * C), C)
         assert found is not None
         assert found.tokens == 1
 

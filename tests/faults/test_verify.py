@@ -248,7 +248,7 @@ def assert_found_and_repaired(folder: Path, statement: str) -> None:
 def assert_all_found(folder: Path) -> None:
     with PrefixStore(folder) as store:
         for ids in prompts():
-            stored = store.lookup(FINGERPRINT, ids, geometry().chunk_size)
+            stored = store.inner.lookup(FINGERPRINT, ids, geometry().chunk_size)
             assert stored is not None
             assert stored.tokens == len(ids)
 

@@ -73,7 +73,7 @@ def forget_the_index(path: Path) -> None:
 
 
 def found(store: PrefixStore) -> list[bool]:
-    return [store.lookup(FINGERPRINT, ids, C, count=False) is not None for ids in PROMPTS]
+    return [store.inner.lookup(FINGERPRINT, ids, C, count=False) is not None for ids in PROMPTS]
 
 
 @pytest.mark.parametrize("raised", RAISED, ids=lambda error: type(error).__name__)

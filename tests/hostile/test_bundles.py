@@ -66,7 +66,7 @@ def reasons(report: ImportReport) -> list[str]:
 
 def assert_served(store: PrefixStore, ids: TokenIds) -> None:
     """A look-up of these tokens finds all of them, and their own keys and values."""
-    found = store.lookup(FINGERPRINT, ids, C, geometry=G)
+    found = store.inner.lookup(FINGERPRINT, ids, C, geometry=G)
     assert found is not None
     assert found.tokens == len(ids)
     for layer, kv in enumerate(read_back(store, found, range(G.num_layers))):

@@ -74,7 +74,7 @@ def test_a_bundle_that_changes_while_it_is_imported(
             refused = ()
         assert len(moments) >= 2 or refused  # (Of other tokens, the header tells at once.)
         assert name not in {entry.key for entry in store.entries()} or refused
-        assert store.lookup(FINGERPRINT, IDS, G.chunk_size) is None
+        assert store.inner.lookup(FINGERPRINT, IDS, G.chunk_size) is None
         assert store.verify(deep=True) == []
         store.gc()
         assert store.backend.collect().removed == ()
@@ -122,6 +122,6 @@ def test_a_tenant_reaches_nobody_else_by_the_names_of_roots(store_path: Path, tm
     ):
         import_bundle(store, tmp_path / "bundle", foreign_roots=[everybody])
     with PrefixStore(store_path) as store:
-        assert store.lookup(FINGERPRINT, IDS, G.chunk_size) is None
+        assert store.inner.lookup(FINGERPRINT, IDS, G.chunk_size) is None
         assert len(store.entries()) == 1
     attacks.add("tenants who name others' roots")

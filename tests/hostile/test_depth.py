@@ -83,7 +83,7 @@ def test_a_look_up_asks_once_for_a_whole_chain_and_opens_each_segment_once(
     for opens in (DEEP, 0, 0):
         before = backend.opened
         with statements(store) as ran:
-            stored = store.lookup(FINGERPRINT, ids, C, count=False)
+            stored = store.inner.lookup(FINGERPRINT, ids, C, count=False)
         assert stored is not None
         assert (stored.tokens, len(stored.spans)) == (len(ids), DEEP)
         assert backend.opened - before == opens  # (Before: all but 128 of them, every time.)
@@ -128,7 +128,7 @@ def test_all_of_a_deep_chain_is_deleted_in_short_transactions(
         assert [entry.key for entry in store.entries()] == keys[:2]
         assert store.backend.list_keys() == set(keys[:2])
         assert store.inner.parts.pins.keys() == set()
-        assert store.lookup(FINGERPRINT, ids, C).tokens == 2 * C  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, ids, C).tokens == 2 * C  # type: ignore[union-attr]
     attacks.add("deep chains deleted in short transactions")
 
 

@@ -99,7 +99,7 @@ def test_a_chat_of_two_thousand_turns_under_a_limit_of_descriptors(
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         with PrefixStore(path) as store:
             for _ in range(2):
-                stored = store.lookup(FINGERPRINT, ids, C)
+                stored = store.inner.lookup(FINGERPRINT, ids, C)
                 assert stored is not None
                 assert (stored.tokens, len(stored.spans)) == (len(ids), 2000)
                 (kv,) = read_back(store, stored, [0])
@@ -314,7 +314,7 @@ def test_segments_that_were_stored_anew_are_found_after_a_loss(tmp_path: Path, f
     with PrefixStore(tmp_path / "store") as store, PrefixStore(tmp_path / "store") as other:
         for turn in range(12):
             write_prefix(other, ids[: (turn + 1) * C], turn, G)
-        stored = store.lookup(FINGERPRINT, ids, C)
+        stored = store.inner.lookup(FINGERPRINT, ids, C)
         assert stored is not None
         segment = next(span.segment for span in stored.spans if span.segment.blob.held is None)  # type: ignore[attr-defined]
         path = store.backend.path_of(segment.key)  # type: ignore[attr-defined]
@@ -326,10 +326,10 @@ def test_segments_that_were_stored_anew_are_found_after_a_loss(tmp_path: Path, f
         with pytest.raises(SegmentReadError) as caught:
             segment.read_bytes(0, 8)
         assert caught.value.damage
-        store.discard(segment, "it was lost")
+        store.inner.discard(segment, "it was lost")
         assert path.read_bytes() == octets
         assert store.stats.quarantined == 0
-        again = store.lookup(FINGERPRINT, ids, C)
+        again = store.inner.lookup(FINGERPRINT, ids, C)
         assert again is not None
         assert again.tokens == 12 * C
         assert len(read_back(store, again, [0])[0]) == 12

@@ -231,5 +231,5 @@ def test_what_has_another_salt_is_exported_whole_or_not_at_all(tmp_path: Path) -
     assert set(report.salted) == set(keys)
     with PrefixStore(tmp_path / "two", salt="tenant") as store:
         assert set(import_bundle(store, tmp_path / "bundle").added) == set(keys)
-        assert store.lookup(FINGERPRINT, IDS, C, geometry=G) is not None
+        assert store.inner.lookup(FINGERPRINT, IDS, C, geometry=G) is not None
     assert root_hash(FINGERPRINT, C, b"tenant").hex() not in (tmp_path / "bundle" / "README.md").read_text()

@@ -66,7 +66,7 @@ def test_a_file_that_declares_what_it_does_not_hold_stops_nothing(
     def use() -> None:
         for _ in range(2):
             with PrefixStore(store_path) as store:
-                found = store.lookup(FINGERPRINT, ids, C)
+                found = store.inner.lookup(FINGERPRINT, ids, C)
                 assert found is not None
                 assert found.tokens == len(ids)
                 assert len(store.gc().unreadable) == 3
@@ -88,7 +88,7 @@ def test_a_header_that_is_a_hole_is_not_read(store_path: Path, attacks: Figures)
     with PrefixStore(store_path) as store:
         (reason,) = store.gc().unreadable
         assert "hole" in reason
-        assert store.lookup(FINGERPRINT, ids, C) is not None
+        assert store.inner.lookup(FINGERPRINT, ids, C) is not None
     attacks.add("headers that are holes")
 
 
@@ -173,7 +173,7 @@ def test_one_bad_segment_never_stops_the_others(store_path: Path, what: bytes, a
     (store_path / "index.sqlite").unlink()
     with PrefixStore(store_path) as store:
         for ids in prompts:
-            found = store.lookup(FINGERPRINT, ids, C)
+            found = store.inner.lookup(FINGERPRINT, ids, C)
             assert found is not None
             assert found.tokens == len(ids)
         assert len(store.gc().unreadable) == 256

@@ -65,10 +65,10 @@ def change(path: Path, *statements: str) -> None:
 def live(path: Path) -> None:
     """Everything is found, and everything that asks the index ends."""
     with PrefixStore(path) as store:
-        stored = store.lookup(FINGERPRINT, IDS, SIZE)
+        stored = store.inner.lookup(FINGERPRINT, IDS, SIZE)
         assert stored is not None
         assert stored.tokens == 40
-        assert store.lookup(FINGERPRINT, IDS + 1, SIZE) is None
+        assert store.inner.lookup(FINGERPRINT, IDS + 1, SIZE) is None
         assert len(store.entries()) == store.stats.segments == 2
         assert all(problem.problem.startswith("was damaged") for problem in store.verify())
         store.gc()

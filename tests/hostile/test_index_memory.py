@@ -155,11 +155,11 @@ def test_an_index_holds_the_longest_chunk(tmp_path: Path) -> None:
     ids = some_tokens(5000)
     with PrefixStore(tmp_path / "store") as store:
         write_prefix(store, ids, 0, g)
-        stored = store.lookup(FINGERPRINT, ids, 4096)
+        stored = store.inner.lookup(FINGERPRINT, ids, 4096)
         assert stored is not None
         assert stored.tokens == 5000
         # What no chunk can be as long as is not looked for.
-        assert store.lookup(FINGERPRINT, ids, 10_000) is None
+        assert store.inner.lookup(FINGERPRINT, ids, 10_000) is None
         assert store.verify() == []
         os.unlink(store.path / "index.sqlite")
         assert len(store.entries()) == 1
@@ -356,7 +356,7 @@ def test_a_question_ends_however_long_the_file_is_told_to_be(
         store.delete(key, recursive=True)
     monkeypatch.undo()
     with PrefixStore(path) as store:
-        stored = store.lookup(FINGERPRINT, IDS, geometry().chunk_size)
+        stored = store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size)
         assert stored is not None
         assert stored.tokens == 20
     attacks.add("endless tables ended")

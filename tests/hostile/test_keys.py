@@ -30,12 +30,12 @@ C = G.chunk_size
 
 
 def tokens_found(store: PrefixStore, ids: TokenIds) -> int:
-    found = store.lookup(FINGERPRINT, ids, C)
+    found = store.inner.lookup(FINGERPRINT, ids, C)
     return found.tokens if found else 0
 
 
 def assert_served(store: PrefixStore, ids: TokenIds) -> None:
-    stored = store.lookup(FINGERPRINT, ids, C)
+    stored = store.inner.lookup(FINGERPRINT, ids, C)
     assert stored is not None
     assert stored.tokens == len(ids)
     for layer, kv in enumerate(read_back(store, stored, range(G.num_layers))):
@@ -89,7 +89,7 @@ def test_no_byte_of_a_keyed_segment_can_be_changed(
     content[int(where * len(content))] ^= flip
     path.write_bytes(content)
     with PrefixStore(folder, key=SECRET) as store:
-        stored = store.lookup(FINGERPRINT, ids, C)
+        stored = store.inner.lookup(FINGERPRINT, ids, C)
         if stored is None:
             attacks.add("changed keyed segments refused when they are opened")
             return

@@ -49,7 +49,7 @@ def private(tmp_path: Path) -> Path:
 
 def found(path: Path, **options: Any) -> int:
     with PrefixStore(path, **options) as store:
-        stored = store.lookup(FINGERPRINT, IDS, geometry().chunk_size)
+        stored = store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size)
         return stored.tokens if stored else 0
 
 

@@ -182,6 +182,6 @@ def test_a_link_to_a_store_is_a_store(tmp_path: Path) -> None:
     with PrefixStore(tmp_path / "store") as store:
         write_prefix(store, some_tokens(40))
     with PrefixStore(tmp_path / "link") as store:
-        assert store.lookup(FINGERPRINT, some_tokens(40), geometry().chunk_size).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, some_tokens(40), geometry().chunk_size).tokens == 40  # type: ignore[union-attr]
         write_prefix(store, some_tokens(60))
     assert len(list((tmp_path / "store").glob("segments/*/*"))) == 2

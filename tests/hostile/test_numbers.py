@@ -43,7 +43,7 @@ def test_they_are_not_published(store_path: Path, dtype: torch.dtype, number: fl
         for layer in range(g.num_layers):
             kv = expected_kv(g, ids, layer)
             kv[1, 1, 0, 2, 3] = number
-            with store.begin_segment(FINGERPRINT, g, ids) as writer:
+            with store.inner.begin_segment(FINGERPRINT, g, ids) as writer:
                 writer.write_chunks(layer, 0, kv)
                 with pytest.raises(StoreError, match=f"layer {layer}"):
                     writer.commit()
@@ -68,7 +68,7 @@ def test_they_are_refused_when_they_are_read_and_by_verify(
     plant(store_path, key, content)
     with PrefixStore(store_path) as store:
         assert any("not finite" in problem.problem for problem in store.verify())
-        stored = store.lookup(FINGERPRINT, ids, g.chunk_size)
+        stored = store.inner.lookup(FINGERPRINT, ids, g.chunk_size)
         assert stored is not None
         read_back(store, stored, [0, 2])
         with pytest.raises(SegmentCorruptError, match="layer 1, chunk 1"):
@@ -182,7 +182,7 @@ def test_scales_that_are_not_finite_are_refused_by_every_reader(
     plant(store_path, key, tampered(g, ids, name, make, monkeypatch))
     with PrefixStore(store_path) as store:
         assert any("not finite" in problem.problem for problem in store.verify())
-        stored = store.lookup(FINGERPRINT, ids, g.chunk_size)
+        stored = store.inner.lookup(FINGERPRINT, ids, g.chunk_size)
         assert stored is not None
         with pytest.raises(SegmentCorruptError, match="not finite"):
             stored.spans[0].segment.read_tensor(name)

@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 def found(path: Path, **options: Any) -> int:
     with PrefixStore(path, **options) as store:
-        stored = store.lookup(FINGERPRINT, IDS, geometry().chunk_size)
+        stored = store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size)
         return stored.tokens if stored else 0
 
 
@@ -211,10 +211,10 @@ def test_a_segment_that_others_could_have_written_is_skipped_and_left_alone(
     spoil(segment if which == "the file" else segment.parent)
     content = segment.read_bytes()
     with PrefixStore(path) as store:
-        assert store.lookup(FINGERPRINT, IDS, geometry().chunk_size) is None
+        assert store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size) is None
         store.gc()
         store.inner.index.rebuild()
-        assert store.lookup(FINGERPRINT, IDS, geometry().chunk_size) is None
+        assert store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size) is None
     assert segment.read_bytes() == content
     assert found(path, trust_owner=True) == 40
     attacks.add("strangers' segments skipped")
@@ -291,7 +291,7 @@ def test_all_that_is_made_is_for_its_owner_only_from_its_first_moment(
         stored = write_prefix(store, IDS)
         store.pin(stored.spans[0].segment.key)
         store.inner.index.rebuild()
-        store.discard(stored.spans[0].segment, "a test")
+        store.inner.discard(stored.spans[0].segment, "a test")
         write_prefix(store, IDS)
         note()
     assert {"partial", "new", "sqlite", "sqlite-wal", "sqlite-shm", "lock", "json", "safetensors"} <= set(seen)

@@ -69,7 +69,7 @@ class Scene:
         self.other = write_prefix(self.store, IDS + 1).spans[0].segment.key
         self.lost = write_prefix(self.store, IDS + 2).spans[0].segment
         self.store.pin(self.key)
-        self.store.discard(self.lost, "a test")
+        self.store.inner.discard(self.lost, "a test")
         (self.path / "partial" / f"{self.key}.00000000.partial").write_bytes(b"left by a crash")
         (self.path / "index.sqlite.damaged-1").write_bytes(b"left by a repair")
         (folder / "outside").mkdir()
@@ -101,7 +101,7 @@ ACTIONS: dict[str, Callable[[Scene], object]] = {
     "gc, to look": lambda s: s.store.gc(dry_run=True),
     "collect": lambda s: backend(s).collect(),
     "verify": lambda s: s.store.verify(),
-    "look up": lambda s: s.store.lookup(FINGERPRINT, IDS, geometry().chunk_size),
+    "look up": lambda s: s.store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size),
     "publish": lambda s: write_prefix(s.store, MORE),
     "publish again": lambda s: write_prefix(s.store, IDS + 2),
     "delete": lambda s: s.store.delete(s.key, recursive=True),
@@ -211,7 +211,7 @@ def test_what_was_swapped_is_healed(scene: Scene, action: str, attacks: Figures)
         store.gc()
         assert store.verify() == []
         write_prefix(store, IDS)
-        stored = store.lookup(FINGERPRINT, IDS, geometry().chunk_size)
+        stored = store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size)
         assert stored is not None
         assert stored.tokens == 40
         assert store.verify() == []
@@ -261,16 +261,16 @@ def test_a_folder_that_holds_something_is_never_deleted(scene: Scene, name: str,
     (place / "of a user").mkdir(parents=True)
     (place / "of a user" / "work").write_text("of years")
     with PrefixStore(scene.path) as store:
-        store.lookup(FINGERPRINT, IDS, geometry().chunk_size)
+        store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size)
         store.unpin(scene.other)
         with contextlib.suppress(ContiguousKVError):
             store.pin(scene.key)
-        store.discard(store.lookup(FINGERPRINT, IDS + 1, geometry().chunk_size).spans[0].segment, "a test")  # type: ignore[union-attr]
+        store.inner.discard(store.inner.lookup(FINGERPRINT, IDS + 1, geometry().chunk_size).spans[0].segment, "a test")  # type: ignore[union-attr]
         write_prefix(store, IDS)
         for dry_run in (True, False, False):
             store.gc(dry_run=dry_run)
         store.inner.index.rebuild()
-        assert store.lookup(FINGERPRINT, IDS, geometry().chunk_size).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, geometry().chunk_size).tokens == 40  # type: ignore[union-attr]
         store.delete(scene.key)
     works = list(scene.path.rglob("work"))
     assert [file.read_text() for file in works] == ["of years"]

@@ -26,7 +26,7 @@ C = G.chunk_size
 
 
 def assert_served(store: PrefixStore, ids: TokenIds, g: KVGeometry = G) -> None:
-    stored = store.lookup(FINGERPRINT, ids, g.chunk_size, geometry=g)
+    stored = store.inner.lookup(FINGERPRINT, ids, g.chunk_size, geometry=g)
     assert stored is not None
     assert stored.tokens == len(ids)
     # (What is served may go on where the prompt ends.)
@@ -70,7 +70,7 @@ def test_a_file_under_the_name_of_a_segment_is_not_used_and_is_replaced(
             write_prefix(store, ids)
     plant(store_path, key, content)
     with PrefixStore(store_path) as store:
-        stored = store.lookup(FINGERPRINT, ids, C, geometry=G)
+        stored = store.inner.lookup(FINGERPRINT, ids, C, geometry=G)
         assert stored is None or stored.tokens == 0
         write_prefix(store, ids)
         assert_served(store, ids)
@@ -89,7 +89,7 @@ def test_what_was_published_over_a_liar_is_not_read_from_what_was_kept_of_it(
         key = write_prefix(store, ids).spans[0].segment.key
         assert_served(store, ids)
         plant(store_path, key, crafted(geometry(kv_heads=3), ids, header={"key": key}))
-        assert store.lookup(FINGERPRINT, ids, C, geometry=G) is None
+        assert store.inner.lookup(FINGERPRINT, ids, C, geometry=G) is None
         write_prefix(store, ids)
         assert_served(store, ids)
     attacks.add("liars under a victim's name, replaced while the store is open")
@@ -110,10 +110,10 @@ def test_a_root_that_is_the_name_of_somebodys_chunk_leads_nowhere(
     PrefixStore(store_path).close()
     plant(store_path, key, content)
     with PrefixStore(store_path) as store:
-        found = store.lookup(FINGERPRINT, ids, C, geometry=G)
+        found = store.inner.lookup(FINGERPRINT, ids, C, geometry=G)
         assert found is None
         write_prefix(store, ids[: (chunk + 1) * C])
-        found = store.lookup(FINGERPRINT, ids, C, geometry=G)
+        found = store.inner.lookup(FINGERPRINT, ids, C, geometry=G)
         assert found is not None
         assert found.tokens == (chunk + 1) * C
         write_prefix(store, ids, first_chunk=chunk + 1)
@@ -170,7 +170,7 @@ def test_a_child_of_a_chunk_that_is_not_full_is_not_stored(store_path: Path, att
         content = crafted(G, ids, first_chunk=2, header={"key": own, "parent": partial.hex()})
         plant(store_path, own, content)
         store.gc()
-        stored = store.lookup(FINGERPRINT, ids, C)
+        stored = store.inner.lookup(FINGERPRINT, ids, C)
         assert stored is not None
         assert stored.tokens == 6
         write_prefix(store, ids)
@@ -216,7 +216,7 @@ def test_an_index_that_mixes_everything_up_costs_time_and_nothing_else(
         db.commit()
     with PrefixStore(store_path) as store:
         for ids in prompts:
-            stored = store.lookup(FINGERPRINT, ids, C, geometry=G)
+            stored = store.inner.lookup(FINGERPRINT, ids, C, geometry=G)
             if stored is not None:
                 for layer, kv in enumerate(read_back(store, stored, range(3))):
                     whole = stored.tokens // C

@@ -130,8 +130,8 @@ def attempt(act: Callable[[], object]) -> None:
 def use(store: PrefixStore, salt: str | None) -> None:
     """Whatever a user does, without an exception that has no name. (Look-ups raise none at all.)"""
     for ids in PROMPTS[salt]:
-        store.lookup(FINGERPRINT, ids, C)
-        store.next_stored(FINGERPRINT, ids, C, 0)
+        store.inner.lookup(FINGERPRINT, ids, C)
+        store.inner.next_stored(FINGERPRINT, ids, C, 0)
     entries = []
     with suppress(ContiguousKVError):
         entries = store.entries()
@@ -174,7 +174,7 @@ def test_whatever_is_in_the_rows(
     for salt, prompts in PROMPTS.items():
         with PrefixStore(folder, salt=salt) as store:
             for ids in prompts:
-                stored = store.lookup(FINGERPRINT, ids, C)
+                stored = store.inner.lookup(FINGERPRINT, ids, C)
                 assert stored is not None
                 assert stored.tokens == len(ids)
     attacks.add("indexes with an enemy's rows lived through")
@@ -202,7 +202,7 @@ def test_whatever_is_in_the_rows_of_a_full_store(
         store.gc()
         assert [str(problem) for problem in store.verify()] == []
         for ids in PROMPTS[None]:
-            store.lookup(FINGERPRINT, ids, C)
+            store.inner.lookup(FINGERPRINT, ids, C)
         assert store.stats.misses["corrupt"] == 0
     attacks.add("indexes with an enemy's rows lived through")
 

@@ -159,8 +159,8 @@ def test_a_key_of_somebody_else_is_as_good_as_none(town: Town, tmp_path: Path, a
 
 def test_equal_prompts_of_others_are_not_found(town: Town, attacks: Figures) -> None:
     with PrefixStore(town.path, salt="stranger") as store:
-        assert store.lookup(FINGERPRINT, IDS, 4) is None
-        assert store.next_stored(FINGERPRINT, IDS, 4, 0) is None
+        assert store.inner.lookup(FINGERPRINT, IDS, 4) is None
+        assert store.inner.next_stored(FINGERPRINT, IDS, 4, 0) is None
         assert (store.stats.misses["not_stored"], sum(store.stats.misses.values())) == (1, 1)
         assert store.stats.segments == 0
         attacks.add("prompts of others not found")
@@ -225,9 +225,9 @@ def test_the_operator_may_give_up_anything(town: Town) -> None:
 def test_damage_and_leftovers_of_others_are_neither_shown_nor_deleted(town: Town, attacks: Figures) -> None:
     parent, child = town.keys["victim"]
     with PrefixStore(town.path, salt="victim") as store:
-        stored = store.lookup(FINGERPRINT, IDS, 4)
+        stored = store.inner.lookup(FINGERPRINT, IDS, 4)
         assert stored is not None
-        store.discard(stored.spans[0].segment, "a test")  # Its child cannot be reached now.
+        store.inner.discard(stored.spans[0].segment, "a test")  # Its child cannot be reached now.
         assert path_of(stored.spans[1].segment).exists()
     (town.path / "partial" / f"{parent}.12345678.partial").write_bytes(b"left by a crash")
     unreadable = town.file("cd" * 16)
@@ -323,7 +323,7 @@ def test_a_row_is_nobodys_whose_root_is_not_that_of_its_model(town: Town, attack
         assert town.file(theirs).read_bytes() == before
     with PrefixStore(town.path, salt="victim") as store:
         assert store.gc().unreadable == ()
-        stored = store.lookup(FINGERPRINT, IDS, 4)
+        stored = store.inner.lookup(FINGERPRINT, IDS, 4)
         assert stored is not None
         assert stored.tokens == len(IDS)
     attacks.add("rows that claim another owner seen through")
@@ -347,7 +347,7 @@ def test_time_goes_on_for_tenants_too(town: Town) -> None:
     """(That the fixtures above mean something: a tenant's own use keeps what is its own.)"""
     used_long_ago(town.path)
     with PrefixStore(town.path, salt="enemy") as store:
-        store.lookup(FINGERPRINT, IDS, 4)
+        store.inner.lookup(FINGERPRINT, IDS, 4)
     with PrefixStore(town.path, salt="enemy", ttl_s=600) as store:
         assert store.gc().expired == ()
         assert all(entry.last_used > time.time() - 60 for entry in store.entries())

@@ -252,7 +252,7 @@ def test_a_scrape_does_not_fail_for_a_label(name: str, store_path: Path, attacks
     registry = CollectorRegistry(auto_describe=True)
     with PrefixStore(store_path) as store:
         metrics.register(store, registry, {"store": f"kv {RAW[name]}"})
-        store.counters.add(f"passed_over.{RAW[name]}")
+        store.inner.counters.add(f"passed_over.{RAW[name]}")
         text = generate_latest(registry).decode()
     values = [sample.labels for family in text_string_to_metric_families(text) for sample in family.samples]
     assert values

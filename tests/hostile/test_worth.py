@@ -79,7 +79,7 @@ def test_whatever_is_claimed_is_worth_no_more_than_its_tokens_allow(
 
 def store_measured(store: PrefixStore, ids: TokenIds, compute_s: float) -> str:
     g = geometry(leader_layers=(), indexed_layers=())
-    with store.begin_segment(FINGERPRINT, g, ids) as writer:
+    with store.inner.begin_segment(FINGERPRINT, g, ids) as writer:
         for layer in range(g.num_layers):
             writer.write_chunks(layer, 0, expected_kv(g, ids, layer))
         return writer.commit(compute_s=compute_s).spans[0].segment.key
@@ -95,7 +95,7 @@ def test_a_segment_that_claims_years_goes_all_the_same(store_path: Path, clock: 
             honest = some_tokens(16, seed)
             store_measured(store, honest, 0.5)
             clock.now += 1
-            store.lookup(FINGERPRINT, honest, 4)
+            store.inner.lookup(FINGERPRINT, honest, 4)
         assert liar not in {entry.key for entry in store.entries()}
         attacks.add("segments that claimed much evicted")
 
@@ -111,7 +111,7 @@ def test_what_is_imported_claims_nothing(tmp_path: Path, clock: Clock, attacks: 
         store_measured(store, some_tokens(16, seed=2), 0.5)
         size = store.stats.segment_bytes
         clock.now += 60
-        store.lookup(FINGERPRINT, some_tokens(16, seed=2), 4)
+        store.inner.lookup(FINGERPRINT, some_tokens(16, seed=2), 4)
     with PrefixStore(tmp_path / "own", max_disk_bytes=size) as store:
         store_measured(store, some_tokens(16, seed=3), 0.5)
         assert liar not in {entry.key for entry in store.entries()}
@@ -150,7 +150,7 @@ def test_what_was_used_in_the_future_grows_old(store_path: Path, clock: Clock, m
         for seed in range(1, 4):
             clock.now += 50
             write_prefix(store, some_tokens(16, seed))
-            store.lookup(FINGERPRINT, some_tokens(16, seed), 4)
+            store.inner.lookup(FINGERPRINT, some_tokens(16, seed), 4)
         assert liar not in {entry.key for entry in store.entries()}  # ... and later as used then.
     attacks.add("times to come clamped")
 

@@ -83,7 +83,7 @@ def write_prefix(
     fingerprint: str = FINGERPRINT,
 ) -> StoredPrefix:
     g = g or geometry()
-    with store.begin_segment(fingerprint, g, ids, first_chunk) as writer:
+    with store.inner.begin_segment(fingerprint, g, ids, first_chunk) as writer:
         own = ids[first_chunk * g.chunk_size :]
         for layer in range(g.num_layers):
             writer.write_chunks(layer, 0, expected_kv(g, own, layer))
@@ -109,6 +109,6 @@ def read_back(store: PrefixStore, stored: StoredPrefix, layers: Sequence[int]) -
                 checks = [(0, nbytes, span.segment.run_checksums(layer, i, 1)[0])]
                 reads.append(Read(span.segment, offset, nbytes, into, checks))
                 position += 1
-        store.reader.submit(reads).wait()
+        store.inner.reader.submit(reads).wait()
         result.append(buffer.view(g.dtype).reshape(count, 2, g.kv_heads, g.chunk_size, g.head_dim))
     return result

@@ -125,13 +125,13 @@ def test_a_store_in_memory_forgets_quarantines_and_rebuilds(store_path: Path) ->
         stored = write_prefix(store, ids, first_chunk=5)
         for layer, kv in enumerate(read_back(store, stored, range(3))):
             assert torch.equal(kv, expected_kv(geometry(), ids, layer))
-        store.discard(stored.spans[1].segment, "a test")
-        assert store.lookup(FINGERPRINT, ids, 4).tokens == 20  # type: ignore[union-attr]
+        store.inner.discard(stored.spans[1].segment, "a test")
+        assert store.inner.lookup(FINGERPRINT, ids, 4).tokens == 20  # type: ignore[union-attr]
         assert store.stats.quarantined_bytes == stored.spans[1].segment.nbytes
         assert len(store.gc().quarantine) == 1
         assert store.stats.quarantined_bytes == 0
     (store_path / "index.sqlite").unlink()
     with PrefixStore(store_path, backend=backend) as store:
-        assert store.lookup(FINGERPRINT, ids, 4).tokens == 20  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, ids, 4).tokens == 20  # type: ignore[union-attr]
         assert store.delete(store.entries()[0].key)
         assert backend.list_keys() == set()

@@ -102,9 +102,9 @@ def test_without_a_lower_bound_opening_starts_nothing(store_path: Path, monkeypa
 def test_what_is_damaged_goes_first(store_path: Path, count: int, sound: int, evicted: int) -> None:
     prefixes, size = filled(store_path, 3)
     with PrefixStore(store_path) as store:
-        found = store.lookup(FINGERPRINT, prefixes[0], 4)
+        found = store.inner.lookup(FINGERPRINT, prefixes[0], 4)
         assert found is not None
-        store.discard(found.spans[0].segment, "a test")
+        store.inner.discard(found.spans[0].segment, "a test")
     with PrefixStore(store_path, max_disk_bytes=count * size) as store:
         store.flush()
         assert store.stats.quarantined_bytes == (size if count == 3 else 0)
@@ -124,12 +124,12 @@ def test_pinned_prefixes_and_what_they_continue_stay_and_a_warning_says_so(
         store.pin(pinned)
     with caplog.at_level(logging.WARNING), PrefixStore(store_path, max_disk_bytes=1) as store:
         store.flush()
-        found = store.lookup(FINGERPRINT, ids, 4, count=False)
+        found = store.inner.lookup(FINGERPRINT, ids, 4, count=False)
         assert found is not None
         assert found.tokens == 24
         assert kept(store, [other]) == [False]
         over = store.stats.segment_bytes - 1
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"{over} bytes more than max_disk_bytes=1; unpin or delete" in message
 
@@ -148,7 +148,7 @@ def test_pins_that_the_index_has_lost_hold(store_path: Path) -> None:
 def test_who_has_a_prefix_open_reads_on(store_path: Path) -> None:
     prefixes, _ = filled(store_path, 2)
     with PrefixStore(store_path) as store:
-        found = [store.lookup(FINGERPRINT, ids, 4) for ids in prefixes]
+        found = [store.inner.lookup(FINGERPRINT, ids, 4) for ids in prefixes]
         assert None not in found
         with PrefixStore(store_path, max_disk_bytes=0) as other:
             other.flush()
@@ -207,7 +207,7 @@ def test_an_index_that_cannot_be_written_is_reported_and_the_store_serves(
     with caplog.at_level(logging.WARNING), PrefixStore(store_path, max_disk_bytes=size) as store:
         store.flush()
         assert kept(store, prefixes) == [True] * 3
-        assert store.background_failures == 0
+        assert store.inner.background_failures == 0
     assert f"more than max_disk_bytes={size}: the index is locked" in caplog.text
 
 

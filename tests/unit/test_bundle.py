@@ -57,7 +57,7 @@ def test_a_prefix_goes_with_all_that_it_continues(source: PrefixStore, target: P
     assert calls[-1] == (2 * report.bytes, 2 * report.bytes)
     assert target.verify() == []
     ids = some_tokens(40)
-    found = target.lookup(FINGERPRINT, ids, 4)
+    found = target.inner.lookup(FINGERPRINT, ids, 4)
     assert found is not None
     assert found.tokens == 40
     g = geometry()
@@ -103,7 +103,7 @@ def test_a_child_follows_a_parent_that_the_store_has(source: PrefixStore, target
     only_child(tmp_path / "second", child)
     report = import_bundle(target, tmp_path / "second")
     assert report.added == (child,)
-    assert target.lookup(FINGERPRINT, some_tokens(40), 4).tokens == 40
+    assert target.inner.lookup(FINGERPRINT, some_tokens(40), 4).tokens == 40
 
 
 def only_child(bundle: Path, key: str) -> None:
@@ -254,7 +254,7 @@ def test_a_salted_prefix_is_found_with_the_same_salt_only(tmp_path: Path, target
     assert [(segment.key, root in segment.reason) for segment in refused.refused] == [(key, True)]
     imported = import_bundle(target, tmp_path / "bundle", foreign_roots=[root])
     assert (imported.added, imported.other_salt) == ((key,), (key,))
-    assert target.lookup(FINGERPRINT, some_tokens(12), 4) is None
+    assert target.inner.lookup(FINGERPRINT, some_tokens(12), 4) is None
     with PrefixStore(tmp_path / "same", salt="tenant") as same:
         assert import_bundle(same, tmp_path / "bundle").other_salt == ()
-        assert same.lookup(FINGERPRINT, some_tokens(12), 4).tokens == 12
+        assert same.inner.lookup(FINGERPRINT, some_tokens(12), 4).tokens == 12

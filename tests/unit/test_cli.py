@@ -122,8 +122,8 @@ def test_info_describes_the_store(store_path: Path, keys: list[str]) -> None:
 
 def test_info_lists_the_quarantine(store_path: Path, keys: list[str]) -> None:
     with PrefixStore(store_path) as store:
-        found = store.lookup(FINGERPRINT, some_tokens(40), 4)
-        store.discard(found.spans[1].segment, "for a test")
+        found = store.inner.lookup(FINGERPRINT, some_tokens(40), 4)
+        store.inner.discard(found.spans[1].segment, "for a test")
         nbytes = store.stats.quarantined_bytes
     facts = run_json("info", store_path)
     assert facts["quarantine"] == [{"key": keys[1], "bytes": nbytes}]
@@ -154,7 +154,7 @@ def test_info_says_what_losing_a_prefix_would_cost(store_path: Path) -> None:
     g, ids = geometry(indexed_layers=()), some_tokens(16)
     with PrefixStore(store_path) as store:
         for begin, end, seconds in ((0, 2, 1.25), (2, 4, 90.0)):
-            with store.begin_segment(FINGERPRINT, g, ids[: 4 * end], begin) as writer:
+            with store.inner.begin_segment(FINGERPRINT, g, ids[: 4 * end], begin) as writer:
                 for layer in range(g.num_layers):
                     writer.write_chunks(layer, 0, expected_kv(g, ids[4 * begin : 4 * end], layer))
                 writer.commit(seconds)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import hf_contiguouskv.cli.warm as warm_command
 from hf_contiguouskv.errors import StoreError
 from hf_contiguouskv.store import PrefixStore
+from hf_contiguouskv.store.inner import StoreInner
 
 
 class Letters:
@@ -146,7 +147,7 @@ def test_warm_ends_with_status_2_when_the_store_takes_nothing(
     def refuse(*_: object, **__: object) -> None:
         raise StoreError("the disk is full")
 
-    monkeypatch.setattr(PrefixStore, "begin_segment", refuse)
+    monkeypatch.setattr(StoreInner, "begin_segment", refuse)
     (tmp_path / "a.txt").write_text("x" * 40)
     result = run("warm", store_path, tmp_path / "a.txt", tmp_path / "missing", "--json")
     assert result.exit_code == 2

@@ -252,14 +252,14 @@ def stored_bytes(tmp_path: Path, count: int) -> int:
 
 def write_measured(store: PrefixStore, ids: TokenIds, compute_s: float) -> None:
     g = geometry(leader_layers=(), indexed_layers=())
-    with store.begin_segment(FINGERPRINT, g, ids) as writer:
+    with store.inner.begin_segment(FINGERPRINT, g, ids) as writer:
         for layer in range(g.num_layers):
             writer.write_chunks(layer, 0, expected_kv(g, ids, layer))
         writer.commit(compute_s=compute_s)
 
 
 def kept(store: PrefixStore, prefixes: list[TokenIds]) -> list[bool]:
-    return [store.lookup(FINGERPRINT, ids, 4, count=False) is not None for ids in prefixes]
+    return [store.inner.lookup(FINGERPRINT, ids, 4, count=False) is not None for ids in prefixes]
 
 
 def test_what_is_dear_to_compute_stays_and_what_is_cheap_goes(store_path: Path, clock: Clock) -> None:
@@ -273,8 +273,8 @@ def test_what_is_dear_to_compute_stays_and_what_is_cheap_goes(store_path: Path, 
         assert kept(store, prefixes) == [True, False, True, True]
         # Ten times as long without use outweighs what the first costs more than the third.
         clock.now += 99
-        store.lookup(FINGERPRINT, prefixes[2], 4)
-        store.lookup(FINGERPRINT, prefixes[3], 4)
+        store.inner.lookup(FINGERPRINT, prefixes[2], 4)
+        store.inner.lookup(FINGERPRINT, prefixes[3], 4)
         write_measured(store, prefixes[1], 9.0)
         assert kept(store, prefixes) == [False, True, True, True]
         assert (store.stats.evicted, store.stats.published) == (2, 2)
@@ -287,7 +287,7 @@ def test_what_is_damaged_goes_before_anything_sound(tmp_path: Path, store_path: 
     with PrefixStore(store_path, max_disk_bytes=3 * size) as store:
         for ids in prefixes[:2]:
             write_prefix(store, ids)
-        store.discard(write_prefix(store, prefixes[2]).spans[0].segment, "a test")
+        store.inner.discard(write_prefix(store, prefixes[2]).spans[0].segment, "a test")
         assert store.stats.quarantined_bytes == size
         write_prefix(store, prefixes[3])
         assert (store.stats.quarantined_bytes, store.stats.evicted) == (0, 0)
@@ -300,7 +300,7 @@ def test_what_is_damaged_goes_before_anything_sound(tmp_path: Path, store_path: 
 def test_while_there_is_room_the_damaged_are_kept(tmp_path: Path, store_path: Path) -> None:
     size = stored_bytes(tmp_path, 16)
     with PrefixStore(store_path, max_disk_bytes=3 * size) as store:
-        store.discard(write_prefix(store, some_tokens(16)).spans[0].segment, "a test")
+        store.inner.discard(write_prefix(store, some_tokens(16)).spans[0].segment, "a test")
         write_prefix(store, some_tokens(16, seed=1))
         write_prefix(store, some_tokens(16, seed=2))
         assert store.stats.quarantined_bytes == size
@@ -313,9 +313,9 @@ def test_what_nobody_used_for_its_time_is_neither_found_nor_kept(store_path: Pat
         path = path_of(write_prefix(store, unused).spans[0].segment)
         clock.now += 100
         assert kept(store, [used, unused]) == [True, True]  # Not before its time is over.
-        store.lookup(FINGERPRINT, used, 4)
+        store.inner.lookup(FINGERPRINT, used, 4)
         clock.now += 1
-        assert store.lookup(FINGERPRINT, unused, 4) is None
+        assert store.inner.lookup(FINGERPRINT, unused, 4) is None
         assert (store.stats.misses["expired"], store.stats.expired) == (1, 0)
         assert kept(store, [used, unused]) == [True, False]
         (expected,) = (entry.key for entry in store.entries() if entry.key in path.name)
@@ -341,16 +341,16 @@ def test_a_use_counts_for_all_that_it_continues(store_path: Path, clock: Clock) 
         write_prefix(store, ids[:16])
         write_prefix(store, ids, first_chunk=4)
         clock.now += 90
-        store.lookup(FINGERPRINT, ids, 4)
+        store.inner.lookup(FINGERPRINT, ids, 4)
         clock.now += 90
         assert store.gc().expired == ()
-        store.lookup(FINGERPRINT, ids[:16], 4)
+        store.inner.lookup(FINGERPRINT, ids[:16], 4)
         clock.now += 20
         # The child's time is over, its parent's is not.
-        assert store.lookup(FINGERPRINT, ids, 4).tokens == 16  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, ids, 4).tokens == 16  # type: ignore[union-attr]
         assert len(store.gc().expired) == 1
         clock.now += 200
-        assert store.lookup(FINGERPRINT, ids, 4) is None
+        assert store.inner.lookup(FINGERPRINT, ids, 4) is None
         assert len(store.gc().expired) == 1
         assert store.entries() == []
 
@@ -388,4 +388,4 @@ def test_what_a_pinned_prefix_continues_does_not_expire_either(store_path: Path,
         store.pin(write_prefix(store, ids, first_chunk=4).spans[1].segment.key)
         clock.now += 1000
         assert store.gc().expired == ()
-        assert store.lookup(FINGERPRINT, ids, 4).tokens == 24  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, ids, 4).tokens == 24  # type: ignore[union-attr]

@@ -138,7 +138,7 @@ def test_what_the_document_writes_is_served_by_the_store(
         (store_path / "index.sqlite").unlink()
     with PrefixStore(store_path, key=secret) as store:
         assert store.verify(deep=True) == []
-        stored = store.lookup(FINGERPRINT, ids, c)
+        stored = store.inner.lookup(FINGERPRINT, ids, c)
         assert stored is not None
         assert stored.tokens == len(ids)
         assert [span.segment.key for span in stored.spans] == [key for key, _ in written]
@@ -165,7 +165,7 @@ def test_a_newer_segment_is_left_alone(store_path: Path, caplog: pytest.LogCaptu
     key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="4")
     place(store_path, key, content)
     with PrefixStore(store_path) as store:
-        assert store.lookup(FINGERPRINT, ids, 4) is None
+        assert store.inner.lookup(FINGERPRINT, ids, 4) is None
         assert "segment format 4" in caplog.text
         store.gc()
         assert store.stats.quarantined == 0
@@ -214,7 +214,7 @@ def test_a_bundle_written_by_the_document_is_imported(store_path: Path, tmp_path
     (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
     with PrefixStore(store_path) as store:
         assert import_bundle(store, tmp_path / "bundle").refused == ()
-        stored = store.lookup(FINGERPRINT, ids, 4)
+        stored = store.inner.lookup(FINGERPRINT, ids, 4)
         assert stored is not None
         assert stored.tokens == 18
         for layer, kv in enumerate(read_back(store, stored, range(3))):
@@ -300,7 +300,7 @@ def test_the_store_writes_the_example_byte_for_byte(store_path: Path) -> None:
     kv = torch.from_numpy(example_kv(given))
     padded = torch.nn.functional.pad(kv, (0, 0, 0, 1))
     with PrefixStore(store_path) as store:
-        with store.begin_segment(given["fingerprint"], g, np.array(given["token_ids"])) as writer:
+        with store.inner.begin_segment(given["fingerprint"], g, np.array(given["token_ids"])) as writer:
             for layer in range(2):
                 writer.write_chunks(layer, 0, padded[layer].unflatten(2, (2, 2)).permute(2, 0, 1, 3, 4).contiguous())
             writer.write_index(1, *build_key_index(kv[1, 0], 2))
@@ -316,7 +316,7 @@ def test_the_document_names_every_file_and_column_of_a_store(store_path: Path) -
         segment = write_prefix(store, some_tokens(10)).spans[0].segment
         store.pin(segment.key)
         store.inner.index.rebuild()
-        store.discard(write_prefix(store, some_tokens(10, seed=1)).spans[0].segment, "a test")
+        store.inner.discard(write_prefix(store, some_tokens(10, seed=1)).spans[0].segment, "a test")
         for path in store_path.rglob("*"):
             name = (
                 path.relative_to(store_path).as_posix().replace(path.stem[:32] if len(path.stem) >= 32 else "?", "KEY")

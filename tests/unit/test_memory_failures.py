@@ -151,11 +151,11 @@ class Place:
     def __init__(self, store: PrefixStore) -> None:
         self.ids = some_tokens(64)
         self.store = store
-        self.tier = store.memory.host
+        self.tier = store.inner.memory.host
         prefix = AttachedPrefix.of(write_prefix(store, self.ids), 64)
         self.segment = prefix.spans[0].segment
-        self.tables = PrefixTables(prefix, store.memory)
-        self.residency = HostResidency(prefix, store.memory, store.reader, self.tables, verify=True)
+        self.tables = PrefixTables(prefix, store.inner.memory)
+        self.residency = HostResidency(prefix, store.inner.memory, store.inner.reader, self.tables, verify=True)
         (self.table,) = self.tables.known
 
     def finish(self, batches: list[LoadedChunks]) -> None:
@@ -190,7 +190,7 @@ def test_found_and_taken_slots_are_given_back_if_the_rest_cannot_be_read(
     place.finish(batches)
     assert here(place.tier, place.table) == [16, 17, 18]
     with monkeypatch.context() as patched:
-        where = {"submit": place.store.reader, "reads": AttachedPrefix, "take": place.tier}[broken]
+        where = {"submit": place.store.inner.reader, "reads": AttachedPrefix, "take": place.tier}[broken]
         patched.setattr(where, broken, refuse)
         with pytest.raises(RuntimeError, match="no more reads"):
             place.residency.find_or_read(1, np.arange(8))
@@ -207,7 +207,7 @@ def test_the_buffer_of_a_piece_is_given_back_if_it_cannot_be_read(
     place: Place, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr({"submit": place.store.reader, "reads": AttachedPrefix}[broken], broken, refuse)
+        patched.setattr({"submit": place.store.inner.reader, "reads": AttachedPrefix}[broken], broken, refuse)
         with pytest.raises(RuntimeError, match="no more reads"):
             place.residency.read_piece(1, np.arange(8))
     place.check()

@@ -44,15 +44,15 @@ def test_every_counter_is_the_stores_own(store_path: Path, registry: CollectorRe
         metrics.register(store, registry)
         for seed in (1, 2):  # The second one needs the room of the one that is there.
             write_prefix(store, some_tokens(20, seed))
-        found = store.lookup(FINGERPRINT, some_tokens(20, seed=2)[:18], 4)
+        found = store.inner.lookup(FINGERPRINT, some_tokens(20, seed=2)[:18], 4)
         assert found is not None
         read_back(store, found, [0])
-        assert store.lookup(FINGERPRINT, some_tokens(20, seed=9), 4) is None
-        assert store.lookup("e0" * 16, some_tokens(20, seed=2), 4) is None
-        assert store.lookup(FINGERPRINT, some_tokens(4, seed=8), 4) is None
-        store.discard(found.spans[0].segment, "for a test")
-        store.write_failed(OSError("for a test"))
-        store.counters.add('passed_over.a batch of 2.5 rows, with a "quote"', 3)
+        assert store.inner.lookup(FINGERPRINT, some_tokens(20, seed=9), 4) is None
+        assert store.inner.lookup("e0" * 16, some_tokens(20, seed=2), 4) is None
+        assert store.inner.lookup(FINGERPRINT, some_tokens(4, seed=8), 4) is None
+        store.inner.discard(found.spans[0].segment, "for a test")
+        store.inner.write_failed(OSError("for a test"))
+        store.inner.counters.add('passed_over.a batch of 2.5 rows, with a "quote"', 3)
         seen, stats = samples(registry), store.stats
     assert seen.pop(("contiguouskv_bytes", "disk")) == stats.disk_bytes
     assert seen == {
@@ -163,7 +163,7 @@ def test_over_http(store_path: Path) -> None:
         port = free.getsockname()[1]
     with PrefixStore(store_path) as store:
         write_prefix(store, some_tokens(20))
-        assert store.lookup(FINGERPRINT, some_tokens(20), 4) is not None
+        assert store.inner.lookup(FINGERPRINT, some_tokens(20), 4) is not None
         collector = metrics.register(store, labels={"store": "docs"})
         server, thread = start_http_server(port, "127.0.0.1", REGISTRY)
         try:

@@ -29,7 +29,7 @@ def misses(store: PrefixStore) -> dict[str, int]:
 
 
 def found(store: PrefixStore, ids: TokenIds = IDS, fingerprint: str = FINGERPRINT, chunk_size: int = 4) -> int:
-    stored = store.lookup(fingerprint, ids, chunk_size)
+    stored = store.inner.lookup(fingerprint, ids, chunk_size)
     return 0 if stored is None else stored.tokens
 
 
@@ -44,7 +44,7 @@ def test_prompts_that_were_passed_over_are_counted_by_whatever_reason(store_path
     with PrefixStore(store_path) as store:
         assert store.stats.passed_over == {}
         for reason in ("a cache of 2.5 GB", "", "a cache of 2.5 GB", "…"):
-            store.counters.add(f"passed_over.{reason}")
+            store.inner.counters.add(f"passed_over.{reason}")
         assert store.stats.passed_over == {"a cache of 2.5 GB": 2, "": 1, "…": 1}
         assert store.stats.as_dict()["passed_over"] == store.stats.passed_over
     with PrefixStore(store_path) as store:
@@ -192,7 +192,7 @@ def test_a_lost_beginning_makes_what_continues_it_useless(store_path: Path) -> N
 
 def test_a_segment_that_was_taken_out_of_service(store_path: Path) -> None:
     with PrefixStore(store_path) as store:
-        store.discard(write_prefix(store, IDS).spans[0].segment, "a test")
+        store.inner.discard(write_prefix(store, IDS).spans[0].segment, "a test")
         assert found(store) == 0
         assert misses(store) == {"not_stored": 1}
         assert store.stats.quarantined == 1
@@ -209,7 +209,7 @@ def test_an_index_that_cannot_be_read_finds_nothing_and_raises_nothing(
 
         with monkeypatch.context() as patch:
             patch.setattr(store.inner.index, "read", fail)
-            assert store.lookup(FINGERPRINT, IDS, 4) is None
+            assert store.inner.lookup(FINGERPRINT, IDS, 4) is None
         assert misses(store) == {"corrupt": 1}
         assert found(store) == 18
 
@@ -284,9 +284,9 @@ def test_what_does_not_count_changes_no_counter(store_path: Path) -> None:
     with PrefixStore(store_path) as store:
         write_prefix(store, IDS)
         before = store.stats.as_dict()
-        assert store.lookup(FINGERPRINT, IDS, 4, count=False) is not None
-        assert store.lookup(OTHER, IDS, 4, count=False) is None
-        assert store.next_stored(FINGERPRINT, IDS, 4, 0) == 0
+        assert store.inner.lookup(FINGERPRINT, IDS, 4, count=False) is not None
+        assert store.inner.lookup(OTHER, IDS, 4, count=False) is None
+        assert store.inner.next_stored(FINGERPRINT, IDS, 4, 0) == 0
         assert store.stats.as_dict() == before
         assert store.entries()[0].uses == 0
 
@@ -294,13 +294,13 @@ def test_what_does_not_count_changes_no_counter(store_path: Path) -> None:
 def test_what_is_refused_is_not_counted(store_path: Path) -> None:
     store = PrefixStore(store_path)
     with pytest.raises(InputError, match="chunk_size"):
-        store.lookup(FINGERPRINT, IDS, 0)
+        store.inner.lookup(FINGERPRINT, IDS, 0)
     with pytest.raises(InputError):
-        store.lookup(FINGERPRINT, np.zeros((2, 3), dtype=np.int64), 4)
+        store.inner.lookup(FINGERPRINT, np.zeros((2, 3), dtype=np.int64), 4)
     assert (store.stats.tokens_asked, misses(store)) == (0, {})
     store.close()
     with pytest.raises(StoreClosedError):
-        store.lookup(FINGERPRINT, IDS, 4)
+        store.inner.lookup(FINGERPRINT, IDS, 4)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -25,7 +25,7 @@ from hf_contiguouskv.store.hashing import TokenIds
 
 
 def matched(store: PrefixStore, ids: TokenIds, chunk_size: int = 4, fingerprint: str = FINGERPRINT) -> int:
-    stored = store.lookup(fingerprint, ids, chunk_size)
+    stored = store.inner.lookup(fingerprint, ids, chunk_size)
     if stored is None:
         return 0
     assert sum(span.chunks for span in stored.spans) == -(-stored.tokens // chunk_size)
@@ -47,7 +47,7 @@ def test_what_was_stored_is_found_to_the_token_and_read_back(store_path: Path, l
         assert matched(store, np.append(ids, [5, 6, 7, 8, 9])) == length
         assert matched(store, ids[: length - 1]) == length - 1
     with PrefixStore(store_path) as store:
-        stored = store.lookup(FINGERPRINT, ids, 4)
+        stored = store.inner.lookup(FINGERPRINT, ids, 4)
         assert stored is not None
         for layer, kv in enumerate(read_back(store, stored, range(3))):
             assert torch.equal(kv, expected_kv(geometry(), ids, layer))
@@ -93,7 +93,7 @@ def test_prefixes_share_the_chunks_of_their_parents(store_path: Path) -> None:
         assert [(span.first_chunk, span.chunks, span.offset) for span in stored.spans] == [(0, 4, 0), (4, 4, 0)]
         write_prefix(store, branch, first_chunk=3)
         for wanted in (ids, branch, ids[:18], ids[:13]):
-            found = store.lookup(FINGERPRINT, wanted, 4)
+            found = store.inner.lookup(FINGERPRINT, wanted, 4)
             assert found is not None
             assert found.tokens == len(wanted)
             kv = read_back(store, found, [1])[0]
@@ -212,7 +212,7 @@ def test_what_a_new_segment_continues_is_not_evicted_for_it(tmp_path: Path, stor
 def test_a_segment_that_cannot_fit_is_refused_before_anything_is_computed(store_path: Path) -> None:
     with PrefixStore(store_path, max_disk_bytes=1000) as store:
         with pytest.raises(StoreFullError, match="max_disk_bytes=1000"):
-            store.begin_segment(FINGERPRINT, geometry(), some_tokens(10), 0)
+            store.inner.begin_segment(FINGERPRINT, geometry(), some_tokens(10), 0)
         assert store.entries() == []
 
 
@@ -235,10 +235,10 @@ def test_a_full_disk_is_reported_as_a_full_store(store_path: Path, monkeypatch: 
     with PrefixStore(store_path) as store:
         monkeypatch.setattr(os, "posix_fallocate", full)
         with pytest.raises(StoreFullError, match="No space left"):
-            store.begin_segment(FINGERPRINT, geometry(), some_tokens(10), 0)
+            store.inner.begin_segment(FINGERPRINT, geometry(), some_tokens(10), 0)
         assert not list(store_path.glob("partial/*"))
         monkeypatch.undo()
-        writer = store.begin_segment(FINGERPRINT, geometry(), some_tokens(10), 0)
+        writer = store.inner.begin_segment(FINGERPRINT, geometry(), some_tokens(10), 0)
         monkeypatch.setattr(os, "pwrite", full)
         writer.write_chunks(0, 0, expected_kv(geometry(), some_tokens(10), 0))
         with pytest.raises(StoreFullError, match="No space left"):
@@ -281,14 +281,14 @@ def test_wrong_arguments_are_refused_by_name(store_path: Path) -> None:
     assert not store_path.exists()
     with PrefixStore(store_path) as store:
         with pytest.raises(InputError, match="first_chunk"):
-            store.begin_segment(FINGERPRINT, geometry(), some_tokens(8), 2)
+            store.inner.begin_segment(FINGERPRINT, geometry(), some_tokens(8), 2)
         with pytest.raises(StoreError, match="from its beginning"):
-            store.begin_segment(FINGERPRINT, geometry(), some_tokens(8), 1)
+            store.inner.begin_segment(FINGERPRINT, geometry(), some_tokens(8), 1)
         with pytest.raises(InputError, match=r"\[n\]"):
-            store.lookup(FINGERPRINT, np.zeros((2, 4), dtype=np.int64), 4)
+            store.inner.lookup(FINGERPRINT, np.zeros((2, 4), dtype=np.int64), 4)
         with pytest.raises(InputError, match="integers"):
-            store.lookup(FINGERPRINT, np.zeros(4), 4)  # type: ignore[arg-type]
-        assert store.lookup(FINGERPRINT, tokens(), 4) is None
+            store.inner.lookup(FINGERPRINT, np.zeros(4), 4)  # type: ignore[arg-type]
+        assert store.inner.lookup(FINGERPRINT, tokens(), 4) is None
 
 
 def test_one_store_per_folder_is_shared_in_a_process(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_closed_store_says_so(store_path: Path) -> None:
     with pytest.raises(StoreError, match="closed"):
         store.entries()
     with pytest.raises(StoreError, match="closed"):
-        _ = store.reader
+        _ = store.inner.reader
 
 
 def test_where_direct_reads_are_refused_the_page_cache_serves(

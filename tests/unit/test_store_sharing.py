@@ -20,7 +20,7 @@ IDS = some_tokens(40)
 
 
 def find(store: PrefixStore, ids=IDS, **options) -> StoredPrefix | None:
-    return store.lookup(FINGERPRINT, ids, 4, **options)
+    return store.inner.lookup(FINGERPRINT, ids, 4, **options)
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
@@ -67,13 +67,13 @@ def test_other_processes_learn_of_uses_within_seconds(store_path: Path) -> None:
 
 def test_a_forked_child_may_use_the_background_of_its_parent(store_path: Path) -> None:
     with PrefixStore(store_path) as store:
-        store.submit_background(lambda: write_prefix(store, IDS))
+        store.inner.submit_background(lambda: write_prefix(store, IDS))
         store.flush()
         child = os.fork()
         if child == 0:
             done: list[int] = []
             threading.Timer(20, os._exit, (2,)).start()
-            store.submit_background(lambda: done.append(1))
+            store.inner.submit_background(lambda: done.append(1))
             store.flush()
             os._exit(0 if done == [1] and find(store, wait=True) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -83,12 +83,12 @@ def test_a_look_up_waits_only_for_a_prompt_that_helps(store_path: Path) -> None:
     with PrefixStore(store_path) as store:
         write_prefix(store, IDS[:20])
         go_on = threading.Event()
-        store.submit_background(lambda: go_on.wait(30), [some_tokens(40, seed=1), IDS[:20]])
+        store.inner.submit_background(lambda: go_on.wait(30), [some_tokens(40, seed=1), IDS[:20]])
         question = IDS.copy()
         question[20:] += 1
         assert find(store, question, wait=True).tokens == 20  # type: ignore[union-attr]
         assert not go_on.is_set()
-        store.submit_background(lambda: write_prefix(store, IDS, first_chunk=5), [IDS])
+        store.inner.submit_background(lambda: write_prefix(store, IDS, first_chunk=5), [IDS])
         threading.Timer(0.2, go_on.set).start()
         assert find(store, wait=True).tokens == 40  # type: ignore[union-attr]
 
@@ -104,7 +104,7 @@ def test_a_segment_that_names_another_model_than_its_hashes_goes(
             return type(made)(**(vars_of(made) | {"fingerprint": "00" * 16}))
 
         monkeypatch.setattr(publishing.Publisher, "_header", lying)
-        with store.begin_segment(FINGERPRINT, geometry(), IDS) as writer:
+        with store.inner.begin_segment(FINGERPRINT, geometry(), IDS) as writer:
             for layer in range(3):
                 writer.write_chunks(layer, 0, expected_kv(geometry(), IDS, layer))
             writer.write_index(1, torch.ones(2, 4, 10, 8, dtype=torch.int8), torch.ones(2, 8))

@@ -34,7 +34,7 @@ def writers() -> list[str]:
 def test_chunks_may_come_in_any_order(store_path: Path) -> None:
     g = geometry(layers_per_group=2)
     with PrefixStore(store_path) as store:
-        with store.begin_segment(FINGERPRINT, g, IDS[:38], 0) as writer:
+        with store.inner.begin_segment(FINGERPRINT, g, IDS[:38], 0) as writer:
             for layer in (2, 0, 1):
                 kv = expected_kv(g, IDS[:38], layer)
                 kv[-1, :, :, 2:] = float("nan")  # Past the last token: never stored.
@@ -55,7 +55,7 @@ def test_an_error_on_the_writer_thread_is_raised_by_commit(store_path: Path) -> 
 
     with PrefixStore(store_path) as store:
         for layer in (0, 2):
-            writer = store.begin_segment(FINGERPRINT, geometry(), IDS, 0)
+            writer = store.inner.begin_segment(FINGERPRINT, geometry(), IDS, 0)
             writer.write_chunks(layer, 0, expected_kv(geometry(), IDS, layer), ready=fail)
             with pytest.raises(ValueError, match="from the writer thread"):
                 writer.commit()
@@ -68,12 +68,12 @@ def test_an_error_on_the_writer_thread_is_raised_by_commit(store_path: Path) -> 
 def test_an_incomplete_segment_is_not_published(store_path: Path) -> None:
     g = geometry()
     with PrefixStore(store_path) as store:
-        writer = store.begin_segment(FINGERPRINT, g, IDS, 0)
+        writer = store.inner.begin_segment(FINGERPRINT, g, IDS, 0)
         for layer in range(3):
             writer.write_chunks(layer, 0, expected_kv(g, IDS, layer)[: 10 - (layer == 1)])
         with pytest.raises(StoreError, match="layer 1, chunk 9"):
             writer.commit()
-        writer = store.begin_segment(FINGERPRINT, g, IDS, 0)
+        writer = store.inner.begin_segment(FINGERPRINT, g, IDS, 0)
         for layer in range(3):
             writer.write_chunks(layer, 0, expected_kv(g, IDS, layer))
         with pytest.raises(StoreError, match=r"no key index for layers \[1\]"):
@@ -95,7 +95,7 @@ def test_an_incomplete_segment_is_not_published(store_path: Path) -> None:
 def test_wrong_chunks_are_refused(
     store_path: Path, layer: int, first: int, make: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    with PrefixStore(store_path) as store, store.begin_segment(FINGERPRINT, geometry(), IDS, 0) as writer:
+    with PrefixStore(store_path) as store, store.inner.begin_segment(FINGERPRINT, geometry(), IDS, 0) as writer:
         with pytest.raises(InputError):
             writer.write_chunks(layer, first, make(expected_kv(geometry(), IDS, 0)))
         with pytest.raises(InputError, match="key_index"):
@@ -106,7 +106,7 @@ def test_wrong_chunks_are_refused(
 
 def test_a_dropped_writer_leaves_nothing_behind(store_path: Path) -> None:
     with PrefixStore(store_path) as store:
-        writer = store.begin_segment(FINGERPRINT, geometry(), IDS, 0)
+        writer = store.inner.begin_segment(FINGERPRINT, geometry(), IDS, 0)
         assert list(store_path.glob("partial/*.partial"))
         del writer
         gc.collect()
@@ -141,7 +141,7 @@ def _store_in_process(path: Path, seed: int) -> None:
         for number in range(4):
             write_prefix(store, some_tokens(40, seed=number))
             write_prefix(store, some_tokens(40, seed=100 * seed + number + 10))
-            assert store.lookup(FINGERPRINT, some_tokens(40, seed=number), 4).tokens == 40  # type: ignore[union-attr]
+            assert store.inner.lookup(FINGERPRINT, some_tokens(40, seed=number), 4).tokens == 40  # type: ignore[union-attr]
 
 
 def test_many_processes_may_open_and_fill_one_new_store(store_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_forked_child_may_use_the_store_of_its_parent(store_path: Path) -> Non
         if child == 0:
             ok = False
             try:
-                found = store.lookup(FINGERPRINT, IDS, 4)
+                found = store.inner.lookup(FINGERPRINT, IDS, 4)
                 ok = found is not None and torch.equal(read_back(store, found, [1])[0], expected_kv(geometry(), IDS, 1))
             finally:
                 os._exit(0 if ok else 1)
@@ -190,10 +190,10 @@ def test_a_look_up_does_not_wait_for_a_publish(store_path: Path, monkeypatch: py
         thread.start()
         assert in_publish.wait(30)
         # Neither sees half of what is being published.
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 20  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 20  # type: ignore[union-attr]
         go_on.set()
         thread.join()
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
 
 
 def test_copies_share_the_store_and_its_files(store_path: Path) -> None:
@@ -211,7 +211,7 @@ CRASH = """
     store = PrefixStore({path!r})
     write_prefix(store, some_tokens(40))
     if {moment!r} == "while writing":
-        writer = store.begin_segment(FINGERPRINT, geometry(), some_tokens(40, seed=1), 0)
+        writer = store.inner.begin_segment(FINGERPRINT, geometry(), some_tokens(40, seed=1), 0)
         writer.write_chunks(0, 0, expected_kv(geometry(), some_tokens(40, seed=1), 0))
     else:
         publishing.insert_segment = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -227,9 +227,9 @@ def test_a_crash_loses_nothing_that_was_published_and_opening_cleans_up(store_pa
     crashed = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": root}, timeout=120)
     assert crashed.returncode == -signal.SIGKILL
     with PrefixStore(store_path) as store:
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
         # What was in its place already has been indexed; what was not is gone.
-        there = store.lookup(FINGERPRINT, some_tokens(40, seed=1), 4)
+        there = store.inner.lookup(FINGERPRINT, some_tokens(40, seed=1), 4)
         assert (there is None) == (moment == "while writing")
         assert not list(store_path.glob("partial/*"))
         again = store.gc()
@@ -238,7 +238,7 @@ def test_a_crash_loses_nothing_that_was_published_and_opening_cleans_up(store_pa
 
 
 def test_gc_leaves_alone_what_is_being_written(store_path: Path) -> None:
-    with PrefixStore(store_path) as store, store.begin_segment(FINGERPRINT, geometry(), IDS, 0) as writer:
+    with PrefixStore(store_path) as store, store.inner.begin_segment(FINGERPRINT, geometry(), IDS, 0) as writer:
         with PrefixStore(store_path) as other:
             report = other.gc()
         assert len(report.in_use) == 1
@@ -272,7 +272,7 @@ def test_the_index_is_rebuilt_from_the_files(store_path: Path, damage: str, capl
             content[page * 4096 : page * 4096 + 2048] = b"\xa5" * 2048
         index.write_bytes(content)
     with PrefixStore(store_path) as store:
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
         assert len(store.entries()) == 2
         # Said once, for nobody else will find it out.
         reported = [str(problem) for problem in store.verify()]
@@ -289,7 +289,7 @@ def test_an_index_that_disappears_under_an_open_store_is_rebuilt(store_path: Pat
         write_prefix(store, IDS)
         for name in ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"):
             (store_path / name).unlink(missing_ok=True)
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("opened_before", [True, False])
@@ -313,12 +313,12 @@ def test_a_lost_file_shortens_the_match_and_can_be_stored_again(
             fresh.replace(path)
         else:
             fresh = path.with_suffix(".new")
-            fresh.write_bytes(path_of(store.lookup(FINGERPRINT, IDS[:20], 4).spans[0].segment).read_bytes())  # type: ignore[union-attr]
+            fresh.write_bytes(path_of(store.inner.lookup(FINGERPRINT, IDS[:20], 4).spans[0].segment).read_bytes())  # type: ignore[union-attr]
             fresh.replace(path)
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 20  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 20  # type: ignore[union-attr]
         assert "lost" in caplog.text
         write_prefix(store, IDS, first_chunk=5)
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
         assert store.verify() == []
         store.close()
 
@@ -328,10 +328,10 @@ def test_children_of_a_lost_parent_are_found_again_when_it_is_stored_anew(store_
         parent = path_of(write_prefix(store, IDS[:20]).spans[0].segment)
         write_prefix(store, IDS, first_chunk=5)
         parent.unlink()
-        assert store.lookup(FINGERPRINT, IDS, 4) is None
+        assert store.inner.lookup(FINGERPRINT, IDS, 4) is None
         assert len(store.gc().unreachable) == 1
         write_prefix(store, IDS[:20])
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
         assert store.gc().unreachable == ()
 
 
@@ -355,8 +355,8 @@ def test_verify_names_every_damaged_part(store_path: Path) -> None:
         assert store.verify(store.entries()[1].key) == []
         with pytest.raises(SegmentCorruptError, match=r"key_index\.1"):
             segment.read_tensor("key_index.1")
-        store.discard(segment, "a test")
-        assert store.lookup(FINGERPRINT, IDS, 4) is None
+        store.inner.discard(segment, "a test")
+        assert store.inner.lookup(FINGERPRINT, IDS, 4) is None
         assert store.verify() == []
         assert (store_path / "damaged" / path_of(segment).name).exists()
 
@@ -374,14 +374,14 @@ def test_background_work_runs_in_order_and_failures_are_counted(
         raise ValueError("on purpose")
 
     with PrefixStore(store_path) as store:
-        store.submit_background(slow)
-        store.submit_background(fail)
-        store.submit_background(lambda: (done.append(2), store.flush()))
+        store.inner.submit_background(slow)
+        store.inner.submit_background(fail)
+        store.inner.submit_background(lambda: (done.append(2), store.flush()))
         store.flush()
         assert done == [1, 2]
-        assert store.background_failures == 1
+        assert store.inner.background_failures == 1
         assert "on purpose" in caplog.text
-        store.submit_background(slow)
+        store.inner.submit_background(slow)
     assert done == [1, 2, 1]
 
 
@@ -391,11 +391,11 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from store_helpers import *
 store = PrefixStore({str(store_path)!r})
-store.submit_background(lambda: (time.sleep(0.3), write_prefix(store, some_tokens(40))))
+store.inner.submit_background(lambda: (time.sleep(0.3), write_prefix(store, some_tokens(40))))
 """
     root = str(Path(__file__).parents[2])
     subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": root}, timeout=120, check=True
     )
     with PrefixStore(store_path) as store:
-        assert store.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
+        assert store.inner.lookup(FINGERPRINT, IDS, 4).tokens == 40  # type: ignore[union-attr]
