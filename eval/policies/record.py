@@ -44,7 +44,6 @@ class Listening:
         self.heard: list[npt.NDArray[np.float32]] = []
 
     def attach(self, ids: torch.Tensor, geometry: KVGeometry) -> AttachedPrefix:
-        """See `ServingMethod`."""
         stored = self._store.inner.lookup(
             model_fingerprint(self._model), ids.numpy(), geometry.chunk_size, geometry=geometry
         )
@@ -52,7 +51,6 @@ class Listening:
         return AttachedPrefix.of(stored, len(ids))
 
     def strategy(self, context: RequestContext) -> ChunkStrategy:
-        """See `ServingMethod`."""
         return ChunkStrategy(context, self._scorer)
 
     def _scorer(self, keys: KeyLoader, layer: int) -> ChunkScorer:

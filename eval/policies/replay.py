@@ -152,11 +152,9 @@ class NoReads:
         return self
 
     def submit(self, reads: Sequence[Read], **options: Any) -> Ticket:
-        """See `ExtentReader`."""
         return self._reader.submit((), **options)
 
     def run(self, function: Callable[[], None]) -> Task:
-        """See `ExtentReader`."""
         return self._reader.run(function)
 
 

@@ -30,7 +30,6 @@ class GroupedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DynamicLayer`."""
         super().update(key_states, value_states, *args, **kwargs)
         return self.shown()
 
@@ -41,7 +40,6 @@ class GroupedLayer(DynamicLayer):
     def visible_kv(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `hf_contiguouskv.model.attention.KVSource`."""
         return self.keys, self.values
 
 

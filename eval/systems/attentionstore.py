@@ -102,7 +102,6 @@ class _LoadedLayer(GroupedLayer):
         self._length = self._prefix.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """See `DynamicLayer.crop`."""
         if tokens_to_remove > 0 or self._loader is not None:
             raise ValueError("crop takes a negative number, once the prefix was used")
         self._length += tokens_to_remove
@@ -177,17 +176,14 @@ class AttentionStore(Stored):
         self._attention = GroupedAttention(model)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
-        """See `System`."""
         self._loading = Loading()
         self._attention.begin()
         return full_load(self._model, prefix_ids, self.opened(), self._loading, self._overlap)
 
     def timeline(self, cache: Any) -> Timeline:
-        """See `System`."""
         return self._loading.timeline
 
     def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
         self._attention.end()
         if self._loading.loader is not None:
             self._loading.loader.close()

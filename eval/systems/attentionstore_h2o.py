@@ -23,7 +23,6 @@ class H2OStrategy(TokenStrategy):
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
-        """See `TokenStrategy`."""
         nodes = self.nodes
         stored_keys, stored_values = self.layout.keys_of(layer), self.layout.values_of(layer)
         heads, tokens = self.prefix.geometry.kv_heads, self.prefix.tokens

@@ -147,7 +147,6 @@ class ChunkParts:
         self._key_layers = [layer for layer in plan.key_layers if not plan.scored_from_payload(layer)]
 
     def bring_keys(self) -> None:
-        """See `Parts`."""
         for layer in self._key_layers:
             self.loader.keys.want(layer)
             self.loader.keys.scorer(layer)
@@ -156,11 +155,9 @@ class ChunkParts:
         self._memory.catch_up()
 
     def lacks_keys(self) -> bool:
-        """See `Parts`."""
         return not all(self.loader.keys.resident(layer) for layer in self._key_layers)
 
     def close(self) -> None:
-        """See `Parts`."""
         self.loader.close()
 
 
@@ -191,13 +188,10 @@ class UnitParts:
         self._keys = {layer: _NONE if layer % 2 else keys for layer in layers}
 
     def bring_keys(self) -> None:
-        """See `Parts`."""
         bring(self, self._memory, self._keys)
 
     def lacks_keys(self) -> bool:
-        """See `Parts`."""
         return lacking(self, self._memory, self._keys) > 0
 
     def close(self) -> None:
-        """See `Parts`."""
         self.loader.close()

@@ -36,7 +36,6 @@ class ContiguousKV(Stored):
         self._keys_stay = keys_stay
 
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
-        """See `System`."""
         super().store(prefix_ids, states)
         if self._keys_stay:
             cache = self.cache(prefix_ids)
@@ -46,11 +45,9 @@ class ContiguousKV(Stored):
             self.finish(cache)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
-        """See `System`."""
         return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config)
 
     def forget(self) -> None:
-        """See `System`."""
         if self._keys_stay and self._store is not None:
             self._store.inner.memory.drop_chunks()
         else:

@@ -72,7 +72,6 @@ class ImpressStrategy(TokenStrategy):
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
-        """See `TokenStrategy`."""
         nodes, layout, u, kv_heads = self.nodes, self.layout, self.layout.unit_tokens, destination.shape[1]
         stored_keys, stored_values = layout.keys_of(layer), layout.values_of(layer)
         first_keys = nodes.keys_apart()
@@ -219,7 +218,6 @@ class Impress(TokenSystem):
 
     @property
     def method(self) -> str:
-        """See `TokenSystem`."""
         return f"{self.published} {self._reorder}"
 
     def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:

@@ -73,7 +73,6 @@ class InMemory:
         self._lengths[id(cache)] = len(prefix_ids)
 
     def files(self) -> list[Path]:
-        """See `System`."""
         return []
 
     def forget(self) -> None:
@@ -104,7 +103,6 @@ class InMemory:
         """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
         self._attention.end()
         cache.crop(self._lengths[id(cache)] - cache.get_seq_length())  # A negative number: so many go.
         return RequestStats()

@@ -23,7 +23,6 @@ class Recompute:
         """See `System`: nothing is kept."""
 
     def files(self) -> list[Path]:
-        """See `System`."""
         return []
 
     def forget(self) -> None:
@@ -41,7 +40,6 @@ class Recompute:
         """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
         return RequestStats()
 
     def __enter__(self) -> Recompute:

@@ -47,7 +47,6 @@ class Reload:
         return self._folder / f"{hashlib.blake2b(key_of(prefix_ids), digest_size=16).hexdigest()}.safetensors"
 
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
-        """See `System`."""
         path, key = self._file(prefix_ids), key_of(prefix_ids)
         if path.exists():
             return
@@ -66,7 +65,6 @@ class Reload:
         save_file(tensors, path)
 
     def files(self) -> list[Path]:
-        """See `System`."""
         return sorted(self._folder.glob("*.safetensors"))
 
     def forget(self) -> None:
@@ -113,7 +111,6 @@ class Reload:
         """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
         self._attention.end()
         return self._stats
 

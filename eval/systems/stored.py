@@ -47,7 +47,6 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """See `System`."""
         return self._name
 
     @property
@@ -80,7 +79,6 @@ class Stored:
             raise OSError(f"the prefix of {len(prefix_ids)} tokens could not be stored in {self._folder}")
 
     def files(self) -> list[Path]:
-        """See `System`."""
         return sorted(self._folder.rglob("*.safetensors"))
 
     @abstractmethod
@@ -88,13 +86,11 @@ class Stored:
         """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
-        """See `System`."""
         cache.close()
         found: RequestStats = cache.stats
         return found
 
     def timeline(self, cache: Any) -> Timeline | None:
-        """See `System`."""
         found: Timeline | None = cache.timeline
         return found
 

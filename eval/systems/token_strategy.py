@@ -80,15 +80,12 @@ class TokenStrategy(ABC):
 
     @property
     def kept_tokens(self) -> int:
-        """See `Strategy`."""
         return self.kept
 
     def start(self, loaded: Collection[int]) -> None:
-        """See `Strategy`."""
         self._ask_keys(range(self._ahead))
 
     def load(self, asked: LayerInput, destination: torch.Tensor) -> Sequence[Arrival]:
-        """See `Strategy`."""
         if asked.query.shape[0] != 1 or asked.options.get("softcap") is not None:
             raise ValueError("these systems serve one row, of models without a soft cap on attention")
         self._ask_keys(range(asked.layer, asked.layer + 1 + self._ahead))
@@ -110,7 +107,6 @@ class TokenStrategy(ABC):
         self.stats.bytes_used += self.kept * self.prefix.token_bytes()
 
     def copy_for(self, context: RequestContext) -> TokenStrategy:
-        """See `Strategy`."""
         return type(self)(context, self.units, self.nodes, self._ahead)
 
     @abstractmethod
@@ -224,6 +220,5 @@ class TokenMethod:
         return AttachedPrefix(len(ids), (), geometry)
 
     def strategy(self, context: RequestContext) -> TokenStrategy:
-        """See `ServingMethod`."""
         self.last = self._make(context)
         return self.last

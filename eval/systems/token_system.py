@@ -202,13 +202,11 @@ class TokenSystem(Stored):
         return (State.COLD, State.KEYS_RESIDENT, *warm_states(self._model.device))
 
     def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
-        """See `Stored`."""
         nodes, units = self._found(prefix_ids)
         plan = ServedModel(self._model).layers
         return UnitParts(units, plan.devices, nodes.keys_apart(), self.opened(), on_host)
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
-        """See `System`."""
         nodes, units = self._found(prefix_ids)
         self.served = TokenMethod(lambda context: self.strategy(context, units, nodes, self._ahead))
         return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config, method=self.served)

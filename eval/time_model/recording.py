@@ -264,12 +264,10 @@ class Recorder:
     name = "recorded"
 
     def empty(self, nbytes: int, *, for_copies: bool = False) -> torch.Tensor:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=pretend.DEVICE)
 
     def copy_in(self, source: torch.Tensor, target: Any, after: Any = None) -> _StreamEvent:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
             label = self._label("copy")
             target.numbers.copy_(source)
@@ -277,21 +275,18 @@ class Recorder:
             return _StreamEvent(self, label)
 
     def copy_out(self, source: Any, target: torch.Tensor) -> _StreamEvent:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
             target.copy_(source.numbers)
             self.add(["out", source.numel() * source.element_size()])
             return _StreamEvent(self)
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
             self.count("operations", 2)
             self.add(["cross", values.numel() * values.element_size(), False])
             return pretend.on_device(values.clone())
 
     def fetch(self, values: Any) -> torch.Tensor:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         with self._own, _disable_current_modes():
             self.count("operations", 2)
             self.add(["cross", values.numel() * values.element_size(), True])
@@ -299,23 +294,19 @@ class Recorder:
             return found
 
     def wait(self, event: Any) -> None:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         if event is not None and event.label is not None and event.recorder is self:
             self.add(["arrive", event.label])
 
     def mark(self) -> _StreamEvent:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         return _StreamEvent(self)
 
     def uses(self, tensor: torch.Tensor) -> None:
         """See `hf_contiguouskv.hardware.accelerator.Device`."""
 
     def stream(self) -> int:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         return 0
 
     def free_bytes(self) -> int | None:
-        """See `hf_contiguouskv.hardware.accelerator.Device`."""
         return None
 
     def let_go(self) -> None:
@@ -349,7 +340,6 @@ class InlineThreads:
         self._totals = totals
 
     def put(self, item: Any) -> None:
-        """See `ReaderThreads`."""
         self._queue.put(item, self._totals)
 
     def stop(self) -> None:
