@@ -152,7 +152,8 @@ class Publisher:
     ) -> tuple[bool, Segment | None]:
         in_place = False
         doomed: dict[str, Hashable] = {}
-        evicted, replaced = 0, False
+        evicted: set[str] = set()
+        replaced = False
 
         def change(db: sqlite3.Connection) -> tuple[bool, Segment | None]:
             nonlocal in_place, evicted, replaced
@@ -176,7 +177,7 @@ class Publisher:
             insert_segment(
                 db, header, ids, blob.stored_bytes, time.time(), pinned or self._parts.pins.holds(header.key)
             )
-            evicted, replaced = len(victims), existing is not None
+            evicted, replaced = {row.key for row in victims}, existing is not None
             doomed.clear()
             for row in (*victims, *self._superseded(db, header, ids)):
                 drop_segment(db, row.key)
@@ -192,7 +193,7 @@ class Publisher:
                 with contextlib.suppress(OSError, StoreError):
                     self._parts.index.write(lambda db: self._room.delete_unindexed(db, header.key))
             raise
-        self._room.remove(doomed)
+        removed = self._room.remove(doomed)
         if replaced:
             self._parts.opened.forget([header.key])  # What is kept of it in memory may not be what it holds now.
         if segment is not None:
@@ -200,7 +201,7 @@ class Publisher:
         if published:
             self._parts.counters.add("published")
             self._parts.counters.add("bytes_written", header.nbytes)
-            self._parts.counters.add("evicted", evicted)
+            self._parts.counters.add("evicted", len(evicted & removed))
         return published, segment
 
     def open_now(self, key: str) -> Segment | None:

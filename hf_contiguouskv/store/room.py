@@ -109,8 +109,7 @@ class Room:
                 doomed, excess = self._parts.index.write(change)
             if not doomed:
                 break
-            self.remove(doomed)
-            self._parts.counters.add("evicted", len(doomed))
+            self._parts.counters.add("evicted", len(self.remove(doomed)))
         if excess > 0:
             logger.warning(
                 "pinned prefixes of %s, and what they continue, take up %d bytes more than max_disk_bytes=%d; unpin or "
@@ -151,14 +150,21 @@ class Room:
         self._parts.counters.add("expired", len(expired))
         return expired
 
-    def remove(self, doomed: dict[str, Hashable]) -> None:
-        """Delete blobs that the index has forgotten: only now, when that is certain to last."""
+    def remove(self, doomed: dict[str, Hashable]) -> set[str]:
+        """Delete blobs that the index has forgotten: only now, when that is certain to last.
+
+        Returns:
+            Keys of those that this call removed. Another process that opens the store meanwhile finds a blob
+            without a row, and indexes it again: that one stays, and the
+            process that removes it later counts it.
+        """
+        removed: set[str] = set()
 
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
                 # Another process may have stored or indexed it again meanwhile.
-                if self._parts.backend.identity(key) == identity:
-                    self.delete_unindexed(db, key)
+                if self._parts.backend.identity(key) == identity and self.delete_unindexed(db, key):
+                    removed.add(key)
 
         self._parts.opened.forget(doomed)
         try:
@@ -166,10 +172,12 @@ class Room:
                 self._parts.index.write(change)
         except (StoreError, OSError) as error:
             logger.warning("%d segments could not be evicted in order: %s", len(doomed), error)
-            self._remove_out_of_order(doomed)
+            removed |= self._remove_out_of_order(doomed)
+        return removed
 
-    def _remove_out_of_order(self, doomed: dict[str, Hashable]) -> None:
-        """Delete what can be deleted; what cannot takes up room, so it is indexed again."""
+    def _remove_out_of_order(self, doomed: dict[str, Hashable]) -> set[str]:
+        """Delete what can be deleted; what cannot takes up room, so it is indexed again. Keys of what was deleted."""
+        removed: set[str] = set()
 
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
@@ -180,13 +188,21 @@ class Room:
             with contextlib.suppress(OSError):
                 if self._parts.backend.identity(key) == identity:
                     self._parts.backend.delete(key)
+                    removed.add(key)
         with contextlib.suppress(OSError):
             self._parts.index.try_write(change)
+        return removed
 
-    def delete_unindexed(self, db: sqlite3.Connection, key: str) -> None:
-        """Delete a blob unless the index knows it: inside a transaction, for another process may have indexed it."""
-        if segment_by_key(db, key) is None:
-            self._parts.backend.delete(key)
+    def delete_unindexed(self, db: sqlite3.Connection, key: str) -> bool:
+        """Delete a blob unless the index knows it: inside a transaction, for another process may have indexed it.
+
+        Returns:
+            Whether it was deleted.
+        """
+        if segment_by_key(db, key) is not None:
+            return False
+        self._parts.backend.delete(key)
+        return True
 
     def is_there(self, db: sqlite3.Connection, key: str, row: SegmentRow | None) -> bool:
         """Whether the segment is stored already; if only the index does not know it (well), it learns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from hf_contiguouskv.store.eviction import choose_excess
 from hf_contiguouskv.store.hashing import TokenIds
 from hf_contiguouskv.store.index import StoreIndex
 from hf_contiguouskv.store.memory_backend import MemoryBackend
+from hf_contiguouskv.store.room import Room
 
 
 @settings(max_examples=150, deadline=None)
@@ -86,6 +87,53 @@ def test_a_lower_bound_holds_and_what_is_worth_most_stays(store_path: Path, cloc
         assert (store.stats.evicted, store.stats.segments, store.stats.segment_bytes) == (2, 2, 2 * size)
         assert sum(path.exists() for path in paths) == 2
         assert store.verify() == []
+
+
+def between_forgetting_and_deleting(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Let `act` happen once, where the index has forgotten what is evicted and the segments still lie there."""
+    original, acted = Room.remove, []
+
+    def remove(self: Room, doomed: dict[str, Hashable]) -> set[str]:
+        if not acted and doomed:
+            acted.append(True)
+            act()
+        return original(self, doomed)
+
+    monkeypatch.setattr(Room, "remove", remove)
+
+
+def test_what_two_openings_evict_at_once_is_counted_once(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes, size = filled(store_path, 8)
+    second: list[int] = []
+
+    def open_a_second_time() -> None:
+        # This opening finds segments without rows, indexes them, and evicts them again.
+        with PrefixStore(store_path, max_disk_bytes=3 * size) as other:
+            other.flush()
+            second.append(other.stats.evicted)
+
+    between_forgetting_and_deleting(monkeypatch, open_a_second_time)
+    with PrefixStore(store_path, max_disk_bytes=3 * size) as store:
+        store.flush()
+        assert sum(kept(store, prefixes)) == store.stats.segments == 3
+        assert store.stats.evicted + second[0] == 8 - 3
+        assert store.verify() == []
+
+
+def test_what_an_opening_indexes_again_is_not_counted_as_evicted(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publication that evicts, while a handle without a bound opens the store and keeps what it finds."""
+    prefixes, size = filled(store_path, 3)
+    kept_open: list[PrefixStore] = []
+    between_forgetting_and_deleting(monkeypatch, lambda: kept_open.append(PrefixStore(store_path)))
+    with PrefixStore(store_path, max_disk_bytes=3 * size) as store:
+        write_prefix(store, some_tokens(16, 99))
+        assert store.stats.evicted == 0
+        assert sum(kept(store, prefixes)) == 3
+        assert store.stats.segments == 4
+        assert store.verify() == []
+    kept_open[0].close()
 
 
 def test_without_a_lower_bound_opening_starts_nothing(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
