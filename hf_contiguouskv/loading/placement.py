@@ -47,6 +47,12 @@ def _covers(chunks: Chunks, selected: Chunks) -> bool:
     return first <= int(selected[0]) and int(selected[-1]) <= last and neighbours(chunks)
 
 
+def kv_view(prefix: AttachedPrefix, extents: torch.Tensor) -> torch.Tensor:
+    """Exact chunks as they are stored, uint8 `(n, extent_bytes)`, as `(n, 2 (K, V), kv_heads, c, head_dim)`."""
+    g = prefix.geometry
+    return extents.view(g.dtype).view(-1, 2, g.kv_heads, g.chunk_size, g.head_dim)
+
+
 def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:
     """Copy chunks into their positions.
 
@@ -107,9 +113,9 @@ def put(prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, de
     if prefix.form == "packed":
         _put_values(prefix, extents, places, destination[1])
     elif places is None:
-        destination.copy_(prefix.kv_view(extents)[0, :, None, :, None, : destination.shape[4]])
+        destination.copy_(kv_view(prefix, extents)[0, :, None, :, None, : destination.shape[4]])
     else:
-        place(prefix.kv_view(extents), places, destination[:, 0])
+        place(kv_view(prefix, extents), places, destination[:, 0])
 
 
 def _put_values(
@@ -133,7 +139,7 @@ def _put_values(
 
 def copy_in_order(prefix: AttachedPrefix, part: LoadedChunks, first_chunk: int, destination: torch.Tensor) -> None:
     """Copy all chunks of `part` into `destination` `(2, kv_heads, chunks, c, head_dim)`, from `first_chunk` on."""
-    place(prefix.kv_view(part.extents(None)), part.chunks - first_chunk, destination)
+    place(kv_view(prefix, part.extents(None)), part.chunks - first_chunk, destination)
 
 
 def place_keys(
