@@ -16,7 +16,7 @@ from hf_contiguouskv.hardware import accelerator as devices
 from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.loading import host_residency as residency
 from hf_contiguouskv.loading import key_loader as keys
-from hf_contiguouskv.loading import payload_reads as lookahead
+from hf_contiguouskv.loading import payload_reads
 from hf_contiguouskv.store import reader
 
 from . import pretend
@@ -49,7 +49,7 @@ class Stage:
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
         for kind in ("add", "pump", "need", "used"):
-            patch(lookahead.Lookahead, kind, partial(self._bound, "ahead", kind))
+            patch(payload_reads.Lookahead, kind, partial(self._bound, "ahead", kind))
         for method in ("bring", "index", "scorer"):
             patch(keys.KeyLoader, method, lambda original: self._bound("targeting", original))
         for owner in (staging.DeviceResidency, residency.HostResidency):
