@@ -10,7 +10,7 @@ begins with its kind:
 | event | what |
 |---|---|
 | `work`, amounts | of the one that does it, see `AMOUNTS` |
-| `add`, layer, bytes / `pump` / `need`, layer / `used`, layer | calls of `loading.lookahead.Lookahead` |
+| `add`, layer, bytes / `pump` / `need`, layer / `used`, layer | calls of `loading.payload_reads.Lookahead` |
 | `submit`, ticket, reads, bytes, threads, amounts | reads are queued; the amounts are the readers' |
 | `task`, events | what a reader thread does next |
 | `copy`, copy, bytes, ticket or none | a copy to the device is queued once a ticket is done, or now |

@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
-from hf_contiguouskv.loading.lookahead import Lookahead
+from hf_contiguouskv.loading.payload_reads import Lookahead
 
 from .machines import Gpu, Host, Machine
 from .record import Record

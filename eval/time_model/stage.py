@@ -15,8 +15,8 @@ import torch
 from hf_contiguouskv.hardware import accelerator as devices
 from hf_contiguouskv.loading import device_residency as staging
 from hf_contiguouskv.loading import host_residency as residency
-from hf_contiguouskv.loading import key_reads as keys
-from hf_contiguouskv.loading import lookahead
+from hf_contiguouskv.loading import key_loader as keys
+from hf_contiguouskv.loading import payload_reads
 from hf_contiguouskv.store import reader
 
 from . import pretend
@@ -49,9 +49,9 @@ class Stage:
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
         for kind in ("add", "pump", "need", "used"):
-            patch(lookahead.Lookahead, kind, partial(self._bound, "ahead", kind))
-        for method in ("start", "index", "scorer"):
-            patch(keys.KeyReads, method, lambda original: self._bound("targeting", original))
+            patch(payload_reads.Lookahead, kind, partial(self._bound, "ahead", kind))
+        for method in ("bring", "index", "scorer"):
+            patch(keys.KeyLoader, method, lambda original: self._bound("targeting", original))
         for owner in (staging.DeviceResidency, residency.HostResidency):
             for method in ("find_or_read", "read_piece"):
                 patch(owner, method, lambda original: self._bound("targeting", original))

@@ -19,7 +19,7 @@ class ArrivingTensor:
     It has many attributes because it names both ends of up to two copies.
 
     The reader thread that ends the read queues the copy to the device, while the model computes earlier layers. Reader
-    threads work on this, so it must not keep `KeyReads` alive.
+    threads work on this, so it must not keep `KeyLoader` alive.
 
     Args:
         name, which: as in `KeptKeys`.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..memory import Usage
+from ..memory import MemoryTiers, Usage
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix, Chunks
+from ..store.extents import Form
 from .prefix_tables import PrefixTables
-from .request_usage import RequestUsage
 from .residency import LoadedChunks
 
 
@@ -34,6 +35,33 @@ class Arrival(NamedTuple):
     def of(cls, part: LoadedChunks) -> Arrival:
         """Of chunks that were just taken."""
         return cls(part.chunks, part.from_disk, part.from_host, part.speculative)
+
+
+class RequestUsage:
+    """What one request used: noted as it goes, counted by the memory tiers once its first token is out.
+
+    If the request is dropped before that, the tiers count it all the same.
+    """
+
+    def __init__(self, memory: MemoryTiers) -> None:
+        self._memory = memory
+        self._by_form: dict[Form, Usage] = {"exact": Usage(), "packed": Usage()}
+        self._tell = weakref.finalize(self, memory.finished, *self._by_form.values())
+        self._tell.atexit = False
+
+    def of(self, form: Form) -> Usage:
+        """What was used of chunks in this form."""
+        return self._by_form[form]
+
+    @property
+    def told(self) -> bool:
+        """Whether the tiers know already."""
+        return not self._tell.alive
+
+    def tell(self) -> None:
+        """Tell the tiers, once, and do the work that they have put off."""
+        self._tell()
+        self._memory.catch_up()
 
 
 class ChunkAccounts:

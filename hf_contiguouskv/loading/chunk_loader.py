@@ -23,14 +23,10 @@ from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..timeline import NO_TIMELINE, SpanRecorder
-from .chunk_accounts import ChunkAccounts
-from .chunk_store import ChunkStore
+from .chunk_accounts import ChunkAccounts, RequestUsage
 from .key_loader import KeyLoader
-from .key_reads import KeyReads
-from .lookahead import Lookahead
-from .payload_reads import PayloadReads
-from .request_usage import RequestUsage
-from .residency import LoadedChunks
+from .payload_reads import Lookahead, PayloadReads
+from .residency import ChunkStore, LoadedChunks
 
 
 class ChunkLoader:
@@ -104,7 +100,7 @@ class ChunkLoader:
         )
         payload = loader._by_form.get(plan.served.form)
         if payload is not None:
-            loader._keys = KeyLoader(KeyReads(plan, store, payload, stats, timeline), loader._ahead)
+            loader._keys = KeyLoader(plan, store, payload, loader._ahead, stats, timeline)
         return loader
 
     @property

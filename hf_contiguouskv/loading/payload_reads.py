@@ -1,9 +1,11 @@
-"""Reads of the payload of one request: each byte is asked for at most once."""
+"""Reads of one request: started ahead of compute, in order, each byte at most once; and waiting for them."""
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,15 +17,77 @@ from ..memory import MemoryTiers
 from ..memory.blocks import among
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix, Chunks
-from ..store.reader import ExtentReader, Task
+from ..store.reader import ExtentReader, Task, Ticket
 from ..timeline import NO_TIMELINE, SpanRecorder
 from .device_residency import DeviceResidency
 from .host_residency import HostResidency
 from .prefix_tables import PrefixTables
 from .residency import LoadedChunks, Residency
-from .waiting import wait_for
 
 _NONE = np.zeros(0, dtype=np.int64)
+# Starts a read, and returns whether it did. Called with `False`, it starts the read only if memory has room for it.
+Start = Callable[[bool], bool]
+
+
+class Lookahead:
+    """Starts reads in order while at most `limit` bytes are under way or unused. At least one read always is started.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._waiting: deque[tuple[int, int, Start]] = deque()
+        self._open: dict[int, int] = {}
+
+    def add(self, key: int, nbytes: int, start: Start) -> None:
+        """Queue a read of `nbytes` for `key` (a layer index)."""
+        self._waiting.append((key, nbytes, start))
+
+    def pump(self) -> None:
+        """Start the reads that fit."""
+        while self._waiting:
+            key, nbytes, start = self._waiting[0]
+            if self._open and sum(self._open.values()) + nbytes > self.limit:
+                return
+            if not start(False):
+                return
+            self._waiting.popleft()
+            self._open[key] = self._open.get(key, 0) + nbytes
+
+    def need(self, key: int) -> None:
+        """Start the reads for `key` now, whatever the limit is (layers may run in any order)."""
+        mine = [entry for entry in self._waiting if entry[0] == key]
+        for entry in mine:
+            self._waiting.remove(entry)
+            _, nbytes, start = entry
+            self._open[key] = self._open.get(key, 0) + nbytes
+            start(True)
+
+    def used(self, key: int) -> None:
+        """The bytes of `key` have been used: start the reads that fit now."""
+        self._open.pop(key, None)
+        self.pump()
+
+
+def wait_for(ticket: Ticket, stats: RequestStats, timeline: SpanRecorder, layer: int, kind: str = "read") -> None:
+    """Wait for the reads of `ticket`. The time counts as `io_wait_s`, and goes into the timeline.
+
+    Raises:
+        SegmentCorruptError, SegmentReadError, StoreClosedError: see `Ticket.wait`.
+    """
+    started = time.perf_counter()
+    waited = not ticket.done
+    try:
+        ticket.wait()
+    finally:
+        ended = time.perf_counter()
+        if waited:
+            stats.io_wait_s += ended - started
+        timeline.add(kind, layer, ticket.started, ticket.ended)
+        if waited:
+            timeline.add("wait", layer, started, ended)
 
 
 @dataclass
@@ -144,7 +208,7 @@ class PayloadReads:
             self._tasks.update(dict.fromkeys(later, task))
 
     def start(self, layer: int, chunks: Chunks, device: torch.device, must: bool) -> bool:
-        """`ask` for one layer, as a `lookahead.Start`: chunks that memory has no room for are read by `take`."""
+        """`ask` for one layer, as a `Start`: chunks that memory has no room for are read by `take`."""
         self.ask([layer], chunks, device)
         return True
 

@@ -9,6 +9,7 @@ import torch
 
 from ..hardware.accelerator import send
 from ..memory.blocks import neighbours
+from ..selection.indexed_keys import Part
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..store.packing import unpack_values
 from .residency import LoadedChunks
@@ -46,6 +47,12 @@ def _covers(chunks: Chunks, selected: Chunks) -> bool:
     return first <= int(selected[0]) and int(selected[-1]) <= last and neighbours(chunks)
 
 
+def kv_view(prefix: AttachedPrefix, extents: torch.Tensor) -> torch.Tensor:
+    """Exact chunks as they are stored, uint8 `(n, extent_bytes)`, as `(n, 2 (K, V), kv_heads, c, head_dim)`."""
+    g = prefix.geometry
+    return extents.view(g.dtype).view(-1, 2, g.kv_heads, g.chunk_size, g.head_dim)
+
+
 def place(kv: torch.Tensor, positions: Chunks, destination: torch.Tensor) -> None:
     """Copy chunks into their positions.
 
@@ -74,7 +81,7 @@ def assemble(
     """Copy the chunks of `part` into the rows that selected them.
 
     Chunks keep the order of the text, wherever they come from: the same chunks give the same answer, bit for bit. Of a
-    packed prefix only values are copied: `packed_keys.place_keys` copies the keys.
+    packed prefix only values are copied: `place_keys` copies the keys.
 
     Args:
         prefix: in the form in which the chunks were read.
@@ -106,9 +113,9 @@ def put(prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, de
     if prefix.form == "packed":
         _put_values(prefix, extents, places, destination[1])
     elif places is None:
-        destination.copy_(prefix.kv_view(extents)[0, :, None, :, None, : destination.shape[4]])
+        destination.copy_(kv_view(prefix, extents)[0, :, None, :, None, : destination.shape[4]])
     else:
-        place(prefix.kv_view(extents), places, destination[:, 0])
+        place(kv_view(prefix, extents), places, destination[:, 0])
 
 
 def _put_values(
@@ -132,4 +139,46 @@ def _put_values(
 
 def copy_in_order(prefix: AttachedPrefix, part: LoadedChunks, first_chunk: int, destination: torch.Tensor) -> None:
     """Copy all chunks of `part` into `destination` `(2, kv_heads, chunks, c, head_dim)`, from `first_chunk` on."""
-    place(prefix.kv_view(part.extents(None)), part.chunks - first_chunk, destination)
+    place(kv_view(prefix, part.extents(None)), part.chunks - first_chunk, destination)
+
+
+def place_keys(
+    prefix: AttachedPrefix, parts: Sequence[Part], selected: Sequence[Chunks], destination: torch.Tensor
+) -> None:
+    """Put the keys of selected chunks, in 8 bits, where attention looks.
+
+    Args:
+        prefix: whose keys.
+        parts: index and scale per segment, for all chunks of the prefix (see `selection.indexed_keys`).
+        selected: per row int64 `(keep,)`, ascending.
+        destination: `(rows, kv_heads, kept_tokens, head_dim)`, on the device of the parts; a partial last chunk comes
+            behind the others.
+    """
+    c, tail = prefix.geometry.chunk_size, prefix.tail_tokens
+    for row, own in enumerate(selected):
+        chunks = destination[row, :, : len(own) * c].unflatten(1, (-1, c))
+        begin, ends = 0, [len(own)]
+        if len(parts) > 1:
+            ends = np.searchsorted(own, [span.first_chunk + span.chunks for span in prefix.spans]).tolist()
+        for span, part, end in zip(prefix.spans, parts, ends, strict=True):
+            if end > begin:
+                _place_keys_of_segment(part, own[begin:end] - span.first_chunk, chunks[:, begin:end])
+            begin = end
+    if tail:
+        index, scale = parts[-1]
+        last = index[:, :tail, prefix.whole_chunks - prefix.spans[-1].first_chunk] * scale[:, None]
+        destination[:, :, destination.shape[2] - tail :] = last.to(destination.dtype)
+
+
+def _place_keys_of_segment(part: Part, chunks: Chunks, destination: torch.Tensor) -> None:
+    """Keys of `chunks` of one segment into `(kv_heads, n, c, head_dim)`."""
+    index, scale = part
+    where = send(torch.from_numpy(chunks), index.device)
+    if index.shape[-1] % 8 == 0:
+        # Eight channels at a time: a GPU copies element by element.
+        found = index.view(torch.int64).index_select(2, where).view(torch.int8)
+    else:
+        found = index.index_select(2, where)
+    # Two steps in the dtype of the destination, which are several times as fast as one product of mixed dtypes.
+    destination.copy_(found.transpose(1, 2))
+    destination.mul_(scale.to(destination.dtype)[:, None, None])

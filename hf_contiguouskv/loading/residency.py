@@ -1,4 +1,4 @@
-"""How chunks of one layer reach the device where attention reads them."""
+"""What loading asks of a store, and how chunks of one layer reach the device where attention reads them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,26 @@ from typing import Protocol
 
 import torch
 
+from ..memory import MemoryTiers
 from ..store.attached_prefix import Chunks
-from ..store.reader import Ticket
+from ..store.reader import ExtentReader, Ticket
 
 # Bytes that are read at a time where the tiers have no room: few enough to be allocated beside every limit.
 PIECE_BYTES = 4 * 2**20
+
+
+class ChunkStore(Protocol):
+    """The inside of a `PrefixStore`, or anything else that has a reader and memory tiers."""
+
+    @property
+    def reader(self) -> ExtentReader:
+        """Reads extents of segments."""
+        ...
+
+    @property
+    def memory(self) -> MemoryTiers:
+        """Keeps chunks and keys above the disk."""
+        ...
 
 
 class LoadedChunks(Protocol):

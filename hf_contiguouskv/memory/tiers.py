@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
@@ -125,6 +126,30 @@ class MemoryTiers:
         """See `Tier.workspace`. `None` if there are accelerators: the host tier is then pinned memory, which is
         scarce."""
         return None if self._pinned else self.host.workspace(nbytes)
+
+    def for_attention(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+        """Memory that attention reads K and V from, `(2, batch, kv_heads, tokens, head_dim)`, with anything in it.
+
+        On a CPU it is lent, where there is room; on an accelerator, room is made for it.
+
+        Args:
+            like: `(..., kv_heads, any, head_dim)`, of the dtype and on the device that are wanted.
+            batch, tokens: of the shape.
+
+        Returns:
+            an ordinary tensor even in inference mode, so that a cache may be continued outside of it.
+        """
+        shape = (2, batch, like.shape[-3], tokens, like.shape[-1])
+        nbytes = math.prod(shape) * like.dtype.itemsize
+        with torch.inference_mode(False):
+            if like.device.type == "cpu":
+                octets = self.workspace(nbytes)
+                if octets is not None:
+                    return octets.view(like.dtype).view(shape)
+            tier = self.devices.get(like.device)
+            if tier is None:
+                return like.new_empty(shape)
+            return tier.where_it_fits(nbytes, lambda: like.new_empty(shape))
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 

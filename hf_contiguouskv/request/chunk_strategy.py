@@ -18,9 +18,7 @@ from ..errors import InputError
 from ..loading.chunk_accounts import Arrival
 from ..loading.chunk_loader import ChunkLoader
 from ..loading.key_loader import KeyLoader
-from ..loading.packed_keys import place_keys
-from ..loading.placement import assemble
-from ..loading.window_tails import load_tail
+from ..loading.placement import assemble, copy_in_order, place_keys
 from ..memory.blocks import among
 from ..selection import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, device_product
 from ..store.attached_prefix import Chunks
@@ -176,7 +174,24 @@ class ChunkStrategy:
         self._context.timeline.add("copy", layer, began, perf_counter())
 
     def load_tail(self, layer: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return load_tail(self.loader, self._plan, layer, window, self._context.stats)
+        plan, loader, chunks = self._plan, self.loader, self._plan.tail_chunks(window)
+        prefix, g = plan.prefix, plan.prefix.geometry
+        first, before = plan.tail_start(window), int(chunks[0]) * g.chunk_size
+        with torch.inference_mode(False):
+            shape = 2, g.kv_heads, len(chunks), g.chunk_size, g.head_dim
+            kv = torch.empty(*shape, dtype=g.dtype, device=plan.layers.devices[layer])
+        arrived = []
+        with closing(loader.take(layer)) as parts:
+            for part in parts:
+                copy_in_order(prefix, part, int(chunks[0]), kv)
+                arrived.append(Arrival.of(part))
+        for one in arrived:
+            loader.accounts.count_hits(layer, one)
+        loader.accounts.note_used(layer, chunks)
+        # Without the tokens before the window and after the prefix.
+        tokens = kv.flatten(2, 3)[:, None, :, first - before : prefix.tokens - before]
+        self._context.stats.bytes_used += tokens.shape[3] * prefix.token_bytes()
+        return tokens[0], tokens[1]
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import SegmentCorruptError, SegmentReadError
-from ..loading.attention_memory import attention_memory
-from ..loading.chunk_accounts import Arrival
-from ..loading.chunk_store import ChunkStore
-from ..loading.request_usage import RequestUsage
+from ..loading.chunk_accounts import Arrival, RequestUsage
+from ..loading.residency import ChunkStore
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix
@@ -169,8 +167,8 @@ class PrefixRequest:
         return found
 
     def room(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-        """Memory for K and V, `(2, batch, kv_heads, tokens, head_dim)` (see `attention_memory`)."""
-        return attention_memory(self._store.memory, like, batch, tokens)
+        """Memory for K and V, `(2, batch, kv_heads, tokens, head_dim)` (see `MemoryTiers.for_attention`)."""
+        return self._store.memory.for_attention(like, batch, tokens)
 
     def selected_chunks(self, layer: int) -> torch.Tensor | None:
         """Whole chunks that a full-attention layer uses, int64 `(distinct rows, kept)` on the CPU, ascending.

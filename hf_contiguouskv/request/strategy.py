@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..loading.chunk_accounts import Arrival
+from ..loading.chunk_accounts import Arrival, RequestUsage
 from ..loading.chunk_loader import ChunkLoader
-from ..loading.chunk_store import ChunkStore
-from ..loading.request_usage import RequestUsage
+from ..loading.residency import ChunkStore
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix

@@ -5,8 +5,7 @@ from .attention_mass import AttentionMassScorer
 from .base import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, voting_queries
 from .device_products import device_product
 from .indexed_keys import IndexedKeysScorer
-from .integer_products import chosen_products
-from .scratch import Scratch
+from .integer_products import Scratch, chosen_products
 
 __all__ = [
     "AttentionMassScorer",

@@ -14,8 +14,7 @@ import torch
 from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
 from .device_products import device_product
-from .integer_products import IntegerProduct, fastest_product
-from .scratch import Scratch
+from .integer_products import IntegerProduct, Scratch, fastest_product
 
 Floats = npt.NDArray[np.float32]
 # Index `(kv_heads, c, chunks, head_dim)` and scale `(kv_heads, head_dim)` of one segment.

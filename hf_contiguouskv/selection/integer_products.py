@@ -11,14 +11,13 @@ only if the processor lacks the instructions, not if `ONEDNN_MAX_CPU_ISA` turns 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-
-from .scratch import Scratch
 
 # A piece of this size stays in the processor's cache until its maximum is taken. In a single piece, choosing among
 # 65,536 tokens took 2.5 times as long. Smaller pieces cost more calls: 1 MiB is a tenth slower.
@@ -28,6 +27,22 @@ MULTIPLICATIONS_PER_SAMPLE = 2**20
 SAMPLE_CHUNK, SAMPLE_TOKENS = 16, (128, 2048)
 # After many calls, timings repeat once in so many calls and take less than a hundredth of the work.
 CALLS_BETWEEN_TURNS = 256
+
+
+class Scratch:
+    """Memory for products of keys and queries that all layers reuse, because allocating it costs more than the
+    arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def of(self, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        """An uninitialised CPU tensor of this shape and dtype; valid until the next call."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self._memory) < size:
+            with torch.inference_mode(False):
+                self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self._memory[:size].view(dtype).view(shape)
 
 
 class IntegerProduct(Protocol):

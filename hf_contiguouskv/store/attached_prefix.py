@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from .entries import SegmentSpan, StoredPrefix
 from .extents import Form
 from .format import KVGeometry
-from .reader import Read
+from .reads import Read
 from .segment import Segment
 
 Chunks = npt.NDArray[np.int64]
@@ -167,11 +166,6 @@ class AttachedPrefix:
                 into = memory(slot, count)
                 found.append(Read(segment, extents.offset(layer, first), count * size, into, checks))
         return found
-
-    def kv_view(self, extents: torch.Tensor) -> torch.Tensor:
-        """Chunks as they are stored, uint8 `(n, extent_bytes)`, as `(n, 2 (K, V), kv_heads, c, head_dim)`."""
-        g = self.geometry
-        return extents.view(g.dtype).view(-1, 2, g.kv_heads, g.chunk_size, g.head_dim)
 
     def token_bytes(self) -> int:
         """Bytes of one token in one layer, as it is read."""

@@ -1,13 +1,13 @@
-"""Files of segments: one that is open for reading, and one that is being written."""
+"""A file of a segment that is open for reading, and positioned reads of it past the operating system's page cache."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
+import mmap
 import os
-import secrets
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,21 @@ from ..hardware.aligned_memory import PAGE
 from .backend import Extent
 from .descriptors import Descriptors, new_number, note_closed, note_open, now, with_room
 from .directory import Directory
-from .pread import read_each, read_joined, read_scattered
 
 SUFFIX = ".safetensors"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What says that another file, or none, lies where one was: none at all, a link, a folder, no ordinary file.
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 # A file with more holes than that is taken for one that has too many.
 _MOST_HOLES = 100_000
 # Where a file system cannot say what of a file takes up storage.
 _CANNOT_TELL = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+MAX_PART = 2**20
+BOUNCE_BYTES = MAX_PART + 2 * PAGE
+# What the system says where it cannot read straight into this memory: it is not aligned as the device wants it, or its
+# pages (registered with a GPU's driver, say) cannot be handed to the device. Ordinary memory of this process can.
+NOT_DIRECTLY = (errno.EINVAL, errno.EFAULT)
+
+_of_thread = threading.local()
 
 
 class FileBlob:
@@ -160,114 +165,6 @@ def identity_of(status: os.stat_result) -> Hashable:
     return status.st_dev, status.st_ino, status.st_size
 
 
-class FileBlobWriter:
-    """A `backend.BlobWriter` of a partial file, which is locked while its writer lives.
-
-    It has many attributes because it must undo a write from any point.
-
-    Args:
-        partial: folder of partial files.
-        segments: folder of the folders of published ones.
-        key: of the segment.
-        nbytes: its length.
-        drop_cached: leave nothing of it in the page cache.
-    """
-
-    def __init__(self, partial: Directory, segments: Directory, key: str, nbytes: int, *, drop_cached: bool) -> None:
-        self.nbytes = nbytes
-        self._partial, self._segments, self._key = partial, segments, key
-        self._published = False
-        self._drop_cached = drop_cached
-        self._fd, self._file = _create_locked(partial, key)
-        self.path = partial.path_of(self._file)
-        self.name = str(self.path)
-        try:
-            _reserve(self._fd, nbytes)
-        except BaseException:
-            self.discard()
-            raise
-        self.stored_bytes = nbytes
-
-    def write(self, offset: int, octets: memoryview) -> None:
-        done = 0
-        while done < octets.nbytes:
-            done += os.pwrite(self._fd, octets[done:], offset + done)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        return os.pread(self._fd, nbytes, offset)
-
-    def seal(self) -> None:
-        os.fsync(self._fd)
-        self.stored_bytes = os.fstat(self._fd).st_blocks * 512
-
-    def publish(self) -> None:
-        """Rename, then make the folder durable."""
-        name = f"{self._key}{SUFFIX}"
-        with self._final_folder() as folder:
-            try:
-                self._partial.rename(self._file, folder, name)
-            except IsADirectoryError:
-                folder.make_free(name)
-                self._partial.rename(self._file, folder, name)
-            self._published = True
-            self.path = folder.path_of(name)
-            folder.sync()
-        self._close()
-
-    def _final_folder(self) -> Directory:
-        name = self._key[:2]
-        try:
-            return self._segments.sub(name, create=True)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                raise
-        # A link or a file in its place is none of ours. What it leads to is left alone.
-        self._segments.make_free(name)
-        return self._segments.sub(name, create=True)
-
-    def discard(self) -> None:
-        if self._fd >= 0 and not self._published:
-            with contextlib.suppress(OSError):  # What cannot be removed now is collected later.
-                self._partial.remove(self._file)
-        self._close()
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            if self._drop_cached and hasattr(os, "posix_fadvise"):
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _create_locked(folder: Directory, key: str) -> tuple[int, str]:
-    """Create a locked partial file. The lock goes with the descriptor, so a crash frees it."""
-    while True:
-        name = f"{key}.{secrets.token_hex(4)}.partial"
-        fd = folder.create_file(name)
-        try:
-            # Without locks on this file system, `collect` judges partial files by their age.
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            # A `collect` that came between the two calls above has removed the file.
-            if os.fstat(fd).st_nlink:
-                return fd, name
-        except BaseException:
-            os.close(fd)
-            folder.remove(name)
-            raise
-        os.close(fd)
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        os.ftruncate(fd, nbytes)
-
-
 def _half_is_data(fd: int, begin: int, end: int) -> bool:
     """Whether holes are at most a half of a range of a file.
 
@@ -291,3 +188,126 @@ def _half_is_data(fd: int, begin: int, end: int) -> bool:
         if begin == end:
             return True
     return False
+
+
+def read_range(direct: int | None, buffered: int, offset: int, into: memoryview) -> int:
+    """Fill `into` from `offset` of a file; return the bytes that storage was asked for, page rounding included.
+
+    Args:
+        direct: descriptor with `O_DIRECT`, if there is one.
+        buffered: ordinary descriptor of the same file.
+        offset: in bytes.
+        into: writable bytes.
+
+    Raises:
+        EOFError: the file ends before.
+        OSError: what the system says.
+    """
+    nbytes = into.nbytes
+    if nbytes == 0:
+        return 0
+    if direct is None:
+        _read_buffered(buffered, offset, into)
+        return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
+    physical = 0
+    whole_pages = nbytes & -PAGE
+    if whole_pages and not offset & (PAGE - 1):
+        # The kernel refuses a misaligned address at once, which is cheaper than asking for the address here.
+        try:
+            got = os.preadv(direct, (into if whole_pages == nbytes else into[:whole_pages],), offset)
+        except OSError as error:
+            if error.errno not in NOT_DIRECTLY:
+                raise
+            got = 0
+        physical = got & -PAGE
+        if physical == nbytes:
+            return physical
+    while physical < nbytes:
+        physical += _read_bounced(direct, buffered, offset + physical, into[physical:])
+    return -(-(offset + nbytes) // PAGE) * PAGE - offset // PAGE * PAGE
+
+
+def read_scattered(direct: int | None, buffered: int, extents: Sequence[tuple[int, memoryview]]) -> int:
+    """As `read_range`, for ranges of a file that follow each other without a gap: one read into several buffers.
+
+    Where that is not possible they are read one by one.
+    """
+    offset, parts = extents[0][0], [into for _, into in extents]
+    nbytes = sum(part.nbytes for part in parts)
+    if direct is not None and not offset & (PAGE - 1) and not nbytes & (PAGE - 1):
+        try:
+            if os.preadv(direct, parts, offset) == nbytes:
+                return nbytes
+        except OSError as error:
+            if error.errno not in NOT_DIRECTLY:
+                raise
+    # Misaligned, or the storage delivered less at once: reading one by one also finds out what is wrong.
+    return read_each(direct, buffered, extents)
+
+
+def read_joined(direct: int | None, buffered: int, extents: Sequence[tuple[int, memoryview]]) -> int:
+    """As `read_range`, for ranges of a file that lie close together (ascending): one read, with what is between them.
+
+    Where that is not possible they are read one by one.
+    """
+    extents = [extent for extent in extents if extent[1].nbytes]
+    if not extents:
+        return 0
+    begin, end = extents[0][0] & -PAGE, extents[-1][0] + extents[-1][1].nbytes
+    span = -(-end // PAGE) * PAGE - begin
+    if direct is not None and span <= BOUNCE_BYTES:
+        with memoryview(_bounce_buffer()) as aligned:
+            try:
+                got = os.preadv(direct, (aligned[:span],), begin)
+            except OSError as error:
+                if error.errno not in NOT_DIRECTLY:
+                    raise
+                got = 0
+            if begin + got >= end:
+                for offset, into in extents:
+                    into[:] = aligned[offset - begin : offset - begin + into.nbytes]
+                return span
+    return read_each(direct, buffered, extents)
+
+
+def read_each(direct: int | None, buffered: int, extents: Sequence[tuple[int, memoryview]]) -> int:
+    """As `read_range`, for several ranges of a file, one after another."""
+    return sum(read_range(direct, buffered, offset, into) for offset, into in extents)
+
+
+def _bounce_buffer() -> mmap.mmap:
+    """Page-aligned memory of this thread that holds any read of up to `MAX_PART` bytes, wherever it begins."""
+    bounce: mmap.mmap | None = getattr(_of_thread, "bounce", None)
+    if bounce is None:
+        bounce = _of_thread.bounce = mmap.mmap(-1, BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return bounce
+
+
+def _read_bounced(direct: int, buffered: int, offset: int, into: memoryview) -> int:
+    """Read some bytes from `offset` through the aligned buffer and copy them; return how many."""
+    begin = offset & -PAGE
+    skip = offset - begin
+    span = min(-(-(skip + into.nbytes) // PAGE) * PAGE, BOUNCE_BYTES)
+    with memoryview(_bounce_buffer()) as aligned:
+        try:
+            got = os.preadv(direct, (aligned[:span],), begin)
+        except OSError as error:
+            if error.errno not in NOT_DIRECTLY:
+                raise
+            # The file system let the file be opened for direct reads but does not serve them like this.
+            _read_buffered(buffered, offset, into)
+            return into.nbytes
+        useful = min(got - skip, into.nbytes)
+        if useful <= 0:
+            raise EOFError(f"the file ends before offset {offset}")
+        into[:useful] = aligned[skip : skip + useful]
+    return useful
+
+
+def _read_buffered(fd: int, offset: int, into: memoryview) -> None:
+    done = 0
+    while done < into.nbytes:
+        got = os.preadv(fd, (into[done:],), offset + done)
+        if got == 0:
+            raise EOFError(f"the file ends before offset {offset + done}")
+        done += got

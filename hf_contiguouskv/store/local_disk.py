@@ -28,7 +28,8 @@ from ..errors import SegmentMissingError, UntrustedOwnerError
 from ..hardware.aligned_memory import PAGE, aligned_buffer, as_memoryview
 from .backend import BlobInfo, Leftovers, checked_key
 from .directory import Directory
-from .files import SUFFIX, FileBlob, FileBlobWriter, identity_of
+from .files import SUFFIX, FileBlob, identity_of
+from .partial_file import FileBlobWriter
 
 __all__ = ["SUFFIX", "FileBlob", "FileBlobWriter", "LocalDisk", "remove_unlocked"]
 

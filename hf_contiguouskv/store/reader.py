@@ -7,131 +7,19 @@ few KiB, and the interpreter lock is shared with the model.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 
 from ..errors import InputError, StoreClosedError
 from ..hardware.aligned_memory import aligned_buffer, as_memoryview
-from .finite_check import FiniteCheck
-from .pread import MAX_PART
-from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, cut, explain, finish
+from .files import MAX_PART
+from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, ReadTotals, Ticket, cut
 
-__all__ = ["Check", "ExtentReader", "Read", "Ticket", "aligned_buffer", "as_memoryview"]
-
-# From this size on a ticket says something of the disk's speed.
-TELLING_BYTES = 2**20
-
-
-class Ticket:
-    """The reads of one `submit`, to wait for.
-
-    Attributes:
-        bytes_read: bytes that storage was asked for, page rounding included; complete once `done`.
-        started, ended: when the first read began and the last one ended, seconds on `time.perf_counter`.
-    """
-
-    __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "_then", "bytes_read", "ended", "started")
-
-    def __init__(self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None) -> None:
-        self.bytes_read = 0
-        self.started = self.ended = 0.0
-        self._then = then
-        self._parts = parts
-        self._missing = len(parts)
-        # next() on this iterator is atomic: threads share out the parts without a lock.
-        self._next: Iterator[int] = itertools.count()
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        self._gate = threading.Lock()
-        if parts:
-            self._gate.acquire()
-
-    @property
-    def parts(self) -> int:
-        """How many threads could share the reads."""
-        return len(self._parts)
-
-    @property
-    def done(self) -> bool:
-        """Whether all reads have ended, well or badly."""
-        return self._missing == 0
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether all reads have ended well."""
-        return self._missing == 0 and self._error is None
-
-    def wait(self) -> None:
-        """Block until all reads have ended.
-
-        Raises:
-            SegmentCorruptError: a segment ends too early, or a checksum does not match.
-            SegmentReadError: the storage failed.
-            StoreClosedError: a segment was closed.
-        """
-        if self._missing:
-            with self._gate:
-                pass
-        if self._error is not None:
-            raise self._error
-
-    def serve(self, total: ReadTotals) -> None:
-        """Read parts until none is left; called by every reader thread that is free."""
-        parts, order = self._parts, self._next
-        count = len(parts)
-        began = time.perf_counter()
-        numbers = FiniteCheck()
-        served = physical = 0
-        while True:
-            position = next(order)
-            if position >= count:
-                break
-            served += 1
-            if self._error is not None:
-                continue
-            part = parts[position]
-            try:
-                if type(part) is ReadBatch:
-                    physical += part.segment.read_into([(one.offset, one.into) for one in part.parts])
-                    for one in part.parts:
-                        finish(one, numbers)
-                else:
-                    physical += part.segment.read_into(((part.offset, part.into),))  # type: ignore[union-attr]
-                    finish(part, numbers)  # type: ignore[arg-type]
-            except BaseException as error:
-                self._error = explain(error, part)
-        if not served:
-            return
-        try:
-            numbers.finish()
-        except BaseException as error:
-            self._error = error
-        total.add(physical)
-        with self._lock:
-            self.bytes_read += physical
-            self.started = min(self.started or began, began)
-            last = self._missing == served
-            if not last:
-                self._missing -= served
-                return
-        # Nobody else serves this ticket any more.
-        then, self._then = self._then, None
-        if then is not None and self._error is None:
-            try:
-                then()
-            except BaseException as error:
-                self._error = error
-        self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
-        self.ended = time.perf_counter()
-        total.note_speed(self.bytes_read, self.ended - self.started)
-        self._missing = 0
-        self._gate.release()
+__all__ = ["Check", "ExtentReader", "Read", "ReadTotals", "Ticket", "aligned_buffer", "as_memoryview"]
 
 
 class Task:
@@ -162,28 +50,6 @@ class Task:
             self._error = error
         finally:
             self._gate.release()
-
-
-class ReadTotals:
-    """Bytes read by all tickets of a reader, and how fast (`None`: no ticket was long enough to tell)."""
-
-    __slots__ = ("_lock", "bytes_per_second", "nbytes")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.nbytes = 0
-        self.bytes_per_second: float | None = None
-
-    def note_speed(self, nbytes: int, seconds: float) -> None:
-        if nbytes >= TELLING_BYTES and seconds > 0:
-            with self._lock:
-                known = self.bytes_per_second
-                now = nbytes / seconds
-                self.bytes_per_second = now if known is None else known + (now - known) / 4
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.nbytes += nbytes
 
 
 class ReaderThreads:

@@ -1,23 +1,28 @@
-"""What is read: ranges of segment files, cut where they are long, joined where they are close, and compared."""
+"""What is read: ranges of segment files, cut where they are long, joined where they are close, read and checked."""
 
 from __future__ import annotations
 
 import errno
 import itertools
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from ..hardware.aligned_memory import PAGE
-from .finite_check import FiniteCheck
-from .pread import MAX_PART
+from .files import MAX_PART
+from .finite import Kind, PackedInFloat16
 from .segment import Segment
 
 Check = tuple[int, int, int]
 # What a read by itself costs under the interpreter's lock (measured), and the bytes between two reads that are read
 # instead: of a disk whose speed is not known yet, and at most.
 SECONDS_PER_READ, DEFAULT_GAP, MAX_GAP = 10e-6, 16 * 1024, 128 * 1024
+# Numbers are looked at when there are so many bytes of them: they are still in the core's own cache then.
+_TOGETHER_BYTES = 2**17
+# From this size on a ticket says something of the disk's speed.
+TELLING_BYTES = 2**20
 
 
 @dataclass(slots=True)
@@ -136,14 +141,6 @@ def cut(read: Read) -> list[Part]:
     return [Part(read, begins[i], begins[i + 1] - begins[i], checks[i], whole) for i in range(count)]
 
 
-def finish(part: Read | Part, numbers: FiniteCheck) -> None:
-    if part.checks:
-        for begin, end in _verify(part.segment, part.offset, part.into, part.checks):
-            numbers.add(part.segment, part.offset + begin, part.into[begin:end])
-    if type(part) is Part:
-        part.whole.part_done()
-
-
 def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Check]) -> list[tuple[int, int]]:
     """Compare checksums; the ranges of `into` that they cover, as `(begin, end)`."""
     digest = segment.checksum
@@ -163,7 +160,194 @@ def _verify(segment: Segment, offset: int, into: memoryview, checks: Sequence[Ch
     return covered
 
 
-def explain(error: BaseException, part: Read | Part | ReadBatch) -> BaseException:
+class FiniteCheck:
+    """Looks at the numbers of many small reads at once: one at a time, each would cost more than its checksum.
+
+    (What costs is not the arithmetic: numpy gives up the interpreter lock, and a reader thread waits to get it back.)
+    """
+
+    __slots__ = ("_found", "_nbytes", "_ranges")
+
+    def __init__(self) -> None:
+        self._found: dict[Kind | PackedInFloat16, list[memoryview]] = {}
+        self._ranges: list[tuple[Segment, int, memoryview]] = []
+        self._nbytes = 0
+
+    def add(self, segment: Segment, offset: int, octets: memoryview) -> None:
+        """Note bytes that were read from `offset`; they are looked at now or in `finish`.
+
+        Raises:
+            SegmentCorruptError: a number is not finite, in these or in those that were noted before.
+        """
+        if octets.nbytes >= _TOGETHER_BYTES:
+            if not segment.numbers.are_finite(offset, octets):
+                segment.require_finite(offset, octets)  # Raises, and says where.
+            return
+        found = segment.numbers.octets_in(offset, octets)
+        if found is None:
+            return
+        kind, numbers = found
+        some = self._found.get(kind)
+        if some is None:
+            self._found[kind] = [numbers]
+        else:
+            some.append(numbers)
+        self._ranges.append((segment, offset, octets))
+        self._nbytes += numbers.nbytes
+        if self._nbytes >= _TOGETHER_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Look at what was noted.
+
+        Raises:
+            SegmentCorruptError: a number is not finite; the error names where.
+        """
+        found, ranges = self._found, self._ranges
+        self._found, self._ranges, self._nbytes = {}, [], 0
+        for kind, some in found.items():
+            if not kind.are_finite(b"".join(some)):
+                for segment, offset, octets in ranges:
+                    segment.require_finite(offset, octets)
+
+
+class ReadTotals:
+    """Bytes read by all tickets of a reader, and how fast (`None`: no ticket was long enough to tell)."""
+
+    __slots__ = ("_lock", "bytes_per_second", "nbytes")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.nbytes = 0
+        self.bytes_per_second: float | None = None
+
+    def note_speed(self, nbytes: int, seconds: float) -> None:
+        if nbytes >= TELLING_BYTES and seconds > 0:
+            with self._lock:
+                known = self.bytes_per_second
+                now = nbytes / seconds
+                self.bytes_per_second = now if known is None else known + (now - known) / 4
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+
+
+class Ticket:
+    """The reads of one `submit`, to wait for.
+
+    Attributes:
+        bytes_read: bytes that storage was asked for, page rounding included; complete once `done`.
+        started, ended: when the first read began and the last one ended, seconds on `time.perf_counter`.
+    """
+
+    __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "_then", "bytes_read", "ended", "started")
+
+    def __init__(self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None) -> None:
+        self.bytes_read = 0
+        self.started = self.ended = 0.0
+        self._then = then
+        self._parts = parts
+        self._missing = len(parts)
+        # next() on this iterator is atomic: threads share out the parts without a lock.
+        self._next: Iterator[int] = itertools.count()
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._gate = threading.Lock()
+        if parts:
+            self._gate.acquire()
+
+    @property
+    def parts(self) -> int:
+        """How many threads could share the reads."""
+        return len(self._parts)
+
+    @property
+    def done(self) -> bool:
+        """Whether all reads have ended, well or badly."""
+        return self._missing == 0
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether all reads have ended well."""
+        return self._missing == 0 and self._error is None
+
+    def wait(self) -> None:
+        """Block until all reads have ended.
+
+        Raises:
+            SegmentCorruptError: a segment ends too early, or a checksum does not match.
+            SegmentReadError: the storage failed.
+            StoreClosedError: a segment was closed.
+        """
+        if self._missing:
+            with self._gate:
+                pass
+        if self._error is not None:
+            raise self._error
+
+    def serve(self, total: ReadTotals) -> None:
+        """Read parts until none is left; called by every reader thread that is free."""
+        parts, order = self._parts, self._next
+        count = len(parts)
+        began = time.perf_counter()
+        numbers = FiniteCheck()
+        served = physical = 0
+        while True:
+            position = next(order)
+            if position >= count:
+                break
+            served += 1
+            if self._error is not None:
+                continue
+            part = parts[position]
+            try:
+                if type(part) is ReadBatch:
+                    physical += part.segment.read_into([(one.offset, one.into) for one in part.parts])
+                    for one in part.parts:
+                        _finish(one, numbers)
+                else:
+                    physical += part.segment.read_into(((part.offset, part.into),))  # type: ignore[union-attr]
+                    _finish(part, numbers)  # type: ignore[arg-type]
+            except BaseException as error:
+                self._error = _explain(error, part)
+        if not served:
+            return
+        try:
+            numbers.finish()
+        except BaseException as error:
+            self._error = error
+        total.add(physical)
+        with self._lock:
+            self.bytes_read += physical
+            self.started = min(self.started or began, began)
+            last = self._missing == served
+            if not last:
+                self._missing -= served
+                return
+        # Nobody else serves this ticket any more.
+        then, self._then = self._then, None
+        if then is not None and self._error is None:
+            try:
+                then()
+            except BaseException as error:
+                self._error = error
+        self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
+        self.ended = time.perf_counter()
+        total.note_speed(self.bytes_read, self.ended - self.started)
+        self._missing = 0
+        self._gate.release()
+
+
+def _finish(part: Read | Part, numbers: FiniteCheck) -> None:
+    if part.checks:
+        for begin, end in _verify(part.segment, part.offset, part.into, part.checks):
+            numbers.add(part.segment, part.offset + begin, part.into[begin:end])
+    if type(part) is Part:
+        part.whole.part_done()
+
+
+def _explain(error: BaseException, part: Read | Part | ReadBatch) -> BaseException:
     segment = part.segment
     if isinstance(error, EOFError):
         return segment.cut_short(part.offset, error)

@@ -19,8 +19,8 @@ from unit.store_helpers import FINGERPRINT, geometry, some_tokens, write_prefix
 from hf_contiguouskv.errors import StoreError, StoreFormatError, UntrustedOwnerError
 from hf_contiguouskv.store import PrefixStore, index_file
 from hf_contiguouskv.store.directory import Directory, require_trusted
-from hf_contiguouskv.store.files import FileBlobWriter
 from hf_contiguouskv.store.local_disk import LocalDisk
+from hf_contiguouskv.store.partial_file import FileBlobWriter
 
 from .conftest import STRANGER, as_stranger, needs_root, open_to_all
 

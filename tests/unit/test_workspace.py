@@ -14,7 +14,7 @@ from memory_helpers import check_tier, load, new_table, new_tier, places
 
 from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.memory import MemoryTiers, Tier
-from hf_contiguouskv.memory.workspace import workspace_capacity
+from hf_contiguouskv.memory.lending import workspace_capacity
 
 LIMIT = 64 * PAGE  # Of which attention's memory may be 8 pages.
 
@@ -140,7 +140,7 @@ def test_a_failure_while_lending_loses_and_doubles_nothing(monkeypatch, known: b
         tier.workspace(PAGE)
     module, name = {"torch": torch, "weakref": weakref}[broken.split(".")[0]], broken.split(".")[1]
     failing = Failing(getattr(module, name), 0)
-    monkeypatch.setattr(f"hf_contiguouskv.memory.workspace.{broken}", failing)
+    monkeypatch.setattr(f"hf_contiguouskv.memory.lending.{broken}", failing)
     failing.times = 1
     with pytest.raises(MemoryError):
         tier.workspace(PAGE)
