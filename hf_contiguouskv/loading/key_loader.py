@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -95,7 +96,7 @@ class KeyLoader:
 
     def want(self, layer: int) -> None:
         """Queue the keys of a layer behind the reads that were queued before."""
-        self._ahead.add(layer, self._missing_bytes(layer), partial(self.bring, layer))
+        self._ahead.add(layer, self._missing_bytes(layer), partial(_bring, weakref.ref(self), layer))
 
     def start(self, layer: int) -> None:
         """Start bringing the keys of a layer now. They must have been wanted."""
@@ -320,6 +321,13 @@ class KeyLoader:
         for part in self._payload.peek(layer):
             copy_in_order(self._prefix, part, 0, kv)
         return kv[0].flatten(1, 2)[:, : self._prefix.tokens]
+
+
+def _bring(loader: Callable[[], KeyLoader | None], layer: int, must: bool) -> bool:
+    # The loader holds the queue, so the queue must not hold the loader: a dropped request would keep its memory until
+    # the garbage collector runs.
+    living = loader()
+    return living is None or living.bring(layer, must)
 
 
 def _give_up(taken: _Taken, stats: RequestStats) -> None:

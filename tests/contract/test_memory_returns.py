@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 
 import pytest
 import torch
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import ContiguousKVConfig, ReadOptions
 from hf_contiguouskv.errors import StoreClosedError
 from hf_contiguouskv.planning.read_plan import chunks_kept
 
-from .memory_helpers import CHUNK_BYTES, LAYERS, POLICIES, ask, assert_nothing_in_use
+from .memory_helpers import CHUNK_BYTES, LAYERS, POLICIES, ask, assert_nothing_in_use, assert_nothing_in_use_uncollected
 from .models import token_ids
 from .references import assert_close, forward, generate, prefilled
 from .subject import ContiguousKVCache, PrefixStore, write_prefix
@@ -69,6 +70,10 @@ def fail_inside_a_layer(model, cache):
     cache.close()
 
 
+def fail_before_a_layer(module, args):
+    raise RuntimeError("out of luck")
+
+
 ENDINGS = {
     "close": lambda model, cache: cache.close(),
     "close twice": lambda model, cache: (cache.close(), cache.close()),
@@ -103,6 +108,29 @@ def test_everything_is_given_back_however_a_cache_ends(tiny_model, store_path, e
         for ours, theirs in zip(after.logits, expected.logits, strict=True):
             assert_close(ours, theirs)
         assert_nothing_in_use(store)
+
+
+@pytest.mark.parametrize("settings", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "pruned", "paper"])
+@pytest.mark.parametrize("begun", [False, True], ids=["reads under way", "in mid-answer"])
+def test_a_dropped_cache_does_not_wait_for_the_garbage_collector(tiny_model, store_path, begun, settings):
+    """Reads wait in the queue meanwhile, and know what they are for."""
+    model, prefix = tiny_model("llama"), document(165)
+    write_prefix(model, prefix, store_path)
+    config = dataclasses.replace(settings, reading=ReadOptions(lookahead_bytes=1))
+    with PrefixStore(store_path) as store:
+        cache = ContiguousKVCache(model, prefix, store=store, config=config)
+        if begun:
+            handle = model.model.layers[1].register_forward_pre_hook(fail_before_a_layer)
+            with pytest.raises(RuntimeError, match="out of luck"):
+                forward(model, SUFFIX, cache)
+            handle.remove()
+        gc.collect()
+        gc.disable()
+        try:
+            del cache
+            assert_nothing_in_use_uncollected(store)
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("settings", [EXACT, PRUNED, ContiguousKVConfig.paper(0.3)], ids=["exact", "pruned", "paper"])
