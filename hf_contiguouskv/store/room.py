@@ -154,16 +154,18 @@ class Room:
         """Delete blobs that the index has forgotten: only now, when that is certain to last.
 
         Returns:
-            Keys of those that this call removed. Another process that opens the store meanwhile finds a blob
-            without a row, and indexes it again: that one stays, and the
-            process that removes it later counts it.
+            Keys of those that this call removed, and of those that had no blob any more when the index forgot them.
+            Another process that opens the store meanwhile finds a blob without a row, and indexes it again: that one
+            stays, and the process that removes it later counts it.
         """
         removed: set[str] = set()
 
         def change(db: sqlite3.Connection) -> None:
             for key, identity in doomed.items():
                 # Another process may have stored or indexed it again meanwhile.
-                if self._parts.backend.identity(key) == identity and self.delete_unindexed(db, key):
+                if self._parts.backend.identity(key) != identity:
+                    continue
+                if self.delete_unindexed(db, key) or identity is None:
                     removed.add(key)
 
         self._parts.opened.forget(doomed)
@@ -186,8 +188,10 @@ class Room:
 
         for key, identity in doomed.items():
             with contextlib.suppress(OSError):
-                if self._parts.backend.identity(key) == identity:
-                    self._parts.backend.delete(key)
+                # (Another process may delete it after this look.)
+                if self._parts.backend.identity(key) == identity and (
+                    self._parts.backend.delete(key) or identity is None
+                ):
                     removed.add(key)
         with contextlib.suppress(OSError):
             self._parts.index.try_write(change)
@@ -197,12 +201,9 @@ class Room:
         """Delete a blob unless the index knows it: inside a transaction, for another process may have indexed it.
 
         Returns:
-            Whether it was deleted.
+            Whether there was one, and this call deleted it.
         """
-        if segment_by_key(db, key) is not None:
-            return False
-        self._parts.backend.delete(key)
-        return True
+        return segment_by_key(db, key) is None and self._parts.backend.delete(key)
 
     def is_there(self, db: sqlite3.Connection, key: str, row: SegmentRow | None) -> bool:
         """Whether the segment is stored already; if only the index does not know it (well), it learns."""

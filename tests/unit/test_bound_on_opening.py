@@ -33,6 +33,7 @@ from hf_contiguouskv.store.background import Background
 from hf_contiguouskv.store.eviction import choose_excess
 from hf_contiguouskv.store.hashing import TokenIds
 from hf_contiguouskv.store.index import StoreIndex
+from hf_contiguouskv.store.local_disk import LocalDisk
 from hf_contiguouskv.store.memory_backend import MemoryBackend
 from hf_contiguouskv.store.room import Room
 
@@ -245,6 +246,36 @@ def test_on_a_full_disk_segments_go_before_the_index_says_so(store_path: Path, m
         assert len(list(store_path.glob("segments/*/*"))) == 1
         assert (store.stats.segments, store.stats.evicted) == (1, 2)
         assert store.verify() == []
+
+
+def test_what_another_process_deletes_first_is_not_counted(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The index cannot be written when the segments are to go, so nothing keeps another process out meanwhile."""
+    _, size = filled(store_path, 4)
+    backends: list[LocalDisk] = []
+    original, identity = Room.remove, LocalDisk.identity
+
+    def remove(self: Room, doomed: dict[str, Hashable]) -> set[str]:
+        with monkeypatch.context() as patch:
+            fail_first(patch, StoreError("the index is locked"))
+            patch.setattr(LocalDisk, "identity", look_then_delete)
+            return original(self, doomed)
+
+    def look_then_delete(self: LocalDisk, key: str) -> Hashable:
+        found = identity(self, key)
+        if not backends:
+            backends.append(self)
+            assert self.delete(key)
+        return found
+
+    monkeypatch.setattr(Room, "remove", remove)
+    with caplog.at_level(logging.WARNING), PrefixStore(store_path, max_disk_bytes=size) as store:
+        store.flush()
+        assert len(backends) == 1
+        assert (store.stats.segments, store.stats.evicted) == (1, 2)
+        assert store.verify() == []
+    assert "3 segments could not be evicted in order" in caplog.text
 
 
 def test_an_index_that_cannot_be_written_is_reported_and_the_store_serves(
