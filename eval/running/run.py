@@ -31,6 +31,7 @@ from .bench import bench_in
 from .config import IN_MEMORY, RunConfig, Setting
 from .folder import Key, RunFolder, recorded_dtype
 from .quality import Judge
+from .readings import Cropped
 from .requests import Asked, asked_of, chat_of, questions_of, require_served, token_bytes
 from .timed import timed_request
 
@@ -140,7 +141,7 @@ class _Run:
                     row = self._row(request, setting, None, metric)
                     with timed_request(self._model, bench.systems[setting], request) as timed:
                         if not _is_timed_only(setting):
-                            row |= judge.judge(timed.cache, timed.first_token)
+                            row |= judge.judge(Cropped(self._model, request, timed.cache), timed.first_token)
                     self._folder.add(row | timed.fields())
                     bar.update()
 

@@ -1,4 +1,4 @@
-"""Tasks of the user's own: lines of a file, in the tokenizer's own chat, with prefixes that are exactly those stored."""
+"""Tasks of the user: lines of a file, in the tokenizer's own chat, with prefixes that are exactly those stored."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from eval.running import NotServedError, RunConfig, RunFolder, RunFolderError, r
 from eval.running.folder import key_of
 from eval.running.phases import PHASES
 from eval.running.quality import Judge, perplexity
+from eval.running.readings import Cropped
 from eval.running.requests import asked_of
 from eval.running.run import distinct_tokens
 from eval.systems import SYSTEMS, InMemory
@@ -488,7 +489,7 @@ def judged(loaded: tuple[Any, Any], request: Request, metric: str) -> dict[str, 
     with InMemory(model) as in_memory:
         in_memory.store(request.prefix_ids)
         judge.refer_to(in_memory)
-        return judge.judge(cache, int(output[0, -1]))
+        return judge.judge(Cropped(model, request, cache), int(output[0, -1]))
 
 
 def test_labels_are_judged_by_the_likelihood_of_all_their_tokens(
