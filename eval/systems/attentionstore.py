@@ -167,8 +167,8 @@ class AttentionStore(Stored):
         store_options: of `PrefixStore`.
     """
 
-    def __init__(self, model: Any, folder: Path, overlap: bool = True, **store_options: Any) -> None:
-        name = "attentionstore_overlapped" if overlap else "attentionstore"
+    def __init__(self, model: Any, folder: Path, overlap: bool = False, **store_options: Any) -> None:
+        name = "attentionstore+overlap" if overlap else "attentionstore"
         options = {"eviction": "lru"} | store_options
         super().__init__(name, model, folder, ContiguousKVConfig(budget=1.0), **options)
         self._overlap = overlap

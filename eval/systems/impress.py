@@ -204,7 +204,9 @@ class Impress(TokenSystem):
     published_eviction = UsedAndImportant()
     strategy: type[ImpressStrategy]
 
-    def __init__(self, *arguments: Any, probes: str = "first", reorder: bool = True, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, probes: str = "first", reorder: bool = True, blocks: bool = False, **options: Any
+    ) -> None:
         self.published = "impress" if probes == "first" else f"impress_{probes}"
         self.strategy = ImpressStrategy if probes == "first" else ImpressGroupsStrategy
         self._reorder = reorder
@@ -215,6 +217,10 @@ class Impress(TokenSystem):
         """In how many layers of the last request the probe heads agreed."""
         assert isinstance(self.served.last, ImpressStrategy)
         return self.served.last.agreed
+
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return {"agreed": self.agreed / self.layout.geometry.num_layers}
 
     @property
     def method(self) -> str:

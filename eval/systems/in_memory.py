@@ -44,9 +44,8 @@ class InMemory:
     """A `DynamicCache` for every prefix. Requests use it in turn, and what they added is cropped away again: the next
     one pays nothing for a copy."""
 
-    name = "in_memory"
-
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, dynamic: bool = False) -> None:
+        self.name = "in_memory+dynamic" if dynamic else "in_memory"
         self._model = model
         self._caches: dict[bytes, DynamicCache] = {}
         self._lengths: dict[int, int] = {}
@@ -75,9 +74,6 @@ class InMemory:
     def files(self) -> list[Path]:
         return []
 
-    def forget(self) -> None:
-        """See `System`: being in memory is what this system is."""
-
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """See `System`: it always is where it is."""
         require_state(self.name, state, self.states)
@@ -105,7 +101,11 @@ class InMemory:
     def finish(self, cache: Any) -> RequestStats:
         self._attention.end()
         cache.crop(self._lengths[id(cache)] - cache.get_seq_length())  # A negative number: so many go.
-        return RequestStats()
+        return RequestStats(hits={})
+
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return {}
 
     def __enter__(self) -> InMemory:
         return self

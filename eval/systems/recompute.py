@@ -19,14 +19,14 @@ class Recompute:
     name = "recompute"
     states = (State.COLD,)
 
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`: nothing is kept."""
 
     def files(self) -> list[Path]:
         return []
-
-    def forget(self) -> None:
-        """See `System`."""
 
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """See `System`: nothing is stored anywhere."""
@@ -40,7 +40,11 @@ class Recompute:
         """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
-        return RequestStats()
+        return RequestStats(hits={})
+
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return {}
 
     def __enter__(self) -> Recompute:
         return self

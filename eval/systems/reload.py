@@ -35,7 +35,7 @@ class Reload:
     name = "reload"
     states = (State.COLD, State.WARM_HOST)
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, model: Any, folder: Path, *, read_gbps: float | None = None) -> None:
         self._model = model
         self._folder = folder
         self._stats = RequestStats()
@@ -66,9 +66,6 @@ class Reload:
 
     def files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"))
-
-    def forget(self) -> None:
-        """See `System`: nothing stays in the process."""
 
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """See `System`. Host memory is the page cache here: nothing else is left of a request."""
@@ -113,6 +110,10 @@ class Reload:
     def finish(self, cache: Any) -> RequestStats:
         self._attention.end()
         return self._stats
+
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return {}
 
     def __enter__(self) -> Reload:
         return self

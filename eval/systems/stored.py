@@ -25,17 +25,27 @@ from .states import State, require_state, warm_states
 
 
 class Stored:
-    """A store in a folder, opened again after `forget`.
+    """A store in a folder. A closed one is opened by the next request.
 
     Args:
         name: of the system.
         model: whose prefixes.
         folder: of the store.
         config: how prefixes are stored.
+        read_gbps: reads from disk are no faster, in GB/s; `None`: as fast as the disk.
         store_options: of `PrefixStore` (limits, eviction).
     """
 
-    def __init__(self, name: str, model: Any, folder: Path, config: ContiguousKVConfig, **store_options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        folder: Path,
+        config: ContiguousKVConfig,
+        *,
+        read_gbps: float | None = None,
+        **store_options: Any,
+    ) -> None:
         self._name = name
         self._model = model
         self._folder = folder
@@ -53,7 +63,7 @@ class Stored:
     def states(self) -> tuple[State, ...]:
         """See `System`. Where all of the prefix is used there are no keys to choose by."""
         keys = (State.KEYS_RESIDENT,) if self._config.budget != 1.0 else ()
-        return (State.COLD, *keys, *warm_states(self._model.device))
+        return (State.COLD, State.OPEN, *keys, *warm_states(self._model.device))
 
     def opened(self) -> PrefixStore:
         """The store."""
@@ -94,9 +104,9 @@ class Stored:
         found: Timeline | None = cache.timeline
         return found
 
-    def forget(self) -> None:
-        """See `System`: the store is opened again inside the timer."""
-        self.close_store()
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return {}
 
     def close_store(self) -> None:
         """Let go of everything that is in memory."""
@@ -107,9 +117,11 @@ class Stored:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
-        """See `System`. The store is open afterwards, and the host's memory is registered with the accelerator."""
+        """See `System`. But for `COLD` the store is open afterwards, and host memory is registered with the device."""
         require_state(self.name, state, self.states)
         if state is State.COLD:
+            self.close_store()
+        elif state is State.OPEN:
             self.close_store()
             memory = self.opened().inner.memory
             for device in ServedModel(self._model).layers.devices:

@@ -121,8 +121,8 @@ class TokenSystem(Stored):
         **store_options: Any,
     ) -> None:
         options = {"eviction": self.published_eviction} | store_options
-        lfu = "_lfu" if options["eviction"] == "lfu" else ""
-        name = self.published + lfu + ("_overlapped" if overlap else "")
+        lfu = "+lfu" if options["eviction"] == "lfu" else ""
+        name = self.published + lfu + ("+overlap" if overlap else "")
         super().__init__(
             name, model, folder, ContiguousKVConfig(budget=budget, payload="exact", timeline=timeline), **options
         )
@@ -199,7 +199,7 @@ class TokenSystem(Stored):
     @property
     def states(self) -> tuple[State, ...]:
         """See `System`. There are keys to choose by whatever the budget is."""
-        return (State.COLD, State.KEYS_RESIDENT, *warm_states(self._model.device))
+        return (State.COLD, State.OPEN, State.KEYS_RESIDENT, *warm_states(self._model.device))
 
     def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
         nodes, units = self._found(prefix_ids)
