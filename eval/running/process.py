@@ -23,6 +23,9 @@ from .readings import Cropped, Repeated, has_windows
 from .requests import token_bytes
 from .timed import timed_request
 
+# The state of requests in streams: where earlier requests left the prefix.
+IN_STREAM = "stream"
+
 
 @dataclass
 class Process:
@@ -92,7 +95,7 @@ class Process:
             "system": case.setting.system,
             "options": list(case.setting.options),
             "budget": case.setting.budget,
-            "state": None if case.state is None else str(case.state),
+            "state": IN_STREAM if case.state is None else str(case.state),
             "read_gbps": self.config.read_gbps,
             "session": self.session,
             "processes": self.count,

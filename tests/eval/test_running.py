@@ -363,7 +363,7 @@ def test_streams_keep_memory_from_request_to_request(tmp_path: Path, loaded: tup
             for row in own[::2]:
                 exact = system == "attentionstore"
                 assert (abs(row["kl_answer"]) < 1e-5) is exact, (system, stream, row["number"])
-            assert {row["state"] for row in own} == {None}
+            assert {row["state"] for row in own} == {"stream"}
 
 
 def test_a_chat_is_counted_once(loaded: tuple[Any, Any]) -> None:
