@@ -214,7 +214,7 @@ def test_a_request_says_whether_it_found_its_state(state: State | None, departur
 
 def test_instruction_sets_are_those_of_the_processor(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor : 0\nflags\t: fpu sse2 fma avx2 avx512f amx_int8\n\nprocessor : 1\nflags : avx512_bf16")
+    cpuinfo.write_text("processor : 0\nflags\t: fpu sse2 fma avx2 avx512f amx_int8\n\nflags : amx_bf16\n")
     assert instruction_sets(cpuinfo) == ["avx2", "fma", "avx512f", "amx_int8"]
     cpuinfo.write_text("processor : 0\nFeatures : fp asimd asimddp bf16\n")
     assert instruction_sets(cpuinfo) == ["neon", "asimddp", "bf16"]
