@@ -149,7 +149,10 @@ def list_all() -> None:
     from .tasks import TASKS
 
     console = Console()
-    systems = [f"{name}{''.join(f'[+{option}]' for option in kind.option_names)}" for name, kind in SYSTEMS.items()]
+    systems = [
+        name + "".join(f"[+{one.name}{'=SHARE' if one.takes_value else ''}]" for one in kind.options)
+        for name, kind in SYSTEMS.items()
+    ]
     for kind, names in (
         ("tasks", [*TASKS, "file:NAME.jsonl"]),
         ("streams", STREAMS),

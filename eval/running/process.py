@@ -163,7 +163,7 @@ class Process:
             requests: number of its requests.
             cases: where they are made.
         """
-        systems = len({case.setting for case in cases})
+        systems = len({case.setting.label for case in cases})
         self.say(
             f"{what}: about {in_words(self.forecast.seconds(pieces))}: {requests} requests of {systems} "
             f"system{'s' if systems != 1 else ''}"
