@@ -12,16 +12,19 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.errors import UnsupportedModelError
 from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.prefill.persisting import persist_rows
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
+from hf_contiguouskv.store.local_disk import LocalDisk
 from hf_contiguouskv.timeline import Timeline
 
 from ..timing import drop_page_cache
-from .base import NotStoredError, key_of, require_states
+from .base import NotStoredError, SystemUnavailableError, key_of, require_states
 from .bringing import ChunkParts, Named, Parts, move_to, resident
 from .states import State, require_state, warm_states
+from .throttle import ThrottledBackend, bucket_of
 
 
 class Stored:
@@ -34,6 +37,9 @@ class Stored:
         config: how prefixes are stored.
         read_gbps: reads from disk are no faster, in GB/s; `None`: as fast as the disk.
         store_options: of `PrefixStore` (limits, eviction).
+
+    Raises:
+        SystemUnavailableError: the library does not serve the model.
     """
 
     def __init__(
@@ -48,9 +54,14 @@ class Stored:
     ) -> None:
         self._name = name
         self._model = model
+        try:
+            _ = ServedModel(model).shape
+        except UnsupportedModelError as error:
+            raise SystemUnavailableError(f"{name}: {error}") from error
         self._folder = folder
         self._config = config
         self._options = store_options
+        self._bucket = bucket_of(read_gbps)
         self._store: PrefixStore | None = None
         # What requests with a suffix use of a prefix, by the ids of both.
         self._named: dict[tuple[bytes, bytes], Named] = {}
@@ -68,7 +79,12 @@ class Stored:
     def opened(self) -> PrefixStore:
         """The store."""
         if self._store is None:
-            self._store = PrefixStore(self._folder, **self._options)
+            options = dict(self._options)
+            if self._bucket is not None:
+                if not self._folder.exists():
+                    PrefixStore(self._folder).close()  # Only a folder that is a store may hold segments.
+                options["backend"] = ThrottledBackend(LocalDisk(self._folder), self._bucket)
+            self._store = PrefixStore(self._folder, **options)
         return self._store
 
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:

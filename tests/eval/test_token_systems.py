@@ -12,7 +12,7 @@ import torch
 from token_references import attending, h2o, impress, weights_of
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from eval.systems import AttentionStoreH2O, Impress, NotStoredError
+from eval.systems import AttentionStoreH2O, Impress, NotStoredError, State
 from eval.systems.impress import UsedAndImportant, probe_heads
 from eval.systems.token_scores import column_sums, similar_enough, similarity, tokens_kept, voted
 from eval.systems.token_system import observed_importance
@@ -105,19 +105,20 @@ def test_impress_chooses_what_a_slow_reading_of_it_chooses(
     if budget > 0.05:
         assert not all(agreed), "no layer in which probe heads disagree was tested"
     with Impress(model, tmp_path, budget, probes=probes, reorder=reorder) as system:
-        assert system.name == ("impress" if probes == "first" else "impress_groups")
+        assert system.name == ("impress" if probes == "first" else "impress+groups")
         system.store(PREFIX_IDS)
         cache = system.cache(PREFIX_IDS)
         logits = logits_of(model, cache)
         assert system.agreed == sum(agreed)
         system.finish(cache)
+        assert system.details() == {"agreed": sum(agreed) / LAYERS}
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
 
 SYSTEMS: dict[str, Callable[..., Any]] = {
     "attentionstore_h2o": AttentionStoreH2O,
     "impress": Impress,
-    "impress_groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
+    "impress+groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
 }
 
 
@@ -150,7 +151,7 @@ def test_answers_do_not_depend_on_what_is_in_memory(
         assert cold.hits["host"] == 0
         assert (warm.bytes_read, warm.hits["disk"]) == (0, 0)
         assert warm.hits["host"] == cold.hits["disk"]
-        system.forget()
+        system.enter(State.COLD, PREFIX_IDS)
         assert served(system, model)[1].bytes_read == cold.bytes_read
     with SYSTEMS[name](model, tmp_path / "a", 0.1, **options, **few) as system:
         for _ in range(3):
@@ -276,7 +277,7 @@ def test_a_prefix_that_grows_uses_what_is_there(model: Any, tmp_path: Path, name
     choose = {
         "attentionstore_h2o": lambda: h2o(0.25),
         "impress": lambda: impress(0.25, [0, 1, 2], []),
-        "impress_groups": lambda: impress(0.25, [0, 3], []),
+        "impress+groups": lambda: impress(0.25, [0, 3], []),
     }[name]
     with SYSTEMS[name](model, tmp_path, 0.25) as system:
         for tokens in (100, 130, PREFIX):
