@@ -65,8 +65,8 @@ def timed_request(model: Any, system: System, request: Request, state: State | N
     """Bring a system into a state, and time one request to its first token.
 
     Inside the context the cache may be used further; afterwards the request is over. Python collects its garbage
-    before the timed part and not in it: a collection takes 0.2 s after transformers was imported, and would hit one system
-    or another.
+    before the timed part and not in it: a collection takes 0.2 s after transformers was imported, and would hit one
+    system or another.
 
     Args:
         model: the causal language model.
