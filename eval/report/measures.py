@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas
 
 from .. import statistics
 from ..statistics import Estimate, Values
@@ -57,13 +56,9 @@ def rival_of(rows: Table, setting: Setting, rival: Rival) -> Setting | None:
     return None if found == setting else found
 
 
-def _keys(rows: Table, names: list[str]) -> Any:
-    return pandas.MultiIndex.from_frame(rows[names])
-
-
 def shared(rows: Table, others: Table) -> Table:
     """Rows of requests that `others` has too, made in the same run and session."""
-    return rows[_keys(rows, PAIR).isin(_keys(others, PAIR))]
+    return rows[rows[PAIR].isin(others[PAIR])]
 
 
 def _clusters(rows: Table) -> list[Any]:
@@ -87,7 +82,7 @@ def percentile(rows: Table, setting: Setting, task: str, share: float) -> Estima
 
 
 def paired(
-    rows: Table, mine: Setting, other: Setting, field: str, combine: Combine, task: str | None = None, by: Any = PAIR
+    rows: Table, mine: Setting, other: Setting, field: str, combine: Combine, task: str | None = None, by: str = PAIR
 ) -> Table:
     """`value`, which is `combine(mine, other)` of a field, for each request that both settings answered.
 
@@ -97,14 +92,12 @@ def paired(
         field: a column; rows without it are left out.
         combine: makes one value of two.
         task: of one task only.
-        by: columns that are equal in both rows: `PAIR` for times, `REQUEST` for answers.
+        by: the column that is equal in both rows: `PAIR` for times, `REQUEST` for answers.
     """
-    by = list(by)
-    left, right = (of(rows, one, task) for one in (mine, other))
-    left, right = (one[one[field].notna()] for one in (left, right))
-    both = left[[*by, field]].merge(right[[*by, field]], on=by, suffixes=("", " other"))
-    both["value"] = combine(both[field], both[f"{field} other"])
-    return both
+    narrow = rows[[by, "setting", "task", "prefix_key", field]].dropna(subset=[field])
+    left, right = (of(narrow, one, task) for one in (mine, other))
+    others = left[by].map(right.set_index(by)[field])
+    return left.assign(value=combine(left[field], others))[others.notna()]
 
 
 def ratio(

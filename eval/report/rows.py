@@ -17,10 +17,12 @@ from .names import Setting, written
 # Untyped: pandas has no types of its own.
 Table = Any
 
-# Identifies a request of one run and session, within which times are compared in pairs.
-PAIR = ["run", "session", "read_gbps", "stream", "task", "prefix_key", "number"]
-# Identifies a request across runs of one model: answers are compared in pairs of these.
-REQUEST = ["seed", "stream", "task", "prefix_key", "number"]
+_REQUEST = ["seed", "stream", "task", "prefix_key", "number"]
+_PAIR = ["run", "session", "read_gbps", *_REQUEST]
+# Column with the number of a request of one run and session, within which times are compared in pairs.
+PAIR = "pair"
+# Column with the number of a request across runs of one model: answers are compared in pairs of these.
+REQUEST = "request"
 
 _NEEDED = ("task", "number", "prefix_key", "system", "budget", "state")
 _PLAIN = (
@@ -102,7 +104,7 @@ class Results:
         """
         rows = self.table
         known = rows[list(_JUDGED)].notna().any(axis=1) & (rows["stream"] == "")
-        return rows[known].drop_duplicates([*REQUEST, "setting"])
+        return rows[known].drop_duplicates([REQUEST, "setting"])
 
     @property
     def streamed(self) -> Table:
@@ -138,7 +140,8 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
     table = pandas.DataFrame(flat)
     for name in (*_PLAIN, *_STATS, "memory_hits", "all_hits", "budget", "agreed"):
         table[name] = pandas.to_numeric(table[name]).astype("float64")
-    refuse_repetitions(runs, table, [*REQUEST, "setting", "state", "read_gbps"])
+    refuse_repetitions(runs, table, [*_REQUEST, "setting", "state", "read_gbps"])
+    table[PAIR], table[REQUEST] = (table.groupby(names).ngroup() for names in (_PAIR, _REQUEST))
     return Results(runs, table)
 
 
