@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_contiguouskv.memory.workspace import workspace_capacity
+from hf_contiguouskv.memory.lending import workspace_capacity
 
 from .layer_file import LayerShape
 
