@@ -34,8 +34,8 @@ WARM_ARGS ?=
 POLICIES_ARGS ?=
 GPU_ARGS ?=
 GPU_OUT ?= .cache/gpu
-EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 16 \
-  --timed-requests 3 --budget 0.05 --budget 0.25
+EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 15 \
+  --timed-requests 5 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
 STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
   --system reload --system attentionstore --system attentionstore_overlapped --system attentionstore_h2o \

@@ -123,7 +123,7 @@ def run(
                 found[key].seconds.append(timed.seconds)
                 found[key].over_floor.append(timed.seconds / seconds)
                 found[key].stats = timed.stats.as_dict()
-                found[key].warm += timed.cold is False
+                found[key].warm += timed.departure is not None
     return {
         "machine": machine(),
         "model": type(model).__name__,
