@@ -288,12 +288,13 @@ class Impress(TokenSystem):
     @property
     def agreed(self) -> int:
         """In how many layers of the last request the probe heads agreed."""
+        assert self.served is not None
         assert isinstance(self.served.last, ImpressStrategy)
         return self.served.last.agreed
 
     def details(self) -> dict[str, Any]:
         """See `System`: `agreed`, the share of layers in which the probe heads agreed."""
-        return {"agreed": self.agreed / self.layout.geometry.num_layers}
+        return {} if self.served is None else {"agreed": self.agreed / self.layout.geometry.num_layers}
 
     @property
     def method(self) -> str:

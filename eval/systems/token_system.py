@@ -107,14 +107,14 @@ class TokenSystem(Stored):
         named: options of its own, for its name.
         published_eviction: what stays in memory, as published.
         strategy: its kind of strategy.
-        served: by what the last cache was served.
+        served: by what the last cache was served; `None`: there was none.
     """
 
     published: str
     named: tuple[str, ...] = ()
     published_eviction: str | EvictionPolicy
     strategy: type[TokenStrategy]
-    served: TokenMethod
+    served: TokenMethod | None = None
 
     def __init__(
         self,
