@@ -129,12 +129,15 @@ def report(
         list[Path] | None,
         typer.Option(help="another run, made while the machine did other work; only its answers count"),
     ] = None,
+    against: Annotated[
+        str, typer.Option(help="the system that times are divided by: NAME[@BUDGET][+OPTION...]")
+    ] = "reload",
 ) -> None:
     """Turn one or several runs into Markdown, HTML and pictures."""
     from .report import RunError, write_report
 
     try:
-        written = write_report(runs, out, untimed or ())
+        written = write_report(runs, out, untimed or (), against)
     except RunError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print("\n".join(str(path) for path in written))

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from ..statistics import Estimate
 from . import measures
 from .charts import is_ours, logarithmic, new_figure, plain, save
-from .names import MEMORY, Setting, answering, colour, label, marker
+from .names import MEMORY, RECOMPUTE, Setting, answering, colour, label, marker
 from .quality import telling
 from .rows import Results, Table
 from .states import Cut
@@ -59,6 +59,10 @@ def frontier(results: Results, cut: Cut, path: Path) -> bool:
             times[setting] = time.value * 1e3
         if volume is not None and np.isfinite(volume.share):
             shares[setting] = volume.share
+    # Recomputing the prefix can take so long that all other points would be in one place.
+    stored = [time for setting, time in times.items() if setting.system != RECOMPUTE]
+    if stored:
+        times = {one: time for one, time in times.items() if one.system != RECOMPUTE or time <= 2 * max(stored)}
     across = [(times, "time to the first token, ms", 1.0, "")]
     across += [(shares, "bytes read, share of the prefix's", 100.0, "%")] if shares else []
     drawn, axes = new_figure(5.8 * len(points), 4.4 * len(across) + 1, len(across), len(points))

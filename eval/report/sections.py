@@ -178,7 +178,7 @@ def _frontier(results: Results, states: list[Cut], picture: Pictures) -> list[st
         "Points of a line are a system's budgets; lower left is better for KL, upper left for scores. Times are of "
         "the requests that all systems answered in the state, if there are any. A setting that differs from another "
         "only in time is shown with the other's answers. Bars are 95% intervals. A logarithmic KL axis is linear below "
-        "its smallest figure."
+        "its smallest figure. Recompute is left out where it takes more than twice as long as all others."
     )
     return [note, *drawn]
 
