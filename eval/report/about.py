@@ -78,7 +78,7 @@ def _of_run(run: Run, rows: int) -> str:
     lines = [f"Run `{run.name}`, {rows} rows:", ""]
     lines += [f"- {name}: {text}" for name, text in _facts(config) if text]
     lines.append(f"- machine: {_machine(run.machine)}")
-    lines += [f"- left out: {note}" for note in config.get("skipped") or []]
+    lines += [f"- note: {note}" for note in config.get("skipped") or []]
     if config.get("command"):
         lines += ["", "```", str(config["command"]), "```"]
     return "\n".join(lines)

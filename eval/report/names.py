@@ -70,7 +70,7 @@ class Rival:
 
     Attributes:
         system, options: the system.
-        budget: its budget; `None` for the budget of the system that is compared with it.
+        budget: its budget; `None` for the budget of the system that is compared with it. (An exact system has one.)
     """
 
     system: str = RELOAD
@@ -85,14 +85,13 @@ class Rival:
             ValueError: there is no such system, budget or option.
         """
         (setting,) = Setting.parse(text, (1.0,))
-        own = "@" in text or SYSTEMS[setting.system].exact
-        return cls(setting.system, setting.options, setting.budget if own else None)
+        return cls(setting.system, setting.options, setting.budget if "@" in text else None)
 
     @property
     def label(self) -> str:
         """Its name for readers."""
         name = label(Setting(self.system, 1.0, self.options))
-        return name if self.budget in (None, 1.0) else f"{name} at {self.budget * 100:.4g}%"
+        return name if self.budget is None else f"{name} at {self.budget * 100:.4g}%"
 
 
 def written(setting: Setting) -> str:

@@ -143,21 +143,26 @@ def stream(results: Results, name: str) -> str:
         own = rows[rows["state"] == state]
         for setting in measures.settings(own):
             (task, *others) = measures.tasks(measures.of(own, setting))
+            score, distance = (measures.mean_of(own, setting, field) for field in ("score", "kl_answer"))
             read = measures.values(own, setting, "bytes_read")
             levels = [None if others else measures.percentile(own, setting, task, level) for level in LEVELS]
             lines.append(
                 [
                     *named(setting),
-                    state,
+                    "" if state == "stream" else state,
                     str(len(measures.of(own, setting))),
                     shown(measures.mean_of(own, setting, "ttft_s"), 1e3, 0),
                     *(shown(level, 1e3, 0) for level in levels),
                     number(measures.hit_rate(own, setting), 1, 100, "%"),
                     number(float(read.mean()) if len(read) else None, 2, 1e-6),
+                    counted(score or distance),
+                    shown(score, 100, 1),
+                    shown(distance, digits=4),
                 ]
             )
     head = ["system", "budget", "state", "n", "mean, ms", "P50, ms", "P95, ms", "P99, ms", "hits in memory", "MB read"]
-    return table(*columns_used(head, lines), words=3) if lines else ""
+    head += ["judged", "score", "KL at the answer, nats"]
+    return table(*columns_used(head, lines)) if lines else ""
 
 
 def found_states(results: Results) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..statistics import Estimate
+from ..statistics import FEW_PREFIXES, Estimate
 from . import measures
 from .cells import FEW, FEW_NOTE, at, listed, number
 from .names import MEMORY, OURS, RELOAD, Rival, Setting, is_reference, label
@@ -16,9 +16,10 @@ _NONE = f"No row of {label(Setting(OURS, 1.0))} has a time that counts."
 def verdict(ratio: Estimate) -> str:
     """The side of 1 on which the whole interval of a ratio of times lies: "faster", "slower", or "" for neither.
 
-    Without an interval no side is told.
+    Without an interval no side is told, and neither if there are few prefixes altogether: three ratios lie on one side
+    of 1 by chance every fourth time.
     """
-    if not ratio.has_interval:
+    if not ratio.has_interval or ratio.prefixes < FEW_PREFIXES:
         return ""
     return "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else ""
 
@@ -39,18 +40,20 @@ def result(results: Results, rival: Rival) -> str:
 
 
 def _of(cut: Cut, setting: Setting) -> list[str]:
-    groups: dict[str, list[str]] = {"faster": [], "slower": [], "": [], "reference": []}
+    groups: dict[str, list[str]] = {"faster": [], "slower": [], "": [], "few": [], "reference": []}
     # Reload first, because that is what its users have now.
     for other in sorted(cut.settings, key=lambda one: one.system != RELOAD):
         if other.system == OURS or other != measures.at_budget(cut.rows, other.system, setting.budget, other.options):
             continue
         ratio = measures.ratio(cut.rows, setting, other)
         if ratio is not None:
-            groups["reference" if is_reference(other) else verdict(ratio)].append(_compared(other, ratio))
+            few = "few" if ratio.prefixes < FEW_PREFIXES else verdict(ratio)
+            groups["reference" if is_reference(other) else few].append(_compared(other, ratio))
     said = {
         "faster": "faster than",
         "slower": "slower than",
         "": "not told apart from",
+        "few": f"on fewer than {FEW_PREFIXES} prefixes, which decide nothing, beside",
         "reference": "beside the references:",
     }
     lines = [f"    - {text} {listed(groups[kind])}" for kind, text in said.items() if groups[kind]]

@@ -70,7 +70,8 @@ def test_a_ratio_counts_its_pairs_and_not_the_rows(tmp_path: Path) -> None:
     assert line[7:9] == ["2.00 (2.00 - 2.00)†", "9"]
     by_task = cells(times.split("By task")[1].split("Tails")[0], "**ContiguousKV (ours)**", "5%")
     assert by_task[2:] == ["100 (x0.50, 3)"] * 3
-    assert "reload (2.00 times as fast, 2.00 - 2.00†; 9 pairs, 9 prefixes)" in section(text, "The result in words")
+    said = section(text, "The result in words")
+    assert "faster than reload (2.00 times as fast, 2.00 - 2.00†; 9 pairs, 9 prefixes)" in said
     assert "fewer than 5 prefixes" in times
 
 
@@ -123,8 +124,12 @@ def test_the_rival_can_be_chosen(tmp_path: Path) -> None:
         assert found.over_rival(OURS).value == pytest.approx(ours)
     # Each at its own budget, and reload beside it.
     assert cut(timed, "cold", Rival.parse("impress")).over_rival(Setting("contiguouskv", 0.25)).value == 0.25
-    text = write_report([tmp_path / "run"], tmp_path / "out", against="impress")[0].read_text()
-    assert "| over IMPRESS | pairs | over reload | pairs |" in text
+    for against, head in (
+        ("impress", "| over IMPRESS | pairs | over reload | pairs |"),
+        ("reload", "| over reload | pairs |"),
+    ):
+        text = write_report([tmp_path / "run"], tmp_path / "out", against=against)[0].read_text()
+        assert f"| TTFT, ms {head}\n" in text
 
 
 def test_rows_that_missed_their_state_have_no_times_or_bytes_but_scores(tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ def test_accuracy_is_lost_by_tasks_that_have_one(tmp_path: Path) -> None:
 )
 def test_words_need_a_whole_interval_on_one_side(interval: tuple[float, float, float], verdict: str) -> None:
     assert words.verdict(Estimate(*interval, 9, 9, 9)) == verdict
+    # Three requests may lie on one side by chance.
+    assert words.verdict(Estimate(*interval, 3, 3, 3)) == ""
+
+
+def test_few_prefixes_decide_nothing(tmp_path: Path) -> None:
+    text = said(tmp_path, [row(n, one, seconds) for n in range(4) for one, seconds in ((OURS, 0.1), (RELOAD, 0.3))])
+    assert "    - on fewer than 5 prefixes, which decide nothing, beside reload (3.00 times as fast, " in text
+    assert "faster than" not in text
 
 
 def said(folder: Path, rows: list[dict[str, Any]]) -> str:
