@@ -38,8 +38,8 @@ EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multik
   --timed-requests 5 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
 STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
-  --system reload --system attentionstore --system attentionstore_overlapped --system attentionstore_h2o \
-  --system attentionstore_h2o_lfu --system impress --system contiguouskv_paper --system contiguouskv
+  --system reload --system attentionstore --system attentionstore+overlap --system attentionstore_h2o \
+  --system attentionstore_h2o+lfu --system impress --system contiguouskv_paper --system contiguouskv
 STREAMS_OUT ?= docs/results/streams
 COMPAT ?= 5.20.0 5.23.0
 COMPAT_ARGS ?=
