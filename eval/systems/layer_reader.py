@@ -25,11 +25,12 @@ class Arrival:
     """Work of reader threads that a request waits for: it counts down.
 
     Attributes:
+        pieces: of the work.
         bytes_read: bytes requested from the disk so far.
     """
 
     def __init__(self, pieces: int) -> None:
-        self._left = pieces
+        self.pieces = self._left = pieces
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -157,11 +158,20 @@ class LayerFile:
         end = begin + shape.padded(shape.parts[part])
         return [as_memoryview(row[begin:end]) for row in buffer.flatten(0, 2)]
 
-    def read(self, layer: int, part: int, rows: Sequence[memoryview], timeline: SpanRecorder) -> Arrival:
-        """Start reading a part of a layer into `rows` (see `rows_of`), and checking it."""
+    def read(
+        self,
+        layer: int,
+        part: int,
+        rows: Sequence[memoryview],
+        timeline: SpanRecorder,
+        then: Callable[[], None] | None = None,
+    ) -> Arrival:
+        """Start reading a part of a layer into `rows` (see `rows_of`), and checking it.
+
+        `then` is called by the thread that ends the last read, before the arrival is done, if all went well. What it
+        raises, the arrival raises.
+        """
         nbytes = self.shape.part_bytes(part)
-        if not nbytes:
-            return Arrival(0)
         begin = self._header.begin + self.shape.offset(layer, part)
         ranges = list(ranges_of(nbytes))
         arrival, sums = Arrival(len(ranges)), RangeSums(nbytes)
@@ -187,7 +197,13 @@ class LayerFile:
                     error = found
                 timeline.add("read", layer, started, time.perf_counter())
                 if arrival.piece_done(got, error):
-                    arrival.end(self._checked(layer, part, sums))
+                    error = self._checked(layer, part, sums)
+                    if error is None and then is not None and not arrival.failed:
+                        try:
+                            then()
+                        except Exception as found:
+                            error = found
+                    arrival.end(error)
 
             return read
 

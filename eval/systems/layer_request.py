@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ class _Coming:
         staged: host memory that it crosses from, on an accelerator.
         arrivals: what must be there first.
         parts: that reads bring into `staged` or `piece`.
-        crossed: event of the copy to an accelerator.
+        left: parts that have not been read yet.
+        crossed: event of the copy to an accelerator, which is queued by the thread that ends the last read.
         good: whether attention can use it.
     """
 
@@ -74,6 +76,7 @@ class _Coming:
     staged: Piece | None = None
     arrivals: list[Arrival] = field(default_factory=list)
     parts: tuple[int, ...] = ()
+    left: int = 0
     crossed: Any = None
     good: bool = False
 
@@ -109,6 +112,7 @@ class LayerRequest:
         self._capacity = file.shape.capacity(ROOM)
         self._layers: dict[int, _Coming] = {}
         self._under_way = 0
+        self._lock = threading.Lock()
         shape = file.shape
         self.timeline = Timeline()
         self.stats = RequestStats(
@@ -155,8 +159,12 @@ class LayerRequest:
         host = self._tiers.host.take((self._key, layer))
         device_piece = tier.lend(self._octets, reuse_busy=True)
         if host is not None:
-            self._layers[layer] = _Coming(device_piece, "host", staged=host, parts=tuple(range(len(self.shape.parts))))
-            self._cross(layer)
+            parts = tuple(range(len(self.shape.parts)))
+            coming = self._layers[layer] = _Coming(device_piece, "host", staged=host, parts=parts)
+            began = time.perf_counter()
+            self._cross(layer, coming)
+            self._crossed(layer, coming)
+            self.timeline.add("copy", layer, began, time.perf_counter())
             return
         coming = self._layers[layer] = _Coming(device_piece, "disk", staged=self._tiers.host.lend(self._octets))
         self._under_way += self._octets
@@ -166,10 +174,23 @@ class LayerRequest:
     def _read(self, layer: int, coming: _Coming, into: Piece) -> None:
         buffer = into.buffer(self.shape, self._capacity)
         own = [part for part in range(len(self.shape.parts)) if (layer, part) not in self._resident]
-        coming.parts = tuple(own)
+        coming.parts, coming.left = tuple(own), len(own)
+
+        def then() -> None:
+            with self._lock:
+                coming.left -= 1
+                last = not coming.left
+            if last:
+                self._cross(layer, coming)
+
         for part in own:
-            coming.arrivals.append(self._file.read(layer, part, self._file.rows_of(buffer, part), self.timeline))
-        if not self._tiers.on:
+            rows = self._file.rows_of(buffer, part)
+            crosses = then if coming.staged is not None else None
+            coming.arrivals.append(self._file.read(layer, part, rows, self.timeline, crosses))
+        if coming.staged is not None:
+            if not own:
+                self._cross(layer, coming)
+        else:
             coming.arrivals += [
                 self._copied(buffer, part, self._resident[layer, part].states)
                 for part in range(len(self.shape.parts))
@@ -194,13 +215,11 @@ class LayerRequest:
 
     # -- accelerators -------------------------------------------------------------------------------------------------
 
-    def _cross(self, layer: int) -> None:
-        """Queue the copy of a layer whose reads are over."""
-        coming = self._layers[layer]
+    def _cross(self, layer: int, coming: _Coming) -> None:
+        """Queue the copy of a layer whose reads are over. Called by reader threads, too."""
         opened = devices.device_of(self._places[layer])
         assert opened is not None
         assert coming.staged is not None
-        began = time.perf_counter()
         source = coming.staged.buffer(self.shape, self._capacity)
         target = coming.piece.buffer(self.shape, self._capacity)
         if len(coming.parts) == len(self.shape.parts):
@@ -210,6 +229,10 @@ class LayerRequest:
             for part in range(len(self.shape.parts)):
                 for row, into in self._rows(layer, part, source, target):
                     coming.crossed, after = opened.copy_in(row, into, after), None
+
+    def _crossed(self, layer: int, coming: _Coming) -> None:
+        """The copy of a layer is queued: give back the memory that it crosses from."""
+        assert coming.staged is not None
         if coming.source == "disk":
             self._under_way -= self._octets
         # (Where only the accelerator holds anything of it, nothing crosses.)
@@ -218,7 +241,6 @@ class LayerRequest:
         kept = coming.source == "host" or (self._keeps and whole)
         self._tiers.host.give_back(coming.staged, (self._key, layer) if kept else None)
         coming.staged = None
-        self.timeline.add("copy", layer, began, time.perf_counter())
 
     def _rows(
         self, layer: int, part: int, source: torch.Tensor, target: torch.Tensor
@@ -257,11 +279,8 @@ class LayerRequest:
         opened = devices.device_of(self._places[layer])
         buffer = coming.piece.buffer(self.shape, self._capacity)
         if opened is not None:
-            # What has arrived meanwhile crosses while attention of this layer runs.
-            for later, other in self._layers.items():
-                if other.staged is not None and all(arrival.done for arrival in other.arrivals):
-                    self._wait(later, other)
-                    self._cross(later)
+            if coming.staged is not None:
+                self._crossed(layer, coming)
             if coming.crossed is not None:
                 opened.wait(coming.crossed)
             opened.uses(coming.piece.octets)
@@ -286,6 +305,7 @@ class LayerRequest:
                 arrival.settle()
                 self.stats.bytes_read += arrival.bytes_read
             if coming.staged is not None:
+                coming.staged.busy = coming.crossed
                 self._tiers.host.give_back(coming.staged)
             tier, opened = self._tiers.of(self._places[layer]), devices.device_of(self._places[layer])
             if opened is not None:
