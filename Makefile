@@ -34,7 +34,7 @@ WARM_ARGS ?=
 POLICIES_ARGS ?=
 GPU_ARGS ?=
 GPU_OUT ?= .cache/gpu
-EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 15 \
+EVAL_ARGS ?= --task sst2 --task subj --task trec --task needle_multikey --requests 15 \
   --timed-requests 5 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
 STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
