@@ -7,8 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,17 @@ import pytest
 import torch
 from tiny_model import save_tiny_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import streams
-from eval.__main__ import app
 from eval.report import write_report
 from eval.running import NotServedError, RunConfig, RunFolder, RunFolderError, process, run
 from eval.running.folder import key_of
 from eval.running.phases import PHASES
-from eval.running.quality import Judge, perplexity
-from eval.running.readings import Cropped
 from eval.running.requests import asked_of
-from eval.running.streamed import distinct_tokens
 from eval.running.timed import timed_request
-from eval.systems import DEFAULT_SYSTEMS, SYSTEMS, InMemory, system_named
+from eval.systems import DEFAULT_SYSTEMS, system_named
 from eval.tasks import TASKS, Request
 from eval.tasks.base import encode
-from hf_contiguouskv.model.transformers_internals import cache_argument
-
-CACHE = cache_argument()
 
 Row = dict[str, Any]
 ALL = (*DEFAULT_SYSTEMS, "contiguouskv+exact")
@@ -335,69 +325,6 @@ def test_a_request_that_did_not_find_its_state_is_made_once_more_and_then_says_w
     assert len(rows) == 3
 
 
-def test_streams_keep_memory_from_request_to_request(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
-    systems = ("attentionstore", "attentionstore_h2o", "attentionstore_h2o+lfu", "impress", "contiguouskv")
-    config = config_of(
-        tasks=(),
-        streams=("shared_documents", "conversations"),
-        systems=systems,
-        budgets=(0.25,),
-        stream_requests=6,
-        documents=2,
-        memory_share=0.5,
-        judged_share=0.5,
-    )
-    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
-    assert {row["stream"] for row in rows} == {"shared_documents", "conversations"}
-    for stream in ("shared_documents", "conversations"):
-        for system in systems:
-            own = [row for row in rows if (label(row), row["stream"]) == (system, stream)]
-            assert [row["number"] for row in own] == list(range(6))
-            assert own[0]["stats"]["hits"]["host"] == 0
-            assert own[0]["stats"]["hits"]["disk"] > 0
-            # LRU forgets the first chunks of a text while it reads the last, if there is no room for both.
-            if system != "attentionstore":
-                assert sum(row["stats"]["hits"]["host"] for row in own) > 0, (system, stream)
-            # Every second answer is judged.
-            assert [row["score"] is not None for row in own] == [row["kl_answer"] is not None for row in own]
-            assert [row["kl"] is not None for row in own] == [True, False] * 3
-            for row in own[::2]:
-                exact = system == "attentionstore"
-                assert (abs(row["kl_answer"]) < 1e-5) is exact, (system, stream, row["number"])
-            assert {row["state"] for row in own} == {"stream"}
-
-
-def test_a_chat_is_counted_once(loaded: tuple[Any, Any]) -> None:
-    chats = streams.conversations(loaded[1], conversations=2, turns=3, tokens=700, turn_tokens=200)
-    longest = [max(len(one.prefix_ids) for one in chats if dict(one.about)["conversation"] == chat) for chat in (0, 1)]
-    assert distinct_tokens(chats) == sum(longest) < sum(len(one.prefix_ids) for one in chats)
-    documents = streams.shared_documents(loaded[1], documents=2, requests=5, tokens=1500)
-    assert distinct_tokens(documents) == sum({one.prefix: len(one.prefix_ids) for one in documents}.values())
-
-
-def test_a_system_keeps_no_more_of_a_stream_than_its_share(
-    tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bounds: list[int] = []
-    make = SYSTEMS["contiguouskv"].make
-
-    def watched(model: Any, place: Path, budget: float, options: Any, **store_options: Any) -> Any:
-        bounds.append(store_options.get("host_bytes", 0))
-        return make(model, place, budget, options, **store_options)
-
-    monkeypatch.setitem(SYSTEMS, "contiguouskv", replace(SYSTEMS["contiguouskv"], make=watched))
-    changes = {"tasks": (), "streams": ("conversations",), "systems": ("contiguouskv",), "memory_share": 0.25}
-    config = config_of(**changes, stream_requests=4, documents=2, budgets=(0.25,))
-    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
-    # Once to see its states and once to warm up, with the usual memory; once for the stream. A chat's last turn holds
-    # the others.
-    longest: dict[int, int] = {}
-    for row in rows:
-        chat = row["about"]["conversation"]
-        longest[chat] = max(longest.get(chat, 0), row["prefix_bytes"])
-    assert bounds == [0, 0, sum(longest.values()) // 4]
-
-
 def test_what_the_model_cannot_take_is_refused_before_anything_is_stored(
     tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,126 +388,3 @@ def test_two_processes_share_the_requests(tmp_path: Path, folder: Path) -> None:
         assert (row["prediction"], row["score"]) == (mine["prediction"], mine["score"])
         if row["kl"] is not None:
             assert row["kl"] == pytest.approx(mine["kl"], abs=1e-5)
-
-
-def without_frame(output: str) -> str:
-    """What an error message says, without the frame around it, wherever its lines were broken."""
-    return "".join(output.replace("│", "").split())
-
-
-def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from eval import models
-
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
-    for arguments, message in (
-        (["--task", "sst3"], "task must be"),
-        (["--system", "impres"], "system must be"),
-        (["--stream", "rivers"], "stream must be"),
-        (["--state", "tepid"], "state must be one of"),
-        (["--system", "impress+fast"], "impress has no option 'fast'"),
-        (["--task", "file:nothing.jsonl"], "nothing.jsonl cannot be read"),
-        (["--judged-share", "2"], "judged_share must be from 0 to 1"),
-        (["--read-gbps", "0"], "read_gbps must be positive"),
-        (["--first", "-1"], "first must be 0 at least"),
-        (["--prefixes", "0"], "prefixes must be 1 at least"),
-        (["--budget", "0"], "budgets are shares"),
-        (["--requests", "0"], "requests must be 1"),
-        (["--dtype", "int8"], "'int8' is not one of"),
-    ):
-        result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
-        assert result.exit_code == 2
-        assert message.replace(" ", "") in without_frame(result.output)
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
-    assert result.exit_code == 2
-    assert f"{tmp_path.name}/nothing" in without_frame(result.output)
-    listed = CliRunner().invoke(app, ["list"]).output
-    assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))
-
-
-# -- judging -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def asked(loaded: tuple[Any, Any]) -> Callable[..., Request]:
-    def make(**changes: Any) -> Request:
-        fields: dict[str, Any] = {
-            "task": "animals",
-            "number": 0,
-            "prefix_ids": encode(loaded[1], "a long story about a cat and a dog"),
-            "prefix": 0,
-            "suffix_ids": encode(loaded[1], " who is it? a"),
-            "answers": ("bird",),
-            "max_new_tokens": 6,
-        }
-        return Request(**fields | changes)
-
-    return make
-
-
-def judged(loaded: tuple[Any, Any], request: Request, metric: str) -> dict[str, Any]:
-    """By a cache that holds the whole prompt."""
-    model, tokenizer = loaded
-    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
-    cache = DynamicCache(config=model.config)
-    output = model.generate(prompt, max_new_tokens=1, do_sample=False, **{CACHE: cache})
-    judge = Judge(model, tokenizer, request, metric)
-    with InMemory(model) as in_memory:
-        in_memory.store(request.prefix_ids)
-        judge.refer_to(in_memory)
-        return judge.judge(Cropped(model, request, cache), int(output[0, -1]))
-
-
-def test_labels_are_judged_by_the_likelihood_of_all_their_tokens(
-    loaded: tuple[Any, Any], asked: Callable[..., Request]
-) -> None:
-    model, tokenizer = loaded
-    choices = ("cat", "a dog", "z", "elephants")
-    request = asked(choices=choices, answers=("cat",))
-    found = judged(loaded, request, "accuracy")
-    likelihoods = []
-    for choice in choices:
-        ids = encode(tokenizer, f" {choice}")
-        whole = torch.cat([request.prefix_ids, request.suffix_ids, ids])
-        with torch.no_grad():
-            logits = model(input_ids=whole[None]).logits[0].log_softmax(-1)
-        start = len(whole) - len(ids)
-        likelihoods.append(sum(float(logits[start + n - 1, token]) for n, token in enumerate(ids.tolist())))
-    best = choices[likelihoods.index(max(likelihoods))]
-    assert len({len(encode(tokenizer, f" {choice}")) for choice in choices}) > 1
-    assert found["prediction"] == best
-    assert found["score"] == float(best == "cat")
-
-
-def test_answers_are_generated_from_the_cache(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
-    model, tokenizer = loaded
-    request = asked()
-    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
-    output = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    expected = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
-    assert judged(loaded, request, "needle_recall")["prediction"] == expected
-
-
-def test_fidelity_is_that_of_suffix_and_answer(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
-    model, tokenizer = loaded
-    request = asked()
-    found = judged(loaded, request, "needle_recall")
-    assert found["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert found["agreement"] == 1.0
-    answer = encode(tokenizer, " bird")
-    whole = torch.cat([request.prefix_ids, request.suffix_ids, answer])
-    with torch.no_grad():
-        loss = model(input_ids=whole[None]).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
-    expected = torch.exp(-loss[torch.arange(len(answer)), answer].mean())
-    assert found["perplexity"] == pytest.approx(float(expected), rel=1e-3)
-
-
-def test_perplexity_by_hand() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    assert perplexity(logits, torch.tensor([0, 1])) == pytest.approx((0.5 * 0.1) ** -0.5)
-
-
-def test_a_suffix_of_one_token_is_refused(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
-    with pytest.raises(ValueError, match="two tokens"):
-        judged(loaded, asked(suffix_ids=torch.tensor([5]), answers=("x",)), "needle_recall")

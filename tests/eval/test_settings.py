@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from eval.__main__ import app
 from eval.running.config import RunConfig
-from eval.systems import DEFAULT_SYSTEMS, Setting
+from eval.systems import DEFAULT_SYSTEMS, SYSTEMS, Setting
 
 
 def test_a_system_may_have_a_budget_and_options_of_its_own() -> None:
@@ -83,3 +84,39 @@ def test_two_files_of_one_name_would_be_one_task(tmp_path: Path) -> None:
 def test_a_share_of_a_stream_is_judged(share: float, judged: list[int]) -> None:
     config = RunConfig(streams=("conversations",), systems=("in_memory",), judged_share=share)
     assert [number for number in range(8) if config.is_judged(number)] == judged
+
+
+def without_frame(output: str) -> str:
+    """What an error message says, without the frame around it, wherever its lines were broken."""
+    return "".join(output.replace("│", "").split())
+
+
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from eval import models
+
+    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
+    for arguments, message in (
+        (["--task", "sst3"], "task must be"),
+        (["--system", "impres"], "system must be"),
+        (["--stream", "rivers"], "stream must be"),
+        (["--state", "tepid"], "state must be one of"),
+        (["--system", "impress+fast"], "impress has no option 'fast'"),
+        (["--task", "file:nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["--judged-share", "2"], "judged_share must be from 0 to 1"),
+        (["--read-gbps", "0"], "read_gbps must be positive"),
+        (["--first", "-1"], "first must be 0 at least"),
+        (["--prefixes", "0"], "prefixes must be 1 at least"),
+        (["--budget", "0"], "budgets are shares"),
+        (["--requests", "0"], "requests must be 1"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+    ):
+        result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
+        assert result.exit_code == 2
+        assert message.replace(" ", "") in without_frame(result.output)
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert result.exit_code == 2
+    assert f"{tmp_path.name}/nothing" in without_frame(result.output)
+    listed = CliRunner().invoke(app, ["list"]).output
+    assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))
