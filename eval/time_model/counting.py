@@ -170,6 +170,7 @@ class Counter:
             stored = 2 if isinstance(system, TokenSystem) else 1
             recorder = self._request(torch.cat([prefix, self._suffix]), lambda: system.cache(prefix), stored)
             stats = system.finish(recorder.cache)
+            recorder.cache = None  # It holds the layers.
             departed = None if plain else departure(state, stats)
         if departed is not None:
             raise CountError(f"{name}: {departed}")
