@@ -86,7 +86,7 @@ def on_cpu(counts: Counts, growth: Path = GROWTH) -> list[Compared]:
 
 def _measured(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, State, int], float]:
     """Medians in seconds. Opening a store takes milliseconds on a CPU: what was cold is compared as open."""
-    found = {}
+    found: dict[tuple[str, State, int], float] = {}
     for row in rows:
         if "state" in row:
             system, state = row["system"], State(row["state"])
