@@ -22,6 +22,7 @@ from statistics import median
 from typing import Annotated, Any
 from unittest import mock
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -67,35 +68,38 @@ def lacking(variant: str) -> Iterator[None]:
         yield
 
 
-def serve(variant: str, tokens: int, suffix: int, budgets: list[float], dtype: str) -> list[dict[str, Any]]:
-    """Requests in this process. Per budget and state: median seconds and page faults after the first two requests."""
+def prompt(tokens: int, suffix: int, dtype: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The model, and ids of prompt and prefix, int64 `(n,)`."""
     model, tokenizer = load_model(None, dtype=dtype)
     ids = document_ids(tokenizer, tokens)
-    prefix, found = ids[: len(ids) - suffix], []
+    return model, ids, ids[: len(ids) - suffix]
+
+
+def serve(
+    variant: str, folder: Path, model: Any, ids: torch.Tensor, prefix: torch.Tensor, budgets: list[float]
+) -> list[dict[str, Any]]:
+    """Requests in this process. Per budget and state: median seconds and page faults after the first two requests."""
+    found = []
     for budget in budgets:
         config = ContiguousKVConfig(budget=budget)
-        with tempfile.TemporaryDirectory(prefix="contiguouskv-allocators-") as name:
-            folder = Path(name) / "store"
-            with PrefixStore(folder) as store:
-                ContiguousKVCache(model, prefix, store=store, config=config).close()
-            with open_store(folder, variant) as store:
-                make = partial(ContiguousKVCache, model, prefix, store=store, config=config)
-                for state in STATES:
-                    seconds, faults = [], []
-                    for _ in range(_REQUESTS):
-                        if state == "chunks cold":
-                            store.inner.memory.drop_chunks()
-                            drop_page_cache(folder.rglob("*.safetensors"))
-                        before = _page_faults()
-                        with lacking(variant):
-                            taken, _, cache = time_to_first_token(model, ids[None], make)
-                            cache.close()
-                        seconds.append(taken)
-                        faults.append(_page_faults() - before)
-                        if (state == "chunks cold") != bool(cache.stats.hits["disk"]):
-                            raise AssertionError(f"{variant} was not {state}: {cache.stats}")
-                    medians = {"seconds": median(seconds[2:]), "faults": median(faults[2:])}
-                    found.append({"budget": budget, "state": state, "dtype": str(model.dtype), **medians})
+        with open_store(folder, variant) as store:
+            make = partial(ContiguousKVCache, model, prefix, store=store, config=config)
+            for state in STATES:
+                seconds, faults = [], []
+                for _ in range(_REQUESTS):
+                    if state == "chunks cold":
+                        store.inner.memory.drop_chunks()
+                        drop_page_cache(folder.rglob("*.safetensors"))
+                    before = _page_faults()
+                    with lacking(variant):
+                        taken, _, cache = time_to_first_token(model, ids[None], make)
+                        cache.close()
+                    seconds.append(taken)
+                    faults.append(_page_faults() - before)
+                    if (state == "chunks cold") != bool(cache.stats.hits["disk"]):
+                        raise AssertionError(f"{variant} was not {state}: {cache.stats}")
+                medians = {"seconds": median(seconds[2:]), "faults": median(faults[2:])}
+                found.append({"budget": budget, "state": state, "dtype": str(model.dtype), **medians})
     return found
 
 
@@ -111,20 +115,26 @@ def main(
     budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "0.05,0.25,1.0",
     dtype: DtypeOption = "auto",
     variant: Annotated[str | None, typer.Option(help="Only serve requests in this process, and print JSON.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="With --variant: a store that has the prefix.")] = None,
 ) -> None:
     """Measure requests with and without each allocator."""
-    if variant is not None:
+    model, ids, prefix = prompt(tokens, suffix_tokens, dtype)
+    if variant is not None and folder is not None:
         shares = [float(word) for word in budgets.split(",")]
-        print(json.dumps(serve(variant, tokens, suffix_tokens, shares, dtype)))
+        print(json.dumps(serve(variant, folder, model, ids, prefix, shares)))
         return
     samples: list[dict[str, Any]] = []
-    asked = f"--tokens={tokens} --suffix-tokens={suffix_tokens} --budgets={budgets} --dtype={dtype}".split()
-    for _, name in interleave(VARIANTS, rounds):
-        command = [sys.executable, __file__, *asked, "--variant", name]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        samples += [{"variant": name, **row} for row in json.loads(printed.splitlines()[-1])]
-    if json_path is not None:
-        json_path.write_text(json.dumps({"machine": machine(), "samples": samples}, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(prefix="contiguouskv-allocators-") as name:
+        path = Path(name) / "store"
+        with PrefixStore(path) as store:
+            ContiguousKVCache(model, prefix, store=store, config=ContiguousKVConfig(budget=1.0)).close()
+        asked = f"--tokens={tokens} --suffix-tokens={suffix_tokens} --budgets={budgets} --dtype={dtype}".split()
+        for number, lacked in interleave(VARIANTS, rounds):
+            command = [sys.executable, __file__, *asked, "--variant", lacked, "--folder", str(path)]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            samples += [{"variant": lacked, "round": number, **row} for row in json.loads(printed.splitlines()[-1])]
+            if json_path is not None:  # After each process: an interrupted run leaves what it has.
+                json_path.write_text(json.dumps({"machine": machine(), "samples": samples}, indent=1) + "\n")
     show(samples)
 
 

@@ -1,13 +1,13 @@
 """What a tier lends besides slots: buffers for reads and copies, and workspace for attention's K and V.
 
 A request fills tens of megabytes of K and V once and drops them. Whether the C library keeps that memory for the next
-request depends on the process. So the workspace keeps it. Measured with exact requests over 8,128 + 32 tokens of
-SmolLM2-135M (bfloat16, AMD EPYC Zen 4, four processes of each kind on an idle machine, `scripts/allocators.py`): with
-the workspace no request had a page fault, and cold ones took 308 to 346 ms. Without it, two of four processes had
-43,000 faults in every request, and their cold requests took 387 and 461 ms. The other two were like those with it.
+request differs from process to process. So the workspace keeps it. Measured by `scripts/allocators.py` with exact
+requests over 8,128 + 32 tokens of SmolLM2-135M (bfloat16, AMD EPYC Zen 4, medians of six processes; the samples are in
+`docs/results/allocators.json`): with the workspace no page fault, 362 ms with cold chunks and 341 warm; without it
+25,000 faults per request, 440 and 388 ms.
 
-Idle buffers make no measurable difference on a CPU: 0.98 to 1.04 times as long without them (medians of 9 rounds). They
-are kept for accelerators, where host memory is pinned and a buffer must wait for its last copy. That is not measured.
+Without idle buffers: 375 ms cold and 350 warm; at 25%, 321 and 234 instead of 280 and 210. The quartiles overlap. Idle
+buffers are kept for accelerators too, where host memory is pinned; that is not measured.
 """
 
 from __future__ import annotations
