@@ -65,7 +65,7 @@ class PageableBlocks:
 
     A slot that consists of whole pages is a block of its own, so that any slot can be returned. That is why this is
     not `TensorBlocks`: a tensor goes back only as a whole, 128 MiB of a limit of 2 GiB. Tensors are no quicker: 392
-    instead of 362 ms for exact requests with cold chunks, 331 instead of 341 warm (`lending` names machine and command).
+    instead of 362 ms for exact requests with cold chunks, 331 instead of 341 warm (`lending` names the command).
     """
 
     def __init__(self, slot_bytes: int, max_bytes: int) -> None:
