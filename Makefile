@@ -34,12 +34,12 @@ WARM_ARGS ?=
 POLICIES_ARGS ?=
 GPU_ARGS ?=
 GPU_OUT ?= .cache/gpu
-EVAL_ARGS ?= --task sst2 --task subj --task trec --task rte --task needle_multikey --requests 16 \
-  --timed-requests 3 --budget 0.05 --budget 0.25
+EVAL_ARGS ?= --task sst2 --task subj --task trec --task needle_multikey --requests 15 \
+  --timed-requests 5 --budget 0.05 --budget 0.25
 EVAL_OUT ?= docs/results/eval
 STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
-  --system reload --system attentionstore --system attentionstore_overlapped --system attentionstore_h2o \
-  --system attentionstore_h2o_lfu --system impress --system contiguouskv_paper --system contiguouskv
+  --system reload --system attentionstore --system attentionstore+overlap --system attentionstore_h2o \
+  --system attentionstore_h2o+lfu --system impress --system contiguouskv_paper --system contiguouskv
 STREAMS_OUT ?= docs/results/streams
 COMPAT ?= 5.20.0 5.23.0
 COMPAT_ARGS ?=

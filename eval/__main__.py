@@ -48,27 +48,42 @@ def run(
     out: Annotated[Path, typer.Argument(help="folder of the run; an interrupted run is continued")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help=f"task; {_CHOICE}. Without any, and without streams: all four of the paper, and needles"),
+        typer.Option(
+            help=f"task, or file:NAME.jsonl with your own questions; {_CHOICE}. Without any, and without streams: all "
+            "four of the paper, and needles"
+        ),
     ] = None,
     system: Annotated[
-        list[str] | None, typer.Option(help=f"system, or system@budget; {_CHOICE}. Default: all rivals")
+        list[str] | None, typer.Option(help=f"NAME[@BUDGET][+OPTION...]; {_CHOICE}. Default: all rivals")
+    ] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(help="where the prefix is when a request begins; may be repeated; default: cold")
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="share of the prefix; may be repeated")] = None,
     stream: Annotated[list[str] | None, typer.Option(help=f"request stream; {_CHOICE}")] = None,
     requests: Annotated[int, typer.Option(help="requests of each task")] = 50,
+    first: Annotated[
+        int, typer.Option(help="number of the first request; 50 continues a run of 50 requests in another folder")
+    ] = 0,
+    prefixes: Annotated[int, typer.Option(help="prefixes of each few-shot task")] = 5,
     timed_requests: Annotated[
         int, typer.Option(help="requests of each task, in systems that are measured only for time")
     ] = 5,
     stream_requests: Annotated[int, typer.Option(help="requests of each stream")] = 100,
     documents: Annotated[int, typer.Option(help="documents (or conversations) of a stream")] = 10,
     memory_share: Annotated[float, typer.Option(help="share of a stream's KV that a system may keep in memory")] = 0.25,
-    model: Annotated[str | None, typer.Option(help="name or folder; default: SmolLM2-135M-Instruct")] = None,
+    judged_share: Annotated[float, typer.Option(help="share of a stream's answers that are judged")] = 0.25,
+    read_gbps: Annotated[float | None, typer.Option(help="slow all reads down to so many GB/s")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="name or folder; default: SmolLM2-135M-Instruct; or qwen2.5-coder-0.5b")
+    ] = None,
     dtype: DtypeOption = "auto",
     data_dir: Annotated[str | None, typer.Option(help="local data; default: $CONTIGUOUSKV_DATA, else the Hub")] = None,
     device: Annotated[str | None, typer.Option(help="the model's device; default: a GPU if there is one")] = None,
     seed: int = 0,
 ) -> None:
     """Make requests in every system. Under `accelerate launch -m eval run ...` processes share them."""
+    from .models import ModelNotAvailableError
     from .running import NotServedError, RunConfig, RunFolderError
     from .running import run as run_all
     from .systems import DEFAULT_SYSTEMS
@@ -81,12 +96,17 @@ def run(
         "tasks": chosen,
         "streams": tuple(stream or ()),
         "systems": tuple(system or DEFAULT_SYSTEMS),
+        "states": tuple(state or ("cold",)),
         "budgets": tuple(budget or (0.05, 0.25)),
         "requests": requests,
+        "first": first,
+        "prefixes": prefixes,
         "timed_requests": timed_requests,
         "stream_requests": stream_requests,
         "documents": documents,
         "memory_share": memory_share,
+        "judged_share": judged_share,
+        "read_gbps": read_gbps,
         "seed": seed,
         "data_dir": data_dir,
         "device": device,
@@ -97,7 +117,7 @@ def run(
         raise typer.BadParameter(str(error)) from error
     try:
         run_all(config, out, command=shlex.join([*str(context.find_root().info_name).split(), *sys.argv[1:]]))
-    except (RunFolderError, DataMissingError, NotServedError) as error:
+    except (RunFolderError, DataMissingError, NotServedError, ModelNotAvailableError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -109,12 +129,15 @@ def report(
         list[Path] | None,
         typer.Option(help="another run, made while the machine did other work; only its answers count"),
     ] = None,
+    against: Annotated[
+        str, typer.Option(help="the system that times are divided by: NAME[@BUDGET][+OPTION...]")
+    ] = "reload",
 ) -> None:
     """Turn one or several runs into Markdown, HTML and pictures."""
     from .report import RunError, write_report
 
     try:
-        written = write_report(runs, out, untimed or ())
+        written = write_report(runs, out, untimed or (), against)
     except RunError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print("\n".join(str(path) for path in written))
@@ -122,15 +145,25 @@ def report(
 
 @app.command(name="list")
 def list_all() -> None:
-    """Name all tasks, streams, systems and metrics."""
+    """Name all tasks, streams, systems with their options, states and metrics."""
     from .metrics import metric_names
-    from .running.config import STREAMS
+    from .running.config import STATES, STREAMS
     from .systems import SYSTEMS
     from .tasks import TASKS
 
     console = Console()
-    for kind, names in (("tasks", TASKS), ("streams", STREAMS), ("systems", SYSTEMS), ("metrics", metric_names())):
-        console.print(f"[bold]{kind}[/bold]: {', '.join(names)}", highlight=False)
+    systems = [
+        name + "".join(f"[+{one.name}{'=SHARE' if one.takes_value else ''}]" for one in kind.options)
+        for name, kind in SYSTEMS.items()
+    ]
+    for kind, names in (
+        ("tasks", [*TASKS, "file:NAME.jsonl"]),
+        ("streams", STREAMS),
+        ("systems", systems),
+        ("states", STATES),
+        ("metrics", metric_names()),
+    ):
+        console.print(f"{kind}: {', '.join(names)}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

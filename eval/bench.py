@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -23,8 +21,8 @@ from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, 
 from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from .dtypes import Dtype, dtype_name
-from .systems.attentionstore import Loading, full_load
-from .timing import drop_page_cache, interleave, machine, median_spread, resident_pages, time_to_first_token
+from .systems import AttentionStore, ContiguousKV, Recompute, State, System
+from .timing import interleave, machine, median_spread, resident_pages, time_to_first_token
 
 FLOOR, RECOMPUTE, FULL_LOAD = "floor (no prefix)", "recompute", "overlapped full load"
 
@@ -41,7 +39,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Workload:
-    """One prefix and one suffix, both int64 `(n,)`, and the store folder that holds the prefix."""
+    """One prefix and one suffix, both int64 `(n,)`, and a folder for all systems' files of the prefix."""
 
     model: Any
     prefix_ids: torch.Tensor
@@ -65,32 +63,30 @@ def our_systems(budget: float) -> dict[str, ContiguousKVConfig]:
     }
 
 
-def _request(load: Workload, system: str, config: ContiguousKVConfig | None, measured: Measured) -> None:
-    """Make one request. The timer includes opening the store, so nothing of the prefix is in this process before."""
-    stats = RequestStats()
-    stores: list[PrefixStore] = []
-
-    def opened() -> PrefixStore:
-        stores.append(PrefixStore(load.folder))
-        return stores[-1]
-
-    makers: dict[str, Callable[[], Any]] = {
-        FLOOR: DynamicCache,
-        RECOMPUTE: DynamicCache,
-        FULL_LOAD: lambda: full_load(load.model, load.prefix_ids, opened(), Loading(stats)),
+def systems_of(load: Workload, budget: float) -> dict[str, System]:
+    """All systems by their names in the table. They are closed by the caller."""
+    found: dict[str, System] = {
+        RECOMPUTE: Recompute(load.model),
+        FULL_LOAD: AttentionStore(load.model, load.folder / "layers", overlap=True),
     }
-    make = makers.get(system, lambda: ContiguousKVCache(load.model, load.prefix_ids, store=opened(), config=config))
-    prompt = load.suffix_ids[None] if system == FLOOR else load.prompt
-    # Rivals at their best: with this variable, transformers does not repeat K and V for each query head either.
-    with mock.patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"}):
-        seconds, token, cache = time_to_first_token(load.model, prompt, make)
+    for name, config in our_systems(budget).items():
+        found[name] = ContiguousKV(name, load.model, load.folder / "chunks", config)
+    return found
+
+
+def _request(load: Workload, system: System | None, measured: Measured) -> None:
+    """Make one request, cold: the timer includes opening the store; `None`: the suffix alone."""
+    if system is None:
+        seconds, token, _ = time_to_first_token(load.model, load.suffix_ids[None], DynamicCache)
+        stats = RequestStats()
+    else:
+        system.enter(State.COLD, load.prefix_ids)
+        measured.warm_reads += sum(resident_pages(file) for file in system.files())
+        seconds, token, cache = time_to_first_token(load.model, load.prompt, lambda: system.cache(load.prefix_ids))
+        stats = system.finish(cache)
     measured.seconds.append(seconds)
     measured.tokens.add(token)
-    measured.stats = (cache.stats if isinstance(cache, ContiguousKVCache) else stats).as_dict()
-    if isinstance(cache, ContiguousKVCache):
-        cache.close()
-    for store in stores:
-        store.close()
+    measured.stats = stats.as_dict()
 
 
 def run(
@@ -104,21 +100,16 @@ def run(
         rounds: measured rounds, after one uncounted round (first calls of kernels are slow).
         recompute_rounds: number of rounds that include recomputing the prefix, which is slow.
     """
-    with PrefixStore(load.folder) as store:
-        ContiguousKVCache(load.model, load.prefix_ids, store=store).close()
-        files = sorted(load.folder.rglob("*.safetensors"))
-    configs: dict[str, ContiguousKVConfig | None] = {FLOOR: None, RECOMPUTE: None, FULL_LOAD: None}
-    configs |= our_systems(budget)
-    results = {system: Measured() for system in configs}
-    order = list(interleave(list(configs), rounds + 1))
-    for number, system in tqdm(order, "requests", disable=not progress, leave=False):
-        if system == RECOMPUTE and number > recompute_rounds:
-            continue
-        drop_page_cache(files)
-        warm = sum(resident_pages(file) for file in files)
-        measured = Measured() if number == 0 else results[system]
-        _request(load, system, configs[system], measured)
-        results[system].warm_reads += warm
+    with ExitStack() as stack:
+        systems: dict[str, System | None] = {FLOOR: None}
+        for name, system in systems_of(load, budget).items():
+            systems[name] = stack.enter_context(system)
+            system.store(load.prefix_ids)
+        results = {name: Measured() for name in systems}
+        order = list(interleave(list(systems), rounds + 1))
+        for number, name in tqdm(order, "requests", disable=not progress, leave=False):
+            if name != RECOMPUTE or number <= recompute_rounds:
+                _request(load, systems[name], Measured() if number == 0 else results[name])
     return results
 
 

@@ -1,7 +1,7 @@
 """`python -m eval.growth`: time to first token for growing prefixes with a constant number of used chunks.
 
 Time does not depend on the values of K and V, so random numbers are stored without computing them. Prefixes can have
-any length, even beyond the model's context. Requests are cold, and all lengths and systems are interleaved.
+any length, even beyond the model's context. All lengths, systems and states are interleaved.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ from hf_contiguouskv.model.served_model import ServedModel
 from .dtypes import DtypeOption, choose_dtype, dtype_name
 from .random_models import random_model
 from .running.timed import timed_request
-from .systems import System, system_named
+from .systems import Setting, State, System
 from .tasks import Request
 from .timing import interleave, machine, median_spread, time_to_first_token
 
-FLOOR = "floor"
-SYSTEMS = ("attentionstore_overlapped", "contiguouskv_paper", "contiguouskv_resident", "contiguouskv")
+SYSTEMS = ("attentionstore+overlap", "contiguouskv_paper", "contiguouskv")
+STATES = (State.COLD, State.KEYS_RESIDENT)
+# Tokens of the prefix, a system with its options, and its state.
+Case = tuple[int, str, State]
 
 
 @dataclass
 class Measured:
-    """Requests of one system on one prefix.
+    """Requests of one system on one prefix, in one state.
 
     Attributes:
         seconds: seconds to the first token of each request.
         over_floor: the same divided by the floor of the same round.
-        warm: number of requests whose files had pages in the page cache (all, if files are in memory).
+        departed: number of requests that did not find their state, or found pages of their files in the page cache
+            (all, if files are in memory).
         stats: statistics of the last request.
     """
 
     seconds: list[float] = field(default_factory=list)
-    warm: int = 0
+    departed: int = 0
     over_floor: list[float] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -58,7 +61,7 @@ class Measured:
         return {
             "seconds": median_spread(self.seconds).as_dict(),
             "over_floor": median_spread(self.over_floor).as_dict(),
-            "warm": self.warm,
+            "departed": self.departed,
             "stats": self.stats,
         }
 
@@ -83,6 +86,8 @@ def run(
     suffix_tokens: int,
     rounds: int,
     names: Sequence[str] = SYSTEMS,
+    states: Sequence[State] = STATES,
+    **store_options: Any,
 ) -> dict[str, Any]:
     """Measure every system on prefixes of all lengths.
 
@@ -93,37 +98,44 @@ def run(
         kept_tokens: prefix tokens that systems with a budget use, at every length.
         suffix_tokens: suffix tokens of every request.
         rounds: measured rounds, after one uncounted round.
-        names: names of the systems (see `eval.systems`).
+        names: systems with their options (see `eval.systems.Setting`).
+        states: in which requests find them. A system that has none of these is measured in its first one.
+        store_options: options of the systems' stores, such as `host_bytes`.
 
     Returns:
-        The measurements by length and system, ready for JSON.
+        The measurements by length, system and state, ready for JSON.
     """
     words = torch.randint(0, model.config.vocab_size, (max(lengths) + suffix_tokens,), generator=_generator())
     suffix = words[-suffix_tokens:]
-    found: dict[tuple[int, str], Measured] = {(0, FLOOR): Measured()}
+    floor = Measured()
+    found: dict[Case, Measured] = {}
     with ExitStack() as stack:
-        systems: dict[tuple[int, str], tuple[System, Request]] = {}
+        systems: dict[Case, tuple[System, Request]] = {}
         for length in lengths:
-            states = random_states(model, length)
+            kv = random_states(model, length)
             for name in names:
-                make = system_named(name).make
-                system = stack.enter_context(make(model, folder / str(length), kept_tokens / length))
-                system.store(words[:length], states)
-                systems[length, name] = system, Request("growth", 0, words[:length], length, suffix, ())
-                found[length, name] = Measured()
+                (setting,) = Setting.parse(name, (kept_tokens / length,))
+                system = stack.enter_context(setting.make(model, folder / str(length), **store_options))
+                system.store(words[:length], kv)
+                request = Request("growth", 0, words[:length], length, suffix, ())
+                for state in [one for one in states if one in system.states] or system.states[:1]:
+                    systems[length, name, state] = system, request
+                    found[length, name, state] = Measured()
+            del kv
         order = interleave(list(systems), rounds + 1)
         for number, key in tqdm(list(order), "requests", leave=False, disable=None):
             seconds, _, _ = time_to_first_token(model, suffix[None], DynamicCache)
             system, request = systems[key]
-            with timed_request(model, system, request) as timed:
+            with timed_request(model, system, request, state=key[2]) as timed:
                 pass
+            system.enter(system.states[0], request.prefix_ids)  # Other systems need the memory.
             if number:
-                found[0, FLOOR].seconds.append(seconds)
-                found[0, FLOOR].over_floor.append(1.0)
+                floor.seconds.append(seconds)
+                floor.over_floor.append(1.0)
                 found[key].seconds.append(timed.seconds)
                 found[key].over_floor.append(timed.seconds / seconds)
                 found[key].stats = timed.stats.as_dict()
-                found[key].warm += timed.cold is False
+                found[key].departed += timed.departure is not None
     return {
         "machine": machine(),
         "model": type(model).__name__,
@@ -131,8 +143,11 @@ def run(
         "layers": model.config.num_hidden_layers,
         "kept_tokens": kept_tokens,
         "suffix_tokens": suffix_tokens,
-        "floor": found.pop((0, FLOOR)).as_dict(),
-        "rows": [{"tokens": length, "system": name} | row.as_dict() for (length, name), row in found.items()],
+        "floor": floor.as_dict(),
+        "rows": [
+            {"tokens": length, "system": name, "state": str(state)} | row.as_dict()
+            for (length, name, state), row in found.items()
+        ],
     }
 
 
@@ -143,15 +158,16 @@ def _generator() -> torch.Generator:
 def report(results: dict[str, Any], console: Console) -> None:
     """Print the table: per system and length, the time, its ratio to the floor, and its growth since the first
     length."""
-    title = f"{results['model']}: {results['kept_tokens']} tokens used, {results['suffix_tokens']}-token suffix, cold"
-    columns = ("system", "prefix", "TTFT ms", "x floor", "quartiles", "growth", "MB read", "I/O wait ms")
+    title = f"{results['model']}: {results['kept_tokens']} tokens used, {results['suffix_tokens']}-token suffix"
+    columns = ("system", "state", "prefix", "TTFT ms", "x floor", "quartiles", "growth", "MB read", "I/O wait ms")
     table = Table(*columns, title=title)
-    first: dict[str, float] = {}
-    for row in sorted(results["rows"], key=lambda row: (row["system"], row["tokens"])):
+    first: dict[tuple[str, str], float] = {}
+    for row in sorted(results["rows"], key=lambda row: (row["system"], row["state"], row["tokens"])):
         median, over = row["seconds"]["median"], row["over_floor"]
-        start = first.setdefault(row["system"], median)
+        start = first.setdefault((row["system"], row["state"]), median)
         table.add_row(
             row["system"],
+            row["state"],
             f"{row['tokens']:,}",
             f"{median * 1e3:.0f}",
             f"{over['median']:.2f}",
@@ -161,9 +177,9 @@ def report(results: dict[str, Any], console: Console) -> None:
             f"{row['stats']['io_wait_s'] * 1e3:.1f}",
         )
     console.print(table)
-    warm = sum(row["warm"] for row in results["rows"])
-    if warm:
-        console.print(f"[bold]{warm} requests were not cold[/bold]: pages of their files were in the page cache")
+    departed = sum(row["departed"] for row in results["rows"])
+    if departed:
+        console.print(f"[bold]{departed} requests did not find their state[/bold]")
     console.print(f"floor: {results['floor']['seconds']['median'] * 1e3:.0f} ms; on {results['machine']}")
 
 
@@ -174,12 +190,14 @@ def main(
     suffix_tokens: int = 32,
     rounds: int = 7,
     systems: Annotated[str, typer.Option(help="With commas; see python -m eval list.")] = ",".join(SYSTEMS),
+    states: Annotated[str, typer.Option(help="With commas; see docs/evaluation.md.")] = ",".join(STATES),
+    read_gbps: Annotated[float | None, typer.Option(help="No faster than this; default: as fast as the disk.")] = None,
     model_name: Annotated[str | None, typer.Option("--model", help="Default: SmolLM2-135M-Instruct.")] = None,
     random: Annotated[str | None, typer.Option(help="Instead of it a model of random weights: llama or qwen2.")] = None,
     dtype: DtypeOption = "auto",
     folder: Annotated[Path | None, typer.Option(help="On the disk to be measured; default: the temporary one.")] = None,
 ) -> None:
-    """Measure cold requests on ever longer prefixes."""
+    """Measure requests on ever longer prefixes."""
     from .models import load_model
 
     console = Console(width=110)
@@ -193,7 +211,9 @@ def main(
     lengths = [int(length) for length in tokens.split(",")]
     place = Path(tempfile.mkdtemp(prefix="contiguouskv-growth-", dir=folder))
     try:
-        found = run(model, place, lengths, kept_tokens, suffix_tokens, rounds, systems.split(","))
+        wanted = [State(state) for state in states.split(",")]
+        names = systems.split(",")
+        found = run(model, place, lengths, kept_tokens, suffix_tokens, rounds, names, wanted, read_gbps=read_gbps)
     finally:
         shutil.rmtree(place)
     if json_path is not None:

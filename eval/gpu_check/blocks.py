@@ -164,7 +164,7 @@ class Block:
         folder = measured.folder
         if folder is not None and folder not in self.own["stored"]:
             assert first is not None
-            size = sum(file.stat().st_size for file in (self._folder / folder).rglob("*.safetensors"))
+            size = sum(file.stat().st_size for file in (self._folder / folder).rglob("*") if file.is_file())
             self.own["stored"][folder] = {"bytes": size, "seconds": first}
             self.write_speed = size / max(first, 1e-6)
 

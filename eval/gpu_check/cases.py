@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..systems import System, system_named
+from ..systems import Setting, System
 from ..systems.states import State
 from .prefixes import kv_bytes
 from .settings import Settings
@@ -22,6 +22,7 @@ class Measured:
     Attributes:
         system: its name in `eval.systems`.
         budget: share of the prefix that attention uses.
+        options: of the system.
         folder: its folder for prefixes, inside the folder of a length; systems may share one. `None` if it keeps none.
         scales: whether it is measured on prefixes of every length.
         exact: whether its answers equal those of `in_memory`.
@@ -32,6 +33,12 @@ class Measured:
     folder: str | None
     scales: bool = False
     exact: bool = False
+    options: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> Setting:
+        """As runs write it."""
+        return Setting(self.system, self.budget, self.options)
 
     @property
     def label(self) -> str:
@@ -40,7 +47,7 @@ class Measured:
             return "exact"
         names = {"contiguouskv": "default", "contiguouskv_paper": "published"}
         share = "" if self.budget == 1.0 else f" {self.budget:.0%}"
-        return names.get(self.system, self.system) + share
+        return names.get(self.system, self.setting.label) + share
 
 
 # In the order of storing: if room or time is short, the last ones are left out.
@@ -50,19 +57,19 @@ MEASURED = (
     Measured("contiguouskv", 0.05, "chunks", scales=True),
     Measured("contiguouskv_paper", 0.05, "chunks", scales=True),
     Measured("contiguouskv", 1.0, "chunks", scales=True, exact=True),
-    Measured("attentionstore_overlapped", 1.0, "chunks", scales=True, exact=True),
-    Measured("attentionstore", 1.0, "chunks", exact=True),
-    Measured("impress", 0.05, "impress"),
+    Measured("attentionstore", 1.0, "layers", scales=True, exact=True, options=("overlap",)),
+    Measured("attentionstore", 1.0, "layers", exact=True),
+    Measured("impress", 0.05, "impress-first"),
     Measured("attentionstore_h2o", 0.05, "h2o"),
     Measured("reload", 1.0, "whole", exact=True),
     Measured("recompute", 1.0, None),
 )
 # Size of a folder as a multiple of the prefix's K and V: chunks also have an index, 4-bit values and the exact keys of
 # some layers.
-FOLDER_SIZES = {"chunks": 1.5, "impress": 1.05, "h2o": 1.05, "whole": 1.0}
+FOLDER_SIZES = {"chunks": 1.5, "layers": 1.01, "impress-first": 1.05, "h2o": 1.05, "whole": 1.0}
 # What a system keeps besides the chosen share, as a multiple of K and V: an index, or keys.
 KEPT_SHARES = {"contiguouskv": 0.3, "contiguouskv_paper": 0.15, "impress": 0.55, "attentionstore_h2o": 0.55}
-IN_STORES = ("chunks", "impress", "h2o")
+IN_STORES = ("chunks", "layers", "impress-first", "h2o")
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,11 @@ def cases_of(settings: Settings, tokens: int, measured: Measured, system: System
     if not system.states:
         return [Case(measured, None)]
     complete = tokens in settings.complete_lengths
+    # A server has its store open: that registers host memory with the device once, not in each request.
+    states = [state for state in system.states if state is not State.COLD or State.OPEN not in system.states]
     # Chunks in host memory only add one crossing to chunks on the device, so long prefixes need not show this state.
-    wanted = [state for state in system.states if complete or state is not State.WARM_HOST]
-    return [Case(measured, state) for state in wanted or system.states]
+    wanted = [state for state in states if complete or state is not State.WARM_HOST]
+    return [Case(measured, state) for state in wanted or states]
 
 
 def measured_at(settings: Settings, tokens: int) -> list[Measured]:
@@ -110,7 +119,7 @@ def make_system(settings: Settings, model: Any, case: Case, folder: Path, tokens
     """
     one = case.measured
     options = memory_limits(settings, tokens, case) if one.folder in IN_STORES else {}
-    return system_named(one.system).make(model, folder, one.budget, **options)
+    return one.setting.make(model, folder, **options)
 
 
 def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]:
@@ -121,8 +130,10 @@ def memory_limits(settings: Settings, tokens: int, case: Case) -> dict[str, int]
     """
     whole = kv_bytes(settings, tokens)
     used = 1.0 if case.measured.exact else KEPT_SHARES[case.measured.system] + case.measured.budget
-    under_way = 1.0 if case.measured.system == "attentionstore_overlapped" else 0.25
-    host = {State.COLD: 0.25 + under_way, State.WARM_HOST: 1.25 + under_way}.get(case.state or State.COLD, 0.5)
+    under_way = 1.0 if case.measured.options == ("overlap",) else 0.25
+    on_disk = 0.25 + under_way
+    by_state = {State.COLD: on_disk, State.OPEN: on_disk, State.WARM_HOST: 1.25 + under_way}
+    host = by_state.get(case.state or State.COLD, 0.5)
     return {
         "host_bytes": int(whole * used * host) + SPARE_BYTES,
         # The run with many suffixes keeps a whole prefix there.

@@ -16,7 +16,7 @@ PAPER_BASELINES = {
     "attentionstore_h2o 5%": SPEED_UPS["attentionstore_h2o"],
     "impress 5%": SPEED_UPS["impress"],
 }
-OTHER_BASELINES = ("attentionstore_overlapped", "exact", "reload", "in_memory", "recompute")
+OTHER_BASELINES = ("attentionstore+overlap", "exact", "reload", "in_memory", "recompute")
 BASELINES = (*PAPER_BASELINES, *OTHER_BASELINES)
 OURS = ("published 5%", "default 5%", "default 25%")
 AT_PAPERS_BUDGET = ("published 5%", "default 5%")

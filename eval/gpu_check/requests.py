@@ -133,7 +133,8 @@ def timed_request(
     began = time.time()
     if case.state is not None:
         system.enter(case.state, request.prefix_ids, None if whole_prefix else request.suffix_ids)
-    files = system.files() if case.state in (State.COLD, State.KEYS_RESIDENT) else []
+    on_disk = (State.COLD, State.OPEN, State.KEYS_RESIDENT)
+    files = system.files() if case.state in on_disk else []
     pages = _resident(files)
     looking, attending = Stopwatch(), Stopwatch()
 
@@ -161,8 +162,9 @@ def timed_request(
         found["departure"] = departure(case.state, stats)
     if answers is not None:
         found |= answers.judge(case, logits)
-    if case.state is State.COLD:
-        system.forget()  # The next request cannot use what the system has on the device.
+    if case.state in (State.COLD, State.OPEN):
+        # The next request cannot use what the system has on the device.
+        system.enter(State.COLD, request.prefix_ids)
     return found | {"wall_s": round(time.time() - began, 4)}
 
 

@@ -12,7 +12,7 @@ from .results import Clock, Results
 from .settings import STAGES, Settings
 
 NAME = "table.md"
-_STATES = {None: 0, "cold": 1, "keys_resident": 2, "warm_host": 3, "warm_device": 4}
+_STATES = {None: 0, "cold": 1, "open": 2, "keys_resident": 3, "warm_host": 4, "warm_device": 5}
 
 
 def run(settings: Settings, results: Results, clock: Clock) -> None:

@@ -33,9 +33,9 @@ HUNG_S = 25.0
 # Number of requests before the traced one.
 BEFORE = 2
 TRACED = {
-    "default-cold": ("default 25%", State.COLD),
+    "default-open": ("default 25%", State.OPEN),
     "default-warm": ("default 25%", State.WARM_DEVICE),
-    "published-cold": ("published 5%", State.COLD),
+    "published-open": ("published 5%", State.OPEN),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rows import RunError
+from .checks import RunError
 from .write import write_report
 
 __all__ = ["RunError", "write_report"]

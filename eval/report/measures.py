@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas
 
-from ..statistics import Interval, Values, geometric_mean, mean_interval, mean_of_groups, quantile_interval
-from ..timing import Spread, median_spread
-from .names import EXACT, Setting, ordered
+from .. import statistics
+from ..statistics import Estimate, Values
+from .names import Rival, Setting, ordered, written
 from .rows import PAIR, REQUEST, Table
 
 # Combines the two values of a pair into one.
@@ -19,8 +18,12 @@ Combine = Callable[[Any, Any], Any]
 
 
 def settings(rows: Table) -> list[Setting]:
-    """Systems and budgets that occur in the rows."""
-    return ordered(zip(rows["system"], rows["budget"], strict=True))
+    """Settings that occur in the rows, in the order of tables."""
+    known = rows[["system", "budget", "options"]].drop_duplicates().itertuples(index=False)
+    return ordered(
+        Setting(system, float(budget), tuple(options.split("+")) if options else ())
+        for system, budget, options in known
+    )
 
 
 def tasks(rows: Table) -> list[str]:
@@ -29,83 +32,107 @@ def tasks(rows: Table) -> list[str]:
 
 
 def of(rows: Table, setting: Setting, task: str | None = None) -> Table:
-    """The rows of a system at a budget, of all tasks or of one."""
-    chosen = (rows["system"] == setting[0]) & (rows["budget"] == setting[1])
+    """The rows of a setting, of all tasks or of one."""
+    chosen = rows["setting"] == written(setting)
     return rows[chosen if task is None else chosen & (rows["task"] == task)]
 
 
-def setting_of(rows: Table, system: str, budget: float = 1.0) -> Setting | None:
-    """A system's setting at a budget; exact systems always serve the whole prefix. `None` if it has no rows."""
-    wanted = (system, 1.0 if system in EXACT else budget)
-    return wanted if len(of(rows, wanted)) else None
+def at_budget(rows: Table, system: str, budget: float, options: tuple[str, ...] = ()) -> Setting | None:
+    """A system's setting at a budget. A system with rows of the whole prefix only is exact, and has no other setting.
 
-
-def spread(rows: Table, setting: Setting, task: str | None = None) -> Spread | None:
-    """Median time to the first token (seconds) with its quartiles, over all rows."""
-    times = of(rows, setting, task)["ttft_s"]
-    return median_spread(times) if len(times) else None
-
-
-def percentile(rows: Table, setting: Setting, share: float) -> Interval | None:
-    """Percentile of the time to the first token in seconds; `None` if there are too few rows for one to lie beyond
-    it."""
-    times = of(rows, setting)["ttft_s"].to_numpy()
-    return quantile_interval(times, share) if len(times) * (1 - share) >= 1 - 1e-9 else None
-
-
-def mean_time(rows: Table, setting: Setting) -> Interval | None:
-    """Mean time to the first token in seconds, over all rows."""
-    times = of(rows, setting)["ttft_s"].to_numpy()
-    return mean_interval(times) if len(times) else None
-
-
-def per_request(rows: Table, field: str) -> Table:
-    """One value per request and task. Repetitions of a request, for example in several runs, are averaged.
-
-    Repetitions are not new requests, so intervals must not draw them separately.
+    Returns:
+        The setting; `None` if it has no rows.
     """
-    return rows[rows[field].notna()].groupby(REQUEST, sort=False)[field].mean().reset_index()
+    known = {one.budget for one in settings(rows) if (one.system, one.options) == (system, options)}
+    if budget in known:
+        return Setting(system, budget, options)
+    return Setting(system, 1.0, options) if known == {1.0} else None
 
 
-def paired(rows: Table, mine: Setting, other: Setting, field: str, combine: Combine, task: str | None = None) -> Table:
-    """`value`, which is `combine(mine, other)` of a field, per request that two systems answered in the same run."""
-    both = of(rows, mine, task)[[*PAIR, "identity", field]].merge(
-        of(rows, other, task)[[*PAIR, field]], on=PAIR, suffixes=("", " other")
-    )
-    both["value"] = combine(both[field], both[f"{field} other"])
-    return per_request(both, "value")
+def rival_of(rows: Table, setting: Setting, rival: Rival) -> Setting | None:
+    """The setting that times of `setting` are divided by; `None` if it has no rows or is `setting` itself."""
+    budget = setting.budget if rival.budget is None else rival.budget
+    found = at_budget(rows, rival.system, budget, rival.options)
+    return None if found == setting else found
 
 
-def shared(rows: Table, chosen: Sequence[Setting]) -> Table:
-    """The rows of requests that all of these systems answered in the same run."""
-    keys = pandas.MultiIndex.from_frame(rows[PAIR])
-    common = np.ones(len(rows), dtype=bool)
-    for setting in chosen:
-        common &= keys.isin(pandas.MultiIndex.from_frame(of(rows, setting)[PAIR]))
-    return rows[common]
+def shared(rows: Table, others: Table) -> Table:
+    """Rows of requests that `others` has too, made in the same run and session."""
+    return rows[rows[PAIR].isin(others[PAIR])]
 
 
-def same_requests(rows: Table) -> bool:
-    """Whether all systems answered the same requests."""
-    return len(shared(rows, settings(rows))) == len(rows)
+def _clusters(rows: Table) -> list[Any]:
+    return list(zip(rows["task"], rows["prefix_key"], strict=True))
 
 
-def ratio(rows: Table, mine: Setting, other: Setting, task: str | None = None) -> Interval | None:
-    """Time to the first token divided by another system's: geometric mean of the requests' ratios."""
-    found = paired(rows, mine, other, "ttft_s", lambda a, b: np.log(a / b), task)["value"]
-    return geometric_mean(np.exp(found.to_numpy())) if len(found) else None
+def time(rows: Table, setting: Setting, task: str | None = None) -> Estimate | None:
+    """Time to the first token in seconds: geometric mean over tasks of each task's geometric mean."""
+    found = of(rows, setting, task)
+    if not len(found):
+        return None
+    return statistics.geometric_mean(found["ttft_s"].to_numpy(), _clusters(found), found["task"].tolist())
 
 
-def mean_of(rows: Table, setting: Setting, field: str, task: str | None = None) -> Interval | None:
-    """Mean of a field over a task's requests; for several tasks, the mean of their means."""
-    found = per_request(of(rows, setting, task), field)
-    return mean_of_groups(found[field].to_numpy(), found["task"].tolist()) if len(found) else None
+def percentile(rows: Table, setting: Setting, task: str, share: float) -> Estimate | None:
+    """Percentile of one task's times in seconds; `None` if there are too few rows for one to lie beyond it."""
+    found = of(rows, setting, task)
+    if not len(found) or not statistics.enough_beyond(len(found), share):
+        return None
+    return statistics.quantile(found["ttft_s"].to_numpy(), _clusters(found), share)
 
 
-def difference(rows: Table, mine: Setting, other: Setting, task: str | None = None) -> Interval | None:
-    """Score minus another system's, request by request; for several tasks, the mean of their means."""
-    found = paired(rows, mine, other, "score", lambda a, b: a - b, task)
-    return mean_of_groups(found["value"].to_numpy(), found["task"].tolist()) if len(found) else None
+def paired(
+    rows: Table, mine: Setting, other: Setting, field: str, combine: Combine, task: str | None = None, by: str = PAIR
+) -> Table:
+    """`value`, which is `combine(mine, other)` of a field, for each request that both settings answered.
+
+    Args:
+        rows: rows of one state (and references).
+        mine, other: the two settings.
+        field: a column; rows without it are left out.
+        combine: makes one value of two.
+        task: of one task only.
+        by: the column that is equal in both rows: `PAIR` for times, `REQUEST` for answers.
+    """
+    narrow = rows[[by, "setting", "task", "prefix_key", field]].dropna(subset=[field])
+    left, right = (of(narrow, one, task) for one in (mine, other))
+    others = left[by].map(right.set_index(by)[field])
+    return left.assign(value=combine(left[field], others))[others.notna()]
+
+
+def ratio(
+    rows: Table, mine: Setting, other: Setting, task: str | None = None, field: str = "ttft_s"
+) -> Estimate | None:
+    """Time to the first token divided by another setting's, of the same requests of the same run and session.
+
+    The geometric mean over tasks of each task's geometric mean over its pairs. `requests` is the number of pairs.
+
+    Args:
+        rows, mine, other, task: see `paired`.
+        field: another positive field than the time.
+    """
+    found = paired(rows, mine, other, field, lambda a, b: a / b, task)
+    found = found[(found["value"] > 0) & np.isfinite(found["value"])]
+    if not len(found):
+        return None
+    return statistics.geometric_mean(found["value"].to_numpy(), _clusters(found), found["task"].tolist())
+
+
+def mean_of(rows: Table, setting: Setting, field: str, task: str | None = None) -> Estimate | None:
+    """Mean over tasks of each task's mean of a field."""
+    found = of(rows, setting, task)
+    found = found[found[field].notna()]
+    if not len(found):
+        return None
+    return statistics.mean(found[field].to_numpy(), _clusters(found), found["task"].tolist())
+
+
+def difference(judged: Table, mine: Setting, other: Setting, task: str | None = None) -> Estimate | None:
+    """Score minus another setting's, request by request; for several tasks, the mean of their means."""
+    found = paired(judged, mine, other, "score", lambda a, b: a - b, task, REQUEST)
+    if not len(found):
+        return None
+    return statistics.mean(found["value"].to_numpy(), _clusters(found), found["task"].tolist())
 
 
 def perplexity(rows: Table, setting: Setting, task: str | None = None) -> float | None:
@@ -113,17 +140,17 @@ def perplexity(rows: Table, setting: Setting, task: str | None = None) -> float 
     found = of(rows, setting, task).copy()
     found["loss"] = np.log(found["perplexity"])
     loss = mean_of(found, setting, "loss", task)
-    return None if loss is None else float(np.exp(loss[0]))
+    return None if loss is None else float(np.exp(loss.value))
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Mean bytes of a request.
+    """Mean bytes of a request; tasks count equally.
 
     Attributes:
         read: bytes read from storage.
         used: bytes that attention used.
-        identified: bytes read to choose chunks; part of `read`.
+        identified: bytes read to choose chunks or tokens; part of `read`.
         wasted: bytes read ahead and not used; part of `read`.
         share: bytes read as a share of the prefix (mean over requests); NaN if the prefix's bytes are unknown.
         amplification: bytes read / bytes used.
@@ -140,14 +167,15 @@ class Volume:
 
 
 def volume(rows: Table, setting: Setting) -> Volume | None:
-    """Mean bytes of a system's requests; `None` if it read nothing."""
+    """Mean bytes of a setting's requests; `None` if it read nothing."""
     mine = of(rows, setting)
     mine = mine[mine["bytes_read"].notna()]
     if not mine["bytes_read"].sum():
         return None
-    names = ("bytes_read", "bytes_used", "bytes_identified", "prefetch_wasted_bytes")
-    read, used, identified, wasted = (float(mine[name].fillna(0).mean()) for name in names)
-    share = float((mine["bytes_read"] / mine["prefix_bytes"]).mean())
+    names = ["bytes_read", "bytes_used", "bytes_identified", "prefetch_wasted_bytes"]
+    mine = mine.assign(share=mine["bytes_read"] / mine["prefix_bytes"])
+    means = mine.assign(**{name: mine[name].fillna(0) for name in names}).groupby("task")[[*names, "share"]].mean()
+    read, used, identified, wasted, share = (float(means[name].mean()) for name in [*names, "share"])
     payload = read - identified - wasted
     return Volume(
         read, used, identified, wasted, share, read / used if used else np.nan, payload / used if used else np.nan
@@ -155,27 +183,62 @@ def volume(rows: Table, setting: Setting) -> Volume | None:
 
 
 def phases(rows: Table, setting: Setting) -> dict[str, float]:
-    """Mean seconds of each phase, in the order of the rows; empty if no row has phases."""
+    """Mean seconds of each phase (tasks count equally), in the order of the rows; empty if no row has phases."""
     names = [name for name in rows.columns if name.startswith("phase:")]
-    mine = of(rows, setting)[names].dropna(how="all").fillna(0.0)
-    return {name.removeprefix("phase:"): float(mine[name].mean()) for name in names} if len(mine) else {}
+    mine = of(rows, setting)
+    mine = mine[mine[names].notna().any(axis=1)] if names else mine[:0]
+    if not len(mine):
+        return {}
+    means = mine[[*names, "task"]].fillna(0.0).groupby("task")[names].mean().mean()
+    return {name.removeprefix("phase:"): float(means[name]) for name in names}
 
 
 def waiting(rows: Table, setting: Setting) -> float | None:
-    """Share of the time to the first token that a system waited for reads."""
+    """Share of the time to the first token that a setting waited for reads."""
     found = phases(rows, setting)
     whole = sum(found.values())
     return found["wait"] / whole if "wait" in found and whole > 0 else None
 
 
 def hit_rate(rows: Table, setting: Setting) -> float | None:
-    """Share of chunks that were in host or device memory."""
+    """Share of the chunks served that were in memory; `None` if none was served."""
     mine = of(rows, setting)
     served = mine["all_hits"].sum()
     return float(mine["memory_hits"].sum() / served) if served else None
 
 
 def values(rows: Table, setting: Setting, field: str) -> Values:
-    """A field of a system's rows, float64 `(n,)`, without rows that lack it."""
+    """A field of a setting's rows that have it."""
     found: Values = of(rows, setting)[field].dropna().to_numpy()
+    return found
+
+
+# A task tells systems apart only if the model answers it with different labels.
+ONE_LABEL_SHARE = 0.95
+# With fewer requests, one label may be chance.
+ONE_LABEL_REQUESTS = 10
+
+
+def one_label_tasks(judged: Table, metrics: dict[str, str], reference: Setting) -> dict[str, str]:
+    """Tasks that the model answers with one label whatever it is asked, and that label.
+
+    The reference predicts the label for at least `ONE_LABEL_SHARE` of at least `ONE_LABEL_REQUESTS` requests, although
+    the right answers are not all the same. Rows hold no right answers, but show that they differ: some setting was
+    right about one request with a label with which some setting was wrong about another.
+
+    Args:
+        judged: rows that have a score.
+        metrics: metric of each task; tasks with labels have `"accuracy"`.
+        reference: the setting that attends to the whole prefix in memory.
+    """
+    found = {}
+    for task in (task for task in tasks(judged) if metrics.get(task) == "accuracy"):
+        own = of(judged, reference, task)["prediction"].dropna()
+        if len(own) < ONE_LABEL_REQUESTS:
+            continue
+        counts = own.value_counts()
+        rows = judged[(judged["task"] == task) & judged["prediction"].notna()]
+        right, wrong = (set(rows.loc[rows["score"] == score, "prediction"]) for score in (1.0, 0.0))
+        if counts.iloc[0] / len(own) >= ONE_LABEL_SHARE and (right & wrong or len(right) > 1):
+            found[task] = str(counts.index[0])
     return found

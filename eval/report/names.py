@@ -1,101 +1,157 @@
-"""Names, order and colours of systems in a report."""
+"""Names, order and colours of systems and states in a report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..systems import SYSTEMS
+from ..systems.setting import Setting
 
-# A system at a budget: tables have one row for each.
-Setting = tuple[str, float]
+__all__ = ["IN_MEMORY", "OURS", "PAPER", "REFERENCES", "RELOAD", "Rival", "Setting"]
 
+RECOMPUTE = "recompute"
 IN_MEMORY = "in_memory"
+RELOAD = "reload"
 ATTENTIONSTORE = "attentionstore"
 PAPER = "contiguouskv_paper"
 OURS = "contiguouskv"
+# They store nothing on disk, so they stand beside every state.
+REFERENCES = (RECOMPUTE, IN_MEMORY)
+MEMORY = Setting(IN_MEMORY, 1.0)
+
+# In the order in which a request finds more and more in memory.
+STATES = {
+    "cold": "nothing of the prefix is in memory, and the request opens the store",
+    "open": "the store is open, and nothing of the prefix is in memory",
+    "keys_resident": "the store is open, and what tells which tokens matter is in memory",
+    "warm_host": "all that the request uses is in host memory",
+    "warm_device": "all that the request uses is in the accelerator's memory",
+}
 
 _LABELS = {
     "recompute": "recompute",
     "in_memory": "in memory",
     "reload": "reload",
+    "flexgen": "FlexGen",
     "attentionstore": "AttentionStore",
-    "attentionstore_overlapped": "AttentionStore (overlapped)",
     "attentionstore_h2o": "AttentionStore + H2O",
-    "attentionstore_h2o_lfu": "AttentionStore + H2O (LFU)",
-    "attentionstore_h2o_overlapped": "AttentionStore + H2O (overlapped)",
     "impress": "IMPRESS",
-    "impress_overlapped": "IMPRESS (overlapped)",
-    "impress_groups": "IMPRESS (groups)",
     "contiguouskv_paper": "ContiguousKV (published)",
     "contiguouskv": "ContiguousKV (ours)",
-    "contiguouskv_paper_resident": "ContiguousKV (published, leader keys in memory)",
-    "contiguouskv_resident": "ContiguousKV (ours, index in memory)",
-    "contiguouskv_exact": "ContiguousKV (ours, exact payload)",
 }
 _COLOURS = {
     "recompute": "#b3b3b3",
     "in_memory": "#5c5c5c",
     "reload": "#9c755f",
-    "attentionstore": "#7fb2e0",
-    "attentionstore_overlapped": "#2b6ca3",
+    "flexgen": "#d1495b",
+    "attentionstore": "#2b6ca3",
     "attentionstore_h2o": "#8e6bb0",
-    "attentionstore_h2o_lfu": "#c9b3dd",
-    "attentionstore_h2o_overlapped": "#5d3f7f",
     "impress": "#e0a03c",
-    "impress_overlapped": "#f0cf95",
-    "impress_groups": "#b5532b",
-    "contiguouskv_paper": "#8cc79b",
+    "contiguouskv_paper": "#7bbf8e",
     "contiguouskv": "#1f7a45",
-    "contiguouskv_paper_resident": "#c2e3c9",
-    "contiguouskv_resident": "#0c4a27",
-    "contiguouskv_exact": "#5fa8a0",
 }
 _OTHER_COLOURS = ("#c2458a", "#2fa3a3", "#a3a32a", "#d96c6c", "#4b4ba8")
 _MARKERS = {
+    "recompute": "*",
+    "in_memory": "p",
     "reload": "v",
+    "flexgen": "<",
     "attentionstore": "s",
-    "attentionstore_overlapped": "D",
     "attentionstore_h2o": "P",
     "impress": "X",
-    "impress_groups": "^",
     "contiguouskv_paper": "h",
-    "contiguouskv_exact": "d",
 }
-# Systems that attend to the whole prefix at any budget.
-EXACT = tuple(name for name, kind in SYSTEMS.items() if kind.exact)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The system that times are divided by.
+
+    Attributes:
+        system, options: the system.
+        budget: its budget; `None` for the budget of the system that is compared with it. (An exact system has one.)
+    """
+
+    system: str = RELOAD
+    options: tuple[str, ...] = ()
+    budget: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rival:
+        """The rival that `NAME[@BUDGET][+OPTION...]` stands for.
+
+        Raises:
+            ValueError: there is no such system, budget or option.
+        """
+        (setting,) = Setting.parse(text, (1.0,))
+        return cls(setting.system, setting.options, setting.budget if "@" in text else None)
+
+    @property
+    def label(self) -> str:
+        """Its name for readers."""
+        name = label(Setting(self.system, 1.0, self.options))
+        return name if self.budget is None else f"{name} at {self.budget * 100:.4g}%"
+
+
+def written(setting: Setting) -> str:
+    """A setting as it is written on the command line, always with its budget."""
+    return "+".join((f"{setting.system}@{setting.budget:.12g}", *setting.options))
 
 
 def answering(setting: Setting) -> Setting:
-    """The setting whose answers a system gives: mostly itself (see `SystemKind.answers_as`)."""
-    system, budget = setting
-    known = SYSTEMS.get(system)
-    return (known.answers_as if known is not None and known.answers_as else system), budget
+    """The setting whose answers a setting gives; of a system that is not known here, itself."""
+    return setting.answers_as() if setting.system in SYSTEMS else setting
 
 
-def label(system: str) -> str:
-    """A system's name for readers; its own name if there is no other."""
-    return _LABELS.get(system, system)
+def is_reference(setting: Setting) -> bool:
+    """Whether a setting stands beside every state."""
+    return setting.system in REFERENCES
 
 
-def colour(system: str, systems: Iterable[str]) -> str:
-    """A system's colour; unknown systems get the spare colours, in the order of their names among `systems`."""
-    if system in _COLOURS:
-        return _COLOURS[system]
-    strangers = sorted(set(systems) - set(_COLOURS))
-    return _OTHER_COLOURS[strangers.index(system) % len(_OTHER_COLOURS)]
+def label(setting: Setting) -> str:
+    """A setting's name for readers, without its budget."""
+    return " ".join((_LABELS.get(setting.system, setting.system), *(f"+{option}" for option in setting.options)))
 
 
-def marker(system: str) -> str:
-    """A system's marker in pictures, for readers who cannot distinguish the colours."""
-    return _MARKERS.get(system, "o")
+def colour(setting: Setting, settings: Iterable[Setting]) -> str:
+    """A setting's colour. Options make it lighter; unknown systems get the spare colours, in the order of their names.
+
+    Args:
+        setting: the setting.
+        settings: all settings of the picture.
+    """
+    settings = list(settings)
+    if setting.system in _COLOURS:
+        own = _COLOURS[setting.system]
+    else:
+        strangers = sorted({one.system for one in settings} - set(_COLOURS))
+        own = _OTHER_COLOURS[strangers.index(setting.system) % len(_OTHER_COLOURS)]
+    variants = sorted({one.options for one in settings if one.system == setting.system} | {setting.options, ()})
+    # Each variant is lighter than the one before.
+    part = 1 - 0.65 ** variants.index(setting.options) if len(variants) > 1 else 0.0
+    part = min(part, 0.7)
+    levels = [int(own[place : place + 2], 16) for place in (1, 3, 5)]
+    return "#" + "".join(f"{round(level + (255 - level) * part):02x}" for level in levels)
+
+
+def marker(setting: Setting) -> str:
+    """A setting's marker in pictures, for readers who cannot distinguish the colours."""
+    return _MARKERS.get(setting.system, "o")
 
 
 def ordered(settings: Iterable[Setting]) -> list[Setting]:
     """Settings by budget, the whole prefix first; within a budget in the order listed here, unknown systems last."""
     places = {name: place for place, name in enumerate(_LABELS)}
 
-    def place(setting: Setting) -> tuple[float, int, str]:
-        system, budget = setting
-        return (-1.0 if budget >= 1 else budget), places.get(system, len(places)), system
+    def place(setting: Setting) -> tuple[float, int, str, tuple[str, ...]]:
+        first = -1.0 if setting.budget >= 1 else setting.budget
+        return first, places.get(setting.system, len(places)), setting.system, setting.options
 
     return sorted(set(settings), key=place)
+
+
+def states_in_order(states: Iterable[str]) -> list[str]:
+    """States, the coldest first; unknown states last."""
+    places = {name: place for place, name in enumerate(STATES)}
+    return sorted(set(states), key=lambda state: (places.get(state, len(places)), state))

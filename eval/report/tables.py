@@ -1,45 +1,56 @@
-"""The tables of a report, as Markdown; "" if there is nothing to show."""
+"""The tables of times and bytes, as Markdown; "" if there is nothing to show."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..statistics import Estimate
 from . import measures
-from .cells import columns_used, milliseconds, named, number, quoted, share, shown, table
-from .names import ATTENTIONSTORE, IN_MEMORY, Setting, label
+from .cells import columns_used, counted, named, number, share, shown, table
+from .names import MEMORY, Setting, label, states_in_order
 from .rows import Results, Table
+from .states import Cut
+
+LEVELS = (0.5, 0.95, 0.99)
 
 
-def _shown_as_ratio(rows: Table, setting: Setting, other: str, task: str | None = None) -> str:
-    reference = measures.setting_of(rows, other)
-    if reference is None or reference == setting:
+def _milliseconds(estimate: Estimate | None) -> str:
+    if estimate is None:
         return ""
-    return shown(measures.ratio(rows, setting, reference, task))
+    return shown(estimate, 1e3, 1 if estimate.value < 0.1 else 0)
 
 
-def times(results: Results) -> str:
-    """Median time to the first token, and ratios, for every system and budget."""
-    rows = results.timed
-    lines = [
-        [
-            *named(setting),
-            str(len(measures.of(rows, setting))),
-            milliseconds(measures.spread(rows, setting)),
-            _shown_as_ratio(rows, setting, IN_MEMORY),
-            _shown_as_ratio(rows, setting, ATTENTIONSTORE),
-        ]
-        for setting in measures.settings(rows)
-    ]
-    head = ["system", "budget", "n", "TTFT, ms", f"over {label(IN_MEMORY)}", f"over {label(ATTENTIONSTORE)}"]
+def times(cut: Cut) -> str:
+    """Time to the first token of every setting in a state, with its ratios and the counts of their pairs."""
+    rows = cut.comparable
+    lines = []
+    for setting in cut.settings:
+        time = measures.time(rows, setting)
+        ratios = [cut.over_rival(setting, rival=rival) for rival in cut.rivals] + [cut.over_memory(setting)]
+        lines.append(
+            [
+                *named(setting, references=True),
+                counted(time),
+                str(time.prefixes) if time else "",
+                _milliseconds(time),
+                *(cell for ratio in ratios for cell in (shown(ratio), counted(ratio))),
+            ]
+        )
+    head = ["system", "budget", "n", "prefixes", "TTFT, ms"]
+    for name in (*(rival.label for rival in cut.rivals), f"{label(MEMORY)} (reference)"):
+        head += [f"over {name}", "pairs"]
     return table(*columns_used(head, lines)) if lines else ""
 
 
-# Number of requests of each task whose answers are shown.
-ANSWERS = 5
+def by_task(rows: Table, cell: Callable[[Setting, str], str], first: list[str] | None = None, note: str = "") -> str:
+    """One row per setting, one column per task; "" if all cells are empty.
 
-
-def _by_task(rows: Table, cell: Callable[[Setting, str], str], first: list[str] | None = None, note: str = "") -> str:
-    """One row per system and budget, one column per task; "" if all cells are empty."""
+    Args:
+        rows: the rows.
+        cell: the text of a setting and a task.
+        first: cells of a first row.
+        note: the name of the first row.
+    """
     names = measures.tasks(rows)
     lines = [[*named(setting), *(cell(setting, task) for task in names)] for setting in measures.settings(rows)]
     lines = [line for line in lines if any(line[2:])]
@@ -48,17 +59,15 @@ def _by_task(rows: Table, cell: Callable[[Setting, str], str], first: list[str] 
     return table(["system", "budget", *names], [[note, "", *first], *lines] if first else lines)
 
 
-def times_by_task(results: Results) -> str:
-    """Median time of each task, and its ratio to in memory; the first row has the lengths of prefixes."""
-    rows = results.timed
+def times_by_task(cut: Cut) -> str:
+    """Time of each task, with its ratio to the rival and the number of pairs; the first row has prefix lengths."""
+    rows = cut.comparable
 
     def cell(setting: Setting, task: str) -> str:
-        spread = measures.spread(rows, setting, task)
-        if spread is None:
+        time, ratio = measures.time(rows, setting, task), cut.over_rival(setting, task)
+        if time is None:
             return ""
-        reference = measures.setting_of(rows, IN_MEMORY)
-        ratio = measures.ratio(rows, setting, reference, task) if reference not in (None, setting) else None
-        return number(spread.median, 0, 1e3) + (f" (x{ratio[0]:.2f})" if ratio else "")
+        return number(time.value, 0, 1e3) + (f" (x{ratio.value:.2f}, {ratio.requests})" if ratio else "")
 
     def tokens(task: str) -> str:
         found = rows[rows["task"] == task]["prefix_tokens"].dropna()
@@ -67,126 +76,33 @@ def times_by_task(results: Results) -> str:
         low, high = int(found.min()), int(found.max())
         return f"{low:,}" if low == high else f"{low:,} - {high:,}"
 
-    return _by_task(rows, cell, [tokens(task) for task in measures.tasks(rows)], "prefix tokens")
+    return by_task(rows, cell, [tokens(task) for task in measures.tasks(rows)], "prefix tokens")
 
 
-def tails(results: Results) -> str:
-    """P50, P95 and P99 of the time to the first token."""
-    return _percentiles(results.timed)
-
-
-def _percentiles(rows: Table) -> str:
-    lines = [
-        [
-            *named(setting),
-            str(len(measures.of(rows, setting))),
-            *(shown(measures.percentile(rows, setting, level), 1e3, 0) for level in (0.5, 0.95, 0.99)),
-        ]
-        for setting in measures.settings(rows)
-    ]
-    head = ["system", "budget", "n", "P50, ms", "P95, ms", "P99, ms"]
-    # With only enough rows for a median, this table would add nothing to the first one.
-    return table(*columns_used(head, lines)) if any(line[4] for line in lines) else ""
-
-
-def quality(results: Results) -> str:
-    """Mean of the tasks' scores, the difference from in memory, and distances from the whole cache."""
-    rows = results.judged
-    reference = measures.setting_of(rows, IN_MEMORY)
+def tails(cut: Cut) -> str:
+    """P50, P95 and P99 of each task that has enough rows for one of the latter to be known."""
     lines = []
-    for setting in measures.settings(rows):
-        mine = measures.of(rows, setting)
-        against = measures.difference(rows, setting, reference) if reference not in (None, setting) else None
-        lines.append(
-            [
-                *named(setting),
-                str(len(measures.per_request(mine, "score"))),
-                str(mine["task"].nunique()),
-                shown(measures.mean_of(rows, setting, "score"), 100, 1),
-                shown(against, 100, 1, sign=True),
-                shown(measures.mean_of(rows, setting, "kl"), digits=4),
-                shown(measures.mean_of(rows, setting, "kl_answer"), digits=4),
-                shown(measures.mean_of(rows, setting, "agreement"), 100, 1),
-                number(measures.perplexity(rows, setting), 3),
-            ]
-        )
-    head = [
-        "system",
-        "budget",
-        "n",
-        "tasks",
-        "score",
-        "points from in memory",
-        "KL, nats",
-        "KL at the answer",
-        "agreement, %",
-        "perplexity",
-    ]
-    return table(*columns_used(head, lines)) if lines else ""
+    for task in measures.tasks(cut.rows):
+        for setting in cut.settings:
+            found = [measures.percentile(cut.rows, setting, task, level) for level in LEVELS]
+            if found[1] is None:
+                continue
+            lines.append([task, *named(setting), counted(found[0]), *(shown(one, 1e3, 0) for one in found)])
+    head = ["task", "system", "budget", "n", *(f"P{level * 100:.0f}, ms" for level in LEVELS)]
+    return table(*columns_used(head, lines), words=3) if lines else ""
 
 
-def scores_by_task(results: Results) -> str:
-    """Mean score of each task; the first row has the metrics."""
-    rows = results.judged
-
-    def cell(setting: Setting, task: str) -> str:
-        return shown(measures.mean_of(rows, setting, "score", task), 100, 1)
-
-    metrics = results.metrics
-    return _by_task(rows, cell, [metrics.get(task, "") for task in measures.tasks(rows)], "metric")
-
-
-def differences_by_task(results: Results) -> str:
-    """Difference in points of score from in memory, per task."""
-    rows = results.judged
-    reference = measures.setting_of(rows, IN_MEMORY)
-
-    def cell(setting: Setting, task: str) -> str:
-        if reference in (None, setting):
-            return ""
-        return shown(measures.difference(rows, setting, reference, task), 100, 1, sign=True)
-
-    return _by_task(rows, cell)
-
-
-def distances_by_task(results: Results) -> str:
-    """KL and agreement, per task."""
-    rows = results.judged
-
-    def cell(setting: Setting, task: str) -> str:
-        found = [measures.mean_of(rows, setting, field, task) for field in ("kl", "agreement")]
-        divergence, agreement = (None if one is None else one[0] for one in found)
-        return " / ".join(one for one in (number(divergence, 4), number(agreement, 1, 100, "%")) if one)
-
-    return _by_task(rows, cell)
-
-
-def answers(results: Results) -> list[tuple[str, str]]:
-    """For every task with generated answers: each system's answers to the first few requests."""
-    found = []
-    rows = results.judged[results.judged["prediction"].notna()]
-    for task in (task for task in measures.tasks(rows) if results.metrics.get(task) != "accuracy"):
-        mine = rows[rows["task"] == task]
-        numbers = sorted(mine["number"].unique())[:ANSWERS]
-        lines = []
-        for setting in measures.settings(mine):
-            own = measures.of(mine, setting).drop_duplicates("number").set_index("number")["prediction"]
-            lines.append([*named(setting), *(quoted(own.get(number)) for number in numbers)])
-        head = ["system", "budget", *(f"request {number}" for number in numbers)]
-        found.append((f"Answers to the first requests of {task}:", table(head, lines, len(head))))
-    return found
-
-
-def amplification(results: Results) -> str:
+def amplification(cut: Cut) -> str:
     """Mean bytes of a request, read and used, by purpose."""
-    rows = results.timed
+    rows = cut.comparable
     lines = []
-    for setting in measures.settings(rows):
+    for setting in cut.settings:
         found = measures.volume(rows, setting)
         if found is not None:
             lines.append(
                 [
                     *named(setting),
+                    str(len(measures.of(rows, setting))),
                     number(found.read, 2, 1e-6),
                     number(found.share, 1, 100, "%"),
                     number(found.used, 2, 1e-6),
@@ -196,25 +112,26 @@ def amplification(results: Results) -> str:
                     number(found.payload),
                 ]
             )
-    head = ["system", "budget", "MB read", "of the prefix", "MB used", "MB to identify", "MB wasted", "read / used"]
-    return table([*head, "payload / used"], lines) if lines else ""
+    head = ["system", "budget", "n", "MB read", "of the prefix", "MB used", "MB to identify", "MB wasted"]
+    return table(*columns_used([*head, "read / used", "payload / used"], lines)) if lines else ""
 
 
-def phases(results: Results) -> str:
+def phases(cut: Cut) -> str:
     """Mean milliseconds of each phase, and the share of time spent waiting for reads."""
-    rows = results.timed
-    found = {setting: measures.phases(rows, setting) for setting in measures.settings(rows)}
+    rows = cut.comparable
+    found = {setting: measures.phases(rows, setting) for setting in cut.settings}
     names = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
     lines = [
         [
             *named(setting),
+            str(len(measures.of(rows, setting))),
             *(number(seconds.get(name), 1, 1e3) for name in names),
             number(measures.waiting(rows, setting), 0, 100, "%"),
         ]
         for setting, seconds in found.items()
         if seconds
     ]
-    return table(["system", "budget", *names, "waiting"], lines) if lines else ""
+    return table(*columns_used(["system", "budget", "n", *names, "waiting"], lines)) if lines else ""
 
 
 def stream(results: Results, name: str) -> str:
@@ -222,31 +139,49 @@ def stream(results: Results, name: str) -> str:
     rows = results.streamed
     rows = rows[rows["stream"] == name]
     lines = []
-    for setting in measures.settings(rows):
-        read = measures.values(rows, setting, "bytes_read")
-        levels = [measures.percentile(rows, setting, level) for level in (0.5, 0.95, 0.99)]
-        lines.append(
-            [
-                *named(setting),
-                str(len(measures.of(rows, setting))),
-                shown(measures.mean_time(rows, setting), 1e3, 0),
-                *(shown(level, 1e3, 0) for level in levels),
-                number(measures.hit_rate(rows, setting), 1, 100, "%"),
-                number(float(read.mean()) if len(read) else None, 2, 1e-6),
-            ]
-        )
-    head = ["system", "budget", "n", "mean, ms", "P50, ms", "P95, ms", "P99, ms", "hits in memory", "MB read"]
+    for state in states_in_order(rows["state"]):
+        own = rows[rows["state"] == state]
+        for setting in measures.settings(own):
+            (task, *others) = measures.tasks(measures.of(own, setting))
+            score, distance = (measures.mean_of(own, setting, field) for field in ("score", "kl_answer"))
+            read = measures.values(own, setting, "bytes_read")
+            levels = [None if others else measures.percentile(own, setting, task, level) for level in LEVELS]
+            lines.append(
+                [
+                    *named(setting),
+                    "" if state == "stream" else state,
+                    str(len(measures.of(own, setting))),
+                    shown(measures.mean_of(own, setting, "ttft_s"), 1e3, 0),
+                    *(shown(level, 1e3, 0) for level in levels),
+                    number(measures.hit_rate(own, setting), 1, 100, "%"),
+                    number(float(read.mean()) if len(read) else None, 2, 1e-6),
+                    counted(score or distance),
+                    shown(score, 100, 1),
+                    shown(distance, digits=4),
+                ]
+            )
+    head = ["system", "budget", "state", "n", "mean, ms", "P50, ms", "P95, ms", "P99, ms", "hits in memory", "MB read"]
+    head += ["judged", "score", "KL at the answer, nats"]
     return table(*columns_used(head, lines)) if lines else ""
 
 
-def cold_rows(results: Results) -> str:
-    """Rows of each system that were timed cold, and rows that are left out (without streams)."""
+def found_states(results: Results) -> str:
+    """Rows of each setting and state that were timed, and those that did not find their state."""
     rows = results.alone
     lines = []
-    for system in dict.fromkeys(system for system, _ in measures.settings(rows)):
-        mine = rows[rows["system"] == system]
-        counts = mine["cold"].value_counts()
-        budgets = ", ".join(share(budget) for budget in sorted(mine["budget"].unique()))
-        kinds = [str(int(counts.get(kind, 0))) for kind in ("cold", "none", "warm")]
-        lines.append([label(system), f"`{system}`", budgets, str(len(mine)), *kinds])
-    return table(["system", "name", "budgets", "rows", "cold", "no files", "not cold, left out"], lines, 3)
+    for state in states_in_order(rows["state"]):
+        own = rows[rows["state"] == state]
+        for name in dict.fromkeys((one.system, one.options) for one in measures.settings(own)):
+            mine = own[(own["system"] == name[0]) & (own["options"] == "+".join(name[1]))]
+            budgets = ", ".join(share(budget) for budget in sorted(mine["budget"].unique()))
+            departed = int((mine["departure"] != "").sum())
+            text = f"`{'+'.join((name[0], *name[1]))}`"
+            lines.append([text, state, budgets, str(len(mine)), str(departed) if departed else ""])
+    return table(*columns_used(["system", "state", "budgets", "rows timed", "left out"], lines), words=3)
+
+
+def departures(results: Results, most: int = 5) -> list[str]:
+    """The commonest reasons why requests did not find their state, with their numbers."""
+    rows = results.alone
+    counts = rows.loc[rows["departure"] != "", "departure"].value_counts()
+    return [f"{count} x {reason}" for reason, count in counts.head(most).items()]

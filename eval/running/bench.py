@@ -8,21 +8,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..systems import InMemory, System, system_named
+from ..systems import InMemory, Setting, System
 from ..tasks import Request
-from .config import IN_MEMORY, Setting
+from .readings import WholeCaches, has_windows
 
 
 class Bench:
     """The systems that make requests.
 
     Attributes:
-        in_memory: the reference; a system of the run only if the run names it.
+        whole: whole caches in memory, the reference for quality; a system of the run only if the run names it.
         systems: the systems, by setting.
     """
 
-    def __init__(self, in_memory: InMemory, systems: dict[Setting, System]) -> None:
-        self.in_memory = in_memory
+    def __init__(self, whole: InMemory | WholeCaches, systems: dict[Setting, System]) -> None:
+        self.whole = whole
         self.systems = systems
 
     def store(self, request: Request) -> None:
@@ -37,20 +37,19 @@ def bench_in(folder: Path, model: Any, settings: Sequence[Setting], **store_opti
 
     Args:
         folder, model: the folder, and the model of the systems.
-        settings: systems and budgets.
+        settings: systems, budgets and options.
         store_options: options of the stores, such as `host_bytes`.
     """
     shutil.rmtree(folder, ignore_errors=True)  # A crashed run may have left it.
     try:
         with ExitStack() as stack:
-            in_memory = stack.enter_context(InMemory(model))
+            whole = WholeCaches(model) if has_windows(model) else stack.enter_context(InMemory(model))
             systems: dict[Setting, System] = {}
             for setting in settings:
-                if setting.system == IN_MEMORY:
-                    systems[setting] = in_memory
+                if setting == Setting("in_memory", 1.0) and isinstance(whole, InMemory):
+                    systems[setting] = whole
                 else:
-                    make = system_named(setting.system).make
-                    systems[setting] = stack.enter_context(make(model, folder, setting.budget, **store_options))
-            yield Bench(in_memory, systems)
+                    systems[setting] = stack.enter_context(setting.make(model, folder, **store_options))
+            yield Bench(whole, systems)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

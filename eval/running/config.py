@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from typing import get_args
 
 from ..dtypes import Dtype
-from ..systems import system_named
+from ..systems import Setting, State
 from ..tasks import task_named
 
 STREAMS = ("shared_documents", "conversations")
 DTYPES = get_args(Dtype)
-IN_MEMORY = "in_memory"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A system at a budget."""
-
-    system: str
-    budget: float
-
-    @classmethod
-    def all_of(cls, asked: str, budgets: Sequence[float]) -> list[Setting]:
-        """The settings that `"system"` or `"system@budget"` stands for.
-
-        Raises:
-            ValueError: the system does not exist, or takes no budget.
-        """
-        name, at, share = asked.partition("@")
-        exact = system_named(name).exact
-        if not at:
-            return [cls(name, budget) for budget in ((1.0,) if exact else budgets)]
-        try:
-            budget = float(share)
-        except ValueError:
-            raise ValueError(f"{asked!r}: a budget such as 0.25 must follow the @") from None
-        if exact or not 0.0 < budget <= 1.0:
-            raise ValueError(f"{asked!r}: budgets are from 0 (not included) to 1, of systems that choose")
-        return [cls(name, budget)]
+STATES = tuple(str(state) for state in State)
 
 
 @dataclass(frozen=True)
@@ -50,16 +23,23 @@ class RunConfig:
         model: name or folder of the model; `None` for the default model.
         dtype: dtype of model and KV; `"auto"` is the dtype of a continued run, and for a new run the fastest on the
             device. The run's folder records it, and refuses another.
-        tasks: names of `eval.tasks.TASKS`.
+        tasks: names of `eval.tasks.TASKS`, or `file:` and the path of a file (see `eval.tasks.own_data`).
         streams: names of `STREAMS`.
-        systems: names of `eval.systems.SYSTEMS`, each optionally with its own budget, as in `"impress@0.1"`.
+        systems: settings as text, for example `"impress@0.1+overlap"` (see `eval.systems.Setting.parse`).
+        states: the states of `eval.systems.State` in which requests of tasks find systems. A system without a state is
+            left out there; `recompute` and `in_memory` are made in their own state beside any other.
         budgets: shares of the prefix, for systems that take a budget and name none.
         requests: requests of each task.
-        timed_requests: requests of each task that are also made, only for their time, in systems whose answers are
-            known beforehand (exact systems, and systems that differ from another only in speed).
+        first: number of the first request of each task. Another run can have made those before it.
+        timed_requests: requests of each task, spread over its prefixes, that are also made only for their time: in
+            systems whose answers are known beforehand (exact systems, and settings that differ from another only in
+            speed), and in all states but the first.
+        prefixes: prefixes of each few-shot task. (The prefixes of other tasks follow from their requests.)
         stream_requests: requests of each stream.
         documents: documents (or conversations) of a stream.
         memory_share: share of a stream's KV that fits in a system's memory.
+        judged_share: share of the requests of a stream of which the answers are judged: with 0.25 every fourth.
+        read_gbps: limit on reads from disk in GB/s (1e9 bytes); `None`: as fast as the disk.
         seed: seed of the requests and of their order.
         data_dir: local data; for `None` see `eval.tasks`.
         device: the model's device; `None` for one GPU per process if there are GPUs, else the CPU.
@@ -73,33 +53,51 @@ class RunConfig:
     tasks: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()
+    states: tuple[str, ...] = ("cold",)
     budgets: tuple[float, ...] = (0.05, 0.25)
     requests: int = 50
+    first: int = 0
     timed_requests: int = 5
+    prefixes: int = 5
     stream_requests: int = 100
     documents: int = 10
     memory_share: float = 0.25
+    judged_share: float = 0.25
+    read_gbps: float | None = None
     seed: int = 0
     data_dir: str | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in self.tasks:
-            task_named(name, self.data_dir)
+        names = Counter(task_named(name, self.data_dir).name for name in self.tasks)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"two tasks are called {twice[0]!r}")
         for name in self.systems:
-            Setting.all_of(name, self.budgets)
+            Setting.parse(name, self.budgets)
         if unknown := set(self.streams) - set(STREAMS):
             raise ValueError(f"stream must be one of {STREAMS}, got {sorted(unknown)}")
+        if unknown := set(self.states) - set(STATES):
+            raise ValueError(f"state must be one of {STATES}, got {sorted(unknown)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        if not (self.tasks or self.streams) or not self.systems:
-            raise ValueError("a run needs a task or a stream, and a system")
+        if not (self.tasks or self.streams) or not self.systems or not self.states:
+            raise ValueError("a run needs a task or a stream, a system and a state")
         if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
             raise ValueError(f"budgets are shares of the prefix, from 0 (not included) to 1, got {self.budgets}")
-        for field in ("requests", "stream_requests", "documents"):
+        for field in ("requests", "prefixes", "stream_requests", "documents"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")
+        if self.first < 0:
+            raise ValueError(f"first must be 0 at least, got {self.first}")
+        if not 0.0 <= self.judged_share <= 1.0:
+            raise ValueError(f"judged_share must be from 0 to 1, got {self.judged_share}")
+        if self.read_gbps is not None and not self.read_gbps > 0.0:
+            raise ValueError(f"read_gbps must be positive, got {self.read_gbps}")
 
     def settings(self) -> list[Setting]:
         """Every system at each of its budgets, without duplicates."""
-        return list(dict.fromkeys(one for name in self.systems for one in Setting.all_of(name, self.budgets)))
+        return list(dict.fromkeys(one for name in self.systems for one in Setting.parse(name, self.budgets)))
+
+    def is_judged(self, number: int) -> bool:
+        """Whether the answer to this request of a stream is judged."""
+        return self.judged_share > 0.0 and number % max(1, round(1.0 / self.judged_share)) == 0

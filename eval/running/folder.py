@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..timing import machine
+from .stamp import probe_disk, same_commit, stamp
 
 ROWS, CONFIG, MACHINE = "rows.jsonl", "config.json", "machine.json"
+# Lists that grow when a run is continued, and documents by task or stream that grow.
+_UNITED = ("systems", "budgets", "tasks", "streams", "states", "skipped")
+_BY_TASK = {"questions": "asks other questions (other data?)", "data": "has other data"}
 # Configuration fields that may change when a run is continued; machine fields that do not identify a machine.
-_MAY_CHANGE = ("systems", "budgets", "tasks", "streams", "processes", "command", "questions")
-_MAY_DIFFER = ("torch_threads",)
-# Lists that grow when a run is continued.
-_UNITED = ("systems", "budgets", "tasks", "streams")
+_MAY_CHANGE = (*_UNITED, *_BY_TASK, "processes", "command")
+_MAY_DIFFER = ("disk_gbps",)
 
 Row = dict[str, Any]
-# Identifies a row: task, number, stream, system, budget.
+# Identifies a row: task, number, stream, system, options, budget, state.
 Key = tuple[Any, ...]
 
 
@@ -29,7 +30,8 @@ class RunFolderError(Exception):
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """The key of a row."""
-    return tuple(row[name] for name in ("task", "number", "stream", "system", "budget"))
+    options = tuple(row["options"])
+    return row["task"], row["number"], row["stream"], row["system"], options, row["budget"], row["state"]
 
 
 def recorded_dtype(path: Path) -> str | None:
@@ -49,23 +51,28 @@ class RunFolder:
     def __init__(self, path: Path, process: int = 0) -> None:
         self.path = path
         self._part = path / f"rows-{process}.jsonl"
+        self._notes = path / f"skipped-{process}.jsonl"
         path.mkdir(parents=True, exist_ok=True)
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Record the run's configuration, and gather rows of earlier processes. One process calls this.
+        """Record the run's configuration and the machine, and gather rows of earlier processes. One process calls this.
 
         Raises:
-            RunFolderError: the folder has rows of a run that differs in more than systems, budgets and tasks, or that
-                was made on another machine.
+            RunFolderError: the folder has rows of a run that differs in more than systems, states, budgets and tasks,
+                that was made on another machine or from another commit, or that is older than states.
         """
-        here = machine()
+        here = stamp()
         before = self._require_same(CONFIG, config, _MAY_CHANGE)
-        self._require_same(MACHINE, here, _MAY_DIFFER)
+        machine = self._require_same(MACHINE, here, _MAY_DIFFER)
+        here["disk_gbps"] = machine.get("disk_gbps") or probe_disk(self.path)
+        if same_commit(machine.get("commit"), here["commit"]):
+            # If any part of the rows was made with changes, the run was.
+            here["commit"] = max(machine.get("commit") or "", here["commit"] or "") or None
+        _replace(self.path / CONFIG, json.dumps(_united(before, config), indent=2) + "\n")
+        _replace(self.path / MACHINE, json.dumps(here, indent=2) + "\n")
         self.gather()
         for left in self.path.glob("work-*"):
             shutil.rmtree(left, ignore_errors=True)
-        for name, document in ((CONFIG, _united(before, config)), (MACHINE, here)):
-            _replace(self.path / name, json.dumps(document, indent=2) + "\n")
 
     def _require_same(self, name: str, now: Mapping[str, Any], except_for: tuple[str, ...]) -> dict[str, Any]:
         """The content of the file; raises `RunFolderError` if it belongs to another run."""
@@ -77,40 +84,63 @@ class RunFolder:
         differing = [
             f"{field} is {as_json.get(field)!r}, was {before.get(field)!r}"
             for field in sorted({*before, *as_json})
-            if field not in except_for and before.get(field) != as_json.get(field)
+            if field not in except_for and not _same(field, before.get(field), as_json.get(field))
         ]
-        known = before.get("questions", {})
-        for task, digest in as_json.get("questions", {}).items():
-            if known.get(task, digest) != digest:
-                differing.append(f"{task} asks other questions (other data?)")
+        for field, what in _BY_TASK.items():
+            known = before.get(field, {})
+            for task, digest in as_json.get(field, {}).items():
+                if known.get(task, digest) != digest:
+                    differing.append(f"{task} {what}")
         if differing:
             raise RunFolderError(f"{self.path} has rows of another run ({'; '.join(differing)}): choose another folder")
         return before
 
     def done(self) -> set[Key]:
         """Keys of all rows."""
-        return {key_of(row) for path in self._files() for row in _rows(path)}
+        return {self._key_of(row) for path in self._files() for row in _rows(path)}
 
     def add(self, row: Row) -> None:
         """Append a row. Once this returns, the row survives a crash of this process."""
         with self._part.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def skip(self, note: str) -> None:
+        """Note what the run leaves out; `gather` moves it to `skipped` of the configuration."""
+        with self._notes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(note) + "\n")
+
     def gather(self) -> None:
         """Merge the rows of all processes into one file. One process calls this while no other adds rows."""
+        notes = sorted(self.path.glob("skipped-*.jsonl"))
+        if notes:
+            config = json.loads((self.path / CONFIG).read_text())
+            found = [note for path in notes for note in _rows(path)]
+            config["skipped"] = list(dict.fromkeys([*config.get("skipped", ()), *found]))
+            _replace(self.path / CONFIG, json.dumps(config, indent=2) + "\n")
+            for path in notes:
+                path.unlink()
         parts = [path for path in self._files() if path.name != ROWS]
-        rows = {key_of(row): row for path in self._files() for row in _rows(path)}
+        rows = {self._key_of(row): row for path in self._files() for row in _rows(path)}
         _replace(self.path / ROWS, "".join(json.dumps(row) + "\n" for row in rows.values()))
         for part in parts:
             part.unlink()
+
+    def _key_of(self, row: Row) -> Key:
+        if "state" not in row:
+            raise RunFolderError(f"{self.path} has rows of an older version, without a state: choose another folder")
+        return key_of(row)
 
     def _files(self) -> list[Path]:
         gathered = self.path / ROWS
         return ([gathered] if gathered.exists() else []) + sorted(self.path.glob("rows-*.jsonl"))
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """The completely written rows; a crash may have cut off the last row of each process."""
+def _same(field: str, before: Any, now: Any) -> bool:
+    return same_commit(before, now) if field == "commit" else bool(before == now)
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The completely written rows (or notes); a crash may have cut off the last one of each process."""
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             try:
@@ -125,8 +155,8 @@ def _united(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
     command = now.get("command", "")
     if before.get("command") not in (None, "", command):
         command = f"{before['command']}\n{command}"
-    questions = {**before.get("questions", {}), **now.get("questions", {})}
-    return {**now, **united, "command": command, "questions": questions}
+    by_task = {name: {**before.get(name, {}), **now.get(name, {})} for name in _BY_TASK}
+    return {**now, **united, "command": command, **by_task}
 
 
 def _replace(path: Path, text: str) -> None:

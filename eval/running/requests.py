@@ -12,7 +12,7 @@ import torch
 from hf_contiguouskv.model.served_model import ServedModel
 
 from .. import streams
-from ..tasks import Request, task_named
+from ..tasks import ChatTemplateError, OwnDataError, Request, TooFewRowsError, data_noted, task_named
 from .config import RunConfig
 
 
@@ -27,10 +27,12 @@ class Asked:
     Attributes:
         alone: requests of tasks and their metrics; requests with the same prefix are adjacent.
         streams: requests of each stream, in order.
+        data: a digest of the data of each task and stream that loads data.
     """
 
     alone: list[tuple[Request, str]]
     streams: dict[str, list[Request]]
+    data: dict[str, str]
 
     def by_name(self) -> dict[str, list[Request]]:
         """Requests of each task and stream."""
@@ -41,14 +43,38 @@ class Asked:
 
 
 def asked_of(config: RunConfig, tokenizer: Any) -> Asked:
-    """All requests of a run; they begin with the tokenizer's BOS token, if it adds one to every text."""
+    """All requests of a run; they begin with the tokenizer's BOS token, if it adds one to every text.
+
+    Raises:
+        NotServedError: a task has too few requests, or one that the tokenizer makes impossible.
+    """
     alone: list[tuple[Request, str]] = []
+    listed: dict[str, list[Request]] = {}
+    data: dict[str, str] = {}
     for name in config.tasks:
-        task = task_named(name, config.data_dir)
-        requests = _begun(task.requests(tokenizer, config.requests, config.seed), tokenizer)
+        task = task_named(name, config.data_dir, config.prefixes)
+        try:
+            with data_noted() as noted:
+                found = task.requests(tokenizer, config.first + config.requests, config.seed)[config.first :]
+        except (TooFewRowsError, OwnDataError, ChatTemplateError) as error:
+            raise NotServedError(f"{task.name}: {error}") from error
+        if not found:
+            raise NotServedError(f"{task.name} has no request from number {config.first} on")
+        requests = _begun(found, tokenizer)
         alone += [(request, task.metric) for request in sorted(requests, key=lambda one: one.prefix)]
-    listed = {name: _begun(_stream(name, config, tokenizer), tokenizer) for name in config.streams}
-    return Asked(alone, listed)
+        data |= _digest_of(task.name, noted)
+    for name in config.streams:
+        with data_noted() as noted:
+            listed[name] = _begun(_stream(name, config, tokenizer), tokenizer)
+        data |= _digest_of(name, noted)
+    return Asked(alone, listed, data)
+
+
+def _digest_of(name: str, noted: dict[str, str]) -> dict[str, str]:
+    """The digest of all data of a task or stream, by its name; nothing if it loaded no data."""
+    if not noted:
+        return {}
+    return {name: hashlib.blake2b(repr(sorted(noted.items())).encode(), digest_size=8).hexdigest()}
 
 
 def _stream(name: str, config: RunConfig, tokenizer: Any) -> list[Request]:
@@ -98,13 +124,9 @@ def require_served(model: Any, asked: Asked) -> None:
     """Check, before anything is stored, that the model can serve all requests.
 
     Raises:
-        NotServedError: a prompt with its answer is longer than the model's context, or the model has sliding windows
-            (judging crops caches, which windows do not allow).
+        NotServedError: a prompt with its answer is longer than the model's context.
     """
-    served = ServedModel(model)
-    if any(window is not None for window in served.windows):
-        raise NotServedError("models with sliding-window layers cannot be evaluated yet")
-    context = getattr(served.text_config, "max_position_embeddings", None)
+    context = getattr(ServedModel(model).text_config, "max_position_embeddings", None)
     for name, requests in asked.by_name().items():
         longest = max(map(_length, requests), default=0)
         if context is not None and longest > context:

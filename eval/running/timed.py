@@ -1,7 +1,8 @@
-"""One request in one system: made cold, timed, with its statistics."""
+"""One request in one system: brought into its state, timed, with its statistics."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,31 +26,32 @@ class Timed:
         cache: holds the whole prompt; `None` when the request is over.
         seconds: time to the first token.
         first_token: id of the first token.
-        cold: whether none of the system's files was in the page cache; `None` if it has no files.
-        resident_pages: pages of these files in the page cache.
-        departure: evidence that the request did not find the intended state; known when the request is over.
+        resident_pages: pages of the system's files in the page cache when the request began.
+        departure: evidence that the request did not find its state; known when the request is over.
         stats: statistics; known when the request is over.
         phases: time by phase (see `phases_of`); known when the request is over.
+        details: what else the system tells of the request; known when the request is over.
     """
 
     cache: Any
     seconds: float
     first_token: int
-    cold: bool | None
     resident_pages: int
     departure: str | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     phases: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
         """The request's fields of a row."""
         return {
             "ttft_s": self.seconds,
-            "cold": self.cold,
+            "departure": self.departure,
             "resident_pages": self.resident_pages,
             "first_token": self.first_token,
             "stats": self.stats.as_dict(),
             "phases": self.phases,
+            "details": self.details,
         }
 
 
@@ -59,37 +61,34 @@ def prompt_of(request: Request) -> torch.Tensor:
 
 
 @contextmanager
-def timed_request(
-    model: Any, system: System, request: Request, *, forget: bool = True, state: State | None = None
-) -> Iterator[Timed]:
-    """Drop the system's files from the page cache, and time one request to its first token.
+def timed_request(model: Any, system: System, request: Request, state: State | None = State.COLD) -> Iterator[Timed]:
+    """Bring a system into a state, and time one request to its first token.
 
-    Inside the context the cache may be used further; afterwards the request is over.
+    Inside the context the cache may be used further; afterwards the request is over. Python collects its garbage
+    before the timed part and not in it: a collection takes 0.2 s after transformers was imported, and would hit one
+    system or another.
 
     Args:
         model: the causal language model.
         system: the system; it has stored the request's prefix.
         request: the request.
-        forget: whether the system first drops what earlier requests left in this process.
-        state: if given, the system is brought into this state instead, for what the request needs (see `System.enter`).
+        state: see `System.enter`. `None`: memory is as earlier requests left it, and only the system's files are
+            dropped from the page cache.
     """
-    if state is not None:
-        system.enter(state, request.prefix_ids, request.suffix_ids)
-    elif forget:
-        system.forget()
-    files = system.files()
     if state is None:
-        drop_page_cache(files)
-    resident = sum(resident_pages(file) for file in files)
+        drop_page_cache(system.files())
+    else:
+        system.enter(state, request.prefix_ids, request.suffix_ids)
+    resident = sum(resident_pages(file) for file in system.files())
     looking, attending = Stopwatch(), Stopwatch()
 
     def make_cache() -> Any:
         with looking.running():
             return system.cache(request.prefix_ids)
 
-    with attention_timed(attending, model.device):
+    with attention_timed(attending, model.device), garbage_left():
         seconds, token, cache = time_to_first_token(model, prompt_of(request), make_cache)
-    timed = Timed(cache, seconds, token, resident == 0 if files else None, resident)
+    timed = Timed(cache, seconds, token, resident)
     timeline = system.timeline(cache)
     # Copy the spans now: only those before the first token count.
     spans = None if timeline is None else list(timeline.spans)
@@ -98,6 +97,27 @@ def timed_request(
     finally:
         timed.cache = None
         timed.stats = system.finish(cache)
-        if state is not None:
-            timed.departure = departure(state, timed.stats)
+        timed.departure = _departure(state, timed)
         timed.phases = phases_of(seconds, looking.seconds, attending.seconds, timed.stats.io_wait_s, spans)
+        timed.details = system.details()
+
+
+def _departure(state: State | None, timed: Timed) -> str | None:
+    """Evidence that a request did not find its state; `None`: there is none."""
+    warm = state in (State.WARM_HOST, State.WARM_DEVICE)
+    if timed.resident_pages and not warm:
+        return f"{timed.resident_pages} pages of its files were in the page cache"
+    return None if state is None else departure(state, timed.stats)
+
+
+@contextmanager
+def garbage_left() -> Iterator[None]:
+    """A context in which Python collects no garbage; what there is is collected before."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

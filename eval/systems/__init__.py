@@ -5,13 +5,15 @@ Those that read parts of a prefix do so with the library's reader, layout and th
 
 from .attentionstore import AttentionStore
 from .attentionstore_h2o import AttentionStoreH2O
-from .base import NotStoredError, System
+from .base import NotStoredError, System, SystemUnavailableError
 from .contiguouskv import ContiguousKV
+from .flexgen import FlexGen
 from .impress import Impress
 from .in_memory import InMemory
 from .recompute import Recompute
-from .registry import DEFAULT_SYSTEMS, SYSTEMS, SystemKind, system_named
+from .registry import DEFAULT_SYSTEMS, SYSTEMS, OptionKind, SystemKind, system_named
 from .reload import Reload
+from .setting import Setting
 from .states import State, StateError, departure
 
 __all__ = [
@@ -20,15 +22,19 @@ __all__ = [
     "AttentionStore",
     "AttentionStoreH2O",
     "ContiguousKV",
+    "FlexGen",
     "Impress",
     "InMemory",
     "NotStoredError",
+    "OptionKind",
     "Recompute",
     "Reload",
+    "Setting",
     "State",
     "StateError",
     "System",
     "SystemKind",
+    "SystemUnavailableError",
     "departure",
     "system_named",
 ]

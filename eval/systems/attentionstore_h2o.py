@@ -1,5 +1,7 @@
 """AttentionStore with H2O's choice: all keys of a layer are loaded, and only the values of the tokens that matter.
 
+With `+overlap` the keys of all layers are read ahead, from the start of a request on: they are needed in any case.
+
 Tokens are ranked by the attention that they get from the suffix (column sums), per KV head. Keys and values are stored
 apart, head by head. Values are read in units of 64 tokens of a head: with SmolLM2 on our disks a unit of one page (32
 tokens) read 7% less, and took as long or longer, because there are twice as many reads and entries in the books.
@@ -27,18 +29,18 @@ class H2OStrategy(TokenStrategy):
         stored_keys, stored_values = self.layout.keys_of(layer), self.layout.values_of(layer)
         heads, tokens = self.prefix.geometry.kv_heads, self.prefix.tokens
         all_keys = nodes.keys_apart()
-        keys = nodes.joined(self.take(stored_keys, all_keys, identifies=True))
-        with self.timed("identify", layer):
-            mass = column_sums(queries, self.of_tokens(keys, layer), suffix_keys, scaling, self.on_device(layer))
-            chosen = self._chosen(layer, mass.view(heads, -1, tokens).sum(1))
-        units = chosen.units
-        self.ask(stored_values, units)
-        with self.timed("copy", layer):
-            for head, own in enumerate(chosen.places):
-                torch.index_select(keys[head], 0, own, out=destination[0, head])
-        values = self.take(stored_values, units).flatten(0, 1)
-        with self.timed("copy", layer):
-            u = self.layout.unit_tokens
+        with self.taken(stored_keys, all_keys, "keys", identifies=True) as found:
+            keys = nodes.joined(found)
+            with self.timed("identify", layer):
+                mass = column_sums(queries, self.of_tokens(keys, layer), suffix_keys, scaling, self.on_device(layer))
+                chosen = self._chosen(layer, mass.view(heads, -1, tokens).sum(1))
+            units = chosen.units
+            self.ask(stored_values, units)
+            with self.timed("copy", layer):
+                for head, own in enumerate(chosen.places):
+                    torch.index_select(keys[head], 0, own, out=destination[0, head])
+        with self.taken(stored_values, units, "values") as found, self.timed("copy", layer):
+            values, u = found.flatten(0, 1), self.layout.unit_tokens
             for head, own in enumerate(chosen.ranks() * u + chosen.places % u):
                 torch.index_select(values, 0, own, out=destination[1, head])
         self.used(stored_keys, all_keys)

@@ -20,7 +20,7 @@ class System(Protocol):
 
     @property
     def name(self) -> str:
-        """On the command line and in reports."""
+        """With its options, as on the command line; without the budget."""
         ...
 
     @property
@@ -46,10 +46,6 @@ class System(Protocol):
         """What must not be in the page cache for a request to be cold."""
         ...
 
-    def forget(self) -> None:
-        """Drop what earlier requests have left in this process: the next one is as in a new process."""
-        ...
-
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """Bring what is stored of a prefix to where `state` says, right before a request. Not timed.
 
@@ -66,6 +62,7 @@ class System(Protocol):
         Raises:
             ValueError: the system has no such state.
             StateError: memory has no room for it.
+            SystemUnavailableError: the system cannot run with this model or on its device.
             NotStoredError: the prefix is not stored.
         """
         ...
@@ -82,9 +79,21 @@ class System(Protocol):
         """The request is over: what it did, in observed bytes."""
         ...
 
+    def details(self) -> dict[str, Any]:
+        """What else is known of the last request, when it is over: ready for JSON, `{}` where there is nothing.
+
+        IMPRESS: `agreed`, the share of layers in which its probe heads agreed. Systems whose model cannot use the
+        library's attention: `attention`, the reason.
+        """
+        ...
+
     def __enter__(self) -> System: ...
 
     def __exit__(self, *exception: object) -> None: ...
+
+
+class SystemUnavailableError(Exception):
+    """A system cannot run with this model or on its device; the message is the reason."""
 
 
 class NotStoredError(Exception):

@@ -9,6 +9,9 @@ Tokens are stored in the order of their importance, as far as it was known when 
 blocks hold most of what is chosen. (The paper reorders within a node of its prefix tree; a prefix here is one node.)
 Memory keeps blocks by how often they were used, times the share of their tokens that was important.
 
+With `+blocks` attention uses all tokens of the blocks that are loaded, and these are those with the most chosen tokens,
+as many as hold a budget's tokens (rounded up to whole blocks).
+
 The paper's models have a key head for every query head. Under grouped-query attention "the first three heads" can be
 read in two ways: the first three query heads, which often share one key head (`"first"`); or one query head for each
 KV head, whose keys together are all keys (`"groups"`).
@@ -64,23 +67,48 @@ class ImpressStrategy(TokenStrategy):
     """
 
     probes = "first"
+    whole_blocks = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.agreed = 0
 
+    @property
+    def kept_tokens(self) -> int:
+        """See `Strategy`."""
+        u = self.layout.unit_tokens
+        return min(self.prefix.tokens, -(-self.kept // u) * u) if self.whole_blocks else self.kept
+
     def choose(
         self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float, destination: torch.Tensor
     ) -> None:
+        nodes, layout, kv_heads = self.nodes, self.layout, destination.shape[1]
+        stored_keys = layout.keys_of(layer)
+        first_keys = nodes.keys_apart()
+        with self.taken(stored_keys, first_keys, "first keys", identifies=True) as found:
+            joined = nodes.joined(found)
+            # (Values are asked for before their context ends: attention's buffer is filled from where keys are now.)
+            if not layout.others:
+                self._choose(layer, queries, suffix_keys, scaling, destination, joined)
+                return
+            with self.timed("copy", layer):
+                keys = self.room("keys", (kv_heads, *joined.shape[1:]), layer)
+                for head, own in zip(layout.apart, joined, strict=True):
+                    keys[head] = own
+        self._choose(layer, queries, suffix_keys, scaling, destination, keys)
+
+    def _choose(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        suffix_keys: torch.Tensor,
+        scaling: float,
+        destination: torch.Tensor,
+        keys: torch.Tensor,
+    ) -> None:
+        """As `choose`; those heads' `keys` `(kv_heads, places, head_dim)` that probe are there."""
         nodes, layout, u, kv_heads = self.nodes, self.layout, self.layout.unit_tokens, destination.shape[1]
         stored_keys, stored_values = layout.keys_of(layer), layout.values_of(layer)
-        first_keys = nodes.keys_apart()
-        keys = nodes.joined(self.take(stored_keys, first_keys, identifies=True))
-        if layout.others:
-            all_heads = keys.new_empty(kv_heads, *keys.shape[1:])
-            for head, own in zip(layout.apart, keys, strict=True):
-                all_heads[head] = own
-            keys = all_heads
         with self.timed("identify", layer):
             alike, chosen = self._voted(layer, self._of_probes(layer, queries, keys, suffix_keys, scaling))
         agree = alike >= similar_enough(self.prefix.tokens, self.kept)
@@ -91,8 +119,10 @@ class ImpressStrategy(TokenStrategy):
             with self.timed("identify", layer):
                 mass = column_sums(queries, self.of_tokens(keys, layer), suffix_keys, scaling, self.on_device(layer))
                 chosen = self._best(layer, mass.sum(0, keepdim=True))
-        blocks = chosen.units
         share = chosen.counts / u
+        if self.whole_blocks:
+            chosen = self._whole(layer, chosen)
+        blocks = chosen.units
         value_units, value_share = nodes.values(blocks), share.repeat(kv_heads)
         self.loader.accounts.expect_importance([stored_values], value_share.astype(np.float32))
         if agree:  # Only blocks that hold a chosen token.
@@ -102,8 +132,8 @@ class ImpressStrategy(TokenStrategy):
             self._bring_blocks_of_keys(layer, blocks, keys)
         with self.timed("copy", layer):
             torch.index_select(keys, 1, chosen.places, out=destination[0])
-        values = self.take(stored_values, value_units).view(len(blocks), kv_heads, u, -1)
-        with self.timed("copy", layer):
+        with self.taken(stored_values, value_units, "values") as found, self.timed("copy", layer):
+            values = found.view(len(blocks), kv_heads, u, -1)
             destination[1] = values[chosen.ranks(), :, chosen.places % u].transpose(0, 1)
         self._note(layer, share, blocks if agree else np.arange(nodes.blocks))
         self.used(stored_values, value_units, value_share)
@@ -122,6 +152,24 @@ class ImpressStrategy(TokenStrategy):
         if not self.on_device(layer):
             return self._on_host(best_tokens(mass, self.kept)[0])
         return self._on_device(layer, best_on_device(mass, self.kept)[0])[0]
+
+    def _whole(self, layer: int, chosen: Chosen) -> Chosen:
+        """All tokens of the blocks that hold the most chosen ones; of equals the earlier ones; the last one in part, if
+        there is no room for all of it."""
+        u, nodes = self.layout.unit_tokens, self.nodes
+        sizes = np.full(nodes.blocks, u)
+        ends = np.cumsum(nodes.blocks_of) - 1
+        sizes[ends] = np.array(nodes.tokens) - (np.array(nodes.blocks_of) - 1) * u
+        order = np.argsort(-chosen.counts.astype(np.int64), kind="stable")
+        filled = np.cumsum(sizes[order])
+        last = int(np.searchsorted(filled, self.kept_tokens))
+        counts = np.zeros(nodes.blocks, dtype=np.int64)
+        counts[order[:last]] = sizes[order[:last]]
+        counts[order[last]] = self.kept_tokens - (filled[last - 1] if last else 0)
+        within = np.arange(u) < counts[:, None]
+        places = np.flatnonzero(within.ravel())
+        device = self.devices[layer]
+        return Chosen(send(places, device), send(places // u, device), send(counts, device), counts)
 
     def _on_host(self, tokens: Tokens) -> Chosen:
         places = self.places_of(tokens)
@@ -144,11 +192,13 @@ class ImpressStrategy(TokenStrategy):
             return
         units, u = self.nodes.other_keys(blocks), self.layout.unit_tokens
         self.ask(self.layout.keys_of(layer), units)
-        found = self.take(self.layout.keys_of(layer), units, identifies).view(len(blocks), len(others), u, -1)
-        with self.timed("copy", layer):
-            device = self.devices[layer]
-            heads, where = self.sent("other heads", others, layer), send(blocks, device)
-            keys.view(len(keys), -1, u, keys.shape[-1])[heads[:, None], where] = found.transpose(0, 1)
+        with (
+            self.taken(self.layout.keys_of(layer), units, "other keys", identifies) as found,
+            self.timed("copy", layer),
+        ):
+            heads, where = self.sent("other heads", others, layer), send(blocks, self.devices[layer])
+            own = found.view(len(blocks), len(others), u, -1).transpose(0, 1)
+            keys.view(len(keys), -1, u, keys.shape[-1])[heads[:, None], where] = own
 
     def _note(self, layer: int, share: npt.NDArray[np.float64], blocks: Tokens) -> None:
         """Tell memory what share of each unit of keys was important, and which were used."""
@@ -192,33 +242,63 @@ class ImpressGroupsStrategy(ImpressStrategy):
     probes = "groups"
 
 
+class ImpressBlocksStrategy(ImpressStrategy):
+    """Whole blocks."""
+
+    whole_blocks = True
+
+
+class ImpressGroupsBlocksStrategy(ImpressGroupsStrategy):
+    """One probe head for each KV head, and whole blocks."""
+
+    whole_blocks = True
+
+
+_STRATEGIES: dict[tuple[str, bool], type[ImpressStrategy]] = {
+    ("first", False): ImpressStrategy,
+    ("groups", False): ImpressGroupsStrategy,
+    ("first", True): ImpressBlocksStrategy,
+    ("groups", True): ImpressGroupsBlocksStrategy,
+}
+
+
 class Impress(TokenSystem):
     """IMPRESS.
 
     Args:
-        probes: one of `PROBES`; `"groups"` is called `impress_groups`.
+        probes: one of `PROBES`; `"groups"` is the option of this name.
         reorder: whether tokens are stored in the order of their importance.
+        blocks: whether attention uses all tokens of the blocks that are loaded.
         arguments, options: see `TokenSystem`.
     """
 
+    published = "impress"
     published_eviction = UsedAndImportant()
     strategy: type[ImpressStrategy]
 
-    def __init__(self, *arguments: Any, probes: str = "first", reorder: bool = True, **options: Any) -> None:
-        self.published = "impress" if probes == "first" else f"impress_{probes}"
-        self.strategy = ImpressStrategy if probes == "first" else ImpressGroupsStrategy
+    def __init__(
+        self, *arguments: Any, probes: str = "first", reorder: bool = True, blocks: bool = False, **options: Any
+    ) -> None:
+        probe_heads(1, 1, probes)
+        self.named = (*(("groups",) if probes == "groups" else ()), *(("blocks",) if blocks else ()))
+        self.strategy = _STRATEGIES[probes, blocks]
         self._reorder = reorder
         super().__init__(*arguments, **options)
 
     @property
     def agreed(self) -> int:
         """In how many layers of the last request the probe heads agreed."""
+        assert self.served is not None
         assert isinstance(self.served.last, ImpressStrategy)
         return self.served.last.agreed
 
+    def details(self) -> dict[str, Any]:
+        """See `System`: `agreed`, the share of layers in which the probe heads agreed."""
+        return {} if self.served is None else {"agreed": self.agreed / self.layout.geometry.num_layers}
+
     @property
     def method(self) -> str:
-        return f"{self.published} {self._reorder}"
+        return f"{self.published} {self.strategy.probes} {self._reorder}"
 
     def apart(self, heads: int, kv_heads: int) -> tuple[int, ...]:
         """See `TokenSystem`: those of the probe heads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVConfig, RequestStats
+from hf_contiguouskv.hardware.aligned_memory import aligned_buffer
 from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
 
-from .attention import GroupedAttention, grouped_cache
+from .attention import ROOM, BufferedLayer, GroupedAttention, cache_of, grouped_cache
 from .base import NotStoredError, key_of, require_states
 from .states import State, on_accelerator, require_state
 
@@ -26,65 +28,105 @@ def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = N
     return cache
 
 
-def copied(model: Any, states: DynamicCache, tokens: int) -> DynamicCache:
-    """A `DynamicCache` of its own with the K and V of `states`, where the model's layers are.
-
-    Raises:
-        ValueError: they are not those of `tokens` tokens in this model.
-    """
+def buffered_cache(model: Any, capacity: int) -> DynamicCache:
+    """An empty cache with room for `capacity` tokens, where the model's layers are."""
     served = ServedModel(model)
-    require_states(states, tokens, served.geometry(ContiguousKVConfig().chunk_size))
-    cache = grouped_cache(model)
-    for number, (layer, device) in enumerate(zip(states.layers, served.layers.devices, strict=True)):
-        cache.update(layer.keys.to(device), layer.values.to(device), number)  # Which copies them.
-    return cache
+    g = served.geometry(ContiguousKVConfig().chunk_size)
+    shape = (2, 1, g.kv_heads, capacity, g.head_dim)
+    octets = 2 * g.kv_heads * capacity * g.head_dim * g.itemsize
+
+    def buffer(device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=g.dtype, device=device)
+        return aligned_buffer(octets).view(g.dtype).view(shape)
+
+    return cache_of([BufferedLayer(buffer(device)) for device in served.layers.devices])
+
+
+@dataclass
+class _Kept:
+    """One prefix.
+
+    Attributes:
+        cache: holds it.
+        tokens: of the prefix.
+        layers: what the layers' objects hold when nothing was added, for layers that make new tensors.
+    """
+
+    cache: DynamicCache
+    tokens: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = [dict(vars(layer)) for layer in self.cache.layers]
+
+    def go_back(self) -> None:
+        """Forget what a request has added."""
+        for layer, before in zip(self.cache.layers, self.layers, strict=True):
+            # Only layers with a buffer write in place, and never into the prefix: its tensors are as they were.
+            vars(layer).update(before)
 
 
 class InMemory:
-    """A `DynamicCache` for every prefix. Requests use it in turn, and what they added is cropped away again: the next
-    one pays nothing for a copy."""
+    """A cache for every prefix, which requests use in turn. What they add is forgotten when they are over.
 
-    name = "in_memory"
+    K and V of a prefix lie in memory that has room for what a request adds, so that nothing is copied.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: whose prefixes.
+        dynamic: do as `DynamicCache` does: each layer of a request copies K and V of the prefix to append to them.
+    """
+
+    def __init__(self, model: Any, *, dynamic: bool = False) -> None:
+        self.name = "in_memory+dynamic" if dynamic else "in_memory"
         self._model = model
-        self._caches: dict[bytes, DynamicCache] = {}
-        self._lengths: dict[int, int] = {}
+        self._kept: dict[bytes, _Kept] = {}
         self._attention = GroupedAttention(model)
+        self._buffered = not dynamic and self._attention.note is None
+
+    @property
+    def _tier(self) -> State:
+        return State.WARM_DEVICE if on_accelerator(self._model.device) else State.WARM_HOST
 
     @property
     def states(self) -> tuple[State, ...]:
         """See `System`: where the model is."""
-        return (State.WARM_DEVICE if on_accelerator(self._model.device) else State.WARM_HOST,)
+        return (self._tier,)
 
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
         """See `System`. A prefix that grows (a chat) goes on in its cache; the shorter one is not kept besides."""
-        key = key_of(prefix_ids)
-        if key in self._caches:
+        key, tokens = key_of(prefix_ids), len(prefix_ids)
+        if key in self._kept:
             return
-        before = max((one for one in self._caches if key.startswith(one)), key=len, default=b"")
+        before = max((one for one in self._kept if key.startswith(one)), key=len, default=b"")
+        if states is not None:
+            served = ServedModel(self._model)
+            require_states(states, tokens, served.geometry(ContiguousKVConfig().chunk_size))
+        known = self._kept.pop(before, None)
+        cache = self._empty(tokens) if known is None or states is not None else known.cache
+        for layer in cache.layers:
+            if isinstance(layer, BufferedLayer):
+                layer.reserve(tokens + ROOM)
         if states is None:
-            known = self._caches.pop(before, None)
-            cache = prefill(self._model, prefix_ids, grouped_cache(self._model) if known is None else known)
+            prefill(self._model, prefix_ids, cache)
         else:
-            self._caches.pop(before, None)
-            cache = copied(self._model, states, len(prefix_ids))
-        self._caches[key] = cache
-        self._lengths[id(cache)] = len(prefix_ids)
+            for number, (layer, device) in enumerate(zip(states.layers, served.layers.devices, strict=True)):
+                cache.update(layer.keys.to(device), layer.values.to(device), number)  # Which copies them.
+        self._kept[key] = _Kept(cache, tokens)
+
+    def _empty(self, tokens: int) -> DynamicCache:
+        return buffered_cache(self._model, tokens + ROOM) if self._buffered else grouped_cache(self._model)
 
     def files(self) -> list[Path]:
         return []
 
-    def forget(self) -> None:
-        """See `System`: being in memory is what this system is."""
-
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """See `System`: it always is where it is."""
         require_state(self.name, state, self.states)
-        self._kept(prefix_ids)
+        self._found(prefix_ids)
 
-    def _kept(self, prefix_ids: torch.Tensor) -> DynamicCache:
-        found = self._caches.get(key_of(prefix_ids))
+    def _found(self, prefix_ids: torch.Tensor) -> _Kept:
+        found = self._kept.get(key_of(prefix_ids))
         if found is None:
             raise NotStoredError(f"a prefix of {len(prefix_ids)} tokens was not stored")
         return found
@@ -95,20 +137,27 @@ class InMemory:
         Raises:
             NotStoredError: the prefix was not stored.
         """
-        found = self._kept(prefix_ids)
+        found = self._found(prefix_ids)
         self._attention.begin()
-        return found
+        return found.cache
 
     def timeline(self, cache: Any) -> None:
         """See `System`."""
 
     def finish(self, cache: Any) -> RequestStats:
         self._attention.end()
-        cache.crop(self._lengths[id(cache)] - cache.get_seq_length())  # A negative number: so many go.
-        return RequestStats()
+        found = next(kept for kept in self._kept.values() if kept.cache is cache)
+        found.go_back()
+        tier = "device" if self._tier is State.WARM_DEVICE else "host"
+        return RequestStats(hits={"device": 0, "host": 0, "disk": 0} | {tier: len(cache.layers)})
+
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return self._attention.details()
 
     def __enter__(self) -> InMemory:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._caches.clear()
+        self._attention.end()
+        self._kept.clear()

@@ -20,6 +20,7 @@ from .attention import GroupedAttention, grouped_cache
 from .base import NotStoredError, key_of, require_states
 from .in_memory import prefill
 from .states import State, require_state
+from .throttle import bucket_of
 
 _PIECE = 2**24
 
@@ -30,14 +31,16 @@ class Reload:
     Args:
         model: whose prefixes.
         folder: where files lie.
+        read_gbps: what comes from the disk comes no faster, in GB/s; `None`: as fast as the disk.
     """
 
     name = "reload"
     states = (State.COLD, State.WARM_HOST)
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, model: Any, folder: Path, *, read_gbps: float | None = None) -> None:
         self._model = model
         self._folder = folder
+        self._bucket = bucket_of(read_gbps)
         self._stats = RequestStats()
         self._stored: dict[bytes, Path] = {}
         self._attention = GroupedAttention(model)
@@ -67,9 +70,6 @@ class Reload:
     def files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"))
 
-    def forget(self) -> None:
-        """See `System`: nothing stays in the process."""
-
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
         """See `System`. Host memory is the page cache here: nothing else is left of a request."""
         require_state(self.name, state, self.states)
@@ -95,15 +95,27 @@ class Reload:
         """
         path = self._stored_file(prefix_ids)
         self._attention.begin()
+        began = 0.0 if self._bucket is None else self._bucket.reserve(0)
         started, before = time.perf_counter(), storage_bytes_read()
         cache = grouped_cache(self._model)
         with safe_open(path, framework="pt", device=str(self._model.device)) as file:
-            for layer in range(len(file.keys()) // 2):
+            layers = len(file.keys()) // 2
+            for layer in range(layers):
                 cache.update(file.get_tensor(f"keys.{layer}"), file.get_tensor(f"values.{layer}"), layer)
+                if self._bucket is not None:
+                    # The disk tells only afterwards what came from it: a slower one would have taken until then.
+                    read = storage_bytes_read() - before
+                    self._bucket.wait_until(began + read / self._bucket.bytes_per_s)
         # All of it is read before the model starts, and all of it is used.
         waited = time.perf_counter() - started
+        read = storage_bytes_read() - before
         self._stats = RequestStats(
-            bytes_read=storage_bytes_read() - before, bytes_used=path.stat().st_size, io_wait_s=waited
+            prefix_tokens=len(prefix_ids),
+            tokens_from_store=len(prefix_ids),
+            bytes_read=read,
+            bytes_used=path.stat().st_size,
+            io_wait_s=waited,
+            hits={"device": 0, "host": 0 if read else layers, "disk": layers if read else 0},
         )
         return cache
 
@@ -114,8 +126,12 @@ class Reload:
         self._attention.end()
         return self._stats
 
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return self._attention.details()
+
     def __enter__(self) -> Reload:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        pass
+        self._attention.end()

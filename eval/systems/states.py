@@ -13,8 +13,10 @@ from hf_contiguouskv.hardware import accelerator as devices
 class State(StrEnum):
     """Where a prefix is before a request. `System.enter` brings a system into one; nothing of that is timed."""
 
-    #: Neither in this process nor in the page cache. The store is a new object, opened.
+    #: Neither in this process nor in the page cache. The request opens the store, which is a new object.
     COLD = "cold"
+    #: As `COLD`, but the store is open, and host memory is registered with the accelerator where there is one.
+    OPEN = "open"
     #: The store is open, and what tells which tokens matter (our index, the published method's leader keys, the keys
     #: that AS+H2O and IMPRESS always load) is in memory where it is used. Everything else is on disk.
     KEYS_RESIDENT = "keys_resident"
@@ -51,13 +53,15 @@ def require_state(name: str, state: State, states: tuple[State, ...]) -> None:
 
 
 def departure(state: State, stats: RequestStats) -> str | None:
-    """What speaks against a request having found `state`, for systems with a store; `None`: nothing does.
+    """What speaks against a request having found `state`; `None`: nothing does.
 
     Args:
         state: that the system was brought into before the request.
         stats: of the request, when it is over.
     """
     hits = stats.hits
+    if not hits:
+        return None  # A system that keeps nothing anywhere, such as `recompute`.
     where = {State.WARM_HOST: "host", State.WARM_DEVICE: "device"}.get(state, "disk")
     elsewhere = {tier: count for tier, count in hits.items() if count and tier != where}
     if elsewhere:

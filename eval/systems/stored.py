@@ -12,35 +12,56 @@ import torch
 from transformers import DynamicCache
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore, RequestStats
+from hf_contiguouskv.errors import UnsupportedModelError
 from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.prefill.persisting import persist_rows
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
+from hf_contiguouskv.store.local_disk import LocalDisk
 from hf_contiguouskv.timeline import Timeline
 
 from ..timing import drop_page_cache
-from .base import NotStoredError, key_of, require_states
+from .base import NotStoredError, SystemUnavailableError, key_of, require_states
 from .bringing import ChunkParts, Named, Parts, move_to, resident
 from .states import State, require_state, warm_states
+from .throttle import ThrottledBackend, bucket_of
 
 
 class Stored:
-    """A store in a folder, opened again after `forget`.
+    """A store in a folder. A closed one is opened by the next request.
 
     Args:
         name: of the system.
         model: whose prefixes.
         folder: of the store.
         config: how prefixes are stored.
+        read_gbps: reads from disk are no faster, in GB/s; `None`: as fast as the disk.
         store_options: of `PrefixStore` (limits, eviction).
+
+    Raises:
+        SystemUnavailableError: the library does not serve the model.
     """
 
-    def __init__(self, name: str, model: Any, folder: Path, config: ContiguousKVConfig, **store_options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        folder: Path,
+        config: ContiguousKVConfig,
+        *,
+        read_gbps: float | None = None,
+        **store_options: Any,
+    ) -> None:
         self._name = name
         self._model = model
+        try:
+            _ = ServedModel(model).shape
+        except UnsupportedModelError as error:
+            raise SystemUnavailableError(f"{name}: {error}") from error
         self._folder = folder
         self._config = config
         self._options = store_options
+        self._bucket = bucket_of(read_gbps)
         self._store: PrefixStore | None = None
         # What requests with a suffix use of a prefix, by the ids of both.
         self._named: dict[tuple[bytes, bytes], Named] = {}
@@ -53,12 +74,17 @@ class Stored:
     def states(self) -> tuple[State, ...]:
         """See `System`. Where all of the prefix is used there are no keys to choose by."""
         keys = (State.KEYS_RESIDENT,) if self._config.budget != 1.0 else ()
-        return (State.COLD, *keys, *warm_states(self._model.device))
+        return (State.COLD, State.OPEN, *keys, *warm_states(self._model.device))
 
     def opened(self) -> PrefixStore:
         """The store."""
         if self._store is None:
-            self._store = PrefixStore(self._folder, **self._options)
+            options = dict(self._options)
+            if self._bucket is not None:
+                if not self._folder.exists():
+                    PrefixStore(self._folder).close()  # Only a folder that is a store may hold segments.
+                options["backend"] = ThrottledBackend(LocalDisk(self._folder), self._bucket)
+            self._store = PrefixStore(self._folder, **options)
         return self._store
 
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
@@ -94,9 +120,9 @@ class Stored:
         found: Timeline | None = cache.timeline
         return found
 
-    def forget(self) -> None:
-        """See `System`: the store is opened again inside the timer."""
-        self.close_store()
+    def details(self) -> dict[str, Any]:
+        """See `System`."""
+        return {}
 
     def close_store(self) -> None:
         """Let go of everything that is in memory."""
@@ -107,9 +133,11 @@ class Stored:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def enter(self, state: State, prefix_ids: torch.Tensor, suffix_ids: torch.Tensor | None = None) -> None:
-        """See `System`. The store is open afterwards, and the host's memory is registered with the accelerator."""
+        """See `System`. But for `COLD` the store is open afterwards, and host memory is registered with the device."""
         require_state(self.name, state, self.states)
         if state is State.COLD:
+            self.close_store()
+        elif state is State.OPEN:
             self.close_store()
             memory = self.opened().inner.memory
             for device in ServedModel(self._model).layers.devices:

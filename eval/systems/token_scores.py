@@ -124,7 +124,9 @@ def best_tokens(mass: torch.Tensor, keep: int) -> Tokens:
 
 def similarity(chosen: Tokens) -> float:
     """Mean Jaccard index of all pairs of rows of `(rows, keep)`; 1.0 for a single row."""
-    pairs = [len(np.intersect1d(one, other, assume_unique=True)) for one, other in combinations(chosen, 2)]
+    named = np.zeros((len(chosen), int(chosen.max(initial=-1)) + 1), dtype=bool)
+    np.put_along_axis(named, chosen, True, axis=1)
+    pairs = [int(np.count_nonzero(one & other)) for one, other in combinations(named, 2)]
     return mean_jaccard(pairs, chosen.shape[1])
 
 
@@ -150,5 +152,23 @@ def voted(chosen: Tokens, mass: torch.Tensor, keep: int) -> Tokens:
         int64 `(keep,)`, ascending.
     """
     votes = np.bincount(chosen.ravel(), minlength=mass.shape[1])
-    order = np.lexsort((-mass.sum(0).numpy(), -votes))
-    return np.sort(order[:keep])
+    # The fewest votes with which a token may be among the best, and how many tokens have more.
+    at_least = np.bincount(votes)[::-1].cumsum()[::-1]
+    fewest = int(np.flatnonzero(at_least >= keep)[-1])
+    certain = votes > fewest
+    left = keep - int(np.count_nonzero(certain))
+    candidates = np.flatnonzero(votes == fewest)
+    if left < len(candidates):
+        candidates = candidates[_heaviest(mass.sum(0).numpy()[candidates], left)]
+    certain[candidates] = True
+    return np.flatnonzero(certain)
+
+
+def _heaviest(mass: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.bool_]:
+    """Which are the `keep` largest, fewer than all; of equals the earlier ones. Without sorting all of them."""
+    if not keep:
+        return np.zeros(len(mass), dtype=bool)
+    limit = np.partition(mass, len(mass) - keep)[len(mass) - keep]
+    best: npt.NDArray[np.bool_] = mass > limit
+    best[np.flatnonzero(mass == limit)[: keep - np.count_nonzero(best)]] = True
+    return best

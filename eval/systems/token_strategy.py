@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from hf_contiguouskv.config import ReadOptions
+from hf_contiguouskv.hardware.aligned_memory import aligned_buffer
 from hf_contiguouskv.loading.chunk_accounts import Arrival
 from hf_contiguouskv.loading.chunk_loader import ChunkLoader
 from hf_contiguouskv.memory.blocks import neighbours
@@ -24,8 +26,23 @@ from .states import on_accelerator
 from .token_scores import Tokens, tokens_kept
 from .units import Nodes
 
-# Layers whose keys are read ahead of compute, as in the library.
-AHEAD = 3
+
+class ScratchMemory:
+    """Host memory that layers and requests reuse: fresh memory costs more than filling it. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._octets: dict[str, torch.Tensor] = {}
+
+    def of(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised; valid until the next call with this name."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self._octets.get(name, ())) < size:
+            self._octets[name] = aligned_buffer(size)
+        return self._octets[name][:size].view(dtype).view(*shape)
+
+    def clear(self) -> None:
+        """Give it back."""
+        self._octets.clear()
 
 
 class TokenStrategy(ABC):
@@ -37,23 +54,22 @@ class TokenStrategy(ABC):
         context: of the request.
         units: the prefix in units.
         nodes: of the prefix.
-        ahead: layers whose first keys are read before attention gets there; 0: none.
+        overlap: whether the keys that every layer needs are read ahead of compute, from the start of the request on.
+        scratch: memory to work with.
 
     Attributes:
         loader: of units. Each layer of the model has two stored ones: keys, values.
-        kept: tokens that each layer uses.
+        kept: tokens that are chosen in each layer.
 
-    Raises:
-        ValueError: the model has layers with a sliding window.
     """
 
     # All tokens may be kept, but they are chosen all the same.
     keeps_all = False
 
-    def __init__(self, context: RequestContext, units: AttachedPrefix, nodes: Nodes, ahead: int) -> None:
+    def __init__(
+        self, context: RequestContext, units: AttachedPrefix, nodes: Nodes, overlap: bool, scratch: ScratchMemory
+    ) -> None:
         self.plan = plan = context.plan
-        if len(plan.layers.full_layers) < len(plan.layers.windows):
-            raise ValueError("only models with full attention in every layer are supported")
         assert plan.config.budget != "auto"
         self.stats = context.stats
         self.units = units
@@ -73,22 +89,27 @@ class TokenStrategy(ABC):
             timeline=context.timeline,
             usage=context.usage,
         )
+        self.scratch = scratch
         self._timeline = context.timeline
-        self._ahead = ahead
-        self._asked: set[int] = set()
+        self._overlap = overlap
         self._sent: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     @property
     def kept_tokens(self) -> int:
+        """See `Strategy`: those that were chosen."""
         return self.kept
 
     def start(self, loaded: Collection[int]) -> None:
-        self._ask_keys(range(self._ahead))
+        if self._overlap:
+            for layer in range(len(self.devices)):
+                self.loader.want_later(self.layout.keys_of(layer), self.nodes.keys_apart())
+            self.loader.start_queued()
 
     def load(self, asked: LayerInput, destination: torch.Tensor) -> Sequence[Arrival]:
         if asked.query.shape[0] != 1 or asked.options.get("softcap") is not None:
             raise ValueError("these systems serve one row, of models without a soft cap on attention")
-        self._ask_keys(range(asked.layer, asked.layer + 1 + self._ahead))
+        if not self._overlap:
+            self.ask(self.layout.keys_of(asked.layer), self.nodes.keys_apart())
         with torch.no_grad():
             scaling = asked.options["scaling"]
             self.choose(asked.layer, asked.query[0], asked.suffix_keys[0], scaling, destination[:, 0])
@@ -104,10 +125,10 @@ class TokenStrategy(ABC):
 
     def count(self, layer: int, arrived: Sequence[Arrival]) -> None:
         """See `Strategy`. Units were counted when they were taken; attention uses only some tokens of each."""
-        self.stats.bytes_used += self.kept * self.prefix.token_bytes()
+        self.stats.bytes_used += self.kept_tokens * self.prefix.token_bytes()
 
     def copy_for(self, context: RequestContext) -> TokenStrategy:
-        return type(self)(context, self.units, self.nodes, self._ahead)
+        return type(self)(context, self.units, self.nodes, self._overlap, self.scratch)
 
     @abstractmethod
     def choose(
@@ -154,38 +175,60 @@ class TokenStrategy(ABC):
 
     # -- units --------------------------------------------------------------------------------------------------------
 
-    def _ask_keys(self, layers: range) -> None:
-        for layer in layers:
-            if layer < len(self.devices) and layer not in self._asked:
-                self._asked.add(layer)
-                self.ask(self.layout.keys_of(layer), self.nodes.keys_apart())
-
     def ask(self, stored_layer: int, units: Tokens) -> None:
         """Start reading units of one stored layer (int64, ascending)."""
         self.loader.want([stored_layer], units)
 
-    def take(self, stored_layer: int, units: Tokens, identifies: bool = False) -> torch.Tensor:
-        """Units that were asked for, in the order of `units`, where attention runs: `(len(units), u, head_dim)`.
+    def room(self, name: str, shape: Sequence[int], layer: int) -> torch.Tensor:
+        """Memory for numbers of the model where a layer's attention runs; on a CPU until the next call with `name`."""
+        dtype, device = self.prefix.geometry.dtype, self.devices[layer]
+        if self.on_device(layer):
+            return torch.empty(*shape, dtype=dtype, device=device)  # The device's allocator reuses it.
+        return self.scratch.of(name, shape, dtype)
 
-        `identifies`: they serve to choose tokens (counted as `bytes_identified`).
+    @contextmanager
+    def taken(self, stored_layer: int, units: Tokens, name: str, identifies: bool = False) -> Iterator[torch.Tensor]:
+        """Units that were asked for, in the order of `units`, where attention runs, inside the context.
+
+        Where they lie together in memory they are used there, without a copy.
+
+        Args:
+            stored_layer: that they are of.
+            units: int64, ascending.
+            name: of the memory that they are put together in, if need be.
+            identifies: whether they serve to choose tokens (counted as `bytes_identified`).
+
+        Yields:
+            `(len(units), u, head_dim)`
         """
-        g, size, device = self.prefix.geometry, self.layout.unit_bytes, self.devices[stored_layer // 2]
-        before = self.stats.bytes_read
-        found = torch.empty(len(units), self.layout.unit_tokens, g.head_dim, dtype=g.dtype, device=device)
-        rows = found.view(torch.uint8).view(len(units), size)
+        g, layer = self.prefix.geometry, stored_layer // 2
+        shape = (len(units), self.layout.unit_tokens, g.head_dim)
+        found: torch.Tensor | None = None
         with closing(self.loader.take(stored_layer)) as arriving:
             for part in arriving:
-                with self.timed("copy", stored_layer // 2):
+                if not identifies:  # As in the library: hits are of what attention uses.
+                    self.loader.accounts.count_hits(stored_layer, Arrival.of(part))
+                elif part.ticket is not None:
+                    self.stats.bytes_identified += part.ticket.bytes_read
+                with self.timed("copy", layer):
                     positions = np.searchsorted(units, part.chunks)
-                    if neighbours(positions):
-                        rows[positions[0] : positions[0] + len(positions)] = part.extents(None)
+                    together = neighbours(positions)
+                    rows = part.extents(None)
+                if together and len(positions) == len(units):
+                    yield rows.view(g.dtype).view(shape)
+                    continue  # There is nothing else, but the loader is to see the end.
+                with self.timed("copy", layer):
+                    if found is None:
+                        found = self.room(name, shape, layer)
+                    into = found.view(torch.uint8).view(len(units), -1)
+                    if together:
+                        into[positions[0] : positions[0] + len(positions)] = rows
                     else:
-                        rows.index_copy_(0, send(positions, device), part.extents(None))
-                    if not identifies:  # As in the library: hits are of what attention uses.
-                        self.loader.accounts.count_hits(stored_layer, Arrival.of(part))
-        if identifies:
-            self.stats.bytes_identified += self.stats.bytes_read - before
-        return found
+                        into.index_copy_(0, send(positions, self.devices[layer]), rows)
+        if found is not None:
+            yield found
+        elif not len(units):
+            yield self.room(name, shape, layer)
 
     @contextmanager
     def timed(self, kind: str, layer: int) -> Iterator[None]:

@@ -19,13 +19,13 @@ from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.hashing import TokenIds
 
-from .base import key_of, require_states
+from .base import SystemUnavailableError, key_of, require_states
 from .bringing import Parts, UnitParts
 from .in_memory import prefill
 from .states import State, warm_states
 from .stored import Stored
 from .token_scores import column_sums
-from .token_strategy import AHEAD, TokenMethod, TokenStrategy
+from .token_strategy import ScratchMemory, TokenMethod, TokenStrategy
 from .units import Nodes, UnitLayout, find_nodes, write_nodes
 
 # Tokens of a unit, as of IMPRESS's blocks.
@@ -97,19 +97,24 @@ class TokenSystem(Stored):
         folder: of the store.
         budget: share of tokens that attention uses.
         overlap: whether keys are read ahead of compute: as the system deserves, not as papers run it.
-        store_options: of `PrefixStore`.
+        store_options: of `Stored`.
+
+    Raises:
+        SystemUnavailableError: the model has layers with sliding windows.
 
     Attributes:
-        published: name of the system as published, without overlap.
+        published: name of the system as published, without options.
+        named: options of its own, for its name.
         published_eviction: what stays in memory, as published.
         strategy: its kind of strategy.
-        served: by what the last cache was served.
+        served: by what the last cache was served; `None`: there was none.
     """
 
     published: str
+    named: tuple[str, ...] = ()
     published_eviction: str | EvictionPolicy
     strategy: type[TokenStrategy]
-    served: TokenMethod
+    served: TokenMethod | None = None
 
     def __init__(
         self,
@@ -121,13 +126,16 @@ class TokenSystem(Stored):
         **store_options: Any,
     ) -> None:
         options = {"eviction": self.published_eviction} | store_options
-        lfu = "_lfu" if options["eviction"] == "lfu" else ""
-        name = self.published + lfu + ("_overlapped" if overlap else "")
+        named = {"overlap": overlap, "lfu": options["eviction"] == "lfu"}
+        name = "+".join((self.published, *sorted((*self.named, *(option for option, on in named.items() if on)))))
         super().__init__(
             name, model, folder, ContiguousKVConfig(budget=budget, payload="exact", timeline=timeline), **options
         )
-        self._ahead = AHEAD if overlap else 0
+        self._overlap = overlap
+        self._scratch = ScratchMemory()
         served = ServedModel(model)
+        if any(window is not None for window in served.windows):
+            raise SystemUnavailableError(f"{name} chooses tokens, and the model has layers with sliding windows")
         geometry = served.geometry(self._config.chunk_size)
         apart = self.apart(served.query_heads, geometry.kv_heads)
         self.layout = UnitLayout(geometry, UNIT_TOKENS, apart)
@@ -196,10 +204,14 @@ class TokenSystem(Stored):
             ids = self._ids[key, nodes.tokens] = nodes.ids(prefix_ids.numpy())
         return nodes, find_nodes(self.opened(), nodes, self._fingerprint, ids)
 
+    def close_store(self) -> None:
+        super().close_store()
+        self._scratch.clear()
+
     @property
     def states(self) -> tuple[State, ...]:
         """See `System`. There are keys to choose by whatever the budget is."""
-        return (State.COLD, State.KEYS_RESIDENT, *warm_states(self._model.device))
+        return (State.COLD, State.OPEN, State.KEYS_RESIDENT, *warm_states(self._model.device))
 
     def parts(self, prefix_ids: torch.Tensor, on_host: bool) -> Parts:
         nodes, units = self._found(prefix_ids)
@@ -208,5 +220,5 @@ class TokenSystem(Stored):
 
     def cache(self, prefix_ids: torch.Tensor) -> Any:
         nodes, units = self._found(prefix_ids)
-        self.served = TokenMethod(lambda context: self.strategy(context, units, nodes, self._ahead))
+        self.served = TokenMethod(lambda context: self.strategy(context, units, nodes, self._overlap, self._scratch))
         return ContiguousKVCache(self._model, prefix_ids, store=self.opened(), config=self._config, method=self.served)

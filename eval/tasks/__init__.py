@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .base import Request, Task
+from .base import Request, Task, TooFewRowsError
+from .chat import ChatTemplateError
 from .common_words import common_words
+from .few_shot import FewShot
 from .kv_retrieval import kv_retrieval
 from .longbench import SUBSETS, longbench
 from .needle import needle, needle_multikey
 from .nq_open import nq_open
-from .rows import DataMissingError
+from .own_data import FILE, OwnDataError, own_data
+from .rows import DataMissingError, data_noted
 from .rte import rte
 from .ruler import METRICS, ruler
 from .sst2 import sst2
@@ -35,19 +39,34 @@ TASKS: dict[str, Callable[[Path | str | None], Task]] = {
     **{f"ruler_{task}": partial(ruler, task) for task in METRICS},
 }
 
-__all__ = ["TASKS", "DataMissingError", "Request", "Task", "task_named"]
+__all__ = [
+    "TASKS",
+    "ChatTemplateError",
+    "DataMissingError",
+    "OwnDataError",
+    "Request",
+    "Task",
+    "TooFewRowsError",
+    "data_noted",
+    "task_named",
+]
 
 
-def task_named(name: str, data_dir: Path | str | None = None) -> Task:
+def task_named(name: str, data_dir: Path | str | None = None, prefixes: int | None = None) -> Task:
     """The task of this name.
 
     Args:
-        name: one of `TASKS`.
+        name: one of `TASKS`, or `file:` and the path of a file (see `own_data`).
         data_dir: folder with local data; default: `$CONTIGUOUSKV_DATA`, else the Hub.
+        prefixes: prefixes of a few-shot task; default: five. The prefixes of other tasks follow from their requests.
 
     Raises:
+        OwnDataError: the file is missing, or a line of it is wrong.
         ValueError: no task has this name.
     """
+    if name.startswith(FILE):
+        return own_data(name.removeprefix(FILE))
     if name not in TASKS:
-        raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")
-    return TASKS[name](data_dir)
+        raise ValueError(f"task must be {FILE}NAME.jsonl, or one of {sorted(TASKS)}, got {name!r}")
+    task = TASKS[name](data_dir)
+    return replace(task, prefixes=prefixes) if prefixes is not None and isinstance(task, FewShot) else task

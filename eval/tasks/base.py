@@ -23,6 +23,7 @@ class Request:
         answers: right answers; for a classification, the right label.
         choices: labels, of which the most likely one is the answer; empty if the answer is generated.
         max_new_tokens: limit on generated tokens.
+        before_answer: text between the prompt and an answer or a choice.
         about: details of the request for the run's rows, such as the depth of a needle.
     """
 
@@ -34,6 +35,7 @@ class Request:
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 1
+    before_answer: str = " "
     about: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -56,7 +58,14 @@ class Task(Protocol):
         ...
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """The first `count` requests; equal for equal seeds and tokenizers."""
+        """The first `count` requests, or all if a task of the user has fewer.
+
+        They are equal for equal seeds and tokenizers, and more requests begin with the same ones. So a run can make
+        the requests from number 50 on that another run has not made.
+
+        Raises:
+            TooFewRowsError: the data set has fewer rows.
+        """
         ...
 
 
@@ -75,12 +84,16 @@ def answer_turn(question: str, begin: str = "") -> str:
     return f"{question}<|im_end|>\n<|im_start|>assistant\n{begin}"
 
 
+class TooFewRowsError(ValueError):
+    """A data set has fewer rows than requests were asked for."""
+
+
 def sample(rows: Sequence[Any], count: int, chance: random.Random) -> list[Any]:
-    """`count` different rows in random order.
+    """The first `count` rows of a random order of all rows; a larger `count` gives the same rows first.
 
     Raises:
-        ValueError: there are fewer rows.
+        TooFewRowsError: there are fewer rows.
     """
     if count > len(rows):
-        raise ValueError(f"{count} rows were asked for, but the data set has {len(rows)}")
-    return chance.sample(list(rows), count)
+        raise TooFewRowsError(f"{count} rows were asked for, but the data set has {len(rows)}")
+    return chance.sample(list(rows), len(rows))[:count]

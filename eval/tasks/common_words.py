@@ -35,7 +35,7 @@ class CommonWords:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """The first `count` requests; every request has its own prefix."""
+        """The first `count` requests; every request has its own prefix, so there are `count`."""
         words = self._words()
         chance = random.Random(f"{self.name} {seed}")
         found = []

@@ -12,13 +12,15 @@ import torch
 
 from ..documents import reference_text
 from .base import encode
-from .rows import data_folder, load_rows
+from .rows import data_folder, load_rows, note_rows
 
 
 def paragraphs(data_dir: Path | str | None) -> list[str]:
     """Pieces of about a hundred words, always in the same order."""
     if data_folder(data_dir) is None:
-        return [piece.strip() for piece in reference_text().split("\n\n") if len(piece) > 80]
+        pieces = [piece.strip() for piece in reference_text().split("\n\n") if len(piece) > 80]
+        note_rows("language reference of Python", pieces)
+        return pieces
     rows = load_rows("nq_open", "test", data_dir, None)
     return [document["text"] for row in rows for document in row["documents"]]
 

@@ -14,6 +14,15 @@ CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Seoul", "Delhi", "Accra",
 _BEGIN = user_turn("Read this text. It hides secret numbers.\n\n")
 
 
+def evenly(number: int) -> float:
+    """A number between 0 and 1: 1/2, 1/4, 3/4, 1/8, 5/8, ... (van der Corput); the first `n` are spread evenly."""
+    found, share, left = 0.0, 0.5, number + 1
+    while left:
+        found += share * (left % 2)
+        left, share = left // 2, share / 2
+    return found
+
+
 @dataclass(frozen=True)
 class Needle:
     """Secret numbers of cities in real text.
@@ -32,15 +41,17 @@ class Needle:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """The first `count` requests; depths are spread evenly over the text."""
+        """The first `count` requests; `count / keys` prefixes, rounded up.
+
+        Depths are spread evenly over the text: each prefix has one needle in each of `keys` equal parts, at a place
+        that follows van der Corput's sequence.
+        """
         haystack = Haystack(tokenizer, self.data_dir)
         chance = random.Random(f"{self.name} {seed}")
         prefixes = -(-count // self.keys)
-        # Depths are even over all needles, and each prefix has some from the whole range.
-        depths = [(number + 0.5) / (prefixes * self.keys) for number in range(prefixes * self.keys)]
         found: list[Request] = []
         for prefix in range(prefixes):
-            mine = depths[prefix::prefixes]
+            mine = [(part + evenly(prefix)) / self.keys for part in range(self.keys)]
             cities = chance.sample(CITIES, self.keys)
             numbers = [str(chance.randint(10000, 99999)) for _ in cities]
             needles = [

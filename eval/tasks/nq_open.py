@@ -28,7 +28,7 @@ class NQOpen:
     metric: str = "qa_f1"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """The first `count` requests; every request has its own prefix."""
+        """The first `count` requests; every request has its own prefix, so there are `count`."""
         chance = random.Random(f"{self.name} {seed}")
         rows = load_rows(self.name, "test", self.data_dir, None)
         found = []

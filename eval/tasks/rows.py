@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+# Digests of the data that were loaded inside `data_noted`.
+_noted: ContextVar[dict[str, str] | None] = ContextVar("data_noted", default=None)
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,39 @@ def data_folder(chosen: Path | str | None) -> Path | None:
     return Path(found) if found else None
 
 
+@contextmanager
+def data_noted() -> Iterator[dict[str, str]]:
+    """A context that fills the dictionary: a digest of all rows for each name of data that is loaded inside."""
+    found: dict[str, str] = {}
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
+
+
+def note_rows(name: str, rows: Sequence[Any]) -> None:
+    """Enter the digest of `rows` (ready for JSON) under `name`, if `data_noted` wants it."""
+    noted = _noted.get()
+    if noted is not None:
+        digest = hashlib.blake2b(digest_size=8)
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        noted[name] = digest.hexdigest()
+
+
 def load_rows(name: str, split: str, data_dir: Path | str | None, hub: HubSource | None) -> list[Row]:
     """All rows of a split, from `<data_dir>/<name>/<split>.jsonl` if there is a data folder, else from the Hub.
 
     Raises:
         DataMissingError: the rows cannot be read.
     """
-    folder = data_folder(data_dir)
+    rows = _loaded(name, split, data_folder(data_dir), hub)
+    note_rows(f"{name}/{split}", rows)
+    return rows
+
+
+def _loaded(name: str, split: str, folder: Path | None, hub: HubSource | None) -> list[Row]:
     if folder is not None:
         path = folder / name / f"{split}.jsonl"
         if not path.is_file():

@@ -34,6 +34,7 @@ class VariableTracking:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
+        """The first `count` requests; `count / chains` prefixes, rounded up."""
         haystack = Haystack(tokenizer, self.data_dir)
         chance = random.Random(f"{self.name} {seed}")
         found: list[Request] = []

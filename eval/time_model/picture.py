@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 _MARKS = {
-    State.COLD: ("o", "#2b6ca3", "cold"),
+    State.COLD: ("v", "#1b4b75", "cold"),
+    State.OPEN: ("o", "#2b6ca3", "store open"),
     State.KEYS_RESIDENT: ("D", "#e0a03c", "keys resident"),
     State.WARM_HOST: ("s", "#8e6bb0", "in host memory"),
     State.WARM_DEVICE: ("^", "#1f7a45", "in HBM"),
@@ -54,7 +55,7 @@ def draw(predictions: Sequence[Prediction], path: Path, tokens: int = LENGTHS[1]
         for mark, colour, name in _MARKS.values()
     ]
     handles.append(Line2D([], [], color="#c8553d", label="floor: no prefix"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(f"Computed, not measured: a prefix of {tokens // 1024}K tokens, a suffix of 32", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

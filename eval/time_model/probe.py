@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from ..random_models import random_model
-from ..systems import State, System, system_named
+from ..systems import Setting, State, System
 from ..timing import time_to_first_token
 from . import totals
 from .record import Record
@@ -26,9 +26,9 @@ _KINDS = (
     ("contiguouskv_paper", 0.05, State.WARM_HOST),
     ("contiguouskv", 0.25, State.WARM_HOST),
     ("contiguouskv", 1.0, State.WARM_HOST),
-    ("attentionstore_overlapped", 1.0, State.WARM_HOST),
-    ("contiguouskv_paper", 0.05, State.COLD),
-    ("contiguouskv", 0.25, State.COLD),
+    ("attentionstore+overlap", 1.0, State.WARM_HOST),
+    ("contiguouskv_paper", 0.05, State.OPEN),
+    ("contiguouskv", 0.25, State.OPEN),
 )
 
 
@@ -80,7 +80,8 @@ def _requests() -> tuple[list[str], list[float], list[tuple[float, float]]]:
 
         def through(name: str, budget: float, state: State) -> Callable[[Callable[[Callable[[], Any]], None]], None]:
             def request(timed: Callable[[Callable[[], Any]], None]) -> None:
-                made = system_named(name).make(model, Path(folder), budget, host_bytes=2**30, device_bytes=2**30)
+                (setting,) = Setting.parse(name, (budget,))
+                made = setting.make(model, Path(folder), host_bytes=2**30, device_bytes=2**30)
                 system: System
                 with made as system:
                     system.store(prefix, states)

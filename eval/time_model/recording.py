@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_contiguouskv.store import reader
 
+from ..systems import layer_reader
 from . import pretend
 
 _WORK = ("moved", "f32", "f16", "i8")
@@ -97,6 +98,7 @@ class Recorder:
         self._tickets: dict[int, tuple[Any, Label]] = {}
         self._numbers: dict[tuple[str, int], int] = defaultdict(int)
         self._ahead = 0
+        self._served: list[Event] = []
         self._own = _Muted(self)
 
     # -- pretend.Ledger -----------------------------------------------------------------------------------------------
@@ -196,6 +198,41 @@ class Recorder:
 
         return submit
 
+    def layer_read(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """For `LayerFile.read`. What its threads do is served here, see `served`."""
+
+        def read(this: Any, layer: int, part: int, *args: Any, **kwargs: Any) -> Any:
+            before, self._target = self._target, layer
+            label = self._label("ticket")
+            event: Event = ["submit", label, 0, this.shape.part_bytes(part), layer_reader.THREADS, [0] * len(AMOUNTS)]
+            self.add(event)
+            before_ticket, self._ticket = self._ticket, label
+            self._served = []
+            try:
+                arrival = original(this, layer, part, *args, **kwargs)
+            finally:
+                self._target, self._ticket = before, before_ticket
+            event[2] = arrival.pieces
+            event[4] = min(event[4], arrival.pieces)
+            event[5] = _total(self._served)
+            self._tickets[id(arrival)] = arrival, label
+            for served in self._served:
+                if served[0] != "work":
+                    self.add(served)
+            return arrival
+
+        return read
+
+    def serve_layers(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """For `ReaderThreads.run` of systems that load layers: there are no threads."""
+
+        def run(this: Any, functions: Any) -> None:
+            with self._elsewhere(self._served):
+                for function in functions:
+                    function()
+
+        return run
+
     def queued(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(this: Any, function: Any) -> Any:
             task = original(this, function)
@@ -209,10 +246,10 @@ class Recorder:
             self.serve(item, totals)
 
     def waited(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(this: Any) -> None:
+        def wait(this: Any) -> Any:
             if id(this) in self._tickets:
                 self.add(["wait", self._tickets[id(this)][1]])
-            original(this)
+            return original(this)
 
         return wait
 

@@ -19,6 +19,7 @@ from hf_contiguouskv.loading import key_loader as keys
 from hf_contiguouskv.loading import payload_reads
 from hf_contiguouskv.store import reader
 
+from ..systems import layer_reader
 from . import pretend
 from .recording import InlineThreads, Queue, Recorder
 
@@ -48,6 +49,9 @@ class Stage:
         patch(reader.ExtentReader, "submit", lambda original: self._bound("submitted", original))
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))
+        patch(layer_reader.ReaderThreads, "run", lambda original: self._bound("serve_layers", original))
+        patch(layer_reader.LayerFile, "read", lambda original: self._bound("layer_read", original))
+        patch(layer_reader.Arrival, "wait", lambda original: self._bound("waited", original))
         for kind in ("add", "pump", "need", "used"):
             patch(payload_reads.Lookahead, kind, partial(self._bound, "ahead", kind))
         for method in ("bring", "index", "scorer"):

@@ -208,14 +208,14 @@ def test_a_run_records_what_it_ran_in_and_goes_on_in_that(
     assert recorded(tmp_path / "run") == "float32"
     assert "as the run that is continued" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "run")) == 2
-    with pytest.raises(RunFolderError, match="dtype is 'bfloat16', was 'float32'"):
+    with pytest.raises(RunFolderError, match=r"dtype is .bfloat16', was 'float32'"):
         run(of_dtype(config, "bfloat16"), tmp_path / "run", progress=False)
 
 
 def test_a_report_has_runs_of_one_dtype(config: RunConfig, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         run(of_dtype(config, dtype), tmp_path / dtype, progress=False)
-    with pytest.raises(RunError, match="bfloat16 and float32"):
+    with pytest.raises(RunError, match=r"dtype is .bfloat16. in bfloat16 and .float32. in float32"):
         write_report([tmp_path / "float32", tmp_path / "bfloat16"], tmp_path / "report")
 
 

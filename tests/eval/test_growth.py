@@ -44,26 +44,33 @@ def test_random_states_are_those_of_the_model_and_the_same_each_time(model: Any)
 
 
 def test_all_lengths_and_systems_are_measured_and_shown(model: Any, tmp_path: Path) -> None:
-    names = ("attentionstore_overlapped", "contiguouskv", "contiguouskv_resident", "impress_overlapped", "in_memory")
-    found = run(model, tmp_path, [96, 192], 32, 5, rounds=2, names=names)
-    assert [(row["tokens"], row["system"]) for row in found["rows"]] == [
-        (length, name) for length in (96, 192) for name in names
+    names = ("attentionstore+overlap", "contiguouskv", "impress+overlap", "in_memory")
+    found = run(model, tmp_path, [128, 256], 32, 5, rounds=2, names=names)
+    assert [(row["tokens"], row["system"], row["state"]) for row in found["rows"]] == [
+        (length, *case)
+        for length in (128, 256)
+        for case in (
+            ("attentionstore+overlap", "cold"),
+            ("contiguouskv", "cold"),
+            ("contiguouskv", "keys_resident"),
+            ("impress+overlap", "cold"),
+            ("impress+overlap", "keys_resident"),
+            ("in_memory", "warm_host"),
+        )
     ]
-    read = {(row["tokens"], row["system"]): row["stats"]["bytes_read"] for row in found["rows"]}
-    for length in (96, 192):
-        assert read[length, "contiguouskv_resident"] < read[length, "contiguouskv"]
-        assert read[length, "contiguouskv"] < read[length, "attentionstore_overlapped"]
-    assert (
-        read[192, "attentionstore_overlapped"] == 2 * read[96, "attentionstore_overlapped"] == 2 * 96 * 3 * 2 * 32 * 4
-    )
+    read = {(row["tokens"], row["system"], row["state"]): row["stats"]["bytes_read"] for row in found["rows"]}
+    for length in (128, 256):
+        assert read[length, "contiguouskv", "keys_resident"] < read[length, "contiguouskv", "cold"]
+        assert read[length, "contiguouskv", "cold"] < read[length, "attentionstore+overlap", "cold"]
+        assert read[length, "attentionstore+overlap", "cold"] == length * 3 * 2 * 32 * 4
     for row in found["rows"]:
         assert row["seconds"]["count"] == row["over_floor"]["count"] == 2
         if row["system"].startswith("contiguouskv"):
             assert row["stats"]["chunks_used"] == [2] * 3
     console = Console(record=True, width=140, file=io.StringIO())
-    found["rows"][1]["warm"] = 2
+    found["rows"][1]["departed"] = 2
     report(found, console)
     shown = console.export_text()
-    assert "requests were not cold" in shown
-    assert shown.count("contiguouskv_resident") == 2
+    assert "requests did not find their state" in shown
+    assert shown.count("keys_resident") == 4
     assert "32 tokens used, 5-token suffix" in shown

@@ -7,8 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,27 @@ import pytest
 import torch
 from tiny_model import save_tiny_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import streams
-from eval.__main__ import app
 from eval.report import write_report
-from eval.running import NotServedError, RunConfig, RunFolder, RunFolderError, run
+from eval.running import NotServedError, RunConfig, RunFolder, RunFolderError, process, run
 from eval.running.folder import key_of
 from eval.running.phases import PHASES
-from eval.running.quality import Judge, perplexity
 from eval.running.requests import asked_of
-from eval.running.run import distinct_tokens
-from eval.systems import SYSTEMS, InMemory
+from eval.running.timed import timed_request
+from eval.systems import DEFAULT_SYSTEMS, system_named
 from eval.tasks import TASKS, Request
 from eval.tasks.base import encode
-from hf_contiguouskv.model.transformers_internals import cache_argument
-
-CACHE = cache_argument()
 
 Row = dict[str, Any]
-EXACT = [name for name, kind in SYSTEMS.items() if kind.exact]
+ALL = (*DEFAULT_SYSTEMS, "contiguouskv+exact")
+EXACT = [name for name in ALL if system_named(name.partition("+")[0]).exact]
+# Only streams show how they differ from others.
+IN_STREAMS = ["attentionstore_h2o+lfu"]
 # Made for their time alone.
-TIMED = [
-    *(name for name in EXACT if name != "in_memory"),
-    *("attentionstore_h2o_overlapped", "impress_overlapped", "contiguouskv_resident", "contiguouskv_paper_resident"),
-]
-LOSSY = ["attentionstore_h2o", "impress", "impress_groups", "contiguouskv_paper", "contiguouskv", "contiguouskv_exact"]
+TIMED = [*(name for name in EXACT if name != "in_memory"), "attentionstore_h2o+overlap", "impress+overlap"]
+LOSSY = ["attentionstore_h2o", "impress", "impress+groups", "contiguouskv_paper", "contiguouskv", "contiguouskv+exact"]
+BUDGETS = (0.1, 0.5)
 
 
 class Animals:
@@ -96,8 +89,8 @@ def config_of(**changes: Any) -> RunConfig:
     fields: dict[str, Any] = {
         "dtype": "float32",
         "tasks": ("animals", "kinds"),
-        "systems": tuple(SYSTEMS),
-        "budgets": (0.1, 0.5),
+        "systems": ALL,
+        "budgets": BUDGETS,
         "requests": 3,
         "timed_requests": 1,
     }
@@ -106,6 +99,11 @@ def config_of(**changes: Any) -> RunConfig:
 
 def rows_of(out: Path) -> list[Row]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def label(row: Row) -> str:
+    """The setting of a row without its budget."""
+    return "+".join((row["system"], *row["options"]))
 
 
 def sentences(data: Path, about: str = "film") -> Path:
@@ -125,7 +123,10 @@ def expected_keys(requests: int, timed: int, budgets: tuple[float, ...]) -> set[
             settings = [("in_memory", 1.0), *((name, budget) for name in LOSSY for budget in budgets)]
             if number < timed:
                 settings += [(name, budget) for name in TIMED for budget in ((1.0,) if name in EXACT else budgets)]
-            found |= {(task, number, None, *setting) for setting in settings}
+            for name, budget in settings:
+                system, *options = name.split("+")
+                state = "warm_host" if name == "in_memory" else "cold"
+                found.add((task, number, None, system, tuple(options), budget, state))
     return found
 
 
@@ -142,51 +143,56 @@ def test_every_request_has_a_row_in_every_system(finished: Path) -> None:
     rows = rows_of(finished)
     keys = [key_of(row) for row in rows]
     assert len(keys) == len(set(keys))
-    assert set(keys) == expected_keys(3, 1, (0.1, 0.5))
+    assert set(keys) == expected_keys(3, 1, BUDGETS)
     assert sorted(path.name for path in finished.iterdir()) == ["config.json", "machine.json", "rows.jsonl"]
     config = json.loads((finished / "config.json").read_text())
     assert config["command"] == "python -m eval run somewhere"
-    assert config["systems"] == list(SYSTEMS)
+    assert config["systems"] == list(ALL)
+    assert config["states"] == ["cold"]
+    assert config["skipped"] == []
     assert (config["processes"], config["requests"], config["seed"]) == (1, 3, 0)
-    assert json.loads((finished / "machine.json").read_text())["cores"] >= 1
+    machine = json.loads((finished / "machine.json").read_text())
+    assert machine["cores"] >= 1
+    assert set(machine) >= {"instruction_sets", "commit", "disk_gbps", "torch_threads"}
 
 
 def test_rows_say_what_happened(finished: Path) -> None:
     for row in rows_of(finished):
-        about = (row["system"], row["budget"], row["number"])
+        about = (name := label(row), row["budget"], row["number"])
+        assert len(row["prefix_key"]) == 16
+        assert row["read_gbps"] is None
+        assert row["departure"] is None, about
         assert row["about"] == {"house": row["number"]}
         assert list(row["phases"]) == list(PHASES)
         assert sum(row["phases"].values()) == pytest.approx(row["ttft_s"], rel=1e-6), about
         assert all(seconds >= 0 for seconds in row["phases"].values())
         assert row["phases"]["attention"] > 0
         read = row["stats"]["bytes_read"]
-        if row["system"] in ("recompute", "in_memory"):
-            assert (row["cold"], read) == (None, 0)
-        else:
-            assert row["cold"] is True, about
-            assert row["resident_pages"] == 0
-            assert read > 0
-        if row["system"] in ("reload", "attentionstore", "attentionstore_overlapped"):
+        assert row["resident_pages"] == 0
+        assert (read > 0) is (name not in ("recompute", "in_memory")), about
+        if name in EXACT and read:
             assert read >= row["prefix_bytes"]
-        if row["system"] in LOSSY:
+        if row["system"] == "impress":
+            assert 0.0 <= row["details"]["agreed"] <= 1.0
+        if name in LOSSY:
             assert 0 < row["stats"]["bytes_used"] < row["prefix_bytes"]
             assert row["phases"]["identify"] > 0, about
-        if row["system"] in TIMED:
+        if name in TIMED:
             assert row["score"] is row["kl"] is row["prediction"] is None
         else:
             assert row["kl"] > -1e-6
             assert 0.0 <= row["agreement"] <= 1.0
             assert row["kl_answer"] > -1e-6
             assert row["perplexity"] > 1.0
-        if row["system"] == "in_memory":
+        if name == "in_memory":
             assert row["kl"] == pytest.approx(0.0, abs=1e-6)
             assert row["agreement"] == 1.0
 
 
 def test_systems_that_use_the_whole_prefix_begin_with_the_same_token(finished: Path) -> None:
-    rows = [row for row in rows_of(finished) if row["system"] in EXACT and row["number"] == 0]
+    rows = [row for row in rows_of(finished) if label(row) in EXACT and row["number"] == 0]
     for task in ("animals", "kinds"):
-        tokens = {row["system"]: row["first_token"] for row in rows if row["task"] == task}
+        tokens = {label(row): row["first_token"] for row in rows if row["task"] == task}
         assert len(tokens) == len(EXACT)
         assert len(set(tokens.values())) == 1, tokens
 
@@ -195,15 +201,16 @@ def test_larger_budgets_are_closer_to_the_whole_cache(finished: Path) -> None:
     rows = rows_of(finished)
     for name in LOSSY:
         kl = {
-            budget: sum(row["kl"] for row in rows if (row["system"], row["budget"]) == (name, budget))
-            for budget in (0.1, 0.5)
+            budget: sum(row["kl"] for row in rows if (label(row), row["budget"]) == (name, budget))
+            for budget in BUDGETS
         }
         assert 0 < kl[0.5] < kl[0.1], name
 
 
 def test_a_report_can_be_made_of_it(finished: Path, tmp_path: Path) -> None:
     written = write_report([finished], tmp_path)
-    assert {path.name for path in written} >= {"report.md", "report.html", "ttft.png", "frontier.png", "phases.png"}
+    pictures = {"ttft-cold.png", "frontier-cold.png", "phases-cold.png"}
+    assert {path.name for path in written} >= {"report.md", "report.html", *pictures}
     text = (tmp_path / "report.md").read_text()
     for label in ("AttentionStore + H2O", "IMPRESS (groups)", "ContiguousKV (published)", "5.83"):
         assert label in text
@@ -238,8 +245,8 @@ def test_a_run_goes_on_where_it_was_broken_off(
     run(config, tmp_path, progress=False, loaded=loaded)
     wanted = {
         key
-        for key in expected_keys(3, 1, (0.1, 0.5))
-        if key[0] == "animals" and key[3] in ("in_memory", "contiguouskv", "reload")
+        for key in expected_keys(3, 1, BUDGETS)
+        if key[0] == "animals" and not key[4] and key[3] in ("in_memory", "contiguouskv", "reload")
     }
     assert len(written) == len(wanted)
     assert set(written) == wanted
@@ -259,7 +266,9 @@ def test_a_run_goes_on_where_it_was_broken_off(
     ]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"requests": 4}, {"timed_requests": 2}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"requests": 4}, {"timed_requests": 2}, {"first": 3}, {"read_gbps": 2.0}, {"prefixes": 4}]
+)
 def test_rows_of_different_runs_are_not_mixed(
     finished: Path, tmp_path: Path, loaded: tuple[Any, Any], change: dict[str, Any]
 ) -> None:
@@ -274,10 +283,11 @@ def test_rows_of_different_machines_are_not_mixed(
 ) -> None:
     from eval.running import folder as module
 
-    elsewhere = module.machine() | {"cpu": "another"}
-    monkeypatch.setattr(module, "machine", lambda: elsewhere)
-    with pytest.raises(RunFolderError, match="cpu is 'another'"):
-        run(config_of(), finished, progress=False, loaded=loaded)
+    here = module.stamp()
+    for field, other in (("cpu", "another"), ("commit", "f" * 40), ("torch_threads", 7), ("instruction_sets", ["sse"])):
+        monkeypatch.setattr(module, "stamp", lambda field=field, other=other: here | {field: other})
+        with pytest.raises(RunFolderError, match=rf"{field} is .*{other if isinstance(other, str) else ''}.*, was"):
+            run(config_of(), finished, progress=False, loaded=loaded)
 
 
 def test_a_broken_row_is_named(tmp_path: Path) -> None:
@@ -286,102 +296,53 @@ def test_a_broken_row_is_named(tmp_path: Path) -> None:
         RunFolder(tmp_path).done()
 
 
-def test_requests_that_were_not_cold_are_marked(
+def test_a_request_that_did_not_find_its_state_is_made_once_more_and_then_says_why(
     tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eval.running import timed
+    from eval.systems import reload, stored
+
+    made: list[str] = []
 
     def warm(paths: list[Path]) -> None:
         for path in paths:
             path.read_bytes()
 
-    monkeypatch.setattr(timed, "drop_page_cache", warm)
-    config = config_of(tasks=("kinds",), systems=("reload", "contiguouskv", "in_memory"), requests=1)
+    def watched(model: Any, system: Any, request: Request, state: Any) -> Any:
+        made.append(system.name)
+        return timed_request(model, system, request, state)
+
+    monkeypatch.setattr(reload, "drop_page_cache", warm)
+    monkeypatch.setattr(stored, "drop_page_cache", warm)
+    monkeypatch.setattr(process, "timed_request", watched)
+    config = config_of(tasks=("kinds",), systems=("reload", "contiguouskv@0.1", "in_memory"), requests=1)
     rows = rows_of(run(config, tmp_path / "run", progress=False, loaded=loaded))
     for row in rows:
-        assert row["cold"] is (None if row["system"] == "in_memory" else False)
-        assert (row["resident_pages"] > 0) is (row["system"] != "in_memory")
-    (tmp_path / "out").mkdir()
-    write_report([tmp_path / "run"], tmp_path / "out")
-    assert "not cold" in (tmp_path / "out" / "report.md").read_text()
-
-
-def test_streams_keep_memory_from_request_to_request(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
-    systems = ("attentionstore", "attentionstore_h2o", "attentionstore_h2o_lfu", "impress", "contiguouskv")
-    config = config_of(
-        tasks=(),
-        streams=("shared_documents", "conversations"),
-        systems=systems,
-        budgets=(0.25,),
-        stream_requests=6,
-        documents=2,
-        memory_share=0.5,
-    )
-    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
-    assert {row["stream"] for row in rows} == {"shared_documents", "conversations"}
-    for stream in ("shared_documents", "conversations"):
-        for system in systems:
-            own = [row for row in rows if (row["system"], row["stream"]) == (system, stream)]
-            assert [row["number"] for row in own] == list(range(6))
-            assert own[0]["stats"]["hits"]["host"] == 0
-            assert own[0]["stats"]["hits"]["disk"] > 0
-            # LRU forgets the first chunks of a text while it reads the last, if there is no room for both.
-            if system != "attentionstore":
-                assert sum(row["stats"]["hits"]["host"] for row in own) > 0, (system, stream)
-            assert all(row["score"] is None for row in own)
-
-
-def test_a_chat_is_counted_once(loaded: tuple[Any, Any]) -> None:
-    chats = streams.conversations(loaded[1], conversations=2, turns=3, tokens=700, turn_tokens=200)
-    longest = [max(len(one.prefix_ids) for one in chats if dict(one.about)["conversation"] == chat) for chat in (0, 1)]
-    assert distinct_tokens(chats) == sum(longest) < sum(len(one.prefix_ids) for one in chats)
-    documents = streams.shared_documents(loaded[1], documents=2, requests=5, tokens=1500)
-    assert distinct_tokens(documents) == sum({one.prefix: len(one.prefix_ids) for one in documents}.values())
-
-
-def test_a_system_keeps_no_more_of_a_stream_than_its_share(
-    tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bounds: list[int] = []
-    make = SYSTEMS["contiguouskv"].make
-
-    def watched(model: Any, place: Path, budget: float, **options: Any) -> Any:
-        bounds.append(options.get("host_bytes", 0))
-        return make(model, place, budget, **options)
-
-    monkeypatch.setitem(SYSTEMS, "contiguouskv", replace(SYSTEMS["contiguouskv"], make=watched))
-    changes = {"tasks": (), "streams": ("conversations",), "systems": ("contiguouskv",), "memory_share": 0.25}
-    config = config_of(**changes, stream_requests=4, documents=2, budgets=(0.25,))
-    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
-    # Once to warm up, with the usual memory; once for the stream. A chat's last turn holds the others.
-    longest: dict[int, int] = {}
-    for row in rows:
-        chat = row["about"]["conversation"]
-        longest[chat] = max(longest.get(chat, 0), row["prefix_bytes"])
-    assert bounds == [0, sum(longest.values()) // 4]
+        departed = row["system"] != "in_memory"
+        assert (row["departure"] is not None) is (row["resident_pages"] > 0) is departed
+        assert not departed or row["departure"].endswith("pages of its files were in the page cache")
+    # The warm-up is a request too.
+    assert {name: made.count(name) for name in made} == {"reload": 4, "contiguouskv": 4, "in_memory": 2}
+    assert len(rows) == 3
 
 
 def test_what_the_model_cannot_take_is_refused_before_anything_is_stored(
     tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = loaded
+    model, _ = loaded
     with monkeypatch.context() as patch:
         patch.setattr(model.config, "max_position_embeddings", 320)
         with pytest.raises(NotServedError, match=r"animals has a request of 3\d\d tokens .* takes 320"):
             run(config_of(), tmp_path / "run", progress=False, loaded=loaded)
-    windows = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            sliding_window=64,
-        )
-    )
-    with pytest.raises(NotServedError, match="sliding-window"):
-        run(config_of(), tmp_path / "run", progress=False, loaded=(windows, tokenizer))
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prefix": "a text", "question": " what?", "answers": ["a"]}) + "\n")
+    sentences(tmp_path)
+    for changes, message in (
+        ({"tasks": (f"file:{own}",), "first": 1}, r"file:own\.jsonl has no request from number 1 on"),
+        ({"tasks": ("sst2",), "requests": 121}, "sst2: 121 rows were asked for, but the data set has 120"),
+        ({"tasks": ("sst2",), "requests": 1, "first": 120}, "sst2: 121 rows were asked for"),
+    ):
+        with pytest.raises(NotServedError, match=message):
+            run(config_of(**changes, data_dir=str(tmp_path)), tmp_path / "run", progress=False, loaded=loaded)
     assert not (tmp_path / "run").exists()
 
 
@@ -389,7 +350,7 @@ def test_other_data_are_other_questions(tmp_path: Path, loaded: tuple[Any, Any])
     config = config_of(tasks=("sst2",), systems=("in_memory",), data_dir=str(sentences(tmp_path / "data")))
     run(config, tmp_path / "run", progress=False, loaded=loaded)
     sentences(tmp_path / "data", "play")
-    with pytest.raises(RunFolderError, match="sst2 asks other questions"):
+    with pytest.raises(RunFolderError, match=r"sst2 asks other questions.*; sst2 has other data"):
         run(config, tmp_path / "run", progress=False, loaded=loaded)
 
 
@@ -427,119 +388,3 @@ def test_two_processes_share_the_requests(tmp_path: Path, folder: Path) -> None:
         assert (row["prediction"], row["score"]) == (mine["prediction"], mine["score"])
         if row["kl"] is not None:
             assert row["kl"] == pytest.approx(mine["kl"], abs=1e-5)
-
-
-def without_frame(output: str) -> str:
-    """What an error message says, without the frame around it, wherever its lines were broken."""
-    return "".join(output.replace("│", "").split())
-
-
-def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from eval import models
-
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
-    for arguments, message in (
-        (["--task", "sst3"], "task must be"),
-        (["--system", "impres"], "system must be"),
-        (["--stream", "rivers"], "stream must be"),
-        (["--budget", "0"], "budgets are shares"),
-        (["--requests", "0"], "requests must be 1"),
-        (["--dtype", "int8"], "'int8' is not one of"),
-    ):
-        result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
-        assert result.exit_code == 2
-        assert message.replace(" ", "") in without_frame(result.output)
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
-    assert result.exit_code == 2
-    assert f"{tmp_path.name}/nothing" in without_frame(result.output)
-    listed = CliRunner().invoke(app, ["list"]).output
-    assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))
-
-
-# -- judging -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def asked(loaded: tuple[Any, Any]) -> Callable[..., Request]:
-    def make(**changes: Any) -> Request:
-        fields: dict[str, Any] = {
-            "task": "animals",
-            "number": 0,
-            "prefix_ids": encode(loaded[1], "a long story about a cat and a dog"),
-            "prefix": 0,
-            "suffix_ids": encode(loaded[1], " who is it? a"),
-            "answers": ("bird",),
-            "max_new_tokens": 6,
-        }
-        return Request(**fields | changes)
-
-    return make
-
-
-def judged(loaded: tuple[Any, Any], request: Request, metric: str) -> dict[str, Any]:
-    """By a cache that holds the whole prompt."""
-    model, tokenizer = loaded
-    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
-    cache = DynamicCache(config=model.config)
-    output = model.generate(prompt, max_new_tokens=1, do_sample=False, **{CACHE: cache})
-    judge = Judge(model, tokenizer, request, metric)
-    with InMemory(model) as in_memory:
-        in_memory.store(request.prefix_ids)
-        judge.refer_to(in_memory)
-        return judge.judge(cache, int(output[0, -1]))
-
-
-def test_labels_are_judged_by_the_likelihood_of_all_their_tokens(
-    loaded: tuple[Any, Any], asked: Callable[..., Request]
-) -> None:
-    model, tokenizer = loaded
-    choices = ("cat", "a dog", "z", "elephants")
-    request = asked(choices=choices, answers=("cat",))
-    found = judged(loaded, request, "accuracy")
-    likelihoods = []
-    for choice in choices:
-        ids = encode(tokenizer, f" {choice}")
-        whole = torch.cat([request.prefix_ids, request.suffix_ids, ids])
-        with torch.no_grad():
-            logits = model(input_ids=whole[None]).logits[0].log_softmax(-1)
-        start = len(whole) - len(ids)
-        likelihoods.append(sum(float(logits[start + n - 1, token]) for n, token in enumerate(ids.tolist())))
-    best = choices[likelihoods.index(max(likelihoods))]
-    assert len({len(encode(tokenizer, f" {choice}")) for choice in choices}) > 1
-    assert found["prediction"] == best
-    assert found["score"] == float(best == "cat")
-
-
-def test_answers_are_generated_from_the_cache(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
-    model, tokenizer = loaded
-    request = asked()
-    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
-    output = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    expected = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
-    assert judged(loaded, request, "needle_recall")["prediction"] == expected
-
-
-def test_fidelity_is_that_of_suffix_and_answer(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
-    model, tokenizer = loaded
-    request = asked()
-    found = judged(loaded, request, "needle_recall")
-    assert found["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert found["agreement"] == 1.0
-    answer = encode(tokenizer, " bird")
-    whole = torch.cat([request.prefix_ids, request.suffix_ids, answer])
-    with torch.no_grad():
-        loss = model(input_ids=whole[None]).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
-    expected = torch.exp(-loss[torch.arange(len(answer)), answer].mean())
-    assert found["perplexity"] == pytest.approx(float(expected), rel=1e-3)
-
-
-def test_perplexity_by_hand() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    assert perplexity(logits, torch.tensor([0, 1])) == pytest.approx((0.5 * 0.1) ** -0.5)
-
-
-def test_a_suffix_of_one_token_is_refused(loaded: tuple[Any, Any], asked: Callable[..., Request]) -> None:
-    with pytest.raises(ValueError, match="two tokens"):
-        judged(loaded, asked(suffix_ids=torch.tensor([5]), answers=("x",)), "needle_recall")

@@ -1,25 +1,29 @@
-"""Which systems a run has, at which budgets."""
+"""Which settings, states and requests a run has."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from eval.running.config import RunConfig, Setting
-from eval.systems import DEFAULT_SYSTEMS, SYSTEMS
+from eval.__main__ import app
+from eval.running.config import RunConfig
+from eval.systems import DEFAULT_SYSTEMS, SYSTEMS, Setting
 
 
-def test_a_system_may_have_a_budget_of_its_own() -> None:
+def test_a_system_may_have_a_budget_and_options_of_its_own() -> None:
     config = RunConfig(
         tasks=("sst2",),
-        systems=("in_memory", "contiguouskv_paper", "contiguouskv@0.3", "contiguouskv@0.4", "contiguouskv@0.3"),
+        systems=("in_memory", "impress+overlap", "contiguouskv@0.3", "contiguouskv@0.4+exact", "contiguouskv@0.3"),
         budgets=(0.05, 0.1),
     )
     assert config.settings() == [
         Setting("in_memory", 1.0),
-        Setting("contiguouskv_paper", 0.05),
-        Setting("contiguouskv_paper", 0.1),
+        Setting("impress", 0.05, ("overlap",)),
+        Setting("impress", 0.1, ("overlap",)),
         Setting("contiguouskv", 0.3),
-        Setting("contiguouskv", 0.4),
+        Setting("contiguouskv", 0.4, ("exact",)),
     ]
 
 
@@ -29,21 +33,90 @@ def test_a_budget_that_is_none_is_refused(asked: str) -> None:
         RunConfig(tasks=("sst2",), systems=(asked,))
 
 
-def test_unknown_systems_and_budgets_of_exact_ones_are_refused() -> None:
+def test_unknown_systems_and_options_and_budgets_of_exact_ones_are_refused() -> None:
     with pytest.raises(ValueError, match="system must be one of"):
         RunConfig(tasks=("sst2",), systems=("nothing@0.1",))
     with pytest.raises(ValueError, match="of systems that choose"):
         RunConfig(tasks=("sst2",), systems=("in_memory@0.1",))
+    with pytest.raises(ValueError, match=r"contiguouskv has no option 'overlap': its options are \['exact'\]"):
+        RunConfig(tasks=("sst2",), systems=("contiguouskv+overlap",))
 
 
-def test_variants_are_made_only_if_they_are_named() -> None:
-    assert set(SYSTEMS) - set(DEFAULT_SYSTEMS) == {
-        "contiguouskv_resident",
-        "contiguouskv_exact",
-        "contiguouskv_paper_resident",
-    }
+def test_all_rivals_can_be_asked_for_at_once() -> None:
+    config = RunConfig(tasks=("sst2",), systems=DEFAULT_SYSTEMS, budgets=(0.25,))
+    assert [setting.label for setting in config.settings()] == list(DEFAULT_SYSTEMS)
 
 
-def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="dtype must be one of"):
-        RunConfig(tasks=("sst2",), systems=("in_memory",), dtype="int8")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"states": ("tepid",)}, r"state must be one of .*'cold', 'open'.*, got \['tepid'\]"),
+        ({"states": ()}, "a run needs a task or a stream, a system and a state"),
+        ({"streams": ("rivers",)}, "stream must be one of"),
+        ({"budgets": (0.0,)}, "budgets are shares"),
+        ({"prefixes": 0}, "prefixes must be 1 at least, got 0"),
+        ({"first": -1}, "first must be 0 at least, got -1"),
+        ({"judged_share": 1.5}, "judged_share must be from 0 to 1, got 1.5"),
+        ({"read_gbps": 0.0}, "read_gbps must be positive, got 0.0"),
+        ({"tasks": ("file:nothing.jsonl",)}, r"nothing\.jsonl cannot be read"),
+    ],
+)
+def test_invalid_fields_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**{"tasks": ("sst2",), "systems": ("in_memory",)} | changes)
+
+
+def test_two_files_of_one_name_would_be_one_task(tmp_path: Path) -> None:
+    tasks = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "my.jsonl"
+        path.write_text('{"prefix": "a", "question": "b", "answers": ["c"]}\n')
+        tasks.append(f"file:{path}")
+    with pytest.raises(ValueError, match=r"two tasks are called 'file:my\.jsonl'"):
+        RunConfig(tasks=tuple(tasks), systems=("in_memory",))
+
+
+@pytest.mark.parametrize(
+    ("share", "judged"), [(0.0, []), (0.25, [0, 4]), (0.3, [0, 3, 6]), (0.5, [0, 2, 4, 6]), (1.0, list(range(8)))]
+)
+def test_a_share_of_a_stream_is_judged(share: float, judged: list[int]) -> None:
+    config = RunConfig(streams=("conversations",), systems=("in_memory",), judged_share=share)
+    assert [number for number in range(8) if config.is_judged(number)] == judged
+
+
+def without_frame(output: str) -> str:
+    """What an error message says, without the frame around it, wherever its lines were broken."""
+    return "".join(output.replace("│", "").split())
+
+
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from eval import models
+
+    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
+    for arguments, message in (
+        (["--task", "sst3"], "task must be"),
+        (["--system", "impres"], "system must be"),
+        (["--stream", "rivers"], "stream must be"),
+        (["--state", "tepid"], "state must be one of"),
+        (["--system", "impress+fast"], "impress has no option 'fast'"),
+        (["--task", "file:nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["--judged-share", "2"], "judged_share must be from 0 to 1"),
+        (["--read-gbps", "0"], "read_gbps must be positive"),
+        (["--first", "-1"], "first must be 0 at least"),
+        (["--prefixes", "0"], "prefixes must be 1 at least"),
+        (["--budget", "0"], "budgets are shares"),
+        (["--requests", "0"], "requests must be 1"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+    ):
+        result = CliRunner().invoke(app, ["run", str(tmp_path / "run"), *arguments])
+        assert result.exit_code == 2
+        assert message.replace(" ", "") in without_frame(result.output)
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert result.exit_code == 2
+    assert f"{tmp_path.name}/nothing" in without_frame(result.output)
+    listed = CliRunner().invoke(app, ["list"]).output
+    assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))

@@ -17,6 +17,7 @@ from eval.systems import (
     AttentionStore,
     AttentionStoreH2O,
     ContiguousKV,
+    FlexGen,
     Impress,
     InMemory,
     NotStoredError,
@@ -69,12 +70,13 @@ TIERED: dict[str, Callable[..., Any]] = {
         "contiguouskv_whole", model, folder, ContiguousKVConfig(budget=1.0), **options
     ),
     "attentionstore": lambda model, folder, **options: AttentionStore(model, folder, overlap=False, **options),
-    "attentionstore_overlapped": AttentionStore,
+    "attentionstore+overlap": lambda model, folder, **options: AttentionStore(model, folder, overlap=True, **options),
+    "flexgen": FlexGen,
     "attentionstore_h2o": lambda model, folder, **options: AttentionStoreH2O(model, folder, 0.1, **options),
     "impress": lambda model, folder, **options: Impress(model, folder, 0.1, **options),
-    "impress_groups": lambda model, folder, **options: Impress(model, folder, 0.1, probes="groups", **options),
+    "impress+groups": lambda model, folder, **options: Impress(model, folder, 0.1, probes="groups", **options),
 }
-WHOLE = ("contiguouskv_whole", "attentionstore", "attentionstore_overlapped")
+WHOLE = ("contiguouskv_whole", "attentionstore", "attentionstore+overlap", "flexgen")
 
 
 def ask(model: Any, system: Any) -> tuple[torch.Tensor, Any]:
@@ -92,7 +94,7 @@ def test_requests_find_the_state_and_answer_alike(model: Any, tmp_path: Path, na
         system.store(PREFIX)
         expected, _ = ask(model, system)
         keys = () if name in WHOLE else (State.KEYS_RESIDENT,)
-        assert system.states == (State.COLD, *keys, State.WARM_HOST)
+        assert system.states == (State.COLD, State.OPEN, *keys, State.WARM_HOST)
         read = {}
         for state in (*system.states, *reversed(system.states)):
             for _ in range(2):
@@ -110,13 +112,13 @@ def test_requests_find_the_state_and_answer_alike(model: Any, tmp_path: Path, na
 def test_a_state_that_a_system_does_not_know_is_refused(model: Any, tmp_path: Path) -> None:
     with (
         AttentionStore(model, tmp_path / "a") as whole,
-        Recompute() as recompute,
+        Recompute(model) as recompute,
         InMemory(model) as in_memory,
         Reload(model, tmp_path / "b") as reload,
     ):
         systems = (whole, recompute, in_memory, reload)
         assert [system.states for system in systems] == [
-            (State.COLD, State.WARM_HOST),
+            (State.COLD, State.OPEN, State.WARM_HOST),
             (State.COLD,),
             (State.WARM_HOST,),
             (State.COLD, State.WARM_HOST),
@@ -171,7 +173,7 @@ def test_a_timed_request_finds_its_state(model: Any, tmp_path: Path) -> None:
     request = Request("states", 0, PREFIX, len(PREFIX), SUFFIX, ())
     with TIERED["impress"](model, tmp_path) as system:
         system.store(PREFIX)
-        for state in (State.WARM_HOST, State.COLD, State.KEYS_RESIDENT):
+        for state in (State.WARM_HOST, State.COLD, State.KEYS_RESIDENT, State.OPEN):
             with timed_request(model, system, request, state=state) as timed:
                 assert timed.seconds > 0
             assert timed.departure is None

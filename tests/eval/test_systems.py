@@ -10,8 +10,19 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from eval.systems import AttentionStore, ContiguousKV, InMemory, NotStoredError, Recompute, Reload, System
-from eval.timing import drop_page_cache, resident_pages
+from eval.systems import (
+    AttentionStore,
+    ContiguousKV,
+    FlexGen,
+    InMemory,
+    NotStoredError,
+    Recompute,
+    Reload,
+    State,
+    System,
+    departure,
+)
+from eval.timing import resident_pages
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.model.transformers_internals import cache_argument
 
@@ -42,11 +53,14 @@ def some_ids(count: int, seed: int) -> torch.Tensor:
 
 
 EXACT: dict[str, Callable[[Any, Path], Any]] = {
-    "recompute": lambda model, folder: Recompute(),
+    "recompute": lambda model, folder: Recompute(model),
     "in_memory": lambda model, folder: InMemory(model),
+    "in_memory+dynamic": lambda model, folder: InMemory(model, dynamic=True),
     "reload": Reload,
     "attentionstore": lambda model, folder: AttentionStore(model, folder, overlap=False),
-    "attentionstore_overlapped": AttentionStore,
+    "attentionstore+overlap": lambda model, folder: AttentionStore(model, folder, overlap=True),
+    "flexgen": FlexGen,
+    "flexgen+host=0.6": lambda model, folder: FlexGen(model, folder, host_share=0.6),
     "contiguouskv": lambda model, folder: ContiguousKV("contiguouskv", model, folder, ContiguousKVConfig(budget=1.0)),
     "contiguouskv_paper": lambda model, folder: ContiguousKV(
         "contiguouskv_paper", model, folder, ContiguousKVConfig.paper(1.0)
@@ -76,16 +90,15 @@ def logits_of(model: Any, prompt: torch.Tensor, cache: Any, new: int) -> torch.T
 
 
 def test_answers_are_those_of_dynamic_cache_request_after_request(system: System, model: Any) -> None:
-    """Two prefixes, one of them not of whole chunks, asked in turn, with and without `forget` between."""
+    """Two prefixes, one of them not of whole chunks, asked in turn; before some requests all of memory is given up."""
     prefixes = [some_ids(80, 1), some_ids(93, 2)]
     for prefix in prefixes:
         system.store(prefix)
     for number in range(6):
         prefix, suffix = prefixes[number % 2], some_ids(5 + number, 10 + number)
         prompt = torch.cat([prefix, suffix])
-        if number in (2, 3):
-            system.forget()
-            drop_page_cache(system.files())
+        if number in (2, 3) and State.COLD in system.states:
+            system.enter(State.COLD, prefix)
         # `reload` reads through the page cache, and not every file system lets go of its pages.
         cold = system.name != "reload" or not any(map(resident_pages, system.files()))
         cache = system.cache(prefix)
@@ -95,8 +108,10 @@ def test_answers_are_those_of_dynamic_cache_request_after_request(system: System
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         if stats.bytes_used:
             assert stats.bytes_used >= len(prefix) * TOKEN_BYTES
-        if number in (2, 3) and cold and system.name not in ("recompute", "in_memory"):
-            assert stats.bytes_read >= len(prefix) * TOKEN_BYTES
+        if number in (2, 3) and cold and State.COLD in system.states:
+            assert departure(State.COLD, stats) is None
+            if system.name != "recompute":
+                assert stats.bytes_read >= len(prefix) * TOKEN_BYTES
 
 
 def test_what_was_not_stored_is_refused_or_computed(system: System, model: Any) -> None:
@@ -113,7 +128,7 @@ def test_what_was_not_stored_is_refused_or_computed(system: System, model: Any) 
 def test_files_are_those_that_requests_read(system: System) -> None:
     assert system.files() == []
     system.store(some_ids(80, 1))
-    on_disk = system.name not in ("recompute", "in_memory")
+    on_disk = system.name != "recompute" and State.COLD in system.states
     assert len(system.files()) == (1 if on_disk else 0)
     assert all(file.stat().st_size >= 80 * TOKEN_BYTES for file in system.files())
 
@@ -138,14 +153,13 @@ def test_a_chat_that_goes_on_is_kept_once(model: Any, tmp_path: Path) -> None:
 
 
 def test_with_its_index_in_memory_only_chunks_are_read(model: Any, tmp_path: Path) -> None:
-    config = ContiguousKVConfig(budget=0.3)
     answers, read = [], []
-    for name, keys_stay in (("contiguouskv", False), ("contiguouskv_resident", True)):
-        with ContiguousKV(name, model, tmp_path, config, keys_stay) as system:
+    with ContiguousKV("contiguouskv", model, tmp_path, ContiguousKVConfig(budget=0.3)) as system:
+        for seed in (1, 2):
+            system.store(some_ids(200, seed))
+        for state in (State.COLD, State.KEYS_RESIDENT):
             for seed in (1, 2):
-                system.store(some_ids(200, seed))
-            for seed in (1, 2):
-                system.forget()
+                system.enter(state, some_ids(200, seed))
                 cache = system.cache(some_ids(200, seed))
                 answers.append(logits_of(model, torch.cat([some_ids(200, seed), some_ids(5, 3)]), cache, 2))
                 stats = system.finish(cache)

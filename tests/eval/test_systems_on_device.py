@@ -23,12 +23,14 @@ from eval.systems import (
     AttentionStore,
     AttentionStoreH2O,
     ContiguousKV,
+    FlexGen,
     Impress,
     InMemory,
     Reload,
     State,
     bringing,
     departure,
+    layer_reader,
 )
 from eval.systems.choices import best_on_device, held_by, voted_on_device
 from eval.systems.token_scores import best_tokens, column_sums, similarity, voted
@@ -79,7 +81,7 @@ Make = Callable[..., Any]
 TOKENS: dict[str, Make] = {
     "attentionstore_h2o": lambda *arguments, **options: AttentionStoreH2O(*arguments, **options),
     "impress": lambda *arguments, **options: Impress(*arguments, **options),
-    "impress_groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
+    "impress+groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
 }
 TIERED: dict[str, Make] = {
     "contiguouskv": lambda model, folder: ContiguousKV("contiguouskv", model, folder, ContiguousKVConfig(budget=0.3)),
@@ -90,7 +92,8 @@ TIERED: dict[str, Make] = {
         "contiguouskv_whole", model, folder, ContiguousKVConfig(budget=1.0)
     ),
     "attentionstore": lambda model, folder: AttentionStore(model, folder, overlap=False),
-    "attentionstore_overlapped": AttentionStore,
+    "attentionstore+overlap": lambda model, folder, **options: AttentionStore(model, folder, overlap=True, **options),
+    "flexgen": FlexGen,
 } | {name: lambda model, folder, make=make: make(model, folder, 0.25) for name, make in TOKENS.items()}
 
 
@@ -114,6 +117,7 @@ def on_fake(schedule: str | int) -> Iterator[Machine]:
         for module in (tiers, devices):
             patch.setattr(module, "device_of", device_of)
         patch.setattr(bringing, "HOST", HOST)
+        patch.setattr(layer_reader, "as_memoryview", machine.into_host)
         yield machine
 
 
@@ -296,6 +300,65 @@ def test_requests_find_every_state_and_answer_alike(
                 torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
                 assert (len(machine.copies()) > before) is (state is not State.WARM_DEVICE)
                 machine.run_all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_shares_are_where_they_belong(model: Any, tmp_path: Path, schedule: str | int) -> None:
+    """FlexGen with a part of each layer on the device, one in host memory, one on disk, and every two of them."""
+    prefix = some_ids(480, 6)
+    with InMemory(model) as whole:
+        whole.store(prefix)
+        expected, _, _ = ask(model, whole, prefix=prefix)
+    for device_share, host_share in ((0.3, 0.3), (0.3, 0.7), (0.6, 0.0), (0.0, 0.6), (1.0, 0.0)):
+        with (
+            on_fake(schedule) as machine,
+            FlexGen(model, tmp_path, device_share=device_share, host_share=host_share) as system,
+        ):
+            system.store(prefix)
+            for state in (*system.states, *reversed(system.states)):
+                for _ in range(2):
+                    system.enter(state, prefix)
+                    logits, stats, _ = ask(model, system, prefix=prefix)
+                    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+                    assert departure(state, stats) is None
+                    machine.run_all()
+
+
+@pytest.mark.parametrize("schedule", [LATE, EARLY, 1, 2], ids=str)
+@pytest.mark.parametrize("host_bytes", [0, 50_000, 10**7])
+@pytest.mark.parametrize("device_bytes", [0, 100_000])
+def test_layers_are_right_in_the_smallest_memory(
+    model: Any, tmp_path: Path, host_bytes: int, device_bytes: int, schedule: str | int
+) -> None:
+    prefixes = [some_ids(tokens, tokens) for tokens in (200, 330)]
+    with InMemory(model) as whole:
+        expected = []
+        for prefix in prefixes:
+            whole.store(prefix)
+            expected.append(ask(model, whole, prefix=prefix)[0])
+    limits = {"host_bytes": host_bytes, "device_bytes": device_bytes}
+    for overlap in (False, True):
+        with (
+            on_fake(schedule) as machine,
+            AttentionStore(model, tmp_path / str(overlap), overlap=overlap, **limits) as system,
+        ):
+            for prefix in prefixes:
+                system.store(prefix)
+            for turn in (0, 1, 1, 0, 0, 1, 0):
+                found = ask(model, system, prefix=prefixes[turn])[0]
+                torch.testing.assert_close(found, expected[turn], atol=1e-5, rtol=1e-5)
+                for tier in (system.opened().host, *system.opened().on.values()):
+                    assert tier.peak_bytes <= tier.max_bytes
+            machine.run_all()
+
+
+def test_a_layer_crosses_in_one_copy(model: Any, tmp_path: Path) -> None:
+    with on_fake(LATE) as machine, AttentionStore(model, tmp_path, overlap=True) as system:
+        system.store(PREFIX)
+        system.enter(State.COLD, PREFIX)
+        before = len(machine.copies())
+        ask(model, system)
+        assert len(machine.copies()) - before == LAYERS
 
 
 @pytest.mark.parametrize(

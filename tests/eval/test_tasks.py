@@ -12,7 +12,7 @@ import pytest
 import torch
 from words import Words
 
-from eval.tasks import TASKS, DataMissingError, task_named
+from eval.tasks import TASKS, DataMissingError, data_noted, task_named
 from eval.tasks.haystack import Haystack
 from eval.tasks.needle import Needle
 from eval.tasks.rows import HubSource, load_rows
@@ -88,19 +88,44 @@ def test_requests_of_one_prefix_share_it_and_ask_different_things(name: str, dat
 def test_few_shot_tasks_have_as_many_examples_as_in_the_paper(name: str, shots: int, data_dir: Path) -> None:
     tokenizer = Words()
     requests = task_named(name, data_dir).requests(tokenizer, 12)
-    prefix = tokenizer.decode(requests[0].prefix_ids)
-    examples = prefix.split("\n\n")
-    assert examples.pop() == ""
-    assert len(examples) == len(set(examples)) == shots
     labels = set(requests[0].choices)
-    assert {example.rsplit(" ", 1)[1] for example in examples} == labels
     for request in requests:
-        assert request.prefix == 0
+        prefix = tokenizer.decode(request.prefix_ids)
+        examples = prefix.split("\n\n")
+        assert examples.pop() == ""
+        assert len(examples) == len(set(examples)) == shots
+        assert {example.rsplit(" ", 1)[1] for example in examples} == labels
         asked = tokenizer.decode(request.suffix_ids)
         # It goes on exactly as the examples do.
         assert asked.endswith(":")
         assert request.answers[0] in labels
         assert asked not in prefix
+
+
+@pytest.mark.parametrize("prefixes", [None, 3])
+def test_few_shot_requests_take_their_prefixes_in_turn(prefixes: int | None, data_dir: Path) -> None:
+    requests = task_named("sst2", data_dir, prefixes).requests(Words(), 12)
+    count = prefixes or 5
+    assert [request.prefix for request in requests] == [number % count for number in range(12)]
+    texts = {request.prefix: tuple(request.prefix_ids.tolist()) for request in requests}
+    assert all(tuple(request.prefix_ids.tolist()) == texts[request.prefix] for request in requests)
+    assert len(set(texts.values())) == count
+    # No question comes twice, even with another prefix.
+    assert len({tuple(request.suffix_ids.tolist()) for request in requests}) == 12
+    with pytest.raises(ValueError, match="prefixes must be 1 at least, got 0"):
+        task_named("sst2", data_dir, 0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_more_requests_begin_with_the_same_ones(name: str, data_dir: Path) -> None:
+    tokenizer = Words()
+    few, many = (task_named(name, data_dir).requests(tokenizer, count, seed=3) for count in (5, 11))
+    for one, two in zip(few, many, strict=False):
+        assert (one.key, one.prefix, one.answers, one.about) == (two.key, two.prefix, two.answers, two.about)
+        assert torch.equal(one.prefix_ids, two.prefix_ids)
+        assert torch.equal(one.suffix_ids, two.suffix_ids)
+    asked = {(tuple(one.prefix_ids.tolist()), tuple(one.suffix_ids.tolist())) for one in many}
+    assert len(asked) == len(many)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +144,10 @@ def test_answers_are_in_the_prefix_and_not_in_the_question(name: str, data_dir: 
 
 def test_needles_lie_at_the_depths_that_they_say(data_dir: Path) -> None:
     tokenizer = Words()
-    requests = Needle("needle", 1, 1500, data_dir).requests(tokenizer, 10)
+    requests = Needle("needle", 1, 1500, data_dir).requests(tokenizer, 15)
     depths = [dict(request.about)["depth"] for request in requests]
-    assert sorted(depths) == pytest.approx([0.05 + 0.1 * number for number in range(10)])
+    assert depths[:3] == [0.5, 0.25, 0.75]
+    assert sorted(depths) == pytest.approx([number / 16 for number in range(1, 16)], abs=1e-4)
     for request, depth in zip(requests, depths, strict=True):
         assert 1350 < len(request.prefix_ids) <= 1500
         text = tokenizer.decode(request.prefix_ids)
@@ -133,6 +159,10 @@ def test_needles_of_one_prefix_belong_to_different_cities(data_dir: Path) -> Non
     tokenizer = Words()
     requests = Needle("needle_multikey", 4, 1500, data_dir).requests(tokenizer, 8)
     assert [request.prefix for request in requests] == [0] * 4 + [1] * 4
+    # Each prefix has a needle in each quarter.
+    depths = [dict(request.about)["depth"] for request in requests]
+    assert [int(depth * 4) for depth in depths] == [0, 1, 2, 3] * 2
+    assert len(set(depths)) == 8
     assert len({request.answers for request in requests[:4]}) == 4
     text = tokenizer.decode(requests[0].prefix_ids)
     assert text.count("The secret number of") == 4
@@ -181,6 +211,27 @@ def test_a_missing_file_is_named(data_dir: Path) -> None:
     (data_dir / "sst2" / "train.jsonl").unlink()
     with pytest.raises(DataMissingError, match=r"there is no .*sst2/train\.jsonl"):
         task_named("sst2", data_dir).requests(Words(), 1)
+
+
+def test_what_was_loaded_is_noted_with_a_digest(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(name: str) -> dict[str, str]:
+        with data_noted() as found:
+            task_named(name, data_dir).requests(Words(), 2)
+        return found
+
+    first = noted("sst2")
+    assert set(first) == {"sst2/train", "sst2/test"}
+    assert noted("sst2") == first
+    with (data_dir / "sst2" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more", "label": 0}) + "\n")
+    changed = noted("sst2")
+    assert changed["sst2/train"] == first["sst2/train"]
+    assert changed["sst2/test"] != first["sst2/test"]
+    assert set(noted("needle")) == {"nq_open/test"}
+    monkeypatch.delenv("CONTIGUOUSKV_DATA", raising=False)
+    with data_noted() as found:
+        task_named("needle").requests(Words(), 1)
+    assert set(found) == {"language reference of Python"}
 
 
 def test_the_folder_is_taken_from_the_environment(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

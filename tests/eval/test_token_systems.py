@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from token_references import attending, h2o, impress, weights_of
+from token_references import attending, blocks_of, h2o, impress, weights_of
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from eval.systems import AttentionStoreH2O, Impress, NotStoredError
+from eval.systems import AttentionStoreH2O, Impress, NotStoredError, State
 from eval.systems.impress import UsedAndImportant, probe_heads
 from eval.systems.token_scores import column_sums, similar_enough, similarity, tokens_kept, voted
 from eval.systems.token_system import observed_importance
@@ -105,19 +106,49 @@ def test_impress_chooses_what_a_slow_reading_of_it_chooses(
     if budget > 0.05:
         assert not all(agreed), "no layer in which probe heads disagree was tested"
     with Impress(model, tmp_path, budget, probes=probes, reorder=reorder) as system:
-        assert system.name == ("impress" if probes == "first" else "impress_groups")
+        assert system.name == ("impress" if probes == "first" else "impress+groups")
         system.store(PREFIX_IDS)
         cache = system.cache(PREFIX_IDS)
         logits = logits_of(model, cache)
         assert system.agreed == sum(agreed)
         system.finish(cache)
+        assert system.details() == {"agreed": sum(agreed) / LAYERS}
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+def stored_blocks(model: Any, system: Impress, lengths: tuple[int, ...]) -> list[list[list[int]]]:
+    """The blocks of each layer, of a prefix that grew in turns to `lengths`."""
+    found: list[list[list[int]]] = [[] for _ in range(LAYERS)]
+    for begin, end in pairwise((0, *lengths)):
+        _, importance = observed_importance(model, PREFIX_IDS[:end])
+        for blocks, mass in zip(found, importance, strict=True):
+            blocks += blocks_of((system.order(mass[begin:end]) + begin).tolist())
+    return found
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+@pytest.mark.parametrize("probes", ["first", "groups"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_whole_blocks_are_those_of_a_slow_reading(
+    model: Any, tmp_path: Path, budget: float, probes: str, reorder: bool
+) -> None:
+    heads = {"first": [0, 1, 2], "groups": [0, 3]}[probes]
+    with Impress(model, tmp_path, budget, probes=probes, reorder=reorder, blocks=True) as system:
+        assert system.name == ("impress+blocks" if probes == "first" else "impress+blocks+groups")
+        blocks = stored_blocks(model, system, (PREFIX,))
+        expected = reference(model, impress(budget, heads, [], blocks))
+        system.store(PREFIX_IDS)
+        logits, stats = served(system, model)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+    kept = {0.05: 64, 0.25: 64, 0.5: 128}[budget]
+    assert stats.bytes_used == LAYERS * 2 * KV_HEADS * kept * HEAD_DIM * 4
 
 
 SYSTEMS: dict[str, Callable[..., Any]] = {
     "attentionstore_h2o": AttentionStoreH2O,
     "impress": Impress,
-    "impress_groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
+    "impress+groups": lambda *arguments, **options: Impress(*arguments, probes="groups", **options),
+    "impress+blocks": lambda *arguments, **options: Impress(*arguments, blocks=True, **options),
 }
 
 
@@ -150,7 +181,7 @@ def test_answers_do_not_depend_on_what_is_in_memory(
         assert cold.hits["host"] == 0
         assert (warm.bytes_read, warm.hits["disk"]) == (0, 0)
         assert warm.hits["host"] == cold.hits["disk"]
-        system.forget()
+        system.enter(State.COLD, PREFIX_IDS)
         assert served(system, model)[1].bytes_read == cold.bytes_read
     with SYSTEMS[name](model, tmp_path / "a", 0.1, **options, **few) as system:
         for _ in range(3):
@@ -230,6 +261,23 @@ def test_similarity_and_votes_by_hand() -> None:
     assert voted(chosen, mass, 5).tolist() == [0, 1, 2, 3, 5]
 
 
+def test_votes_are_those_of_a_slow_reading() -> None:
+    chance = np.random.default_rng(1)
+    for _ in range(200):
+        rows, tokens = int(chance.integers(1, 5)), int(chance.integers(1, 40))
+        keep = int(chance.integers(1, tokens + 1))
+        # Few different numbers, so that there are many ties.
+        mass = torch.from_numpy(chance.integers(0, 4, (rows, tokens)).astype(np.float32))
+        chosen = np.stack([np.sort(chance.choice(tokens, keep, replace=False)) for _ in range(rows)])
+        ranked = sorted(
+            range(tokens), key=lambda token: (-int((chosen == token).sum()), -float(mass[:, token].sum()), token)
+        )
+        assert voted(chosen, mass, keep).tolist() == sorted(ranked[:keep])
+        pairs = [len(set(one) & set(other)) for one, other in combinations(chosen.tolist(), 2)]
+        expected = np.mean([pair / (2 * keep - pair) for pair in pairs]) if pairs else 1.0
+        assert similarity(chosen) == pytest.approx(expected)
+
+
 def test_expected_similarity_is_that_of_random_choices() -> None:
     chance = np.random.default_rng(0)
     found = [similarity(np.stack([chance.choice(400, 40, replace=False) for _ in range(2)])) for _ in range(400)]
@@ -273,13 +321,16 @@ def test_nodes_say_where_units_are() -> None:
 @pytest.mark.parametrize("name", list(SYSTEMS))
 def test_a_prefix_that_grows_uses_what_is_there(model: Any, tmp_path: Path, name: str) -> None:
     """As in a chat: each turn adds a node to what is stored, and finds in memory what the turn before has used."""
-    choose = {
-        "attentionstore_h2o": lambda: h2o(0.25),
-        "impress": lambda: impress(0.25, [0, 1, 2], []),
-        "impress_groups": lambda: impress(0.25, [0, 3], []),
-    }[name]
+    lengths = (100, 130, PREFIX)
+    choose: dict[str, Callable[[Any], Any]] = {
+        "attentionstore_h2o": lambda _: h2o(0.25),
+        "impress": lambda _: impress(0.25, [0, 1, 2], []),
+        "impress+groups": lambda _: impress(0.25, [0, 3], []),
+        # Each turn's tokens fill blocks of their own: the last one of a turn is not full.
+        "impress+blocks": lambda system: impress(0.25, [0, 1, 2], [], stored_blocks(model, system, lengths)),
+    }
     with SYSTEMS[name](model, tmp_path, 0.25) as system:
-        for tokens in (100, 130, PREFIX):
+        for tokens in lengths:
             system.store(PREFIX_IDS[:tokens])
             before = len(system.files())
             system.store(PREFIX_IDS[:tokens])
@@ -290,7 +341,7 @@ def test_a_prefix_that_grows_uses_what_is_there(model: Any, tmp_path: Path, name
             assert (stats.hits["host"] > 0) is (tokens > 100)
         assert before == 3
         # In the order of the text, so the choice is that of the prefix in one piece.
-        torch.testing.assert_close(logits, reference(model, choose()), atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(logits, reference(model, choose[name](system)), atol=2e-4, rtol=2e-4)
 
 
 def test_the_most_important_tokens_are_stored_first(model: Any, tmp_path: Path) -> None:

@@ -50,8 +50,22 @@ def h2o(budget: float) -> Choose:
     return choose
 
 
-def impress(budget: float, probes: list[int], agreed: list[bool]) -> Choose:
-    """`agreed` gets one entry for each layer."""
+def blocks_of(order: list[int], block: int = 64) -> list[list[int]]:
+    """Tokens in the order in which they are stored, block by block."""
+    return [order[begin : begin + block] for begin in range(0, len(order), block)]
+
+
+def whole_blocks(chosen: set[int], blocks: list[list[int]], block: int) -> set[int]:
+    """Blocks that hold the most chosen tokens, until they hold as many tokens as were chosen, in whole blocks."""
+    ranked = sorted(range(len(blocks)), key=lambda one: (-len(chosen & set(blocks[one])), one))
+    room = min(sum(map(len, blocks)), ceil(len(chosen) / block) * block)
+    return set([token for one in ranked for token in blocks[one]][:room])
+
+
+def impress(
+    budget: float, probes: list[int], agreed: list[bool], blocks: list[list[list[int]]] | None = None, block: int = 64
+) -> Choose:
+    """`agreed` gets one entry for each layer. With `blocks`, those of each layer, whole blocks are used."""
 
     def choose(weights: torch.Tensor, group: int, layer: int) -> list[set[int]]:
         heads, _, tokens = weights.shape
@@ -72,6 +86,8 @@ def impress(budget: float, probes: list[int], agreed: list[bool]) -> Choose:
             chosen = set(ranked[:count])
         else:
             chosen = best([sum(scores[head][token] for head in range(heads)) for token in range(tokens)], count)
+        if blocks is not None:
+            chosen = whole_blocks(chosen, blocks[layer], block)
         return [chosen] * (heads // group)
 
     return choose
