@@ -76,7 +76,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	$(BIN)/mypy --follow-imports=silent eval/timing.py eval/models.py eval/dtypes.py eval/estimate.py examples/demo.py
+	$(BIN)/mypy --follow-imports=silent eval examples/demo.py
 
 # (The variable silences an advertisement; nothing is asked of a network.)
 docs: $(VENV)/.docs

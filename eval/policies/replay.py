@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore, RequestStats
 from hf_contiguouskv.loading.key_loader import KeyLoader
+from hf_contiguouskv.loading.residency import ChunkStore
 from hf_contiguouskv.memory import EvictionPolicy
 from hf_contiguouskv.model.layer_plan import LayerPlan
 from hf_contiguouskv.planning.read_plan import ReadPlan
@@ -226,7 +227,8 @@ class Replay:
             reads: whether anything is read from disk.
         """
         g, pool, stats = self._geometry, self._trace.pools[prefix], RequestStats()
-        store = self._store.inner if reads else NoReads(self._store)
+        # Without reads, a request finds the two calls of the reader that it makes.
+        store = self._store.inner if reads else cast(ChunkStore, NoReads(self._store))
         method = RecordedMethod(pool, number, pace)
         plan = ReadPlan.of(self._prefix(prefix), self._config, self._layers)
         request = PrefixRequest(plan, store, stats, method=method)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..statistics import Interval, mean_interval, quantile_interval, ratio_of_means
+from ..statistics import Estimate, geometric_mean, mean, quantile
 
 NAMES = {"lru": "LRU", "lfu": "LFU", "published": "published, I·F", "expected-use": "expected use (ours)"}
 _COLOURS = {"lru": "#8a8a8a", "lfu": "#5b8db8", "published": "#d08a2e", "expected-use": "#2a7f4f"}
 
+# A figure and the ends of its interval.
+Shown = tuple[float, float, float]
 Rows = list[dict[str, Any]]
 Times = npt.NDArray[np.float64]
 
@@ -29,14 +31,19 @@ def times_of(rows: Rows) -> Times:
     return np.concatenate([row["ttft_s"] for row in rows])
 
 
-def mean_time(times: Times) -> Interval:
-    """Mean time to the first token."""
-    return mean_interval(times)
+def mean_time(times: Times) -> Estimate:
+    """Mean time to the first token, seconds."""
+    return mean(times, range(len(times)))
 
 
-def tail_time(times: Times) -> Interval:
-    """95th percentile of the time to the first token."""
-    return quantile_interval(times, 0.95)
+def tail_time(times: Times) -> Estimate:
+    """95th percentile of the time to the first token, seconds."""
+    return quantile(times, range(len(times)), 0.95)
+
+
+def ratio_of_times(times: Times, others: Times) -> Estimate:
+    """Geometric mean over requests of the time of one policy, divided by that of another for the same request."""
+    return geometric_mean(times / others, range(len(times)))
 
 
 def _timed(rows: Rows) -> Rows:
@@ -58,8 +65,8 @@ def _percent(rows: Rows, policy: str, field: str) -> str:
     return f"**{text}**" if rates[policy] == max(rates.values()) else text
 
 
-def _shown(interval: Interval, scale: float = 1e3, digits: int = 1) -> str:
-    value, low, high = (f"{one * scale:.{digits}f}" for one in interval)
+def _shown(figure: Estimate, scale: float = 1e3, digits: int = 1) -> str:
+    value, low, high = (f"{one * scale:.{digits}f}" for one in figure[:3])
     return f"{value} ({low} - {high})"
 
 
@@ -75,7 +82,7 @@ def main_table(results: dict[str, Any]) -> str:
         for policy in (name for name in NAMES if _select(here, policy=name)):
             mine, lru = _select(here, policy=policy), _select(here, policy="lru")
             times = times_of(mine)
-            against = "" if policy == "lru" or not lru else _shown(ratio_of_means(times, times_of(lru)), 1.0, 3)
+            against = "" if policy == "lru" or not lru else _shown(ratio_of_times(times, times_of(lru)), 1.0, 3)
             cells = (
                 f"{size / 2**20:.0f} MiB ({here[0]['share']:.0%})",
                 NAMES[policy],
@@ -118,14 +125,14 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
     rows = _timed(results["rows"])
 
-    def rate(field: str) -> Callable[[Rows], Interval]:
+    def rate(field: str) -> Callable[[Rows], Shown]:
         return lambda mine: (mean_of(mine, field),) * 3
 
-    panels: tuple[tuple[Callable[[Rows], Interval], float, str], ...] = (
+    panels: tuple[tuple[Callable[[Rows], Shown], float, str], ...] = (
         (rate("chunk_hit_rate"), 100.0, "chunks found in memory, %"),
         (rate("byte_hit_rate"), 100.0, "bytes found in memory, keys included, %"),
-        (lambda mine: mean_time(times_of(mine)), 1e3, "mean TTFT, ms"),
-        (lambda mine: tail_time(times_of(mine)), 1e3, "P95 TTFT, ms"),
+        (lambda mine: mean_time(times_of(mine))[:3], 1e3, "mean TTFT, ms"),
+        (lambda mine: tail_time(times_of(mine))[:3], 1e3, "P95 TTFT, ms"),
     )
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8), constrained_layout=True)
     sizes = sorted(_unique(row["host_bytes"] for row in rows))

@@ -54,6 +54,7 @@ def turn_of(tokenizer: Any) -> Turn:
 
 
 def _without_bos(tokenizer: Any, begin: str) -> str:
-    bos = getattr(tokenizer, "bos_token", None)
-    adds_it = bos is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return begin.removeprefix(bos) if adds_it else begin
+    bos: str | None = getattr(tokenizer, "bos_token", None)
+    if bos is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return begin.removeprefix(bos)
+    return begin

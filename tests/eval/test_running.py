@@ -212,7 +212,7 @@ def test_a_report_can_be_made_of_it(finished: Path, tmp_path: Path) -> None:
     pictures = {"ttft-cold.png", "frontier-cold.png", "phases-cold.png"}
     assert {path.name for path in written} >= {"report.md", "report.html", *pictures}
     text = (tmp_path / "report.md").read_text()
-    for label in ("AttentionStore + H2O", "IMPRESS (groups)", "ContiguousKV (published)", "5.83"):
+    for label in ("AttentionStore + H2O", "IMPRESS +groups", "ContiguousKV (published)", "5.83"):
         assert label in text
 
 
