@@ -39,6 +39,8 @@ app = typer.Typer(
 )
 
 PAPER_TASKS = ("sst2", "subj", "trec", "rte")
+# How the value of an option is written, by its kind.
+_VALUES = {"": "", "share": "=SHARE", "count": "=N"}
 _CHOICE = "may be repeated; the command `list` names them all"
 
 
@@ -143,6 +145,23 @@ def report(
     Console().print("\n".join(str(path) for path in written))
 
 
+@app.command()
+def pack(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    out: Annotated[Path, typer.Argument(help="new folder; `report` reads it as it reads RUN")],
+) -> None:
+    """Copy a run with its rows compressed, to be kept beside a report."""
+    from .report import RunError
+    from .report.files import pack as pack_run
+
+    try:
+        written = pack_run(run_folder, out)
+    except RunError as error:
+        raise typer.BadParameter(str(error)) from error
+    for path in written:
+        typer.echo(f"{path} ({path.stat().st_size / 1e3:,.0f} KB)")
+
+
 @app.command(name="list")
 def list_all() -> None:
     """Name all tasks, streams, systems with their options, states and metrics."""
@@ -153,8 +172,7 @@ def list_all() -> None:
 
     console = Console()
     systems = [
-        name + "".join(f"[+{one.name}{'=SHARE' if one.takes_value else ''}]" for one in kind.options)
-        for name, kind in SYSTEMS.items()
+        name + "".join(f"[+{one.name}{_VALUES[one.value]}]" for one in kind.options) for name, kind in SYSTEMS.items()
     ]
     for kind, names in (
         ("tasks", [*TASKS, "file:NAME.jsonl"]),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pandas
 
 from .checks import Run, RunError, model_of, refuse_repetitions, require_comparable
+from .files import NEEDED, document, rows_of
 from .names import Setting, written
 
 # Untyped: pandas has no types of its own.
@@ -24,7 +24,6 @@ PAIR = "pair"
 # Column with the number of a request across runs of one model: answers are compared in pairs of these.
 REQUEST = "request"
 
-_NEEDED = ("task", "number", "prefix_key", "system", "budget", "state")
 _PLAIN = (
     *("prefix_tokens", "suffix_tokens", "prefix_bytes", "ttft_s"),
     *("score", "kl", "agreement", "kl_answer", "perplexity"),
@@ -117,7 +116,7 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
     """Read runs.
 
     Args:
-        folders: each with `config.json`, `machine.json` and `rows.jsonl`.
+        folders: each with `config.json`, `machine.json` and rows (see `files.rows_of`).
         untimed: more such folders, made while the machine did other work; only their answers count.
 
     Raises:
@@ -126,8 +125,8 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
     """
     runs, flat = [], []
     for number, (folder, timed) in enumerate([*((one, True) for one in folders), *((one, False) for one in untimed)]):
-        config, machine = _document(folder / "config.json"), _document(folder / "machine.json")
-        rows, torn = read_rows(folder / "rows.jsonl")
+        config, machine = document(folder / "config.json"), document(folder / "machine.json")
+        rows, torn = rows_of(folder)
         runs.append(Run(folder, config, machine, torn, not timed))
         if not timed:
             rows = [row | {"ttft_s": None, "stats": None, "phases": None} for row in rows]
@@ -145,60 +144,12 @@ def load(folders: Sequence[Path], untimed: Sequence[Path] = ()) -> Results:
     return Results(runs, table)
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a file, and whether a crash cut off the last row (which is then left out).
-
-    Raises:
-        RunError: the file does not exist, another line is broken, or a row is of an earlier version.
-    """
-    if not path.is_file():
-        raise RunError(f"{path} is missing: a run folder holds config.json, machine.json and rows.jsonl")
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
-    rows = list(_parsed(lines, path))
-    # A last row without a line end may have been cut off; it counts if it is complete.
-    try:
-        rows += _parsed([rest], path, len(lines))
-    except RunError:
-        return rows, True
-    return rows, False
-
-
-def _parsed(lines: Sequence[bytes], path: Path, before: int = 0) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, before + 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RunError(f"{path}, line {number}: not JSON ({error})") from error
-        if isinstance(row, dict) and "cold" in row and "state" not in row:
-            raise RunError(
-                f"{path}, line {number}: the row names no state. An earlier version wrote it, whose systems began "
-                "requests in different states. Make the run again in a new folder"
-            )
-        missing = [name for name in _NEEDED if not isinstance(row, dict) or row.get(name) is None]
-        if missing:
-            raise RunError(f"{path}, line {number}: a row needs {', '.join(missing)}")
-        yield row
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} must hold an object, got {type(found).__name__}")
-    return found
-
-
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     stats = row.get("stats") or {}
     hits = stats.get("hits") or {}
     speed = row.get("read_gbps")
     setting = Setting(row["system"], float(row["budget"]), tuple(sorted(row.get("options") or ())))
-    flat = {name: row[name] for name in _NEEDED} | {name: row.get(name) for name in _PLAIN}
+    flat = {name: row[name] for name in NEEDED} | {name: row.get(name) for name in _PLAIN}
     return (
         flat
         | {name: stats.get(name) for name in _STATS}

@@ -35,8 +35,7 @@ def write_report(
     """Write `report.md`, `report.html` (one file, pictures inside) and the pictures, of one or several runs.
 
     Args:
-        runs: run folders (`config.json`, `machine.json`, `rows.jsonl`). Their rows are combined; times are compared
-            within a run.
+        runs: run folders (see `files.rows_of`). Their rows are combined; times are compared within a run.
         out: folder of the report; made if it does not exist.
         untimed: more runs, made while the machine did other work; only their answers count.
         against: the system that times are divided by, `NAME[@BUDGET][+OPTION...]`; default: `reload`.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hf_contiguouskv import ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig
+from hf_contiguouskv.errors import ConfigError
 
 from .attentionstore import AttentionStore
 from .attentionstore_h2o import AttentionStoreH2O
@@ -22,6 +22,8 @@ from .reload import Reload
 
 # From the model, a folder for all systems of one prefix, the budget, options by name, and options of the store.
 Make = Callable[..., System]
+# Options of a setting: values by name, `""` for an option without a value.
+Options = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,38 @@ class OptionKind:
     Attributes:
         name: as written after a `+`.
         changes_answers: whether the model may answer differently with it.
-        takes_value: whether it is written `NAME=SHARE`, with a share from 0 to 1.
+        value: `"share"`: it is written `NAME=SHARE`, with a share from 0 to 1; `"count"`: `NAME=N`, with a whole number
+            from 1; `""`: it is written by its name alone.
         only_in_streams: it changes only what stays in memory, so only streams of requests show a difference.
     """
 
     name: str
     changes_answers: bool = False
-    takes_value: bool = False
+    value: Literal["", "share", "count"] = ""
     only_in_streams: bool = False
 
     def check(self, option: str) -> None:
-        """Raise if the value of an option that takes one is not a share.
+        """Raise if an option is not written as its kind asks.
 
         Raises:
-            ValueError: it is missing, or not a number from 0 to 1.
+            ValueError: it has a value and takes none, or its value is missing, no number, or out of range.
         """
         value = option.partition("=")[2]
-        try:
-            good = 0.0 <= float(value) <= 1.0
-        except ValueError:
-            good = False
-        if not good:
-            raise ValueError(f"{option!r}: a share from 0 to 1 must follow {self.name}=")
+        if not self.value and option != self.name:
+            raise ValueError(f"{option!r}: the option {self.name!r} takes no value")
+        if self.value == "count" and not (value.isascii() and value.isdecimal() and int(value) > 0):
+            raise ValueError(f"{option!r}: a whole number from 1 must follow {self.name}=")
+        if self.value == "share":
+            try:
+                good = 0.0 <= float(value) <= 1.0
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError(f"{option!r}: a share from 0 to 1 must follow {self.name}=")
+
+
+def _require_nothing(budget: float, options: Options) -> None:
+    """Of most systems, all options go together."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +75,13 @@ class SystemKind:
         make: makes it: `make(model, folder, budget, options, **store_options)`, where `options` are values by name.
         exact: whether it attends to the whole prefix, so that there is only a budget of 1.0.
         options: that it takes.
+        require: called with a budget and options by name; raises `ValueError` if they do not go together.
     """
 
     make: Make
     exact: bool = False
     options: tuple[OptionKind, ...] = ()
+    require: Callable[[float, Options], object] = _require_nothing
 
     @property
     def option_names(self) -> tuple[str, ...]:
@@ -83,20 +97,35 @@ class SystemKind:
         return {option.name: option for option in self.options}[name]
 
 
-Options = Mapping[str, str]
+def _ours(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    exact: dict[str, Any] = {"payload": "exact"} if "exact" in options else {}
+    config = ContiguousKVConfig(budget=budget, timeline=True, **exact)
+    return ContiguousKV(_label("contiguouskv", options), model, folder / "chunks", config, **store_options)
 
 
-def _chunks(name: str, config: Callable[..., ContiguousKVConfig]) -> Make:
-    """Ours and the published method; a segment has what both need, so they share a folder."""
+def _published_config(budget: float, options: Options) -> ContiguousKVConfig:
+    fields = {name: int(options[name]) for name in ("period", "subperiod") if name in options}
+    chunk = {"chunk_size": int(options["chunk"])} if "chunk" in options else {}
+    try:
+        return ContiguousKVConfig.paper(budget, timeline=True, selection=AttentionMass(**fields), **chunk)
+    except ConfigError as error:
+        raise ValueError(f"{_label('contiguouskv_paper', options)}: {error}") from error
 
-    def make(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
-        eviction = {"eviction": "published"} if name == "contiguouskv_paper" else {}
-        exact = {"payload": "exact"} if "exact" in options else {}
-        settings = config(budget=budget, timeline=True, **exact)
-        label = "+".join((name, *sorted(options)))
-        return ContiguousKV(label, model, folder / "chunks", settings, **eviction | store_options)
 
-    return make
+def _published(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    """Its segments have what ours needs too, so both share a folder.
+
+    With other chunks or periods it has segments of its own: they have keys apart for the layers that choose.
+    """
+    config = _published_config(budget, options)
+    own = "chunk" in options or "period" in options
+    place = folder / (f"chunks-{config.chunk_size}-{config.selection.period}" if own else "chunks")
+    label = _label("contiguouskv_paper", options)
+    return ContiguousKV(label, model, place, config, **{"eviction": "published"} | store_options)
+
+
+def _label(name: str, options: Options) -> str:
+    return "+".join((name, *sorted(f"{option}={value}" if value else option for option, value in options.items())))
 
 
 def _recompute(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
@@ -149,7 +178,7 @@ SYSTEMS: dict[str, SystemKind] = {
     "reload": SystemKind(_reload, exact=True),
     "attentionstore": SystemKind(_attentionstore, exact=True, options=(_OVERLAP,)),
     "flexgen": SystemKind(
-        _flexgen, exact=True, options=(OptionKind("device", takes_value=True), OptionKind("host", takes_value=True))
+        _flexgen, exact=True, options=(OptionKind("device", value="share"), OptionKind("host", value="share"))
     ),
     "attentionstore_h2o": SystemKind(_h2o, options=(_OVERLAP, OptionKind("lfu", only_in_streams=True))),
     "impress": SystemKind(
@@ -160,10 +189,16 @@ SYSTEMS: dict[str, SystemKind] = {
             OptionKind("blocks", changes_answers=True),
         ),
     ),
-    "contiguouskv_paper": SystemKind(_chunks("contiguouskv_paper", ContiguousKVConfig.paper)),
-    "contiguouskv": SystemKind(
-        _chunks("contiguouskv", partial(ContiguousKVConfig)), options=(OptionKind("exact", changes_answers=True),)
+    "contiguouskv_paper": SystemKind(
+        _published,
+        options=(
+            OptionKind("chunk", changes_answers=True, value="count"),
+            OptionKind("period", changes_answers=True, value="count"),
+            OptionKind("subperiod", value="count"),
+        ),
+        require=_published_config,
     ),
+    "contiguouskv": SystemKind(_ours, options=(OptionKind("exact", changes_answers=True),)),
 }
 
 # What is measured where nothing else is asked for.

@@ -43,15 +43,17 @@ class Setting:
         name, at, share = head.partition("@")
         kind = system_named(name)
         options = _checked(name, kind, written)
-        if not at:
-            return [cls(name, budget, options) for budget in ((1.0,) if kind.exact else budgets)]
-        try:
-            budget = float(share)
-        except ValueError:
-            raise ValueError(f"{text!r}: a budget such as 0.25 must follow the @") from None
-        if kind.exact or not 0.0 < budget <= 1.0:
-            raise ValueError(f"{text!r}: budgets are from 0 (not included) to 1, of systems that choose")
-        return [cls(name, budget, options)]
+        if at:
+            try:
+                budgets = (float(share),)
+            except ValueError:
+                raise ValueError(f"{text!r}: a budget such as 0.25 must follow the @") from None
+            if kind.exact or not 0.0 < budgets[0] <= 1.0:
+                raise ValueError(f"{text!r}: budgets are from 0 (not included) to 1, of systems that choose")
+        found = [cls(name, budget, options) for budget in ((1.0,) if kind.exact else budgets)]
+        for one in found:
+            kind.require(one.budget, one.values)
+        return found
 
     @property
     def kind(self) -> SystemKind:
@@ -108,11 +110,9 @@ def _checked(name: str, kind: SystemKind, written: Sequence[str]) -> tuple[str, 
         known = kind.option(own) if own in kind.option_names else None
         if known is None:
             raise ValueError(f"{name} has no option {own!r}: its options are {list(kind.option_names)}")
-        if known.takes_value:
-            known.check(option)
-        elif option != own:
-            raise ValueError(f"{option!r}: the option {own!r} of {name} takes no value")
-    if sum(float(option.partition("=")[2]) for option in written if "=" in option) > 1.0:
+        known.check(option)
+    shares = [option for option, own in zip(written, named, strict=True) if kind.option(own).value == "share"]
+    if sum(float(option.partition("=")[2]) for option in shares) > 1.0:
         raise ValueError(f"shares of {name} must be 1 together at most: {'+'.join(written)}")
     if len(set(named)) < len(named):
         raise ValueError(f"an option of {name} is written twice: {'+'.join(written)}")

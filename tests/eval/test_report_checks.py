@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from report_rows import MEMORY, OURS, row, run_folder, section
 
 from eval.report import RunError, measures, write_report
+from eval.report.files import pack
 from eval.report.names import Setting
 from eval.report.rows import load
 from eval.report.sections import Pictures
@@ -57,8 +59,42 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no row"):
         load([folder])
     (folder / "rows.jsonl").unlink()
-    with pytest.raises(RunError, match=r"rows\.jsonl is missing"):
+    with pytest.raises(RunError, match=r"has no rows\.jsonl"):
         load([folder])
+
+
+def test_an_interrupted_run_has_its_rows(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", [row(0, OURS)])
+    # Rows that are not gathered yet; the first one is in both files because a crash hit the gathering.
+    (folder / "rows-0.jsonl").write_text("".join(json.dumps(row(number, OURS)) + "\n" for number in (0, 1)))
+    (folder / "rows-1.jsonl").write_text(json.dumps(row(2, OURS)) + '\n{"task')
+    found = load([folder])
+    assert sorted(found.table["number"]) == [0, 1, 2]
+    assert found.runs[0].torn
+    (folder / "rows.jsonl").unlink()
+    assert len(load([folder]).table) == 3
+
+
+def test_a_packed_run_gives_the_same_report(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", [row(number, setting) for number in range(4) for setting in (OURS, MEMORY)])
+    packed = tmp_path / "data" / "run"
+    assert {path.name for path in pack(folder, packed)} == {"config.json", "machine.json", "rows.jsonl.xz"}
+    assert (packed / "rows.jsonl.xz").stat().st_size < (folder / "rows.jsonl").stat().st_size / 4
+    texts = [
+        write_report([one], tmp_path / f"out-{number}")[0].read_text() for number, one in enumerate((folder, packed))
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(RunError, match="is not empty"):
+        pack(folder, packed)
+    (packed / "rows.jsonl").write_text("")
+    with pytest.raises(RunError, match="both"):
+        load([packed])
+    (packed / "rows.jsonl").unlink()
+    (packed / "rows.jsonl.xz").write_bytes(b"no such format")
+    with pytest.raises(RunError, match="cannot be unpacked"):
+        load([packed])
+    with pytest.raises(RunError, match="no row"):
+        pack(run_folder(tmp_path / "empty", []), tmp_path / "other")
 
 
 def test_rows_of_an_earlier_version_are_refused(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def test_a_setting_is_read_as_it_is_written(text: str, expected: list[Setting]) 
         ("nothing", "system must be one of"),
         ("impress+fast", r"impress has no option 'fast': its options are \['overlap', 'groups', 'blocks'\]"),
         ("impress+overlap=1", "takes no value"),
+        ("contiguouskv_paper+period", "a whole number from 1"),
+        ("contiguouskv_paper+period=0", "a whole number from 1"),
+        ("contiguouskv_paper+chunk=3", "power of two"),
+        ("contiguouskv_paper+period=2+subperiod=3", "subperiod must be"),
         ("impress+overlap+overlap", "written twice"),
         ("flexgen+host", "a share from 0 to 1 must follow host="),
         ("flexgen+host=1.5", "a share from 0 to 1"),
@@ -74,6 +78,7 @@ def test_settings_that_differ_in_time_only_answer_as_one() -> None:
         assert answers(text) == whole
     assert answers("attentionstore_h2o+lfu+overlap") == Setting("attentionstore_h2o", 0.1)
     assert answers("impress+overlap+groups+blocks") == Setting("impress", 0.1, ("blocks", "groups"))
+    assert answers("contiguouskv_paper+period=4+subperiod=4") == Setting("contiguouskv_paper", 0.1, ("period=4",))
     assert answers("contiguouskv+exact") == Setting("contiguouskv", 0.1, ("exact",))
     assert answers("contiguouskv@1.0") == Setting("contiguouskv", 1.0)
 
@@ -94,7 +99,8 @@ def test_a_system_is_called_as_its_setting(model: Any, tmp_path: Path, name: str
     plain = [Setting(name, 0.5 if not kind.exact else 1.0)]
     for option in kind.options:
         if option.name != "device":
-            plain.append(Setting(name, plain[0].budget, (f"{option.name}=0.5" if option.takes_value else option.name,)))
+            value = {"": "", "share": "=0.5", "count": "=1"}[option.value]
+            plain.append(Setting(name, plain[0].budget, (f"{option.name}{value}",)))
     for setting in plain:
         with setting.make(model, tmp_path, host_bytes=2**20, read_gbps=1.0) as system:
             assert system.name == setting.label
