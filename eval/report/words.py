@@ -1,10 +1,12 @@
-"""The result in words: each sentence is made from figures of the rows."""
+"""The result in words and in one table: each sentence and each cell is made from figures of the rows."""
 
 from __future__ import annotations
 
+from hf_contiguouskv import ContiguousKVConfig
+
 from ..statistics import FEW_PREFIXES, Estimate
 from . import measures
-from .cells import FEW, FEW_NOTE, at, listed, number
+from .cells import FEW, FEW_NOTE, at, columns_used, listed, number, share, shown, table
 from .names import MEMORY, OURS, RELOAD, Rival, Setting, is_reference, label
 from .quality import note_on_silent_tasks, telling
 from .rows import Results
@@ -25,18 +27,50 @@ def verdict(ratio: Estimate) -> str:
 
 
 def result(results: Results, rival: Rival) -> str:
-    """Where ours is faster and slower, than what, by how much, in which state; and what it loses in quality."""
-    lines = []
-    for cut in cuts(results.timed, rival):
-        for setting in cut.settings:
-            if (setting.system, setting.options) == (OURS, ()):
-                lines += _of(cut, setting)
+    """Where ours is faster and slower, than what, by how much, in which state; and what it loses in quality.
+
+    The words are of one budget of each state: the library's default, or else the smallest. The table has all budgets.
+    """
+    there = cuts(results.timed, rival)
+    lines = [line for cut in there if (budgets := _ours(cut)) for line in _of(cut, _told(budgets))]
     text = "\n".join(lines) or _NONE
-    parts = [text, *([FEW_NOTE] if FEW in text else [])]
+    parts = [text, *([FEW_NOTE] if FEW in text else []), *_beside_all(there)]
     quality = _quality(results)
     if quality:
         parts.append(quality)
     return "\n\n".join([*parts, *filter(None, [note_on_silent_tasks(results)])])
+
+
+def _ours(cut: Cut) -> list[Setting]:
+    """Ours, without options, at each of its budgets."""
+    return [one for one in cut.settings if (one.system, one.options) == (OURS, ())]
+
+
+def _told(budgets: list[Setting]) -> Setting:
+    default = Setting(OURS, float(ContiguousKVConfig().budget))
+    return default if default in budgets else min(budgets, key=lambda one: one.budget)
+
+
+def _beside_all(cuts: list[Cut]) -> list[str]:
+    """The table of ratios over all other systems, in each state and at each budget; nothing if the words say it all."""
+    rows = [(cut, setting) for cut in cuts for setting in _ours(cut)]
+    if len(rows) == len({cut.state for cut, _ in rows}):
+        return []
+    others = [Setting(one.system, 1.0, one.options) for cut in cuts for one in cut.settings if one.system != OURS]
+    others = sorted(dict.fromkeys(others), key=is_reference)
+    lines = []
+    for cut, setting in rows:
+        line = [cut.state, share(setting.budget)]
+        for one in others:
+            other = measures.at_budget(cut.rows, one.system, setting.budget, one.options)
+            line.append(shown(measures.ratio(cut.rows, setting, other) if other else None))
+        lines.append(line)
+    head = ["state", "budget", *(label(one) + (" (reference)" if is_reference(one) else "") for one in others)]
+    said = (
+        f"Time of {label(Setting(OURS, 1.0))} over that of each other system at the same budget (exact systems have "
+        "one), in the same state, for the same requests. Below 1, ours is faster."
+    )
+    return [f"{said}\n\n{table(*columns_used(head, lines))}"]
 
 
 def _of(cut: Cut, setting: Setting) -> list[str]:

@@ -175,6 +175,27 @@ def test_the_result_in_words_follows_the_rows(tmp_path: Path) -> None:
     assert "faster than" not in slow.split("- **open**")[0]
 
 
+def test_one_table_has_ours_beside_all_others_at_every_budget(tmp_path: Path) -> None:
+    half, default = Setting("contiguouskv", 0.5), Setting("contiguouskv", 0.25)
+    times = {OURS: 0.1, default: 0.2, half: 0.3, RELOAD: 0.2, IMPRESS: 0.4, Setting("impress", 0.5): 0.1, MEMORY: 0.05}
+    rows = [row(n, one, seconds) for n in range(6) for one, seconds in times.items()]
+    text = said(tmp_path, [*rows, *(row(n, half, 0.1, state="open") for n in range(6))])
+    # The words are of the default budget where it is, and else of the smallest.
+    assert [line for line in text.splitlines() if line.startswith("- **")][:2] == [
+        "- **cold**, ContiguousKV (ours) at 25%:",
+        "- **open**, ContiguousKV (ours) at 50%:",
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[0] == ["state", "budget", "reload", "IMPRESS", "in memory (reference)"]
+    assert cells[2:] == [
+        ["cold", "5%", "0.50 (0.50 - 0.50)", "0.25 (0.25 - 0.25)", "2.00 (2.00 - 2.00)"],
+        # No other system that chooses has this budget.
+        ["cold", "25%", "1.00 (1.00 - 1.00)", "", "4.00 (4.00 - 4.00)"],
+        ["cold", "50%", "1.50 (1.50 - 1.50)", "3.00 (3.00 - 3.00)", "6.00 (6.00 - 6.00)"],
+        ["open", "50%", "", "", "2.00 (2.00 - 2.00)"],
+    ]
+
+
 def test_words_say_what_quality_is_lost(tmp_path: Path) -> None:
     rows = [row(n, one, score=score) for n in range(6) for one, score in ((OURS, 0.5), (MEMORY, 1.0))]
     text = said(tmp_path, rows)

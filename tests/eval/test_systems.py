@@ -18,6 +18,7 @@ from eval.systems import (
     NotStoredError,
     Recompute,
     Reload,
+    Setting,
     State,
     System,
     departure,
@@ -168,3 +169,24 @@ def test_with_its_index_in_memory_only_chunks_are_read(model: Any, tmp_path: Pat
     assert read == [(True, True)] * 2 + [(True, False)] * 2
     assert torch.equal(answers[0], answers[2])
     assert torch.equal(answers[1], answers[3])
+
+
+@pytest.mark.parametrize(("options", "choosing"), [((), 1), (("period=1",), 2), (("chunk=8", "period=1"), 2)])
+def test_the_published_method_reads_keys_alone_in_each_layer_that_chooses(
+    model: Any, tmp_path: Path, options: tuple[str, ...], choosing: int
+) -> None:
+    prefix, suffix = some_ids(192, 1), some_ids(5, 2)
+    # A segment of the default periods, which has keys apart for one layer only, must not be found.
+    for setting in (Setting("contiguouskv_paper", 0.25), Setting("contiguouskv_paper", 0.25, options)):
+        with setting.make(model, tmp_path) as system:
+            system.store(prefix)
+            read = {}
+            for state in (State.OPEN, State.KEYS_RESIDENT):
+                system.enter(state, prefix)
+                cache = system.cache(prefix)
+                logits_of(model, torch.cat([prefix, suffix]), cache, 1)
+                read[state] = system.finish(cache)
+    assert read[State.KEYS_RESIDENT].bytes_identified == 0
+    # Keys of one layer: half of its K and V.
+    assert read[State.OPEN].bytes_identified == choosing * 192 * TOKEN_BYTES // 4
+    assert read[State.OPEN].hits == {"device": 0, "host": 0, "disk": 2 * 3 * (2 if "chunk=8" in options else 1)}
