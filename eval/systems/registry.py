@@ -17,6 +17,8 @@ from .contiguouskv import ContiguousKV
 from .flexgen import FlexGen
 from .impress import Impress
 from .in_memory import InMemory
+from .kept_tokens import KeptTokens
+from .no_prefix import NoPrefix
 from .recompute import Recompute
 from .reload import Reload
 
@@ -63,11 +65,22 @@ class SystemKind:
         make: makes it: `make(model, folder, budget, options, **store_options)`, where `options` are values by name.
         exact: whether it attends to the whole prefix, so that there is only a budget of 1.0.
         options: that it takes.
+        answers_as: a system that takes no options and answers alike at every budget.
+        judged: whether its answers say anything. Where they do not, there is only a budget of 1.0.
+        in_streams: whether it can serve a stream of requests.
     """
 
     make: Make
     exact: bool = False
     options: tuple[OptionKind, ...] = ()
+    answers_as: str | None = None
+    judged: bool = True
+    in_streams: bool = True
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether it uses a share of the prefix that is chosen."""
+        return self.judged and not self.exact
 
     @property
     def option_names(self) -> tuple[str, ...]:
@@ -141,6 +154,14 @@ def _impress(model: Any, folder: Path, budget: float, options: Options, **store_
     )
 
 
+def _no_prefix(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    return NoPrefix(model)
+
+
+def _kept_tokens(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    return KeptTokens(model, folder / "chunks", budget, **store_options)
+
+
 _OVERLAP = OptionKind("overlap")
 
 SYSTEMS: dict[str, SystemKind] = {
@@ -164,6 +185,8 @@ SYSTEMS: dict[str, SystemKind] = {
     "contiguouskv": SystemKind(
         _chunks("contiguouskv", partial(ContiguousKVConfig)), options=(OptionKind("exact", changes_answers=True),)
     ),
+    "no_prefix": SystemKind(_no_prefix, judged=False),
+    "kept_tokens": SystemKind(_kept_tokens, answers_as="contiguouskv", in_streams=False),
 }
 
 # What is measured where nothing else is asked for.
