@@ -38,7 +38,10 @@ def bench(
     suffix_tokens: Annotated[int, typer.Option(help="Tokens of each request.")] = 32,
     requests: Annotated[int, typer.Option(help="Measured requests of each system.")] = 9,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder of the run, which stays.", show_default="a temporary one")
+        Path | None,
+        typer.Option(
+            help="Folder of the run, which stays, on the disk to be measured.", show_default="a temporary one"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the whole report to this folder.")] = None,
 ) -> None:

@@ -34,8 +34,7 @@ class RunConfig:
         first: number of the first request of each task. Another run can have made those before it.
         timed_requests: requests of each task, spread over its prefixes, that are also made only for their time: in
             systems whose answers are known beforehand (exact systems, and settings that differ from another only in
-            speed), and in all states but the first.
-            Tasks whose answers are not judged have no other requests.
+            speed), and in all states but the first. Tasks whose answers are not judged have no other requests.
         prefixes: prefixes of each few-shot task. (The prefixes of other tasks follow from their requests.)
         stream_requests: requests of each stream.
         documents: documents (or conversations) of a stream.

@@ -120,6 +120,14 @@ def _in_memory(model: Any, folder: Path, budget: float, options: Options, **stor
     return InMemory(model, dynamic="dynamic" in options)
 
 
+def _no_prefix(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    return NoPrefix(model)
+
+
+def _kept_tokens(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    return KeptTokens(model, folder / "chunks", budget, **store_options)
+
+
 def _reload(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
     return Reload(model, folder / "whole", read_gbps=store_options.get("read_gbps"))
 
@@ -154,19 +162,13 @@ def _impress(model: Any, folder: Path, budget: float, options: Options, **store_
     )
 
 
-def _no_prefix(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
-    return NoPrefix(model)
-
-
-def _kept_tokens(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
-    return KeptTokens(model, folder / "chunks", budget, **store_options)
-
-
 _OVERLAP = OptionKind("overlap")
 
 SYSTEMS: dict[str, SystemKind] = {
     "recompute": SystemKind(_recompute, exact=True),
     "in_memory": SystemKind(_in_memory, exact=True, options=(OptionKind("dynamic"),)),
+    "no_prefix": SystemKind(_no_prefix, judged=False),
+    "kept_tokens": SystemKind(_kept_tokens, answers_as="contiguouskv", in_streams=False),
     "reload": SystemKind(_reload, exact=True),
     "attentionstore": SystemKind(_attentionstore, exact=True, options=(_OVERLAP,)),
     "flexgen": SystemKind(
@@ -185,8 +187,6 @@ SYSTEMS: dict[str, SystemKind] = {
     "contiguouskv": SystemKind(
         _chunks("contiguouskv", partial(ContiguousKVConfig)), options=(OptionKind("exact", changes_answers=True),)
     ),
-    "no_prefix": SystemKind(_no_prefix, judged=False),
-    "kept_tokens": SystemKind(_kept_tokens, answers_as="contiguouskv", in_streams=False),
 }
 
 # What is measured where nothing else is asked for.

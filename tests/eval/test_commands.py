@@ -1,4 +1,4 @@
-"""`contiguouskv bench`, which this package adds to the command."""
+"""`contiguouskv bench`, which this package adds to the command, and `python -m eval.storing`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 import eval.models
 import eval.running
+import eval.storing
 from eval.commands import bench_app
 from eval.presets import PRESETS
 from eval.running import RunConfig
@@ -53,3 +54,11 @@ def test_a_missing_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = bench("--model", "nobody/nothing")
     assert result.exit_code == 2
     assert result.stderr.endswith("contiguouskv: no nobody/nothing - tried this - and that\n")
+
+
+def test_storing_is_measured_beside_computing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    eval.storing.main(tokens=300, rounds=1, model_name=str(model), dtype="float32", folder=tmp_path)
+    assert "float32 on cpu" in (said := capsys.readouterr().out)
+    assert ": storing costs " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

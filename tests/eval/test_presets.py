@@ -25,6 +25,7 @@ from eval.running.requests import asked_of
 from eval.summary import print_summary
 from eval.systems import Setting
 from eval.tasks import TooFewRowsError, task_named
+from eval.time_model.__main__ import main as time_model
 from eval.time_model.validation import medians
 
 
@@ -166,12 +167,15 @@ def test_growth_uses_as_many_tokens_of_every_prefix(grown: Path) -> None:
     ]
 
 
-def test_a_report_and_the_model_of_time_take_such_a_run(grown: Path, tmp_path: Path) -> None:
+def test_a_report_and_the_model_of_time_take_such_a_run(
+    grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = write_report([grown], tmp_path / "report", against="no_prefix")[0].read_text()
     assert "no prefix (reference)" in text
     assert "random:2048+5" in text
     assert "3.125%" in text
-    found = medians(grown)
+    time_model(growth=grown)
+    found = json.loads(capsys.readouterr().out)
     assert found["floor"]["seconds"]["count"] == 4
     rows = [(row["tokens"], row["system"], row["state"], row["seconds"]["count"]) for row in found["rows"]]
     systems = (("attentionstore+overlap", "cold"), *((f"contiguouskv{one}", "cold") for one in ("", "_paper")))
