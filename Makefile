@@ -13,7 +13,7 @@
 # make eval-streams    every system on request streams: tail latency and hit rates, as a report in docs/results/streams
 # make policies        which chunks to keep in memory: every eviction policy on a recorded trace (POLICIES_ARGS=...)
 # make timeline        what one request does when, as pictures in docs/pictures
-# make warm-bench      requests whose chunks are in memory, beside a DynamicCache of the kept tokens (WARM_ARGS=...)
+# make warm-bench      requests whose chunks are in memory, beside a cache of only the kept tokens (WARM_ARGS=...)
 # make gpu             on a machine with CUDA: are answers right, how long do requests take, where does the time go (eight
 #                      minutes; results in GPU_OUT; GPU_ARGS=--rehearse on any machine, in a minute)
 # make clean           remove the virtual environment, the demo's store and the tools' caches
@@ -105,7 +105,8 @@ store-bench: $(VENV)/.eval
 	$(BIN)/python -m eval.store_bench $(STORE_BENCH_ARGS)
 
 warm-bench: $(VENV)/.eval
-	$(BIN)/python -m eval.warm $(WARM_ARGS)
+	$(BIN)/python -m eval run .cache/warm --preset warm $(WARM_ARGS)
+	rm -rf .cache/warm-last && mv .cache/warm .cache/warm-last
 
 timeline: $(VENV)/.eval
 	$(BIN)/python -m eval.timeline record .cache/timeline-published.json --paper

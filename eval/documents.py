@@ -14,14 +14,20 @@ def reference_text() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def document_ids(tokenizer: Any, tokens: int) -> torch.Tensor:
+def document_ids(tokenizer: Any, tokens: int, begin: int = 0) -> torch.Tensor:
     """The first `tokens` token ids of the reference, int64 `(tokens,)`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        tokens: how many.
+        begin: the character at which the text begins; what comes before it follows its end.
 
     Raises:
         ValueError: the text has fewer tokens.
     """
+    text = reference_text()
     # A token has about four characters. Tokenising the whole text would take seconds.
-    text = reference_text()[: 8 * tokens + 1000]
+    text = (text[begin:] + text[:begin])[: 8 * tokens + 1000]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < tokens:
         raise ValueError(f"the built-in document has {len(ids)} tokens, {tokens} were asked for; use a shorter prefix")

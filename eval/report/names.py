@@ -13,12 +13,15 @@ __all__ = ["IN_MEMORY", "OURS", "PAPER", "REFERENCES", "RELOAD", "Rival", "Setti
 RECOMPUTE = "recompute"
 IN_MEMORY = "in_memory"
 RELOAD = "reload"
+NO_PREFIX = "no_prefix"
 ATTENTIONSTORE = "attentionstore"
 PAPER = "contiguouskv_paper"
 OURS = "contiguouskv"
 # They store nothing on disk, so they stand beside every state.
-REFERENCES = (RECOMPUTE, IN_MEMORY)
+REFERENCES = (RECOMPUTE, IN_MEMORY, NO_PREFIX)
 MEMORY = Setting(IN_MEMORY, 1.0)
+# The suffix alone: the floor of all times.
+FLOOR = Setting(NO_PREFIX, 1.0)
 
 # In the order in which a request finds more and more in memory.
 STATES = {
@@ -30,6 +33,7 @@ STATES = {
 }
 
 _LABELS = {
+    "no_prefix": "no prefix",
     "recompute": "recompute",
     "in_memory": "in memory",
     "reload": "reload",
@@ -39,8 +43,10 @@ _LABELS = {
     "impress": "IMPRESS",
     "contiguouskv_paper": "ContiguousKV (published)",
     "contiguouskv": "ContiguousKV (ours)",
+    "kept_tokens": "kept tokens in memory",
 }
 _COLOURS = {
+    "no_prefix": "#d9d9d9",
     "recompute": "#b3b3b3",
     "in_memory": "#5c5c5c",
     "reload": "#9c755f",
@@ -50,9 +56,11 @@ _COLOURS = {
     "impress": "#e0a03c",
     "contiguouskv_paper": "#7bbf8e",
     "contiguouskv": "#1f7a45",
+    "kept_tokens": "#a8c686",
 }
 _OTHER_COLOURS = ("#c2458a", "#2fa3a3", "#a3a32a", "#d96c6c", "#4b4ba8")
 _MARKERS = {
+    "no_prefix": "|",
     "recompute": "*",
     "in_memory": "p",
     "reload": "v",
@@ -61,6 +69,7 @@ _MARKERS = {
     "attentionstore_h2o": "P",
     "impress": "X",
     "contiguouskv_paper": "h",
+    "kept_tokens": "D",
 }
 
 

@@ -16,11 +16,12 @@ from .quality import Judge
 
 @dataclass(frozen=True)
 class _Todo:
-    """A request, and the cases in which it has no row yet."""
+    """A request, the cases in which it has no row yet, and those of them in which its answer is judged."""
 
     request: Request
     metric: str
     cases: list[Case]
+    judged: list[Case]
 
     @property
     def tokens(self) -> int:
@@ -44,16 +45,18 @@ class AloneRun:
             of_task = [request for request, _ in asked if request.task == task]
             timed[task] = spread_over_prefixes(of_task, process.config.timed_requests)
         mine = asked[process.number :: process.count]
-        found = [
-            _Todo(request, metric, process.missing(request, process.plan.made_of(request, timed[request.task]), None))
-            for request, metric in mine
-        ]
+        found = [self._todo_of(request, metric, timed[request.task]) for request, metric in mine]
         self._todo = [one for one in found if one.cases]
         # The first requests are made in all cases, so that the forecast knows all.
         self._groups = [
             sorted(group, key=lambda one: one.request.number not in timed[one.request.task])
             for _, group in groupby(self._todo, key=lambda one: (one.request.task, one.request.prefix))
         ]
+
+    def _todo_of(self, request: Request, metric: str, timed: frozenset[int]) -> _Todo:
+        plan = self._process.plan_of(request)
+        cases = self._process.missing(request, plan.made_of(request, metric, timed), None)
+        return _Todo(request, metric, cases, [case for case in cases if plan.is_judged(case, metric)])
 
     @property
     def rows(self) -> int:
@@ -70,7 +73,8 @@ class AloneRun:
         settings = list(dict.fromkeys(case.setting for one in group for case in one.cases))
         with bench_in(process.work, process.model, settings, **process.store_options) as bench:
             with process.forecast.seen("store", first.tokens):
-                bench.whole.store(first.request.prefix_ids)
+                if any(one.judged for one in group):
+                    bench.whole.store(first.request.prefix_ids)
                 bench.store(first.request)
             if first.request.task not in self._warm:
                 self._warm.add(first.request.task)
@@ -91,14 +95,14 @@ class AloneRun:
     def _one(self, bench: Bench, one: _Todo, bar: Any) -> None:
         process, request = self._process, one.request
         judge = None
-        if any(map(process.plan.is_judged, one.cases)):
+        if one.judged:
             judge = Judge(process.model, process.tokenizer, request, one.metric)
             with process.forecast.seen("reference", one.tokens):
                 judge.refer_to(bench.whole)
         for case in process.chance.sample(one.cases, len(one.cases)):
             bar.set_description(f"{request.key} {case.label}")
             if process.missing(request, [case], None):
-                mine = judge if process.plan.is_judged(case) else None
+                mine = judge if case in one.judged else None
                 with process.forecast.seen((case, mine is None), one.tokens):
                     results = process.measured(bench.systems[case.setting], request, case, mine)
                 if results is not None:
@@ -110,8 +114,7 @@ class AloneRun:
         for group in self._groups:
             yield "store", group[0].tokens
             for one in group:
-                judged = [case for case in one.cases if self._process.plan.is_judged(case)]
-                if judged:
+                if one.judged:
                     yield "reference", one.tokens
                 for case in one.cases:
-                    yield (case, case not in judged), one.tokens
+                    yield (case, case not in one.judged), one.tokens

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..random_models import random_states
 from ..systems import InMemory, Setting, System
 from ..tasks import Request
 from .readings import WholeCaches, has_windows
@@ -21,14 +22,16 @@ class Bench:
         systems: the systems, by setting.
     """
 
-    def __init__(self, whole: InMemory | WholeCaches, systems: dict[Setting, System]) -> None:
+    def __init__(self, model: Any, whole: InMemory | WholeCaches, systems: dict[Setting, System]) -> None:
+        self._model = model
         self.whole = whole
         self.systems = systems
 
     def store(self, request: Request) -> None:
         """Store the prefix of a request in all systems."""
+        states = None if request.computed else random_states(self._model, len(request.prefix_ids))
         for system in self.systems.values():
-            system.store(request.prefix_ids)
+            system.store(request.prefix_ids, states)
 
 
 @contextmanager
@@ -50,6 +53,6 @@ def bench_in(folder: Path, model: Any, settings: Sequence[Setting], **store_opti
                     systems[setting] = whole
                 else:
                     systems[setting] = stack.enter_context(setting.make(model, folder, **store_options))
-            yield Bench(whole, systems)
+            yield Bench(model, whole, systems)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

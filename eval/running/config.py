@@ -23,17 +23,18 @@ class RunConfig:
         model: name or folder of the model; `None` for the default model.
         dtype: dtype of model and KV; `"auto"` is the dtype of a continued run, and for a new run the fastest on the
             device. The run's folder records it, and refuses another.
-        tasks: names of `eval.tasks.TASKS`, or `file:` and the path of a file (see `eval.tasks.own_data`).
+        tasks: names for `eval.tasks.task_named`.
         streams: names of `STREAMS`.
         systems: settings as text, for example `"impress@0.1+overlap"` (see `eval.systems.Setting.parse`).
         states: the states of `eval.systems.State` in which requests of tasks find systems. A system without a state is
-            left out there; `recompute` and `in_memory` are made in their own state beside any other.
+            left out there; `recompute`, `in_memory` and `no_prefix` are made in their own state beside any other.
         budgets: shares of the prefix, for systems that take a budget and name none.
-        requests: requests of each task.
+        kept_tokens: in place of `budgets`, so many tokens of each prefix (all of a shorter one).
+        requests: requests of each task whose answers are judged.
         first: number of the first request of each task. Another run can have made those before it.
         timed_requests: requests of each task, spread over its prefixes, that are also made only for their time: in
             systems whose answers are known beforehand (exact systems, and settings that differ from another only in
-            speed), and in all states but the first.
+            speed), and in all states but the first. Tasks whose answers are not judged have no other requests.
         prefixes: prefixes of each few-shot task. (The prefixes of other tasks follow from their requests.)
         stream_requests: requests of each stream.
         documents: documents (or conversations) of a stream.
@@ -55,6 +56,7 @@ class RunConfig:
     systems: tuple[str, ...] = ()
     states: tuple[str, ...] = ("cold",)
     budgets: tuple[float, ...] = (0.05, 0.25)
+    kept_tokens: int | None = None
     requests: int = 50
     first: int = 0
     timed_requests: int = 5
@@ -84,6 +86,8 @@ class RunConfig:
             raise ValueError("a run needs a task or a stream, a system and a state")
         if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
             raise ValueError(f"budgets are shares of the prefix, from 0 (not included) to 1, got {self.budgets}")
+        if self.kept_tokens is not None and (self.kept_tokens < 1 or self.streams):
+            raise ValueError(f"kept_tokens must be 1 at least, and is not for streams, got {self.kept_tokens}")
         for field in ("requests", "prefixes", "stream_requests", "documents"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")
@@ -94,9 +98,16 @@ class RunConfig:
         if self.read_gbps is not None and not self.read_gbps > 0.0:
             raise ValueError(f"read_gbps must be positive, got {self.read_gbps}")
 
-    def settings(self) -> list[Setting]:
-        """Every system at each of its budgets, without duplicates."""
-        return list(dict.fromkeys(one for name in self.systems for one in Setting.parse(name, self.budgets)))
+    def budgets_for(self, prefix_tokens: int) -> tuple[float, ...]:
+        """Shares of a prefix of so many tokens, for systems that take a budget and name none."""
+        if self.kept_tokens is None:
+            return self.budgets
+        return (min(1.0, self.kept_tokens / prefix_tokens),)
+
+    def settings(self, prefix_tokens: int) -> list[Setting]:
+        """Every system at each of its budgets, for a prefix of so many tokens, without duplicates."""
+        budgets = self.budgets_for(prefix_tokens)
+        return list(dict.fromkeys(one for name in self.systems for one in Setting.parse(name, budgets)))
 
     def is_judged(self, number: int) -> bool:
         """Whether the answer to this request of a stream is judged."""

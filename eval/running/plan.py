@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..systems import Setting, State, SystemUnavailableError
-from ..tasks import Request
+from ..tasks import UNJUDGED, Request
 
 IN_MEMORY = "in_memory"
 # They stand beside every state, in the one state that they have.
-REFERENCES = ("recompute", IN_MEMORY)
+REFERENCES = ("recompute", IN_MEMORY, "no_prefix")
 
 States = Mapping[Setting, tuple[State, ...]]
 
@@ -67,7 +67,7 @@ class Plan:
     """The requests of a run.
 
     Args:
-        settings: settings of the run, in order.
+        settings: settings of the run, in order, for prefixes of one length.
         states: states of the run, in order.
         offers: states of each setting that can be made, see `offered`.
 
@@ -79,7 +79,7 @@ class Plan:
 
     def __init__(self, settings: Sequence[Setting], states: Sequence[State], offers: States) -> None:
         there = [setting for setting in settings if setting in offers]
-        self.streamed = there
+        self.streamed = [setting for setting in there if setting.kind.in_streams]
         self.cases: list[Case] = []
         notes: list[str] = []
         for setting in there:
@@ -98,25 +98,26 @@ class Plan:
         self.notes = list(dict.fromkeys(notes))
         self._judged = frozenset(_judged(self.cases))
 
-    def is_judged(self, case: Case) -> bool:
+    def is_judged(self, case: Case, metric: str) -> bool:
         """Whether answers are judged in this case. The answers in other cases are known from a judged one."""
-        return case in self._judged
+        return metric != UNJUDGED and case in self._judged
 
-    def made_of(self, request: Request, timed: frozenset[int]) -> list[Case]:
+    def made_of(self, request: Request, metric: str, timed: frozenset[int]) -> list[Case]:
         """The cases in which a request of a task is made.
 
         Args:
-            request: the request.
+            request, metric: the request, and what judges it.
             timed: numbers of the requests that are also made only for their time, see `spread_over_prefixes`.
         """
-        return [case for case in self.cases if request.number in timed or self.is_judged(case)]
+        return [case for case in self.cases if request.number in timed or self.is_judged(case, metric)]
 
 
 def _judged(cases: Sequence[Case]) -> Iterable[Case]:
     """One case for each different answer: the setting itself that others answer as, if it is there."""
     alike: dict[Setting, list[Case]] = defaultdict(list)
     for case in cases:
-        alike[case.setting.answers_as()].append(case)
+        if case.setting.kind.judged:
+            alike[case.setting.answers_as()].append(case)
     for canonical, some in alike.items():
         if canonical.system == IN_MEMORY:
             some = [case for case in some if case.setting.system == IN_MEMORY]

@@ -33,7 +33,7 @@ class Process:
 
     Attributes:
         config: the run's configuration.
-        plan: what is made.
+        plans: what is made, by the number of prefix tokens.
         model, tokenizer: the model that answers, and its tokenizer.
         folder: receives rows and notes.
         session: names this start of the run; times are compared only within one.
@@ -45,7 +45,7 @@ class Process:
     """
 
     config: RunConfig
-    plan: Plan
+    plans: Mapping[int, Plan]
     model: Any
     tokenizer: Any
     folder: RunFolder
@@ -63,6 +63,10 @@ class Process:
         self._windows = has_windows(self.model)
         self._unable: set[Case] = set()
         self._told: set[str] = set()
+
+    def plan_of(self, request: Request) -> Plan:
+        """What is made of requests on a prefix as long as that of this request."""
+        return self.plans[len(request.prefix_ids)]
 
     @property
     def work(self) -> Path:

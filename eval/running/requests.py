@@ -12,7 +12,7 @@ import torch
 from hf_contiguouskv.model.served_model import ServedModel
 
 from .. import streams
-from ..tasks import ChatTemplateError, OwnDataError, Request, TooFewRowsError, data_noted, task_named
+from ..tasks import UNJUDGED, ChatTemplateError, OwnDataError, Request, TooFewRowsError, data_noted, task_named
 from .config import RunConfig
 
 
@@ -53,9 +53,10 @@ def asked_of(config: RunConfig, tokenizer: Any) -> Asked:
     data: dict[str, str] = {}
     for name in config.tasks:
         task = task_named(name, config.data_dir, config.prefixes)
+        count = config.timed_requests if task.metric == UNJUDGED else config.requests
         try:
             with data_noted() as noted:
-                found = task.requests(tokenizer, config.first + config.requests, config.seed)[config.first :]
+                found = task.requests(tokenizer, config.first + count, config.seed)[config.first :]
         except (TooFewRowsError, OwnDataError, ChatTemplateError) as error:
             raise NotServedError(f"{task.name}: {error}") from error
         if not found:
@@ -128,7 +129,7 @@ def require_served(model: Any, asked: Asked) -> None:
     """
     context = getattr(ServedModel(model).text_config, "max_position_embeddings", None)
     for name, requests in asked.by_name().items():
-        longest = max(map(_length, requests), default=0)
+        longest = max((_length(one) for one in requests if one.computed), default=0)
         if context is not None and longest > context:
             raise NotServedError(
                 f"{name} has a request of {longest} tokens with its answer, and the model takes {context}"

@@ -96,18 +96,26 @@ def run(
     if loaded is None and progress and state.is_main_process:
         print(f"runs in {choice.name} on {model.device} ({choice.reason})", file=sys.stderr)
     require_served(model, asked)
+    lengths = sorted({len(one.prefix_ids) for requests in asked.by_name().values() for one in requests})
     folder = RunFolder(out, state.process_index)
     store_options = {} if config.read_gbps is None else {"read_gbps": config.read_gbps}
     with tempfile.TemporaryDirectory(prefix="contiguouskv-") as empty:
-        offers, unavailable = offered(model, config.settings(), Path(empty), store_options)
-    plan = Plan(config.settings(), [State(one) for one in config.states], offers)
-    notes = [*unavailable, *plan.notes]
+        every = dict.fromkeys(setting for tokens in lengths for setting in config.settings(tokens))
+        offers, unavailable = offered(model, every, Path(empty), store_options)
+    states = [State(one) for one in config.states]
+    plans = {tokens: Plan(config.settings(tokens), states, offers) for tokens in lengths}
+    notes = [*unavailable, *(note for plan in plans.values() for note in plan.notes)]
+    if config.streams:
+        left = (one.label for one in every if not one.kind.in_streams)
+        notes += [f"{label} is left out of streams: it holds what one request selects" for label in left]
+    notes = list(dict.fromkeys(notes))
     if state.is_main_process:
         name = config.model or (DEFAULT_MODEL if loaded is None else model.config._name_or_path)
         about = asdict(config) | {
             "model": name,
             "dtype": dtype_name(model.dtype),
             "fingerprint": model_fingerprint(model),
+            "budgets": list(dict.fromkeys(share for tokens in lengths for share in config.budgets_for(tokens))),
             "source": getattr(model, "source", None),
             "device": model.device.type,
             "questions": questions_of(asked),
@@ -123,7 +131,7 @@ def run(
     state.wait_for_everyone()
     process = Process(
         config=config,
-        plan=plan,
+        plans=plans,
         model=model,
         tokenizer=tokenizer,
         folder=folder,

@@ -34,7 +34,7 @@ class StreamRun:
         self._process = process
         self._name = name
         self._requests = requests
-        self._cases = [Case(setting, None) for setting in process.plan.streamed]
+        self._cases = [Case(setting, None) for setting in process.plan_of(requests[0]).streamed]
         # Caches of models with windows cannot be cropped, and another request would change what is in memory.
         self._judged = [one for one in requests if process.config.is_judged(one.number) and process.crops]
 
@@ -66,7 +66,8 @@ class StreamRun:
                 judge = known.judge(request)
                 for case in process.chance.sample(self._cases, len(self._cases)):
                     bar.set_description(f"{self._name} {request.number} {case.label}")
-                    results = process.measured(bench.systems[case.setting], request, case, judge)
+                    mine = judge if case.setting.kind.judged else None
+                    results = process.measured(bench.systems[case.setting], request, case, mine)
                     if results is not None and process.missing(request, [case], self._name):
                         process.folder.add(process.row(request, case, self._name, streams.METRIC) | results)
                         bar.update()

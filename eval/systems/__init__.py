@@ -10,6 +10,8 @@ from .contiguouskv import ContiguousKV
 from .flexgen import FlexGen
 from .impress import Impress
 from .in_memory import InMemory
+from .kept_tokens import KeptTokens
+from .no_prefix import NoPrefix
 from .recompute import Recompute
 from .registry import DEFAULT_SYSTEMS, SYSTEMS, OptionKind, SystemKind, system_named
 from .reload import Reload
@@ -25,6 +27,8 @@ __all__ = [
     "FlexGen",
     "Impress",
     "InMemory",
+    "KeptTokens",
+    "NoPrefix",
     "NotStoredError",
     "OptionKind",
     "Recompute",

@@ -106,6 +106,24 @@ class BufferedLayer(GroupedLayer):
         return self._tokens
 
 
+class PrunedLayer(BufferedLayer):
+    """A layer that holds some tokens of a prefix and is as long as the whole prefix.
+
+    What it holds counts as the last tokens of the prefix, as in the library's own layers.
+
+    Attributes:
+        missing: tokens of the prefix that it does not hold.
+    """
+
+    missing = 0
+
+    def get_seq_length(self) -> int:
+        return self.missing + self._tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._tokens + query_length, self.missing
+
+
 def why_not_grouped(model: Any) -> str | None:
     """Why a model cannot use the library's attention in caches of this module; `None`: it can."""
     try:

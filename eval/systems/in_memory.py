@@ -16,7 +16,7 @@ from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from .attention import ROOM, BufferedLayer, GroupedAttention, cache_of, grouped_cache
 from .base import NotStoredError, key_of, require_states
-from .states import State, on_accelerator, require_state
+from .states import State, require_state, state_of_model
 
 
 def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = None, block: int = 512) -> DynamicCache:
@@ -28,8 +28,8 @@ def prefill(model: Any, prefix_ids: torch.Tensor, cache: DynamicCache | None = N
     return cache
 
 
-def buffered_cache(model: Any, capacity: int) -> DynamicCache:
-    """An empty cache with room for `capacity` tokens, where the model's layers are."""
+def buffered_cache(model: Any, capacity: int, kind: type[BufferedLayer] = BufferedLayer) -> DynamicCache:
+    """An empty cache of such layers with room for `capacity` tokens, where the model's layers are."""
     served = ServedModel(model)
     g = served.geometry(ContiguousKVConfig().chunk_size)
     shape = (2, 1, g.kv_heads, capacity, g.head_dim)
@@ -40,7 +40,7 @@ def buffered_cache(model: Any, capacity: int) -> DynamicCache:
             return torch.empty(shape, dtype=g.dtype, device=device)
         return aligned_buffer(octets).view(g.dtype).view(shape)
 
-    return cache_of([BufferedLayer(buffer(device)) for device in served.layers.devices])
+    return cache_of([kind(buffer(device)) for device in served.layers.devices])
 
 
 @dataclass
@@ -86,7 +86,7 @@ class InMemory:
 
     @property
     def _tier(self) -> State:
-        return State.WARM_DEVICE if on_accelerator(self._model.device) else State.WARM_HOST
+        return state_of_model(self._model.device)
 
     @property
     def states(self) -> tuple[State, ...]:

@@ -17,6 +17,8 @@ from .contiguouskv import ContiguousKV
 from .flexgen import FlexGen
 from .impress import Impress
 from .in_memory import InMemory
+from .kept_tokens import KeptTokens
+from .no_prefix import NoPrefix
 from .recompute import Recompute
 from .reload import Reload
 
@@ -76,12 +78,23 @@ class SystemKind:
         exact: whether it attends to the whole prefix, so that there is only a budget of 1.0.
         options: that it takes.
         require: called with a budget and options by name; raises `ValueError` if they do not go together.
+        answers_as: a system that takes no options and answers alike at every budget.
+        judged: whether its answers say anything. Where they do not, there is only a budget of 1.0.
+        in_streams: whether it can serve a stream of requests.
     """
 
     make: Make
     exact: bool = False
     options: tuple[OptionKind, ...] = ()
     require: Callable[[float, Options], object] = _require_nothing
+    answers_as: str | None = None
+    judged: bool = True
+    in_streams: bool = True
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether it uses a share of the prefix that is chosen."""
+        return self.judged and not self.exact
 
     @property
     def option_names(self) -> tuple[str, ...]:
@@ -136,6 +149,14 @@ def _in_memory(model: Any, folder: Path, budget: float, options: Options, **stor
     return InMemory(model, dynamic="dynamic" in options)
 
 
+def _no_prefix(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    return NoPrefix(model)
+
+
+def _kept_tokens(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
+    return KeptTokens(model, folder / "chunks", budget, **store_options)
+
+
 def _reload(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
     return Reload(model, folder / "whole", read_gbps=store_options.get("read_gbps"))
 
@@ -175,6 +196,8 @@ _OVERLAP = OptionKind("overlap")
 SYSTEMS: dict[str, SystemKind] = {
     "recompute": SystemKind(_recompute, exact=True),
     "in_memory": SystemKind(_in_memory, exact=True, options=(OptionKind("dynamic"),)),
+    "no_prefix": SystemKind(_no_prefix, judged=False),
+    "kept_tokens": SystemKind(_kept_tokens, answers_as="contiguouskv", in_streams=False),
     "reload": SystemKind(_reload, exact=True),
     "attentionstore": SystemKind(_attentionstore, exact=True, options=(_OVERLAP,)),
     "flexgen": SystemKind(

@@ -20,7 +20,7 @@ class Setting:
 
     Attributes:
         system: one of `SYSTEMS`.
-        budget: share of the prefix that attention uses; 1.0 for exact systems.
+        budget: share of the prefix that attention uses; 1.0 for systems that take no budget.
         options: as written, `"overlap"` or `"host=0.5"`, sorted.
     """
 
@@ -48,9 +48,9 @@ class Setting:
                 budgets = (float(share),)
             except ValueError:
                 raise ValueError(f"{text!r}: a budget such as 0.25 must follow the @") from None
-            if kind.exact or not 0.0 < budgets[0] <= 1.0:
+            if not kind.takes_budget or not 0.0 < budgets[0] <= 1.0:
                 raise ValueError(f"{text!r}: budgets are from 0 (not included) to 1, of systems that choose")
-        found = [cls(name, budget, options) for budget in ((1.0,) if kind.exact else budgets)]
+        found = [cls(name, budget, options) for budget in (budgets if kind.takes_budget else (1.0,))]
         for one in found:
             kind.require(one.budget, one.values)
         return found
@@ -82,6 +82,8 @@ class Setting:
         """
         if self.kind.exact:
             return type(self)(IN_MEMORY, 1.0)
+        if self.kind.answers_as is not None:
+            return type(self)(self.kind.answers_as, self.budget)
         kept = tuple(option for option in self.options if self.kind.option(_parted(option)[0]).changes_answers)
         return type(self)(self.system, self.budget, kept)
 

@@ -35,6 +35,11 @@ def on_accelerator(device: torch.device) -> bool:
     return devices.device_of(device) is not None
 
 
+def state_of_model(device: torch.device) -> State:
+    """The warm state of what is kept where a model on `device` is."""
+    return State.WARM_DEVICE if on_accelerator(device) else State.WARM_HOST
+
+
 def warm_states(device: torch.device) -> tuple[State, ...]:
     """The warm states of a system that keeps chunks in tiers, with its model on `device`."""
     return (State.WARM_HOST, State.WARM_DEVICE) if on_accelerator(device) else (State.WARM_HOST,)

@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .base import Request, Task, TooFewRowsError
+from .base import UNJUDGED, Request, Task, TooFewRowsError
 from .chat import ChatTemplateError
 from .common_words import common_words
 from .few_shot import FewShot
 from .kv_retrieval import kv_retrieval
+from .lengths import RANDOM, TEXT, Lengths
 from .longbench import SUBSETS, longbench
 from .needle import needle, needle_multikey
 from .nq_open import nq_open
@@ -38,9 +39,13 @@ TASKS: dict[str, Callable[[Path | str | None], Task]] = {
     **{f"longbench_{subset}": partial(longbench, subset) for subset in SUBSETS},
     **{f"ruler_{task}": partial(ruler, task) for task in METRICS},
 }
+# Tasks that are more than a name.
+WRITTEN = (f"{FILE}NAME.jsonl", f"{TEXT}PREFIX+SUFFIX", f"{RANDOM}PREFIX+SUFFIX")
 
 __all__ = [
     "TASKS",
+    "UNJUDGED",
+    "WRITTEN",
     "ChatTemplateError",
     "DataMissingError",
     "OwnDataError",
@@ -56,17 +61,19 @@ def task_named(name: str, data_dir: Path | str | None = None, prefixes: int | No
     """The task of this name.
 
     Args:
-        name: one of `TASKS`, or `file:` and the path of a file (see `own_data`).
+        name: one of `TASKS`, `file:` and the path of a file (see `own_data`), or a name of `Lengths`.
         data_dir: folder with local data; default: `$CONTIGUOUSKV_DATA`, else the Hub.
         prefixes: prefixes of a few-shot task; default: five. The prefixes of other tasks follow from their requests.
 
     Raises:
         OwnDataError: the file is missing, or a line of it is wrong.
-        ValueError: no task has this name.
+        ValueError: no task has this name, or lengths are missing in it.
     """
     if name.startswith(FILE):
         return own_data(name.removeprefix(FILE))
+    if name.startswith((TEXT, RANDOM)):
+        return Lengths.parse(name)
     if name not in TASKS:
-        raise ValueError(f"task must be {FILE}NAME.jsonl, or one of {sorted(TASKS)}, got {name!r}")
+        raise ValueError(f"task must be {', '.join(WRITTEN)}, or one of {sorted(TASKS)}, got {name!r}")
     task = TASKS[name](data_dir)
     return replace(task, prefixes=prefixes) if prefixes is not None and isinstance(task, FewShot) else task

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+# The metric of tasks whose answers are not judged.
+UNJUDGED = ""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,6 +28,8 @@ class Request:
         max_new_tokens: limit on generated tokens.
         before_answer: text between the prompt and an answer or a choice.
         about: details of the request for the run's rows, such as the depth of a needle.
+        computed: whether the model computes K and V of the prefix. Else random ones stand for them, and only the time
+            of the request says anything.
     """
 
     task: str
@@ -37,6 +42,7 @@ class Request:
     max_new_tokens: int = 1
     before_answer: str = " "
     about: tuple[tuple[str, Any], ...] = ()
+    computed: bool = True
 
     @property
     def key(self) -> str:
@@ -54,7 +60,7 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str:
-        """The metric that judges answers (a module of `eval.metrics`)."""
+        """The metric that judges answers (a module of `eval.metrics`); `UNJUDGED`: only the time of requests counts."""
         ...
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:

@@ -10,8 +10,12 @@ from typing import Any
 
 from hf_contiguouskv import ContiguousKVConfig
 
+from ..report import RunError
+from ..report.names import NO_PREFIX
 from ..report.paper import SPEED_UPS
+from ..report.rows import load
 from ..systems import State
+from ..timing import median_spread
 from .counting import CPU_LENGTHS, CPU_SYSTEMS, FLOOR, METHODS, Counts, Method, method_named
 from .machines import MACHINES, OURS_CPU
 from .predict import LENGTHS, predict
@@ -57,7 +61,7 @@ class Compared:
 
 
 def on_cpu(counts: Counts, growth: Path = GROWTH) -> list[Compared]:
-    """Every figure of `eval.growth` on SmolLM2-135M, predicted.
+    """Every figure of `GROWTH`, predicted. `medians` makes such a file of a run.
 
     The floor and the speed of memory were fitted to each other; nothing else was. The list is empty where the file of
     measurements is missing: it is in the docs of a checkout, and no wheel has it.
@@ -96,6 +100,39 @@ def _measured(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, State, int], fl
             continue
         found[system, State.OPEN if state is State.COLD else state, row["tokens"]] = row["seconds"]["median"]
     return found
+
+
+def medians(run: Path) -> dict[str, Any]:
+    """Medians of a run of the preset `growth`, by system, state and tokens of the prefix, ready for JSON.
+
+    Args:
+        run: folder of the run.
+
+    Raises:
+        RunError: the folder has no such rows.
+    """
+    results = load([run])
+    rows = results.timed
+    floor = rows[rows["system"] == NO_PREFIX]
+    if not len(floor):
+        raise RunError(f"{run} has no row of {NO_PREFIX}: make a run of the preset growth")
+    others = rows[rows["system"] != NO_PREFIX].groupby(["prefix_tokens", "system", "options", "state"], sort=False)
+    return {
+        "machine": results.runs[0].machine,
+        "model": results.runs[0].config["model"],
+        "dtype": results.runs[0].config["dtype"],
+        "kept_tokens": results.runs[0].config.get("kept_tokens"),
+        "floor": {"seconds": median_spread(floor["ttft_s"]).as_dict()},
+        "rows": [
+            {
+                "tokens": int(tokens),
+                "system": "+".join(filter(None, (system, options))),
+                "state": state,
+                "seconds": median_spread(own["ttft_s"]).as_dict(),
+            }
+            for (tokens, system, options, state), own in others
+        ],
+    }
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,7 @@ def test_a_folder_of_no_known_model_is_named(tmp_path: Path) -> None:
     "program",
     [
         "eval.__main__.run",
-        "eval.bench.main",
-        "eval.warm.main",
-        "eval.growth.main",
+        "eval.storing.main",
         "eval.timeline.record",
         "eval.ablation.__main__.run",
         "eval.policies.__main__.record",
@@ -167,7 +165,6 @@ def test_a_folder_of_no_known_model_is_named(tmp_path: Path) -> None:
         "examples.demo.main",
         "examples.chat.main",
         "examples.batch_questions.main",
-        "examples.needles.main",
     ],
 )
 def test_every_program_with_a_model_takes_a_dtype(program: str, monkeypatch: pytest.MonkeyPatch) -> None:

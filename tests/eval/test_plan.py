@@ -22,7 +22,7 @@ from eval.running import RunFolderError, process, run
 from eval.running.forecast import Forecast, in_words
 from eval.running.plan import Case, Plan, spread_over_prefixes
 from eval.systems import Setting, State, StateError, SystemUnavailableError
-from eval.tasks import TASKS, Request
+from eval.tasks import TASKS, UNJUDGED, Request
 
 COLD, OPEN, WARM = State.COLD, State.OPEN, State.WARM_HOST
 
@@ -45,7 +45,7 @@ def settings(*texts: str) -> list[Setting]:
 def plan_of(asked: list[Setting], states: tuple[State, ...], **own: tuple[State, ...]) -> Plan:
     offers = {one: own.get(one.system, (COLD, OPEN, WARM)) for one in asked}
     offers |= {one: (WARM,) for one in asked if one.system == "in_memory"}
-    offers |= {one: (COLD,) for one in asked if one.system == "recompute"}
+    offers |= {one: (COLD,) for one in asked if one.system in ("recompute", "no_prefix")}
     return Plan(asked, states, offers)
 
 
@@ -72,13 +72,32 @@ def test_every_system_is_made_in_every_state_that_it_has_and_references_beside_a
 def test_answers_are_judged_once_in_the_first_state() -> None:
     asked = settings("in_memory", "attentionstore", "impress+overlap", "impress", "impress+groups", "contiguouskv")
     plan = plan_of(asked, (OPEN, COLD))
-    judged = {(case.setting.label, case.state) for case in plan.cases if plan.is_judged(case)}
+    judged = {(case.setting.label, case.state) for case in plan.cases if plan.is_judged(case, "accuracy")}
     assert judged == {("in_memory", WARM), ("impress", OPEN), ("impress+groups", OPEN), ("contiguouskv", OPEN)}
 
 
 def test_a_variant_is_judged_if_the_system_that_it_answers_as_is_not_there() -> None:
     plan = plan_of(settings("impress+overlap", "attentionstore"), (COLD,))
-    assert [case.setting.label for case in plan.cases if plan.is_judged(case)] == ["impress+overlap"]
+    assert [case.setting.label for case in plan.cases if plan.is_judged(case, "accuracy")] == ["impress+overlap"]
+
+
+def test_the_floor_is_never_judged_and_kept_tokens_are_where_nothing_answers_alike() -> None:
+    asked = settings("no_prefix", "kept_tokens", "in_memory")
+    both = [*asked, *settings("contiguouskv")]
+    alone, beside = (plan_of(one, (COLD, WARM), kept_tokens=(WARM,)) for one in (asked, both))
+    assert [(case.setting.system, case.state) for case in alone.cases] == [
+        ("no_prefix", COLD),
+        ("kept_tokens", WARM),
+        ("in_memory", WARM),
+    ]
+    assert alone.notes == ["kept_tokens is left out in the state cold: its states are warm_host"]
+    judged = [[case.setting.system for case in one.cases if one.is_judged(case, "accuracy")] for one in (alone, beside)]
+    assert judged == [["kept_tokens", "in_memory"], ["in_memory", "contiguouskv"]]
+    assert [one.system for one in beside.streamed] == ["no_prefix", "in_memory", "contiguouskv"]
+    # Nothing judges the answers of some tasks: only what is timed is made.
+    assert not any(alone.is_judged(case, UNJUDGED) for case in alone.cases)
+    assert alone.made_of(request(0, 0), UNJUDGED, frozenset({1})) == []
+    assert alone.made_of(request(1, 0), UNJUDGED, frozenset({1})) == alone.cases
 
 
 def test_options_that_only_streams_show_are_made_only_there() -> None:
@@ -102,8 +121,8 @@ def test_times_are_taken_of_the_first_requests_of_each_prefix() -> None:
     in_turn = [request(number, number % 5) for number in range(50, 60)]
     assert spread_over_prefixes(in_turn, 5) == set(range(50, 55))
     plan = plan_of(settings("impress", "impress+overlap"), (COLD,))
-    labels = [[case.setting.label for case in plan.made_of(request(number, 0), frozenset({1}))] for number in (0, 1)]
-    assert labels == [["impress"], ["impress", "impress+overlap"]]
+    made = [plan.made_of(request(number, 0), "accuracy", frozenset({1})) for number in (0, 1)]
+    assert [[case.setting.label for case in cases] for cases in made] == [["impress"], ["impress", "impress+overlap"]]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -268,7 +287,7 @@ def test_a_request_is_repeated_once_and_not_in_a_stream(
     asked = settings("contiguouskv")
     one = process.Process(
         config=config_of(),
-        plan=plan_of(asked, (COLD,)),
+        plans={4: plan_of(asked, (COLD,))},
         model=loaded[0],
         tokenizer=loaded[1],
         folder=SimpleNamespace(path=tmp_path),

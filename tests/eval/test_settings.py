@@ -18,7 +18,7 @@ def test_a_system_may_have_a_budget_and_options_of_its_own() -> None:
         systems=("in_memory", "impress+overlap", "contiguouskv@0.3", "contiguouskv@0.4+exact", "contiguouskv@0.3"),
         budgets=(0.05, 0.1),
     )
-    assert config.settings() == [
+    assert config.settings(8192) == [
         Setting("in_memory", 1.0),
         Setting("impress", 0.05, ("overlap",)),
         Setting("impress", 0.1, ("overlap",)),
@@ -44,7 +44,7 @@ def test_unknown_systems_and_options_and_budgets_of_exact_ones_are_refused() -> 
 
 def test_all_rivals_can_be_asked_for_at_once() -> None:
     config = RunConfig(tasks=("sst2",), systems=DEFAULT_SYSTEMS, budgets=(0.25,))
-    assert [setting.label for setting in config.settings()] == list(DEFAULT_SYSTEMS)
+    assert [setting.label for setting in config.settings(8192)] == list(DEFAULT_SYSTEMS)
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ def test_suffixes_are_attended_to_by_one_function(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """K and V are not repeated, the kernel's mask is made once, and all that is used answers as `recompute`."""
-    expected = forward(model, torch.cat([PREFIX, SUFFIX]), None)
+    expected = forward(model, SUFFIX if text == "no_prefix" else torch.cat([PREFIX, SUFFIX]), None)
     before = model.config._attn_implementation
     with Setting.parse(text, (1.0,))[0].make(model, tmp_path) as system:
         system.store(PREFIX)
+        system.enter(system.states[-1], PREFIX, SUFFIX)
         cache = system.cache(PREFIX)
         watched = mock.Mock(wraps=attention.attend)
         monkeypatch.setattr(attention, "attend", watched)
@@ -62,8 +63,9 @@ def test_suffixes_are_attended_to_by_one_function(
             forward(model, PREFIX, cache)
             assert not watched.called
         found = forward(model, SUFFIX, cache)
-        assert watched.call_count == LAYERS
-        assert len({id(call.args[3]) for call in watched.call_args_list}) == 1
+        # The suffix alone needs no mask either.
+        assert watched.call_count == (0 if text == "no_prefix" else LAYERS)
+        assert len({id(call.args[3]) for call in watched.call_args_list}) == (0 if text == "no_prefix" else 1)
         assert all(call.args[1].shape[1] == 2 for call in watched.call_args_list)
         system.finish(cache)
     # What contiguouskv packs is not what it was.

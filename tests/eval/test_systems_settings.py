@@ -34,6 +34,8 @@ def model() -> Any:
         ("in_memory+dynamic", [Setting("in_memory", 1.0, ("dynamic",))]),
         ("flexgen+host=0.5", [Setting("flexgen", 1.0, ("host=0.5",))]),
         ("contiguouskv@1", [Setting("contiguouskv", 1.0)]),
+        ("no_prefix", [Setting("no_prefix", 1.0)]),
+        ("kept_tokens", [Setting("kept_tokens", budget) for budget in (0.05, 0.25)]),
     ],
 )
 def test_a_setting_is_read_as_it_is_written(text: str, expected: list[Setting]) -> None:
@@ -60,6 +62,8 @@ def test_a_setting_is_read_as_it_is_written(text: str, expected: list[Setting]) 
         ("flexgen+host=nan", "a share from 0 to 1"),
         ("flexgen+host=0.6+device=0.6", "must be 1 together"),
         ("in_memory@0.5", "of systems that choose"),
+        ("no_prefix@0.5", "of systems that choose"),
+        ("kept_tokens+exact", "kept_tokens has no option .exact."),
         ("contiguouskv@0", "from 0 .not included. to 1"),
         ("contiguouskv@x+exact", "must follow the @"),
     ],
@@ -81,6 +85,8 @@ def test_settings_that_differ_in_time_only_answer_as_one() -> None:
     assert answers("contiguouskv_paper+period=4+subperiod=4") == Setting("contiguouskv_paper", 0.1, ("period=4",))
     assert answers("contiguouskv+exact") == Setting("contiguouskv", 0.1, ("exact",))
     assert answers("contiguouskv@1.0") == Setting("contiguouskv", 1.0)
+    assert answers("kept_tokens@0.3") == Setting("contiguouskv", 0.3)
+    assert answers("no_prefix") == Setting("no_prefix", 1.0)
 
 
 def test_only_streams_tell_evictions_apart() -> None:
@@ -89,14 +95,16 @@ def test_only_streams_tell_evictions_apart() -> None:
 
 
 def test_defaults_are_settings_of_every_system() -> None:
-    assert {Setting.parse(text, (0.1,))[0].system for text in DEFAULT_SYSTEMS} == set(SYSTEMS)
+    # The others are bounds of what systems can do.
+    bounds = {"no_prefix", "kept_tokens"}
+    assert {Setting.parse(text, (0.1,))[0].system for text in DEFAULT_SYSTEMS} == set(SYSTEMS) - bounds
     assert SYSTEMS["impress"].option("groups") == OptionKind("groups", changes_answers=True)
 
 
 @pytest.mark.parametrize("name", list(SYSTEMS))
 def test_a_system_is_called_as_its_setting(model: Any, tmp_path: Path, name: str) -> None:
     kind = SYSTEMS[name]
-    plain = [Setting(name, 0.5 if not kind.exact else 1.0)]
+    plain = [Setting(name, 0.5 if kind.takes_budget else 1.0)]
     for option in kind.options:
         if option.name != "device":
             value = {"": "", "share": "=0.5", "count": "=1"}[option.value]
@@ -127,7 +135,7 @@ def test_models_with_sliding_windows_are_not_for_all(tmp_path: Path) -> None:
         sliding_window=32,
     )
     windowed = MistralForCausalLM(config).eval()
-    for name in ("attentionstore", "flexgen", "attentionstore_h2o", "impress"):
+    for name in ("attentionstore", "flexgen", "attentionstore_h2o", "impress", "no_prefix", "kept_tokens"):
         with pytest.raises(SystemUnavailableError, match="sliding windows"):
             Setting(name, 0.5).make(windowed, tmp_path)
     for name in ("recompute", "in_memory", "reload", "contiguouskv", "contiguouskv_paper"):
