@@ -74,6 +74,8 @@ class RunConfig:
         names = Counter(task_named(name, self.data_dir).name for name in self.tasks)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"two tasks are called {twice[0]!r}")
+        if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
+            raise ValueError(f"budgets are shares of the prefix, from 0 (not included) to 1, got {self.budgets}")
         for name in self.systems:
             Setting.parse(name, self.budgets)
         if unknown := set(self.streams) - set(STREAMS):
@@ -84,8 +86,6 @@ class RunConfig:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         if not (self.tasks or self.streams) or not self.systems or not self.states:
             raise ValueError("a run needs a task or a stream, a system and a state")
-        if not self.budgets or not all(0.0 < budget <= 1.0 for budget in self.budgets):
-            raise ValueError(f"budgets are shares of the prefix, from 0 (not included) to 1, got {self.budgets}")
         if self.kept_tokens is not None and (self.kept_tokens < 1 or self.streams):
             raise ValueError(f"kept_tokens must be 1 at least, and is not for streams, got {self.kept_tokens}")
         for field in ("requests", "prefixes", "stream_requests", "documents"):
