@@ -60,12 +60,15 @@ class Reload:
             require_states(states, len(prefix_ids), geometry)
         for before in [one for one in self._stored if key.startswith(one)]:
             self._stored.pop(before).unlink()  # A chat goes on: nobody asks for its beginning any more.
-        self._stored[key] = path
         tensors = {}
         for number, layer in enumerate(states.layers):
             tensors[f"keys.{number}"] = layer.keys.cpu().contiguous()
             tensors[f"values.{number}"] = layer.values.cpu().contiguous()
+        if len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors):
+            # Layers of made-up states share their memory, which a safetensors file does not allow.
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         save_file(tensors, path)
+        self._stored[key] = path
 
     def files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"))
