@@ -204,6 +204,19 @@ def test_the_frontier_has_what_differs_in_time_alone(tmp_path: Path, monkeypatch
     assert [times[one] for one in (MEMORY, overlapped, impress)] == pytest.approx([100, 200, 300])
 
 
+def test_answers_are_those_of_the_setting_that_was_judged(tmp_path: Path) -> None:
+    """Where the plain setting was not made, one with an option for speed was judged, and stands for all alike."""
+    quick, other = Setting("attentionstore_h2o", 0.05, ("overlap",)), Setting("attentionstore_h2o", 0.05, ("lfu",))
+    rows = [row(n, one, kl_answer=0.5, score=0.0) for n in range(3) for one in (quick, MEMORY)]
+    rows += [row(n, other, **NO_QUALITY) for n in range(3)]
+    judged = results(tmp_path, rows).judged
+    for setting in (quick, other):
+        found = frontier.figures(judged, setting)
+        assert found["KL at the answer, nats"] == measures.mean_of(judged, quick, "kl_answer")
+        assert found["KL at the answer, nats"] is not None
+    assert frontier.figures(judged, Setting("impress", 0.05))["KL at the answer, nats"] is None
+
+
 def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     both = run_folder(tmp_path / "both", [row(0, OURS), row(0, STORE)])
     one = run_folder(tmp_path / "one", [row(0, OURS)])
