@@ -13,6 +13,7 @@ from .rows import Results
 from .states import Cut, cuts
 
 _NONE = f"No row of {label(Setting(OURS, 1.0))} has a time that counts."
+_STREAMS_ONLY = "All requests are of streams: their section has the result."
 
 
 def verdict(ratio: Estimate) -> str:
@@ -33,7 +34,7 @@ def result(results: Results, rival: Rival) -> str:
     """
     there = cuts(results.timed, rival)
     lines = [line for cut in there if (budgets := _ours(cut)) for line in _of(cut, _told(budgets))]
-    text = "\n".join(lines) or _NONE
+    text = "\n".join(lines) or (_STREAMS_ONLY if (results.table["stream"] != "").all() else _NONE)
     parts = [text, *([FEW_NOTE] if FEW in text else []), *_beside_all(there)]
     quality = _quality(results)
     if quality:

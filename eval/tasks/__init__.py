@@ -14,7 +14,7 @@ from .few_shot import FewShot
 from .kv_retrieval import kv_retrieval
 from .lengths import RANDOM, TEXT, Lengths
 from .longbench import SUBSETS, longbench
-from .needle import needle, needle_multikey
+from .needle import NEEDLES, needle, needle_multikey, needles_in
 from .nq_open import nq_open
 from .own_data import FILE, OwnDataError, own_data
 from .rows import DataMissingError, data_noted
@@ -40,7 +40,13 @@ TASKS: dict[str, Callable[[Path | str | None], Task]] = {
     **{f"ruler_{task}": partial(ruler, task) for task in METRICS},
 }
 # Tasks that are more than a name.
-WRITTEN = (f"{FILE}NAME.jsonl", f"{TEXT}PREFIX+SUFFIX", f"{RANDOM}PREFIX+SUFFIX")
+WRITTEN = (
+    f"{FILE}NAME.jsonl",
+    "needle:TOKENS",
+    "needle_multikey:TOKENS",
+    f"{TEXT}PREFIX+SUFFIX",
+    f"{RANDOM}PREFIX+SUFFIX",
+)
 
 __all__ = [
     "TASKS",
@@ -61,7 +67,8 @@ def task_named(name: str, data_dir: Path | str | None = None, prefixes: int | No
     """The task of this name.
 
     Args:
-        name: one of `TASKS`, `file:` and the path of a file (see `own_data`), or a name of `Lengths`.
+        name: one of `TASKS`, `file:` and the path of a file (see `own_data`), a name of `Lengths`, or a needle task with
+            the tokens of its prefix, such as `needle:8192`.
         data_dir: folder with local data; default: `$CONTIGUOUSKV_DATA`, else the Hub.
         prefixes: prefixes of a few-shot task; default: five. The prefixes of other tasks follow from their requests.
 
@@ -73,6 +80,8 @@ def task_named(name: str, data_dir: Path | str | None = None, prefixes: int | No
         return own_data(name.removeprefix(FILE))
     if name.startswith((TEXT, RANDOM)):
         return Lengths.parse(name)
+    if name.partition(":")[0] in NEEDLES and ":" in name:
+        return needles_in(name, data_dir)
     if name not in TASKS:
         raise ValueError(f"task must be {', '.join(WRITTEN)}, or one of {sorted(TASKS)}, got {name!r}")
     task = TASKS[name](data_dir)

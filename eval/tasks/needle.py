@@ -10,6 +10,10 @@ from typing import Any
 from .base import Request, answer_turn, encode, user_turn
 from .haystack import Haystack
 
+# Needles in one prefix, by the name of the task.
+NEEDLES = {"needle": 1, "needle_multikey": 4}
+# With less, needles and question are most of the text.
+_LEAST_TOKENS = 256
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Seoul", "Delhi", "Accra", "Turin", "Kyoto", "Perth", "Riga")
 _BEGIN = user_turn("Read this text. It hides secret numbers.\n\n")
 
@@ -78,9 +82,21 @@ class Needle:
 
 def needle(data_dir: Path | str | None = None) -> Needle:
     """One needle in 2,048 tokens."""
-    return Needle("needle", 1, data_dir=data_dir)
+    return Needle("needle", NEEDLES["needle"], data_dir=data_dir)
 
 
 def needle_multikey(data_dir: Path | str | None = None) -> Needle:
     """Four needles in 2,048 tokens, of which one is asked for."""
-    return Needle("needle_multikey", 4, data_dir=data_dir)
+    return Needle("needle_multikey", NEEDLES["needle_multikey"], data_dir=data_dir)
+
+
+def needles_in(name: str, data_dir: Path | str | None = None) -> Needle:
+    """The task that `needle:TOKENS` or `needle_multikey:TOKENS` stands for: needles in a prefix of that length.
+
+    Raises:
+        ValueError: no whole number from 256 on follows the colon.
+    """
+    kind, _, tokens = name.partition(":")
+    if not (tokens.isascii() and tokens.isdecimal() and int(tokens) >= _LEAST_TOKENS):
+        raise ValueError(f"{name!r}: tokens of the prefix, at least {_LEAST_TOKENS}, must follow {kind}:")
+    return Needle(f"{kind}:{int(tokens)}", NEEDLES[kind], int(tokens), data_dir)

@@ -201,6 +201,7 @@ def test_words_say_what_quality_is_lost(tmp_path: Path) -> None:
     text = said(tmp_path, rows)
     assert "beside in memory: -50.0 points of score (-50.0 to -50.0), 6 pairs; KL at the answer 0.0200 nats." in text
     assert said(tmp_path / "other", [row(0, RELOAD)]).startswith("No row of ContiguousKV (ours)")
+    assert said(tmp_path / "stream", [row(0, OURS, stream="conversations")]).startswith("All requests are of streams")
 
 
 def folders_at(tmp_path: Path, speeds: Sequence[float | None], times: dict[Setting, Sequence[float]]) -> list[Path]:

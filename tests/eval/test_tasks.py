@@ -155,6 +155,19 @@ def test_needles_lie_at_the_depths_that_they_say(data_dir: Path) -> None:
         assert text.index(request.answers[0]) / len(text) == pytest.approx(depth, abs=0.12)
 
 
+def test_needles_lie_in_texts_of_any_length(data_dir: Path) -> None:
+    for name, keys in (("needle:512", 1), ("needle_multikey:900", 4)):
+        task = task_named(name, data_dir)
+        requests = task.requests(Words(), 2 * keys)
+        assert {request.task for request in requests} == {task.name} == {name}
+        assert len({request.prefix for request in requests}) == 2
+        tokens = int(name.partition(":")[2])
+        assert all(tokens - 150 < len(request.prefix_ids) <= tokens for request in requests)
+    for name in ("needle:", "needle:255", "needle:2k", "needle_multikey:-300"):
+        with pytest.raises(ValueError, match=r"tokens of the prefix, at least 256, must follow needle.*:$"):
+            task_named(name, data_dir)
+
+
 def test_needles_of_one_prefix_belong_to_different_cities(data_dir: Path) -> None:
     tokenizer = Words()
     requests = Needle("needle_multikey", 4, 1500, data_dir).requests(tokenizer, 8)
