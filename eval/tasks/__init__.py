@@ -67,7 +67,7 @@ def task_named(name: str, data_dir: Path | str | None = None, prefixes: int | No
     """The task of this name.
 
     Args:
-        name: one of `TASKS`, `file:` and the path of a file (see `own_data`), a name of `Lengths`, or a needle task with
+        name: one of `TASKS`, `file:` and the path of a file (see `own_data`), a name of `Lengths`, or a needle task and
             the tokens of its prefix, such as `needle:8192`.
         data_dir: folder with local data; default: `$CONTIGUOUSKV_DATA`, else the Hub.
         prefixes: prefixes of a few-shot task; default: five. The prefixes of other tasks follow from their requests.
