@@ -8,9 +8,9 @@
 # make faults          the long form of the fault suite (FAULTS_SCALE=10 FAULTS_SEED=1)
 # make bench           time to first token of every system, cold, interleaved (BENCH_ARGS=...)
 # make store-bench     look-up, opening, checksums, publishing, accounting (STORE_BENCH_ARGS=...)
-# make eval            every system: time to first token and quality, as a report in docs/results/eval (under 20 minutes;
+# make eval            every system: time to first token and quality, as a report in .cache/eval-report (under 20 minutes;
 #                      local data by CONTIGUOUSKV_DATA=FOLDER, else from the Hub; EVAL_ARGS=... for other tasks or sizes)
-# make eval-streams    every system on request streams: tail latency and hit rates, as a report in docs/results/streams
+# make eval-streams    every system on request streams: tail latency and hit rates, as a report in .cache/streams-report
 # make policies        which chunks to keep in memory: every eviction policy on a recorded trace (POLICIES_ARGS=...)
 # make timeline        what one request does when, as pictures in docs/pictures
 # make warm-bench      requests whose chunks are in memory, beside a cache of only the kept tokens (WARM_ARGS=...)
@@ -36,11 +36,11 @@ GPU_ARGS ?=
 GPU_OUT ?= .cache/gpu
 EVAL_ARGS ?= --task sst2 --task subj --task trec --task needle_multikey --requests 15 \
   --timed-requests 5 --budget 0.05 --budget 0.25
-EVAL_OUT ?= docs/results/eval
+EVAL_OUT ?= .cache/eval-report
 STREAMS_ARGS ?= --stream shared_documents --stream conversations --stream-requests 120 --documents 12 --budget 0.1 \
   --system reload --system attentionstore --system attentionstore+overlap --system attentionstore_h2o \
   --system attentionstore_h2o+lfu --system impress --system contiguouskv_paper --system contiguouskv
-STREAMS_OUT ?= docs/results/streams
+STREAMS_OUT ?= .cache/streams-report
 COMPAT ?= 5.20.0 5.23.0
 COMPAT_ARGS ?=
 FAULTS_SCALE ?= 10

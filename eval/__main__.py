@@ -78,7 +78,10 @@ def run(
         int, typer.Option(help="number of the first request; 50 continues a run of 50 requests in another folder")
     ] = 0,
     prefixes: Annotated[int, typer.Option(help="prefixes of each few-shot task")] = 5,
-    timed_requests: Annotated[int, typer.Option(help="requests of each task, where only the time is measured")] = 5,
+    timed_requests: Annotated[
+        int,
+        typer.Option(help="requests of each task, where only the time is measured (all requests of text: and random:)"),
+    ] = 5,
     stream_requests: Annotated[int, typer.Option(help="requests of each stream")] = 100,
     documents: Annotated[int, typer.Option(help="documents (or conversations) of a stream")] = 10,
     memory_share: Annotated[float, typer.Option(help="share of a stream's KV that a system may keep in memory")] = 0.25,

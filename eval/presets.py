@@ -55,7 +55,7 @@ PRESETS = {
         {
             "tasks": ("text:8128+32", "text:7904+256"),
             "systems": ("no_prefix", "in_memory", "kept_tokens", "contiguouskv"),
-            "states": ("warm_host",),
+            "states": ("warm_host", "warm_device"),
             "budgets": (0.05, 0.25, 1.0),
             "requests": 11,
             "timed_requests": 11,

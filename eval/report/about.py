@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..tasks import RANDOM, TEXT
 from . import tables
 from .cells import listed, share
 from .checks import CHANGES, Run
@@ -87,7 +88,10 @@ def _of_run(run: Run, rows: int) -> str:
 def _facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     model = ", ".join(str(config[name]) for name in ("model", "source", "dtype") if config.get(name))
     requests = f"{config['requests']} of each task" if config.get("tasks") and config.get("requests") else ""
-    if requests and config.get("timed_requests", config["requests"]) < config["requests"]:
+    timed_only = all(str(name).startswith((TEXT, RANDOM)) for name in config.get("tasks") or ())
+    if requests and timed_only and config.get("timed_requests"):
+        requests = f"{config['timed_requests']} of each task, for their time alone"
+    elif requests and config.get("timed_requests", config["requests"]) < config["requests"]:
         requests += f"; {config['timed_requests']} of them where only the time matters"
     streams = listed([str(stream) for stream in config.get("streams") or []])
     if streams:

@@ -8,11 +8,13 @@ from typing import get_args
 
 from ..dtypes import Dtype
 from ..systems import Setting, State
-from ..tasks import task_named
+from ..tasks import RANDOM, TEXT, task_named
 
 STREAMS = ("shared_documents", "conversations")
 DTYPES = get_args(Dtype)
 STATES = tuple(str(state) for state in State)
+# Tasks whose prefixes all have one length begin so.
+ONE_LENGTH = (TEXT, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class RunConfig:
             raise ValueError("a run needs a task or a stream, a system and a state")
         if self.kept_tokens is not None and (self.kept_tokens < 1 or self.streams):
             raise ValueError(f"kept_tokens must be 1 at least, and is not for streams, got {self.kept_tokens}")
+        if self.kept_tokens is not None and (other := [name for name in self.tasks if not name.startswith(ONE_LENGTH)]):
+            # Each length has a budget of its own, so prefixes of different lengths would have no figure together.
+            raise ValueError(f"kept_tokens is for tasks of one length ({', '.join(ONE_LENGTH)}), not for {other[0]}")
         for field in ("requests", "prefixes", "stream_requests", "documents"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 at least, got {getattr(self, field)}")

@@ -17,7 +17,7 @@ from .attention import ROOM, GroupedAttention, PrunedLayer
 from .base import NotStoredError, SystemUnavailableError, key_of
 from .contiguouskv import ContiguousKV
 from .in_memory import buffered_cache
-from .states import State, require_state, state_of_model
+from .states import State, StateError, require_state, state_of_model
 
 # In bfloat16 another order of summation gives other logits.
 _AGREEMENT, _DIVERGENCE = 0.9, 0.01
@@ -71,7 +71,7 @@ class KeptTokens:
 
         Raises:
             ValueError: there is no suffix to select by.
-            AssertionError: the selected tokens alone answer otherwise than `contiguouskv`.
+            StateError: the selected tokens alone answer otherwise than `contiguouskv`.
         """
         require_state(self.name, state, self.states)
         if suffix_ids is None:
@@ -156,8 +156,8 @@ def _require_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise if logits `(q, vocabulary)` are not those of the same request.
 
     Raises:
-        AssertionError: they are not.
+        StateError: they are not.
     """
     agree, apart = agreement(expected, found).mean().item(), divergence(expected, found).mean().item()
     if agree < _AGREEMENT or not apart <= _DIVERGENCE:
-        raise AssertionError(f"kept_tokens answers otherwise: {agree:.0%} of tokens agree, KL {apart:.4f} nats")
+        raise StateError(f"kept_tokens answers otherwise: {agree:.0%} of tokens agree, KL {apart:.4f} nats")

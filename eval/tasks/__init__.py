@@ -49,7 +49,9 @@ WRITTEN = (
 )
 
 __all__ = [
+    "RANDOM",
     "TASKS",
+    "TEXT",
     "UNJUDGED",
     "WRITTEN",
     "ChatTemplateError",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..documents import reference_text
-from .base import encode
+from .base import TooFewRowsError, encode
 from .rows import data_folder, load_rows, note_rows
 
 
@@ -49,7 +49,7 @@ class Haystack:
             chance: chooses the paragraphs.
 
         Raises:
-            ValueError: there is too little text.
+            TooFewRowsError: there is too little text.
         """
         first = encode(self._tokenizer, begin)
         hidden = [(depth, encode(self._tokenizer, f"{text}\n\n")) for depth, text in needles]
@@ -63,7 +63,7 @@ class Haystack:
             hay.append(piece)
             room -= len(piece)
         else:
-            raise ValueError(f"there is not enough text for {tokens} tokens")
+            raise TooFewRowsError(f"there is not enough text for {tokens} tokens")
         # Insert from the back, so that earlier places do not shift. (Of two needles in one place, the deeper is later.)
         pieces = len(hay)
         for depth, ids in sorted(hidden, key=lambda one: -one[0]):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.random_models import random_states
 from eval.running.timed import timed_request
-from eval.systems import ContiguousKV, KeptTokens, NoPrefix, NotStoredError, State, departure, kept_tokens
+from eval.systems import ContiguousKV, KeptTokens, NoPrefix, NotStoredError, State, StateError, departure, kept_tokens
 from eval.tasks import Request
 from hf_contiguouskv import ContiguousKVConfig
 from hf_contiguouskv.model.transformers_internals import cache_argument
@@ -125,7 +125,7 @@ def test_a_request_is_selected_for_and_checked_once(
             return cache
 
         monkeypatch.setattr(kept_tokens, "_kept_tokens_of", damaged)
-        with pytest.raises(AssertionError, match="kept_tokens answers otherwise"):
+        with pytest.raises(StateError, match="kept_tokens answers otherwise"):
             system.enter(State.WARM_HOST, PREFIX, some_ids(8, 5))
         with pytest.raises(NotStoredError):
             system.cache(PREFIX)

@@ -108,7 +108,7 @@ def test_options_change_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ["--preset", "growth"],
         ["--preset", "growth", "--task", "random:64+8", "--timed-requests", "5", "--model", "random:llama"],
         ["--preset", "growth", "--budget", "0.1"],
-        ["--preset", "needles", "--kept-tokens", "64"],
+        ["--preset", "bench", "--kept-tokens", "64"],
         ["--kept-tokens", "64", "--task", "text:64+8"],
     ):
         result = invoke("run", out, *arguments)
@@ -122,6 +122,8 @@ def test_options_change_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert plain.budgets_for(128) == (0.5,)
     for arguments in (["--budget", "0.1", "--kept-tokens", "8"], ["--kept-tokens", "0"]):
         assert invoke("run", out, *arguments).exit_code == 2
+    with pytest.raises(ValueError, match=r"for tasks of one length.*not for needle"):
+        RunConfig(tasks=("text:64+8", "needle"), systems=("contiguouskv",), kept_tokens=8)
     with pytest.raises(ValueError, match="not for streams"):
         RunConfig(streams=("conversations",), systems=("contiguouskv",), kept_tokens=8)
 
@@ -179,25 +181,38 @@ def test_a_report_and_the_model_of_time_take_such_a_run(
     found = json.loads(capsys.readouterr().out)
     assert found["floor"]["seconds"]["count"] == 4
     rows = [(row["tokens"], row["system"], row["state"], row["seconds"]["count"]) for row in found["rows"]]
-    systems = (("attentionstore+overlap", "cold"), *((f"contiguouskv{one}", "cold") for one in ("", "_paper")))
+    systems = (
+        ("attentionstore+overlap", "cold"),
+        ("reload", "cold"),
+        *((f"contiguouskv{one}", "cold") for one in ("", "_paper")),
+    )
     systems += tuple((f"contiguouskv{one}", "keys_resident") for one in ("", "_paper"))
     assert sorted(rows) == sorted((tokens, *case, 2) for tokens in (256, 2048) for case in systems)
 
 
-def test_the_table_after_a_run_has_the_figures_of_the_report(grown: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_after_a_run_has_the_figures_of_the_report(
+    grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     print_summary(grown)
     shown = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
-    assert len(lines) == 2 * 6
+    assert len(lines) == 2 * 7
     assert lines[0][:4] == ["random:256+5", "no prefix", "100%", "cold"]
     assert lines[0][6] == ""  # Over itself.
     for line in lines:
         assert float(line[5].split()[0]) > 0
         assert line[4] == "2"
-    growing = {tuple(line[:4]): float(line[7]) for line in lines if line[7]}
+    growing = {tuple(line[:4]): float(line[8]) for line in lines if line[8]}
     assert growing["random:2048+5", "AttentionStore +overlap", "100%", "cold"] == 1.2  # MB
     assert "x no prefix" in shown
-    assert "speed-up" not in shown  # There is no reload.
+    assert "speed-up over reload" in shown
+    for name in ("config.json", "machine.json", "rows.jsonl"):
+        content = (grown / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(line for line in content if '"system": "reload"' not in line))
+    print_summary(tmp_path)
+    shown = capsys.readouterr().out
+    assert "x no prefix" in shown
+    assert "speed-up" not in shown
 
 
 def test_nothing_is_said_of_a_run_without_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
