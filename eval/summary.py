@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .report import RunError, about, measures
 from .report.cells import FEW, FEW_NOTE, columns_used, counted, number, share, shown
-from .report.names import FLOOR, RELOAD, Rival, Setting, answering, is_reference, label
+from .report.names import FLOOR, RELOAD, Rival, Setting, is_reference, label
 from .report.rows import Results, load
 from .report.states import Cut, cuts
 
@@ -67,7 +67,7 @@ def _lines(results: Results, name: str, tasks: list[str]) -> list[list[str]]:
                 continue
             if is_reference(setting):
                 references.add(setting)
-            own = answering(setting)
+            own = measures.judged_as(answers, setting)
             score, apart = (measures.mean_of(answers, own, field) for field in ("score", "kl_answer"))
             found.append([name, *_timed(cut, setting), shown(score, 100, 1), shown(apart, digits=4)])
     return found

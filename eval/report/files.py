@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..run_files import CONFIG, MACHINE, PACKED, ROWS
 from .checks import RunError
 
 NEEDED = ("task", "number", "prefix_key", "system", "budget", "state")
-ROWS, PACKED = "rows.jsonl", "rows.jsonl.xz"
 # What each process of a run writes, until the run is complete.
 _PARTS = "rows-*.jsonl"
-_PLAIN_FILES = ("config.json", "machine.json")
+_PLAIN_FILES = (CONFIG, MACHINE)
 
 
 def rows_of(folder: Path) -> tuple[list[dict[str, Any]], bool]:
@@ -36,9 +36,10 @@ def rows_of(folder: Path) -> tuple[list[dict[str, Any]], bool]:
     torn = False
     for file in files:
         rows, cut_off = _read_rows(file)
-        # A crash while parts are gathered leaves rows in two files.
-        before = {_text(row) for row in found} if found and rows else set()
-        found += [row for row in rows if _text(row) not in before]
+        if found:  # A crash while parts are gathered leaves rows in two files.
+            before = {_text(row) for row in found}
+            rows = [row for row in rows if _text(row) not in before]
+        found += rows
         torn |= cut_off
     return found, torn
 

@@ -18,13 +18,8 @@ from .states import Cut
 
 
 def figures(judged: Table, setting: Setting) -> dict[str, Estimate | None]:
-    """KL at the answer (nats) and the points of score from in memory, of what a setting answers.
-
-    Of settings that answer alike, a run judges one: that without options for speed, if it is there.
-    """
-    own = answering(setting)
-    alike = [one for one in measures.settings(judged) if answering(one) == own]
-    own = own if own in alike or not alike else alike[0]
+    """KL at the answer (nats) and the points of score from in memory, of what a setting answers."""
+    own = measures.judged_as(judged, setting)
     lost = measures.difference(judged, own, MEMORY)
     return {
         "KL at the answer, nats": measures.mean_of(judged, own, "kl_answer"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import statistics
 from ..statistics import Estimate, Values
-from .names import Rival, Setting, ordered, written
+from .names import Rival, Setting, answering, ordered, written
 from .rows import PAIR, REQUEST, Table
 
 # Combines the two values of a pair into one.
@@ -125,6 +125,16 @@ def mean_of(rows: Table, setting: Setting, field: str, task: str | None = None) 
     if not len(found):
         return None
     return statistics.mean(found[field].to_numpy(), _clusters(found), found["task"].tolist())
+
+
+def judged_as(judged: Table, setting: Setting) -> Setting:
+    """The setting whose rows have the answers of `setting`.
+
+    Of settings that answer alike, a run judges one: that without options for speed, if it is there.
+    """
+    own = answering(setting)
+    alike = [one for one in settings(judged) if answering(one) == own]
+    return own if own in alike or not alike else alike[0]
 
 
 def difference(judged: Table, mine: Setting, other: Setting, task: str | None = None) -> Estimate | None:

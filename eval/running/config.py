@@ -41,7 +41,7 @@ class RunConfig:
         stream_requests: requests of each stream.
         documents: documents (or conversations) of a stream.
         memory_share: share of a stream's KV that fits in a system's memory.
-        judged_share: share of the requests of a stream of which the answers are judged: with 0.25 every fourth.
+        judged_share: share of a stream's requests whose answers are judged: with 0.25 every fourth.
         read_gbps: limit on reads from disk in GB/s (1e9 bytes); `None`: as fast as the disk.
         seed: seed of the requests and of their order.
         data_dir: local data; for `None` see `eval.tasks`.

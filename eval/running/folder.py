@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..run_files import CONFIG, MACHINE, PACKED, ROWS
 from .stamp import probe_disk, same_commit, stamp
 
-ROWS, CONFIG, MACHINE = "rows.jsonl", "config.json", "machine.json"
 # Lists that grow when a run is continued, and documents by task or stream that grow.
 _UNITED = ("systems", "budgets", "tasks", "streams", "states", "skipped")
 _BY_TASK = {"questions": "asks other questions (other data?)", "data": "has other data"}
@@ -58,9 +58,11 @@ class RunFolder:
         """Record the run's configuration and the machine, and gather rows of earlier processes. One process calls this.
 
         Raises:
-            RunFolderError: the folder has rows of a run that differs in more than systems, states, budgets and tasks,
-                that was made on another machine or from another commit, or that is older than states.
+            RunFolderError: the folder holds a packed run, or rows of a run that differs in more than systems, states,
+                budgets and tasks, that another machine or another commit made, or that is older than states.
         """
+        if (self.path / PACKED).exists():
+            raise RunFolderError(f"{self.path} holds a packed run, which is kept as it is: choose another folder")
         here = stamp()
         before = self._require_same(CONFIG, config, _MAY_CHANGE)
         machine = self._require_same(MACHINE, here, _MAY_DIFFER)

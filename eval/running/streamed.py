@@ -103,7 +103,7 @@ class References:
     Args:
         process: the process.
         folder: folder for the readings.
-        judged: requests of which the answers are judged.
+        judged: requests whose answers are judged.
     """
 
     def __init__(self, process: Process, folder: Path, judged: Sequence[Request]) -> None:

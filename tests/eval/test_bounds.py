@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import some_ids, tiny_llama
 
 from eval.random_models import random_states
 from eval.running.timed import timed_request
@@ -21,22 +21,14 @@ BUDGET = 0.2
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
+    return tiny_llama(
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).eval()
-
-
-def some_ids(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 PREFIX, SUFFIX = some_ids(500, 1), some_ids(6, 2)

@@ -18,6 +18,7 @@ from tiny_model import save_tiny_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from eval.models import load_model
+from eval.report.files import pack
 from eval.running import RunFolderError, process, run
 from eval.running.forecast import Forecast, in_words
 from eval.running.plan import Case, Plan, spread_over_prefixes
@@ -309,6 +310,16 @@ def test_rows_without_a_state_are_refused(tmp_path: Path, loaded: tuple[Any, Any
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(RunFolderError, match="rows of an older version, without a state"):
         run(config, tmp_path, progress=False, loaded=loaded)
+
+
+def test_a_packed_run_is_not_continued(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    config = config_of(tasks=("animals",), systems=("in_memory",), requests=1)
+    kept = tmp_path / "kept"
+    pack(run(config, tmp_path / "run", progress=False, loaded=loaded), kept)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    with pytest.raises(RunFolderError, match="holds a packed run"):
+        run(config, kept, progress=False, loaded=loaded)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
 
 
 def test_a_task_from_a_file_runs_like_any_other(tmp_path: Path, loaded: tuple[Any, Any]) -> None:

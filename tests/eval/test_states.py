@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny_llama import some_ids, tiny_llama
+from transformers import DynamicCache
 
 from eval.running.timed import timed_request
 from eval.systems import (
@@ -39,22 +40,14 @@ LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
+    return tiny_llama(
         hidden_size=6 * HEAD_DIM,
         intermediate_size=64,
         num_hidden_layers=LAYERS,
         num_attention_heads=6,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=1024,
-        initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).eval()
-
-
-def some_ids(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 PREFIX, SUFFIX = some_ids(500, 1), some_ids(6, 2)

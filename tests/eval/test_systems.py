@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny_llama import some_ids, tiny_llama
+from transformers import DynamicCache
 
 from eval.systems import (
     AttentionStore,
@@ -35,22 +36,7 @@ TOKEN_BYTES = 2 * 2 * 16 * 4
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def some_ids(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
+    return tiny_llama()
 
 
 EXACT: dict[str, Callable[[Any, Path], Any]] = {

@@ -15,8 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny_llama import some_ids, tiny_llama
 from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 from unit.fake_device import EARLY, LATE, SCHEDULES, Machine, accelerated
 
 from eval.systems import (
@@ -52,27 +53,18 @@ def model() -> Any:
 
 def made(dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model; in its second layer all query heads are alike, so that probe heads agree there."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
+    found = tiny_llama(
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=64,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
-        initializer_range=0.2,
     )
-    found = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
             weight = getattr(found.model.layers[1].self_attn, name).weight
             weight.copy_(weight[:HEAD_DIM].repeat(heads, 1))
     return found.to(dtype)
-
-
-def some_ids(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 PREFIX, SUFFIX = some_ids(200, 1), some_ids(6, 2)  # Three units of 64 tokens, and a part of one.

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_llama import some_ids, tiny_llama
 from token_references import attending, blocks_of, h2o, impress, weights_of
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from eval.systems import AttentionStoreH2O, Impress, NotStoredError, State
 from eval.systems.impress import UsedAndImportant, probe_heads
@@ -32,27 +33,18 @@ UNIT_BYTES = 64 * HEAD_DIM * 4
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A tiny model; in its second layer all query heads are alike, so that probe heads agree there."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
+    found = tiny_llama(
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=64,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
-        initializer_range=0.2,
     )
-    found = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
             weight = getattr(found.model.layers[1].self_attn, name).weight
             weight.copy_(weight[:HEAD_DIM].repeat(heads, 1))
     return found
-
-
-def some_ids(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 PREFIX_IDS, SUFFIX_IDS = some_ids(PREFIX, 1), some_ids(6, 2)
