@@ -184,7 +184,8 @@ law (exponent {load["exponent"]}). All that a replay touches is {whole / 2**20:.
 Time to first token is from the request's start until the last layer is through, over the last {results["timed"]}
 requests: these read from disk (`O_DIRECT`), with recorded compute times (times {results["pace"]}) slept where the model
 would compute. The requests before them only move what is in memory. Every request is made in all replays, in random
-order, before the next one; in brackets: 95% intervals, bootstrap over requests. MB read are those of timed requests.
+order, before the next one. "Over LRU's" is the geometric mean of the ratios of the same request. In brackets: 95%
+intervals, bootstrap over requests. MB read are those of timed requests.
 
 {main_table(results)}
 
