@@ -39,6 +39,22 @@ PRESETS = {
             "timed_requests": 9,
         },
     ),
+    "lengths": Preset(
+        "256 to 8K tokens of text, cold: from which length on a prefix is worth storing, and choosing",
+        {
+            "tasks": tuple(f"text:{tokens}+32" for tokens in (256, 512, 1024, 2048, 4096, 8128)),
+            "systems": (
+                "recompute",
+                "reload",
+                "attentionstore+overlap",
+                "contiguouskv_paper@0.05",
+                "contiguouskv@0.25",
+                "contiguouskv@1",
+            ),
+            "requests": 7,
+            "timed_requests": 7,
+        },
+    ),
     "growth": Preset(
         "8K to 64K random tokens of which 416 are used: how time grows with the prefix",
         {

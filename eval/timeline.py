@@ -19,7 +19,16 @@ from rich.console import Console
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 
 from .dtypes import DtypeOption, dtype_name
-from .timing import drop_page_cache, machine, median_spread, resident_pages, time_to_first_token
+from .running.requests import token_bytes
+from .timing import (
+    bytes_to_ready,
+    drop_page_cache,
+    machine,
+    median_spread,
+    ready_memory,
+    resident_pages,
+    time_to_first_token,
+)
 
 # The bars, drawn from back to front: colour, offset and height within a layer's row. Reader threads are below, the
 # model's thread above (layers count downwards).
@@ -77,6 +86,7 @@ def record_request(
             if any(resident_pages(file) for file in files):
                 raise AssertionError("the segment is in the page cache")
             store = PrefixStore(folder)
+        ready_memory(bytes_to_ready(token_bytes(model) * len(prefix)))
         seconds, _, cache = time_to_first_token(
             model, ids[None], partial(ContiguousKVCache, model, prefix, store=store, config=config)
         )

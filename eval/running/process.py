@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..systems import StateError, System, SystemUnavailableError
 from ..tasks import Request
+from ..timing import bytes_to_ready
 from .config import RunConfig
 from .folder import Key, RunFolder, key_of
 from .forecast import Forecast, in_words
@@ -133,9 +134,10 @@ class Process:
         """
         found: dict[str, Any] = {}
         attempts = 1 if case.state is None else 2
+        ready = bytes_to_ready(self.bytes_of(len(request.prefix_ids)))
         try:
             for _ in range(attempts):
-                with timed_request(self.model, system, request, case.state) as timed:
+                with timed_request(self.model, system, request, case.state, ready) as timed:
                     if judge is not None and not found and self.crops:
                         held = Cropped(self.model, request, timed.cache)
                         found = judge.judge(held, timed.first_token)

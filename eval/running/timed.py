@@ -14,7 +14,7 @@ from hf_contiguouskv import RequestStats
 
 from ..systems import State, System, departure
 from ..tasks import Request
-from ..timing import drop_page_cache, resident_pages, time_to_first_token
+from ..timing import drop_page_cache, ready_memory, resident_pages, time_to_first_token
 from .phases import Stopwatch, attention_timed, phases_of
 
 
@@ -61,12 +61,14 @@ def prompt_of(request: Request) -> torch.Tensor:
 
 
 @contextmanager
-def timed_request(model: Any, system: System, request: Request, state: State | None = State.COLD) -> Iterator[Timed]:
+def timed_request(
+    model: Any, system: System, request: Request, state: State | None = State.COLD, ready_bytes: int = 0
+) -> Iterator[Timed]:
     """Bring a system into a state, and time one request to its first token.
 
     Inside the context the cache may be used further; afterwards the request is over. Python collects its garbage
     before the timed part and not in it: a collection takes 0.2 s after transformers was imported, and would hit one
-    system or another.
+    system or another. For the same reason memory is made ready before it (see `ready_memory`).
 
     Args:
         model: the causal language model.
@@ -74,6 +76,7 @@ def timed_request(model: Any, system: System, request: Request, state: State | N
         request: the request.
         state: see `System.enter`. `None`: memory is as earlier requests left it, and only the system's files are
             dropped from the page cache.
+        ready_bytes: of free memory that are made ready: more than a request maps (see `bytes_to_ready`).
     """
     if state is None:
         drop_page_cache(system.files())
@@ -87,6 +90,7 @@ def timed_request(model: Any, system: System, request: Request, state: State | N
             return system.cache(request.prefix_ids)
 
     with attention_timed(attending, model.device), garbage_left():
+        ready_memory(ready_bytes)
         seconds, token, cache = time_to_first_token(model, prompt_of(request), make_cache)
     timed = Timed(cache, seconds, token, resident)
     timeline = system.timeline(cache)

@@ -141,6 +141,10 @@ class LayerRequest:
     # -- bringing -----------------------------------------------------------------------------------------------------
 
     def _pump(self, layers: range) -> None:
+        with self._tiers.threads.together():
+            self._start_all(layers)
+
+    def _start_all(self, layers: range) -> None:
         for layer in layers:
             if layer < self.shape.layers and layer not in self._layers:
                 # Pinned memory is scarce: what is under way takes half of it. (Without an accelerator layers land where

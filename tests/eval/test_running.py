@@ -307,9 +307,9 @@ def test_a_request_that_did_not_find_its_state_is_made_once_more_and_then_says_w
         for path in paths:
             path.read_bytes()
 
-    def watched(model: Any, system: Any, request: Request, state: Any) -> Any:
+    def watched(model: Any, system: Any, request: Request, state: Any, ready_bytes: int) -> Any:
         made.append(system.name)
-        return timed_request(model, system, request, state)
+        return timed_request(model, system, request, state, ready_bytes)
 
     monkeypatch.setattr(reload, "drop_page_cache", warm)
     monkeypatch.setattr(stored, "drop_page_cache", warm)

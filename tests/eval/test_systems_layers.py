@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from eval.systems.layer_memory import LayerMemory
 from eval.systems.layer_reader import LayerFile, ReaderThreads
 from hf_contiguouskv.hardware.aligned_memory import PAGE, aligned_buffer
 from hf_contiguouskv.model.transformers_internals import cache_argument
+from hf_contiguouskv.store.files import FileBlob
 from hf_contiguouskv.timeline import Timeline
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
@@ -113,6 +115,55 @@ def damaged(path: Path, at: int) -> None:
         before = file.read(1)
         file.seek(at)
         file.write(bytes([before[0] ^ 1]))
+
+
+def test_functions_that_are_held_start_together() -> None:
+    threads, begun = ReaderThreads(), threading.Event()
+    try:
+        with threads.together():
+            threads.run([begun.set])
+            assert not begun.wait(0.05)
+        assert begun.wait(60)
+        ended = threading.Event()
+
+        def fail() -> None:
+            with threads.together():
+                threads.run([ended.set])
+                raise RuntimeError("no memory")
+
+        with pytest.raises(RuntimeError, match="no memory"):
+            fail()
+        # What was queued has an arrival that a request waits for: it runs.
+        assert ended.wait(60)
+    finally:
+        threads.close()
+
+
+def test_all_memory_is_borrowed_before_the_first_read(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    lend, read = LayerMemory.lend, FileBlob.read_into
+
+    def lending(self: LayerMemory, *arguments: Any, **options: Any) -> Any:
+        events.append("lend")
+        return lend(self, *arguments, **options)
+
+    def reading(self: FileBlob, *arguments: Any) -> int:
+        events.append("read")
+        return read(self, *arguments)
+
+    prefix = some_ids(600, 3)
+    with AttentionStore(model, tmp_path, overlap=True) as system:
+        system.store(prefix)
+        system.enter(State.COLD, prefix)
+        monkeypatch.setattr(LayerMemory, "lend", lending)
+        monkeypatch.setattr(FileBlob, "read_into", reading)
+        ask(model, system, prefix)
+    layers = model.config.num_hidden_layers
+    assert events[:layers] == ["lend"] * layers
+    assert events.count("lend") == layers
+    assert events.count("read") >= layers
 
 
 @pytest.mark.parametrize("make", [AttentionStore, FlexGen], ids=["attentionstore", "flexgen"])

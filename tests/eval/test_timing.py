@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from eval import timing
+from eval.running import timed as timed_module
 from eval.running.stamp import commit, instruction_sets, probe_disk, same_commit, stamp
 from eval.running.timed import timed_request
 from eval.systems import State
 from eval.tasks import Request
 from eval.timing import (
+    bytes_to_ready,
     drop_page_cache,
     interleave,
     machine,
     median_spread,
+    ready_memory,
     resident_pages,
     time_to_first_token,
 )
@@ -193,6 +197,52 @@ def test_garbage_is_collected_before_a_request_and_not_in_it(enabled: bool, fail
     finally:
         gc.enable()
     assert (system.enabled, system.is_collected, system.entered) == ([False], True, [State.OPEN])
+
+
+def test_memory_is_made_ready_after_the_state_and_before_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    class Noted(Waiting):
+        def enter(self, *arguments: Any) -> None:
+            events.append("state")
+
+        def cache(self, prefix_ids: torch.Tensor) -> str:
+            events.append("cache")
+            return "cache"
+
+    def timer(model: Any, ids: torch.Tensor, make_cache: Any) -> tuple[float, int, Any]:
+        events.append("timer")
+        return 0.5, 7, make_cache()
+
+    monkeypatch.setattr(timed_module, "ready_memory", events.append)
+    monkeypatch.setattr(timed_module, "time_to_first_token", timer)
+    with timed_request(Echo(), Noted(), REQUEST, State.OPEN, 12) as timed:
+        assert timed.seconds == 0.5
+    assert events == ["state", 12, "timer", "cache"]
+
+
+def test_ready_memory_is_written_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    written: list[int] = []
+
+    class Octets(torch.Tensor):
+        def fill_(self, value: int) -> torch.Tensor:
+            written.append(len(self))
+            return super().fill_(value)
+
+    def buffer(nbytes: int) -> torch.Tensor:
+        found = torch.empty(nbytes, dtype=torch.uint8).as_subclass(Octets)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(timing, "aligned_buffer", buffer)
+    ready_memory(10_000)
+    ready_memory(0)
+    assert written == [10_000]
+    assert [one() for one in made] == [None]
+    # More than K and V of the prefix and a copy of them, whatever its length.
+    assert bytes_to_ready(0) > 0
+    assert bytes_to_ready(10**9) > 2 * 10**9
 
 
 @pytest.mark.parametrize(
