@@ -61,9 +61,9 @@ def ready_memory(nbytes: int) -> None:
     """Have the system hold so much free memory that is really there.
 
     A virtual machine may give free memory back to its host (free page reporting: Firecracker, some clouds). The next
-    use of such a page waits for the host, 3 s per GiB where this was measured, against 0.3 s for writing to pages that
-    are there. Requests that map new memory then take one time or three times as long, by what else the machine has freed.
-    Nothing of a request is prepared by this: its page faults and its clearing of pages remain, as on a bare machine.
+    use of such a page waits for the host: 3 s per GiB where this was measured, against 0.3 s for pages that are there.
+    A request that maps new memory then takes up to three times as long, by what the machine has freed before. Nothing
+    of a request is prepared by this: its page faults and its clearing of pages remain, as on a bare machine.
 
     Args:
         nbytes: written to and freed at once.

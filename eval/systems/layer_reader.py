@@ -18,8 +18,8 @@ from hf_contiguouskv.timeline import SpanRecorder
 from .layer_file import DamagedFileError, LayerShape, RangeSums, ranges_of, read_header, row_pieces
 from .throttle import TokenBucket
 
-# Ranges that are read at the same time. On two cores two, four and eight differ by less than their quartiles: 127, 125 and
-# 128 ms for 2K tokens, 278, 285 and 294 ms for 8K.
+# Ranges that are read at the same time. On two cores two, four and eight differ by less than their quartiles: 127, 125
+# and 128 ms for 2K tokens, 278, 285 and 294 ms for 8K.
 THREADS = 4
 
 
