@@ -36,7 +36,8 @@ class VariantJudge:
         return self._simulation.logits(variant, self._suffix, self._rows[:, :-1])
 
     def judge(self, variant: Variant) -> dict[str, float]:
-        """`score` (0 or 1), and `kl` to the full cache, the mean over the suffix without its first token, in nats."""
+        """`score` (0 or 1), and the divergence from the full cache in nats: `kl`, the mean over the suffix without its
+        first token, and `kl_answer`, behind the last one, where the answer begins."""
         logits = self._logits(variant)
         length = len(self._suffix)
         kl = divergence(self._reference[0, 1:length], logits[0, 1:length])
@@ -50,4 +51,4 @@ class VariantJudge:
                 for row, ids in zip(behind, self._answers, strict=True)
             ]
             score = self._right[likelihoods.index(max(likelihoods))]
-        return {"score": float(score), "kl": float(kl.mean())}
+        return {"score": float(score), "kl": float(kl.mean()), "kl_answer": float(kl[-1])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -19,10 +19,13 @@ from hf_contiguouskv.selection import (
 )
 from hf_contiguouskv.store.key_index import build_key_index
 
-from .rounding import round_keys, round_values
+from .rounding import round_by_spread, round_keys, round_values
+from .summaries import SummaryScorer
 from .variants import Variant
 
 CHUNK = 16
+# Last tokens of a prefix whose attention says which of its tokens are hot.
+OBSERVERS = 64
 _NAME = "contiguouskv_ablation"
 
 
@@ -37,18 +40,24 @@ class Simulation:
     def __init__(self, model: Any, prefix_ids: torch.Tensor) -> None:
         self._model = model
         self._before = model.config._attn_implementation
+        # `(heads, observers, head_dim)` per layer.
+        self._observers: list[torch.Tensor] = []
+        observed = max(1, len(prefix_ids) - OBSERVERS)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=prefix_ids[None], logits_to_keep=1, **{cache_argument(model): cache})
+            model(input_ids=prefix_ids[None, :observed], logits_to_keep=1, **{cache_argument(model): cache})
+            with self:
+                model(input_ids=prefix_ids[None, observed:], logits_to_keep=1, **{cache_argument(model): cache})
         # `(kv_heads, tokens, head_dim)` per layer, in the model's dtype, because that dtype is stored.
         self._kv = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
         self._tokens = len(prefix_ids)
-        self._scorers: dict[tuple[str, float, int, int], Any] = {}
+        self._scorers: dict[tuple[object, ...], Any] = {}
         self._rounded: dict[tuple[int, int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._heat: dict[int, torch.Tensor] = {}
         self._variant = Variant("none")
         self._suffix = 0
-        # Positions `(kept,)` of the tokens that the running period sees.
-        self._kept = torch.zeros(0, dtype=torch.int64)
+        # Which tokens the running period sees, bool `(kv_heads or 1, tokens)`.
+        self._seen = torch.zeros(1, 0, dtype=torch.bool)
 
     def logits(self, variant: Variant, suffix: torch.Tensor, continuations: torch.Tensor) -> torch.Tensor:
         """Logits after every token of the suffix and of each continuation.
@@ -70,49 +79,99 @@ class Simulation:
         return logits
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Any:
-        """The attention of one layer, over the selected part of the prefix and the passed K/V."""
-        if layer % self._variant.period == 0:
-            self._kept = self._select(layer, query[:1, :, : self._suffix], key[:1, :, : self._suffix], scaling)
-        keys, values = (states[None, :, self._kept] for states in self._stored(layer))
-        rows, _, length, _ = query.shape
-        seen = torch.ones(length, len(self._kept) + length, dtype=torch.bool).tril(len(self._kept))
+        """The attention of one layer, over the selected part of the prefix and the passed K/V.
+
+        While the prefix is computed, `key` and `value` hold all of it, and the queries are noted.
+        """
+        rows, heads, length, _ = query.shape
+        causal = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
+        if len(self._observers) < self._model.config.num_hidden_layers:
+            self._observers.append(query[0])
+            seen = causal
+        else:
+            if layer % self._variant.period == 0:
+                self._seen = self._select(layer, query[:1, :, : self._suffix], key[:1, :, : self._suffix], scaling)
+            keys, values = self._stored(layer)
+            used = self._seen.any(0)
+            key = torch.cat([keys[None, :, used].expand(rows, -1, -1, -1), key], dim=2)
+            value = torch.cat([values[None, :, used].expand(rows, -1, -1, -1), value], dim=2)
+            own = self._seen[:, used].repeat_interleave(heads // len(self._seen), 0)
+            seen = torch.cat([own[:, None].expand(-1, length, -1), causal.expand(heads, -1, -1)], dim=2)
         output = nn.functional.scaled_dot_product_attention(
-            query,
-            torch.cat([keys.expand(rows, -1, -1, -1), key], dim=2),
-            torch.cat([values.expand(rows, -1, -1, -1), value], dim=2),
-            attn_mask=seen,
-            scale=scaling,
-            enable_gqa=True,
+            query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous()
 
     def _select(self, layer: int, queries: torch.Tensor, suffix_keys: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Which tokens attention sees, bool `(kv_heads, tokens)`, or `(1, tokens)` for all heads."""
+        v = self._variant
         whole = self._tokens // CHUNK
-        keep = min(whole, -(-round(1000 * whole * self._variant.share) // 1000))
-        tail = torch.arange(whole * CHUNK, self._tokens)
+        keep = min(whole, -(-round(1000 * whole * v.share) // 1000))
         if keep == whole:
-            return torch.arange(self._tokens)
+            return torch.ones(1, self._tokens, dtype=torch.bool)
         length = queries.shape[2]
         visible = torch.ones(1, length, dtype=torch.bool)
-        voters = voting_queries(visible[0], self._variant.voters, self._variant.recent)
-        scores = self._scorer(layer)(SelectionInput(queries, suffix_keys, [voters], visible, scaling))
-        chosen = choose_chunks(scores.importance, keep, self._variant.ends, self._variant.ends)[0]
-        return torch.cat([(chosen[:, None] * CHUNK + torch.arange(CHUNK)).flatten(), tail])
+        voters = voting_queries(visible[0], v.voters, v.recent)
+        kv_heads = suffix_keys.shape[1]
+        groups = [slice(head, head + 1) for head in range(kv_heads)] if v.per_head else [slice(0, kv_heads)]
+        size = CHUNK if v.unit == "chunk" else 1
+        seen = torch.zeros(len(groups), self._tokens, dtype=torch.bool)
+        seen[:, whole * CHUNK :] = True
+        count, ends = round(keep * (1 - v.hot)) * CHUNK // size, v.ends * CHUNK // size
+        for own, heads in zip(seen, groups, strict=True):
+            if not count:
+                break
+            own_queries = queries.unflatten(1, (kv_heads, -1))[:, heads]
+            own_queries = own_queries.mean(2) if v.grouped else own_queries.flatten(1, 2)
+            inputs = SelectionInput(own_queries, suffix_keys[:, heads], [voters], visible, scaling)
+            importance = self._importance(layer, size, heads, inputs, count)
+            chosen = choose_chunks(importance, count, ends, ends)[0]
+            own[(chosen[:, None] * size + torch.arange(size)).flatten()] = True
+        return seen if not v.hot else seen | self._hot(layer, round(keep * v.hot) * CHUNK, scaling)
 
-    def _scorer(self, layer: int) -> Any:
-        variant = self._variant
-        known = (variant.rule, variant.power, variant.index_bits, layer)
+    def _importance(self, layer: int, size: int, heads: slice, inputs: SelectionInput, count: int) -> torch.Tensor:
+        """Of each chunk, or of each token of the whole chunks, float32 `(1, n)`."""
+        v, whole = self._variant, self._tokens // CHUNK * CHUNK // size
+        if not v.summary:
+            return cast(torch.Tensor, self._scorer(layer, size, heads)(inputs).importance[:, :whole])
+        known = ("summary", v.summary, v.power, layer, size, heads.start, heads.stop)
         if known not in self._scorers:
-            keys = self._kv[layer][0]
-            if variant.index_bits < 8:
-                keys = round_keys(keys, variant.index_bits, variant.key_group)
-            if variant.rule == "mass":
+            self._scorers[known] = SummaryScorer(self._kv[layer][0][heads], size, v.power, v.summary)
+        found = cast(torch.Tensor, self._scorers[known](inputs).importance[:, :whole])
+        if v.nominated >= 1.0:
+            return found
+        nominees = found[0].topk(max(count, round(v.nominated * found.shape[1]))).indices
+        exact = self._scorer(layer, size, heads)(inputs).importance[:, :whole]
+        return torch.full_like(found, -1.0).scatter_(1, nominees[None], exact[:, nominees])
+
+    def _hot(self, layer: int, count: int, scaling: float) -> torch.Tensor:
+        """The tokens of each KV head to which the prefix's own last ones attend most, bool `(kv_heads, tokens)`."""
+        if layer not in self._heat:
+            keys = self._kv[layer][0].float()
+            queries = self._observers[layer].float().unflatten(0, (len(keys), -1))
+            logits = torch.einsum("hgqd,htd->hgqt", queries, keys) * scaling
+            length = queries.shape[2]
+            causal = torch.ones(length, self._tokens, dtype=torch.bool).tril(self._tokens - length)
+            self._heat[layer] = logits.masked_fill(~causal, float("-inf")).softmax(-1).sum((1, 2))
+        heat = self._heat[layer]
+        return torch.zeros_like(heat, dtype=torch.bool).scatter_(1, heat.topk(count, dim=1).indices, True)
+
+    def _scorer(self, layer: int, size: int, heads: slice) -> Any:
+        v = self._variant
+        known = (v.rule, v.power, v.index_bits, v.index_spread, v.key_group, layer, size, heads.start, heads.stop)
+        if known not in self._scorers:
+            keys = self._kv[layer][0][heads]
+            if v.index_bits < 8 and v.index_spread:
+                keys = round_by_spread(keys, v.index_bits)
+            elif v.index_bits < 8:
+                keys = round_keys(keys, v.index_bits, v.key_group)
+            if v.rule == "mass":
                 self._scorers[known] = AttentionMassScorer(
-                    round_keys(keys, variant.index_bits, 64) if variant.index_bits == 8 else keys, CHUNK, variant.power
+                    round_keys(keys, v.index_bits, 64) if v.index_bits == 8 else keys, size, v.power
                 )
             else:
-                parts = [build_key_index(keys, CHUNK)]
-                self._scorers[known] = IndexedKeysScorer(parts, self._tokens // CHUNK, variant.power)
+                parts = [build_key_index(keys, size)]
+                self._scorers[known] = IndexedKeysScorer(parts, self._tokens // size, v.power)
         return self._scorers[known]
 
     def _stored(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

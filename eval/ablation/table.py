@@ -22,7 +22,8 @@ def dtypes_of(file: Path) -> set[str]:
 
 
 def as_markdown(files: Sequence[Path]) -> str:
-    """One table per set: per task, the difference in points of score from the full cache, and the mean divergence.
+    """One table per set: per task, the difference in points of score from the full cache, and the mean divergence,
+    over the suffix and at the answer.
 
     Rows of several seeds, in one file or several, count together.
 
@@ -50,21 +51,25 @@ def _table(rows: pd.DataFrame, full: pd.Series) -> str:
     tasks = list(rows.task.unique())
     others = [task for task in tasks if task not in NEEDLES]
     lines = [
-        "| variant | " + " | ".join(tasks) + " | mean of the others | KL needle | KL others |",
-        "|---" * (len(tasks) + 4) + "|",
+        "| variant | " + " | ".join(tasks) + " | mean of the others | KL needle | KL others "
+        "| KL needle, answer | KL others, answer |",
+        "|---" * (len(tasks) + 6) + "|",
     ]
     reference = full.groupby("task").mean()
     counts = full.groupby("task").size()
     lines.append("| full, percent (requests) | " + " | ".join(f"{100 * reference[t]:.1f} ({counts[t]})" for t in tasks))
-    lines[-1] += f" | {100 * reference[others].mean():.1f} | | |" if others else " | | | |"
+    lines[-1] += f" | {100 * reference[others].mean():.1f} | | | | |" if others else " | | | | | |"
     for variant in rows.variant.unique():
         own = rows[rows.variant == variant]
-        points = 100 * (own.groupby("task").score.mean() - reference)
-        kl = own.groupby("task").kl.mean()
+        by_task = own.groupby("task")
+        points = 100 * (by_task.score.mean() - reference)
         cells = [f"{points[task]:+.1f}" for task in tasks]
         cells.append(f"{points[others].mean():+.1f}" if others else "")
         needles = [task for task in tasks if task in NEEDLES]
-        cells.append(f"{kl[needles].mean():.4f}" if needles else "")
-        cells.append(f"{kl[others].mean():.4f}" if others else "")
+        # (Rows of earlier versions have no divergence at the answer.)
+        for column in ("kl", "kl_answer"):
+            for some in (needles, others):
+                known = some and column in own and not own[column].isna().any()
+                cells.append(f"{by_task[column].mean()[some].mean():.4f}" if known else "")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -18,7 +18,17 @@ class Variant:
         voters: number of suffix queries that vote; `None` for all.
         recent: number of voters that are the last queries; the others are spread evenly over the earlier queries.
         period: number of layers that share the selection of the first of them.
-        index_bits: bits of the scored keys: 16 (exact), 8 or 4.
+        unit: `"chunk"`, or `"token"`: single tokens are scored and kept, as many as the chunks would have.
+        per_head: whether each KV head keeps chunks of its own.
+        hot: part of the share that is spent on tokens to which the prefix's own last tokens attend most, of each KV
+            head; chunks get the rest.
+        grouped: whether the query heads of a KV head vote as one, with their mean.
+        summary: chunks are scored by a summary of their keys (see `summaries`) instead of by each key; empty: they are
+            not.
+        nominated: part of the chunks that a summary nominates for the scores of single keys; 1.0: the summary decides.
+        index_bits: bits of the scored keys: 16 (exact), 8, 4, 3, 2 or 1.
+        index_spread: whether scored keys of fewer than 8 bits are rounded to steps of a channel's standard deviation
+            around its mean, over all tokens. Otherwise `key_group` tokens share a minimum and a scale.
         key_bits, value_bits: bits of the keys and values that attention sees: 16 (exact), 8, 4 or 2.
         key_group: tokens that share a scale and a minimum, per channel (with 8 bits, all tokens share a scale).
         value_group: channels that share a scale and a minimum, per token.
@@ -32,7 +42,14 @@ class Variant:
     voters: int | None = 16
     recent: int = 4
     period: int = 1
+    unit: str = "chunk"
+    per_head: bool = False
+    hot: float = 0.0
+    grouped: bool = False
+    summary: str = ""
+    nominated: float = 1.0
     index_bits: int = 8
+    index_spread: bool = False
     key_bits: int = 16
     value_bits: int = 16
     key_group: int = 64
@@ -114,7 +131,49 @@ SETS: dict[str, list[Variant]] = {
         *(at(_of_packed("ours, the last 8 vote", voters=8, recent=8), share) for share in (0.25, 0.40, 0.60)),
     ],
     "period": [at(_of_packed(f"period {period}", period=period), 0.25) for period in (1, 2, 3, 4, 8)],
-    "index": [at(_of_packed(f"index {bits} bits", index_bits=bits), 0.25) for bits in (16, 8, 4)],
+    "index": [
+        *(at(_of_packed(f"index {bits} bits", index_bits=bits), 0.25) for bits in (16, 8, 4, 2)),
+        *(
+            at(_of_packed(f"index {bits} bits, by spread", index_bits=bits, index_spread=True), 0.25)
+            for bits in (4, 3, 2, 1)
+        ),
+    ],
+    # Where the index has few bits, the keys of attention come with the chunk.
+    "keys": [
+        at(_of_packed(f"index {bits} bits, keys {key}", index_bits=bits, index_spread=bits < 8, key_bits=key), 0.25)
+        for bits, key in ((8, 8), (2, 8), (2, 4), (4, 4))
+    ],
+    "summary": [
+        at(_of_packed(name, **changes), 0.25)
+        for name, changes in (
+            ("every key", {}),
+            ("bounds", {"summary": "bounds"}),
+            ("mean", {"summary": "mean"}),
+            ("expected", {"summary": "expected"}),
+            ("expected, power 1", {"summary": "expected", "power": 1.0}),
+            ("expected nominates 40%", {"summary": "expected", "nominated": 0.4}),
+            ("bounds nominate 40%", {"summary": "bounds", "nominated": 0.4}),
+        )
+    ],
+    "groups": [
+        at(_of_packed(f"{voters} voters" + (", of groups" if grouped else ""), voters=voters, grouped=grouped), 0.25)
+        for voters, grouped in ((16, False), (16, True), (8, False), (8, True), (None, True))
+    ],
+    "breadth": [
+        at(_of_packed(name, **changes), 0.25)
+        for name, changes in (
+            ("ours", {}),
+            ("power 1", {"power": 1.0}),
+            ("mass, power 1", {"rule": "mass", "power": 1.0}),
+            ("tokens", {"unit": "token"}),
+            ("tokens, power 1", {"unit": "token", "power": 1.0}),
+            ("per KV head", {"per_head": True}),
+            ("tokens, per KV head", {"unit": "token", "per_head": True}),
+            ("a quarter on hot tokens", {"hot": 0.25}),
+            ("half on hot tokens", {"hot": 0.5}),
+            ("all on hot tokens", {"hot": 1.0}),
+        )
+    ],
     "steps": _steps(0.25),
     "without": [
         at(_of_packed(name, **changes), 0.25)

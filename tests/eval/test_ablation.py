@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from words import Words
 
 from eval.ablation.judge import VariantJudge
-from eval.ablation.rounding import round_keys, round_values
-from eval.ablation.simulated import CHUNK, Simulation
+from eval.ablation.rounding import round_by_spread, round_keys, round_values
+from eval.ablation.simulated import CHUNK, OBSERVERS, Simulation
 from eval.ablation.table import as_markdown
 from eval.ablation.variants import FULL, PACKED, PUBLISHED, SETS, Variant, at
 from eval.tasks import Request
@@ -116,6 +116,55 @@ def test_rounded_keys_are_within_half_a_step_of_their_group(bits: int) -> None:
     assert round_values(keys, 16, 64) is keys
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_rounding_by_spread_keeps_so_many_levels_of_each_channel(bits: int) -> None:
+    keys = torch.randn(2, 40_000, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9.0) + 3.0
+    rounded = round_by_spread(keys, bits)
+    for head in rounded:
+        assert [len(channel.unique()) for channel in head.T] == [2**bits] * 8
+    # What the best uniform quantiser loses of a normal distribution (Max 1960, table 2), as a part of its variance.
+    lost = (keys - rounded).square().mean(1) / keys.var(1)
+    torch.testing.assert_close(
+        lost, torch.full_like(lost, {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115}[bits]), rtol=0.1, atol=0
+    )
+    assert torch.equal(round_by_spread(torch.full((1, 5, 2), 2.5), bits), torch.full((1, 5, 2), 2.5))
+
+
+def kept(simulation: Simulation, variant: Variant) -> torch.Tensor:
+    simulation.logits(variant, SUFFIX, NOTHING)
+    return simulation._seen
+
+
+def test_a_share_counts_the_same_in_tokens_as_in_chunks(model: Any) -> None:
+    ours, whole = at(PACKED, 0.25), len(PREFIX) // CHUNK * CHUNK
+    with Simulation(model, PREFIX) as simulation:
+        kv_heads = len(simulation._kv[0][0])
+        chunks = kept(simulation, ours)
+        tokens = kept(simulation, replace(ours, unit="token"))
+        per_head = kept(simulation, replace(ours, unit="token", per_head=True))
+        hot = kept(simulation, replace(ours, hot=1.0))
+    assert chunks[0, :whole].view(-1, CHUNK).float().mean(1).unique().tolist() == [0, 1]
+    assert not torch.equal(chunks, tokens)
+    for seen, rows in ((chunks, 1), (tokens, 1), (per_head, kv_heads), (hot, kv_heads)):
+        assert seen.shape == (rows, len(PREFIX))
+        assert seen[:, whole:].all(), "the partial last chunk is always seen"
+        assert seen[:, :CHUNK].all() or seen is hot
+    counts = [seen[:, :whole].sum(1).unique().tolist() for seen in (chunks, tokens, per_head)]
+    assert counts == [[3 * CHUNK]] * 3
+    # Hot tokens of the partial chunk are seen anyway.
+    assert (hot.sum(1) <= 3 * CHUNK + len(PREFIX) - whole).all()
+
+
+def test_hot_tokens_are_those_that_the_end_of_the_prefix_attends_to(model: Any) -> None:
+    with Simulation(model, PREFIX) as simulation, torch.no_grad():
+        kept(simulation, at(replace(PACKED, hot=1.0), 0.25))
+        eager = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager").eval()
+        eager.load_state_dict(model.state_dict())
+        weights = eager(input_ids=PREFIX[None], output_attentions=True).attentions[0][0]
+    expected = weights[:, -OBSERVERS:].unflatten(0, (len(simulation._kv[0][0]), -1)).sum((1, 2))
+    torch.testing.assert_close(simulation._heat[0], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_judge_finds_what_the_full_cache_says(model: Any) -> None:
     tokenizer = Words()
     suffix = encode(tokenizer, " who is it? it is")
@@ -126,8 +175,9 @@ def test_a_judge_finds_what_the_full_cache_says(model: Any) -> None:
         for answer in numbers:
             request = Request("t", 0, PREFIX, 0, suffix, (answer,), choices=tuple(numbers))
             judge = VariantJudge(simulation, tokenizer, request)
-            assert judge.judge(FULL) == {"score": float(answer == best), "kl": 0.0}
-            assert judge.judge(at(PUBLISHED, 0.1))["kl"] > 0
+            assert judge.judge(FULL) == {"score": float(answer == best), "kl": 0.0, "kl_answer": 0.0}
+            found = judge.judge(at(PUBLISHED, 0.1))
+            assert min(found["kl"], found["kl_answer"]) > 0
 
 
 def test_steps_lead_from_the_published_method_to_ours() -> None:
@@ -163,7 +213,7 @@ def test_all_variants_of_all_sets_can_be_run(model: Any) -> None:
 def test_a_table_has_points_and_divergences_per_set(tmp_path: Path) -> None:
     def row(name: str, variant: str, task: str, number: int, score: float, kl: float) -> str:
         about = {"task": task, "number": number, "tokens": 9, "set": name, "variant": variant}
-        return json.dumps(about | {"score": score, "kl": kl})
+        return json.dumps(about | {"score": score, "kl": kl, "kl_answer": kl / 2})
 
     lines = []
     for number in range(2):
@@ -174,8 +224,8 @@ def test_a_table_has_points_and_divergences_per_set(tmp_path: Path) -> None:
     file.write_text("\n".join(lines) + "\n")
     table = as_markdown([file])
     assert "### share" in table
-    assert "| full, percent (requests) | 100.0 (2) | 100.0 (2) | 100.0 | | |" in table
-    assert "| some | -50.0 | -50.0 | -50.0 | 0.2500 | 0.5000 |" in table
+    assert "| full, percent (requests) | 100.0 (2) | 100.0 (2) | 100.0 | | | | |" in table
+    assert "| some | -50.0 | -50.0 | -50.0 | 0.2500 | 0.5000 | 0.1250 | 0.2500 |" in table
     with pytest.raises(ValueError, match="answered twice"):
         as_markdown([file, file])
 
@@ -191,8 +241,8 @@ def test_requests_of_several_seeds_count_together(tmp_path: Path) -> None:
     old.write_text(rows(None, 0.0))
     new.write_text(rows(1, 1.0) + rows(2, 1.0) + rows(3, 1.0))
     table = as_markdown([old, new])
-    assert "| full, percent (requests) | 100.0 (4) | 100.0 | | |" in table
-    assert "| some | -25.0 | -25.0 |" in table
+    assert "| full, percent (requests) | 100.0 (4) | 100.0 | | | | |" in table
+    assert "| some | -25.0 | -25.0 |  | 0.5000 |  |  |" in table, "rows that lack the answer leave its cells empty"
     with pytest.raises(ValueError, match="answered twice"):
         as_markdown([new, new])
     new.write_text(rows(0, 1.0))
