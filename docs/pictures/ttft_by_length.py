@@ -77,7 +77,9 @@ def main(run: Path, picture: Path) -> None:
     figure, ax = plt.subplots(figsize=(8.4, 4.6), dpi=130)
     for key, (name, colour) in LINES.items():
         by_length = medians[key]
-        ax.plot(by_length, by_length.values(), color=colour, marker="o", markersize=4, label=name, linewidth=1.8)
+        ax.plot(
+            list(by_length), list(by_length.values()), color=colour, marker="o", markersize=4, label=name, linewidth=1.8
+        )
         print(f"{name:32}", *(f"{length:6,}: {value:8,.0f}" for length, value in by_length.items()))
     everything = {length: min(medians[key][length] for key in EVERYTHING) for length in medians[OURS]}
     at = crossover(medians[OURS], everything)

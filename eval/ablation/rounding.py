@@ -41,7 +41,8 @@ def round_by_spread(keys: torch.Tensor, bits: int) -> torch.Tensor:
     step = (spread * _STEPS[bits]).clamp_min(1e-12)
     middle = (2**bits - 1) / 2
     codes = ((numbers - mean) / step + middle).round().clamp(0, 2**bits - 1)
-    return ((codes - middle) * step + mean).to(keys.dtype)
+    found: torch.Tensor = ((codes - middle) * step + mean).to(keys.dtype)
+    return found
 
 
 def _between_ends(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
