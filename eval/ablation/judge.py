@@ -37,10 +37,13 @@ class VariantJudge:
 
     def judge(self, variant: Variant) -> dict[str, float]:
         """`score` (0 or 1), and the divergence from the full cache in nats: `kl`, the mean over the suffix without its
-        first token, and `kl_answer`, behind the last one, where the answer begins."""
+        first token, and `kl_answer`, the mean over the tokens of the right answer."""
         logits = self._logits(variant)
         length = len(self._suffix)
         kl = divergence(self._reference[0, 1:length], logits[0, 1:length])
+        right = self._right.index(True)
+        until = length - 1 + len(self._answers[right])
+        answer = divergence(self._reference[right, length - 1 : until], logits[right, length - 1 : until])
         behind = logits[:, length - 1 :].log_softmax(-1)
         if len(self._answers) == 1:
             ids = self._answers[0]
@@ -51,4 +54,4 @@ class VariantJudge:
                 for row, ids in zip(behind, self._answers, strict=True)
             ]
             score = self._right[likelihoods.index(max(likelihoods))]
-        return {"score": float(score), "kl": float(kl.mean()), "kl_answer": float(kl[-1])}
+        return {"score": float(score), "kl": float(kl.mean()), "kl_answer": float(answer.mean())}

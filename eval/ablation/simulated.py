@@ -114,20 +114,27 @@ class Simulation:
         voters = voting_queries(visible[0], v.voters, v.recent)
         kv_heads = suffix_keys.shape[1]
         groups = [slice(head, head + 1) for head in range(kv_heads)] if v.per_head else [slice(0, kv_heads)]
-        size = CHUNK if v.unit == "chunk" else 1
         seen = torch.zeros(len(groups), self._tokens, dtype=torch.bool)
         seen[:, whole * CHUNK :] = True
-        count, ends = round(keep * (1 - v.hot)) * CHUNK // size, v.ends * CHUNK // size
-        for own, heads in zip(seen, groups, strict=True):
-            if not count:
-                break
+        if v.hot:
+            seen = seen | self._hot(layer, round(keep * v.hot) * CHUNK, scaling)
+        singles = round(keep * (1 - v.hot) * (1.0 if v.unit == "token" else v.singles)) * CHUNK
+        # Chunks first: single tokens are then chosen among the others.
+        shares = {CHUNK: round(keep * (1 - v.hot)) - singles // CHUNK, 1: singles}
+        for own, heads in zip(seen, groups * (len(seen) // len(groups)), strict=True):
             own_queries = queries.unflatten(1, (kv_heads, -1))[:, heads]
             own_queries = own_queries.mean(2) if v.grouped else own_queries.flatten(1, 2)
             inputs = SelectionInput(own_queries, suffix_keys[:, heads], [voters], visible, scaling)
-            importance = self._importance(layer, size, heads, inputs, count)
-            chosen = choose_chunks(importance, count, ends, ends)[0]
-            own[(chosen[:, None] * size + torch.arange(size)).flatten()] = True
-        return seen if not v.hot else seen | self._hot(layer, round(keep * v.hot) * CHUNK, scaling)
+            for size, count in shares.items():
+                if count:
+                    importance = self._importance(layer, size, heads, inputs, count)
+                    if size == 1 and shares[CHUNK]:
+                        importance = importance.masked_fill(own[: importance.shape[1]], -1.0)
+                    # (Both ends are kept once.)
+                    ends = v.ends * CHUNK // size if size == CHUNK or not shares[CHUNK] else 0
+                    chosen = choose_chunks(importance, count, ends, ends)[0]
+                    own[(chosen[:, None] * size + torch.arange(size)).flatten()] = True
+        return seen
 
     def _importance(self, layer: int, size: int, heads: slice, inputs: SelectionInput, count: int) -> torch.Tensor:
         """Of each chunk, or of each token of the whole chunks, float32 `(1, n)`."""

@@ -19,6 +19,7 @@ class Variant:
         recent: number of voters that are the last queries; the others are spread evenly over the earlier queries.
         period: number of layers that share the selection of the first of them.
         unit: `"chunk"`, or `"token"`: single tokens are scored and kept, as many as the chunks would have.
+        singles: part of the share that is spent on single tokens, scored as tokens; chunks get the rest.
         per_head: whether each KV head keeps chunks of its own.
         hot: part of the share that is spent on tokens to which the prefix's own last tokens attend most, of each KV
             head; chunks get the rest.
@@ -43,6 +44,7 @@ class Variant:
     recent: int = 4
     period: int = 1
     unit: str = "chunk"
+    singles: float = 0.0
     per_head: bool = False
     hot: float = 0.0
     grouped: bool = False
@@ -142,6 +144,10 @@ SETS: dict[str, list[Variant]] = {
     "keys": [
         at(_of_packed(f"index {bits} bits, keys {key}", index_bits=bits, index_spread=bits < 8, key_bits=key), 0.25)
         for bits, key in ((8, 8), (2, 8), (2, 4), (4, 4))
+    ],
+    "singles": [
+        *(at(_of_packed(f"{part:.0%} on single tokens", singles=part), 0.25) for part in (0.0, 0.25, 0.5, 0.75, 1.0)),
+        at(_of_packed("half on single tokens, per KV head", singles=0.5, per_head=True), 0.25),
     ],
     "summary": [
         at(_of_packed(name, **changes), 0.25)

@@ -142,15 +142,19 @@ def test_a_share_counts_the_same_in_tokens_as_in_chunks(model: Any) -> None:
         chunks = kept(simulation, ours)
         tokens = kept(simulation, replace(ours, unit="token"))
         per_head = kept(simulation, replace(ours, unit="token", per_head=True))
+        both = kept(simulation, replace(ours, singles=0.5))
         hot = kept(simulation, replace(ours, hot=1.0))
     assert chunks[0, :whole].view(-1, CHUNK).float().mean(1).unique().tolist() == [0, 1]
     assert not torch.equal(chunks, tokens)
-    for seen, rows in ((chunks, 1), (tokens, 1), (per_head, kv_heads), (hot, kv_heads)):
+    for seen, rows in ((chunks, 1), (tokens, 1), (both, 1), (per_head, kv_heads), (hot, kv_heads)):
         assert seen.shape == (rows, len(PREFIX))
         assert seen[:, whole:].all(), "the partial last chunk is always seen"
-        assert seen[:, :CHUNK].all() or seen is hot
-    counts = [seen[:, :whole].sum(1).unique().tolist() for seen in (chunks, tokens, per_head)]
-    assert counts == [[3 * CHUNK]] * 3
+        assert seen[:, :CHUNK].all() or seen is hot or seen is both
+    counts = [seen[:, :whole].sum(1).unique().tolist() for seen in (chunks, tokens, both, per_head)]
+    assert counts == [[3 * CHUNK]] * 4
+    in_chunks = both[0, :whole].view(-1, CHUNK).sum(1)
+    assert (in_chunks == CHUNK).any()
+    assert ((in_chunks > 0) & (in_chunks < CHUNK)).any()
     # Hot tokens of the partial chunk are seen anyway.
     assert (hot.sum(1) <= 3 * CHUNK + len(PREFIX) - whole).all()
 
