@@ -268,7 +268,7 @@ def test_models_with_windows_are_judged_and_systems_that_cannot_do_them_are_left
 
 
 @contextmanager
-def departing(model: Any, system: Any, request: Any, state: Any) -> Iterator[Any]:
+def departing(model: Any, system: Any, request: Any, state: Any, ready_bytes: int) -> Iterator[Any]:
     """A request that finds its state the second time."""
     departing.made += 1  # type: ignore[attr-defined]
     yield SimpleNamespace(
