@@ -66,9 +66,11 @@ def ready_memory(nbytes: int) -> None:
     of a request is prepared by this: its page faults and its clearing of pages remain, as on a bare machine.
 
     Args:
-        nbytes: written to and freed at once.
+        nbytes: written to and freed at once; no more than half of the memory that is free, so that nothing has to go.
     """
-    if nbytes:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    nbytes = min(nbytes, free // 2)
+    if nbytes > 0:
         aligned_buffer(nbytes).fill_(1)
 
 

@@ -176,6 +176,8 @@ class Simulation:
                 self._scorers[known] = AttentionMassScorer(
                     round_keys(keys, v.index_bits, 64) if v.index_bits == 8 else keys, size, v.power
                 )
+            elif v.index_bits == 16:
+                self._scorers[known] = SummaryScorer(keys, size, v.power, "every")
             else:
                 parts = [build_key_index(keys, size)]
                 self._scorers[known] = IndexedKeysScorer(parts, self._tokens // size, v.power)

@@ -68,7 +68,7 @@ def timed_request(
 
     Inside the context the cache may be used further; afterwards the request is over. Python collects its garbage
     before the timed part and not in it: a collection takes 0.2 s after transformers was imported, and would hit one
-    system or another. For the same reason memory is made ready before it (see `ready_memory`).
+    system or another. Memory is made ready before it, too (see `ready_memory`).
 
     Args:
         model: the causal language model.

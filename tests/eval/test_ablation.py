@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from words import Words
 from eval.ablation.judge import VariantJudge
 from eval.ablation.rounding import round_by_spread, round_keys, round_values
 from eval.ablation.simulated import CHUNK, OBSERVERS, Simulation
+from eval.ablation.summaries import SummaryScorer
 from eval.ablation.table import as_markdown
 from eval.ablation.variants import FULL, PACKED, PUBLISHED, SETS, Variant, at
 from eval.tasks import Request
@@ -23,6 +25,7 @@ from eval.tasks.base import encode
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.model.kv_geometry import KVGeometry
 from hf_contiguouskv.model.transformers_internals import cache_argument
+from hf_contiguouskv.selection import IndexedKeysScorer, SelectionInput
 from hf_contiguouskv.store.packing import pack_values, unpack_values
 
 CACHE = cache_argument()
@@ -128,6 +131,51 @@ def test_rounding_by_spread_keeps_so_many_levels_of_each_channel(bits: int) -> N
         lost, torch.full_like(lost, {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115}[bits]), rtol=0.1, atol=0
     )
     assert torch.equal(round_by_spread(torch.full((1, 5, 2), 2.5), bits), torch.full((1, 5, 2), 2.5))
+
+
+KEYS = torch.randn(2, 70, 8, generator=torch.Generator().manual_seed(5))
+QUERIES = torch.randn(1, 6, 5, 8, generator=torch.Generator().manual_seed(6))
+
+
+def peaks_of(power: float, peak: Callable[[torch.Tensor, torch.Tensor], float]) -> torch.Tensor:
+    """Importance of the four whole chunks of `KEYS`, one head, query and chunk at a time."""
+    importance = torch.zeros(4)
+    for head in range(6):
+        for query in (1, 4):
+            row = [peak(QUERIES[0, head, query], KEYS[head // 3, 16 * j : 16 * j + 16]) for j in range(4)]
+            importance += torch.tensor(row).mul(0.3).softmax(0).pow(power)
+    return importance
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("summary", "peak"),
+    [
+        ("every", lambda q, keys: float((keys @ q).max())),
+        ("bounds", lambda q, keys: float(torch.maximum(q * keys.amin(0), q * keys.amax(0)).sum())),
+        ("mean", lambda q, keys: float(keys.mean(0) @ q)),
+        ("expected", lambda q, keys: float(keys.mean(0) @ q + 1.766 * (q**2 @ keys.var(0, correction=0)).sqrt())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_summaries_score_as_one_by_one(summary: str, peak: Any, power: float) -> None:
+    inputs = SelectionInput(QUERIES, KEYS[None, :, :5], [torch.tensor([1, 4])], torch.ones(1, 5, dtype=torch.bool), 0.3)
+    found = SummaryScorer(KEYS, CHUNK, power, summary)(inputs)
+    torch.testing.assert_close(found.importance[0], peaks_of(power, peak), rtol=1e-4, atol=1e-5)
+
+
+def test_a_summary_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="summary must be one of every, bounds, mean, expected, got 'median'"):
+        SummaryScorer(KEYS, CHUNK, 1.0, "median")
+
+
+def test_an_exact_index_is_not_that_of_8_bits(model: Any) -> None:
+    kinds = []
+    with Simulation(model, PREFIX) as simulation:
+        for bits in (16, 8):
+            simulation.logits(replace(at(PACKED, 0.25), index_bits=bits), SUFFIX, NOTHING)
+            kinds.append(type(simulation._scorer(0, CHUNK, slice(0, len(simulation._kv[0][0])))))
+    assert kinds == [SummaryScorer, IndexedKeysScorer]
 
 
 def kept(simulation: Simulation, variant: Variant) -> torch.Tensor:

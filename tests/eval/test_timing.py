@@ -240,7 +240,14 @@ def test_ready_memory_is_written_and_freed(monkeypatch: pytest.MonkeyPatch) -> N
     ready_memory(0)
     assert written == [10_000]
     assert [one() for one in made] == [None]
-    # More than K and V of the prefix and a copy of them, whatever its length.
+    # Never more than half of what is free: a prefix of a large model may be as large as the memory.
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.__getitem__)
+    ready_memory(10**12)
+    assert written[1:] == [3 * 4096 // 2]
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 0, "SC_PAGE_SIZE": 4096}.__getitem__)
+    ready_memory(10**12)
+    assert len(written) == 2
+    # More than K and V of the prefix and a copy of them, at any length.
     assert bytes_to_ready(0) > 0
     assert bytes_to_ready(10**9) > 2 * 10**9
 
