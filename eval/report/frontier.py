@@ -84,7 +84,9 @@ def frontier(results: Results, cut: Cut, path: Path) -> bool:
 def _panel(axis: Any, points: dict[Setting, Estimate], places: dict[Setting, float], known: list[Setting]) -> None:
     """Draw figures with intervals at `places` along a logarithmic axis."""
     for system, options in dict.fromkeys((one.system, one.options) for one in points):
-        line = sorted((one for one in points if (one.system, one.options) == (system, options)), key=places.__getitem__)
+        # From the smallest budget to the largest: what more of the prefix costs, and what it gives.
+        own = (one for one in points if (one.system, one.options) == (system, options))
+        line = sorted(own, key=lambda one: one.budget)
         spans = [
             [max(0.0, one.value - one.low), max(0.0, one.high - one.value)] for one in map(points.get, line) if one
         ]

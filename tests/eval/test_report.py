@@ -204,6 +204,20 @@ def test_the_frontier_has_what_differs_in_time_alone(tmp_path: Path, monkeypatch
     assert [times[one] for one in (MEMORY, overlapped, impress)] == pytest.approx([100, 200, 300])
 
 
+def test_the_frontier_joins_budgets_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact request may take less time than one that chooses."""
+    times = {0.05: 0.2, 0.25: 0.4, 1.0: 0.3}
+    rows = [row(n, MEMORY, 0.1) for n in range(3)]
+    rows += [row(n, Setting("contiguouskv", budget), took) for n in range(3) for budget, took in times.items()]
+    axes = []
+    draw = frontier._panel
+    monkeypatch.setattr(frontier, "_panel", lambda axis, *rest: axes.append(axis) or draw(axis, *rest))
+    found = results(tmp_path, rows)
+    assert frontier.frontier(found, cut(found.timed, "cold", Rival()), tmp_path / "frontier.png")
+    (line,) = [one for one in axes[0].containers if one.get_label() == label(Setting("contiguouskv", 0.05))]
+    assert line.lines[0].get_xdata().tolist() == pytest.approx([200, 400, 300])
+
+
 def test_answers_are_those_of_the_setting_that_was_judged(tmp_path: Path) -> None:
     """Where the plain setting was not made, one with an option for speed was judged, and stands for all alike."""
     quick, other = Setting("attentionstore_h2o", 0.05, ("overlap",)), Setting("attentionstore_h2o", 0.05, ("lfu",))
