@@ -44,6 +44,7 @@ class ChunkLoader:
 
     Attributes:
         accounts: counts and notes what was used of the chunks.
+        crosses: whether chunks cross to an accelerator.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ChunkLoader:
         timeline: SpanRecorder = NO_TIMELINE,
         usage: RequestUsage | None = None,
     ) -> None:
+        self.crosses = _crosses(store, devices)
         self._memory = store.memory
         self._prefixes = prefixes
         self._devices = devices
@@ -87,20 +89,19 @@ class ChunkLoader:
     ) -> ChunkLoader:
         """The loader of a request with this plan. It also brings the keys that chunks are scored with."""
         devices = plan.layers.devices
-        crosses = any(store.memory.on(device) is not None for device in devices)
         loader = cls(
             store,
             plan.prefixes,
             devices,
             stats,
-            lookahead_bytes=plan.lookahead_bytes(crosses),
+            lookahead_bytes=plan.lookahead_bytes(_crosses(store, devices)),
             verify=plan.config.reading.verify,
             timeline=timeline,
             usage=usage,
         )
         payload = loader._by_form.get(plan.served.form)
         if payload is not None:
-            loader._keys = KeyLoader(plan, store, payload, loader._ahead, stats, timeline)
+            loader._keys = KeyLoader(plan, store, payload, loader._ahead, stats, timeline, loader.crosses)
         return loader
 
     @property
@@ -128,12 +129,15 @@ class ChunkLoader:
         start = partial(self._reads[layer].start, layer, chunks, self._devices[layer])
         self._ahead.add(layer, len(chunks) * self._prefixes[layer].extent_bytes, start)
 
-    def want_whole_layer_later(self, layer: int, enough: int) -> None:
-        """Queue all chunks of a layer, speculatively. They are not read if memory has `enough` chunks of it by then."""
-        prefix = self._prefixes[layer]
+    def want_whole_layers_later(self, layers: Sequence[int], enough: int) -> None:
+        """Queue all chunks of layers (ascending, of one form and device), speculatively, to be read together.
+
+        A layer is not read if memory has `enough` chunks of it by then.
+        """
+        first, prefix = layers[0], self._prefixes[layers[0]]
         chunks = np.arange(prefix.chunks)
-        start = partial(self._reads[layer].start_unless_resident, layer, chunks, self._devices[layer], enough)
-        self._ahead.add(layer, len(chunks) * prefix.extent_bytes, start)
+        start = partial(self._reads[first].start_unless_resident, layers, chunks, self._devices[first], enough)
+        self._ahead.add(first, len(layers) * len(chunks) * prefix.extent_bytes, start, layers[1:])
 
     def start_queued(self) -> None:
         """Start queued reads, as far as the limit allows."""
@@ -193,3 +197,7 @@ class ChunkLoader:
             reads.close()
         if self._owns_usage:
             self._usage.tell()
+
+
+def _crosses(store: ChunkStore, devices: Sequence[torch.device]) -> bool:
+    return any(store.memory.on(device) is not None for device in devices)

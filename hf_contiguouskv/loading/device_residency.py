@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -282,6 +283,9 @@ class DeviceResidency:
 
     def settle(self) -> None:
         self.arrivals.settle()
+
+    def find_or_read_together(self, layers: Sequence[int], chunks: Chunks) -> list[list[LoadedChunks]]:
+        return [self.find_or_read(layer, chunks, speculative=True)[0] for layer in layers]
 
     def start_crossing(
         self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool

@@ -6,6 +6,8 @@ in between.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -13,7 +15,7 @@ from ..hardware.aligned_memory import as_memoryview
 from ..memory import MemoryTiers
 from ..memory.tier import Tier
 from ..store.attached_prefix import AttachedPrefix, Chunks
-from ..store.reader import ExtentReader, Ticket
+from ..store.reader import ExtentReader, Read, Ticket
 from .prefix_tables import PrefixTables
 from .residency import PIECE_BYTES, LoadedChunks
 
@@ -35,21 +37,24 @@ class ChunksInHostSlots:
         tier: Tier,
         tables: PrefixTables,
         slot_bytes: int,
-        ticket: Ticket | None,
         speculative: bool,
         shared: bool,
     ) -> None:
         self.chunks = chunks
         self.speculative = speculative
-        self.ticket = ticket
-        self.from_disk = len(chunks) if ticket is not None else 0
-        self.from_host = len(chunks) - self.from_disk
+        self.ticket: Ticket | None = None
+        self.from_disk, self.from_host = 0, len(chunks)
         self._layer = layer
         self._slots = slots
         self._tier = tier
         self._tables = tables
         self._slot_bytes = slot_bytes
         self._shared = shared
+
+    def read_by(self, ticket: Ticket) -> None:
+        """The chunks are not resident: `ticket` reads them into their slots."""
+        self.ticket = ticket
+        self.from_disk, self.from_host = len(self.chunks), 0
 
     def extents(self, take: Chunks | None) -> torch.Tensor:
         return self._tier.blocks(self._slot_bytes).select(self._slots if take is None else self._slots[take])
@@ -107,49 +112,74 @@ class HostResidency:
     def find_or_read(
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
     ) -> tuple[list[LoadedChunks], Chunks]:
-        slots = self._tables.find(self._tier, layer, chunks)
-        there = slots >= 0
-        parts: list[LoadedChunks] = []
-        if there.any():
-            found = chunks if there.all() else chunks[there]
-            parts.append(self._in_slots(layer, found, slots[there], None, speculative))
-        missing = chunks[~there]
-        if len(missing):
-            try:
-                loading, missing = self._read(layer, missing, speculative, alone)
-            except BaseException:
-                for part in parts:
-                    part.release()
-                raise
+        parts, missing = self._found(layer, chunks, speculative)
+        try:
+            loading, reads, missing = self._room(layer, missing, speculative)
             parts += loading
+            self._read(loading, reads, None if alone else 1)
+        except BaseException:
+            _release(parts)
+            raise
         return parts, missing
 
-    def _read(self, layer: int, missing: Chunks, speculative: bool, alone: bool) -> tuple[list[LoadedChunks], Chunks]:
-        """Start reading into as many slots as the tier has room for; also returns the chunks that are left."""
+    def find_or_read_together(self, layers: Sequence[int], chunks: Chunks) -> list[list[LoadedChunks]]:
+        found: list[list[LoadedChunks]] = []
+        loading: list[ChunksInHostSlots] = []
+        reads: list[Read] = []
+        try:
+            for layer in layers:
+                parts, missing = self._found(layer, chunks, True)
+                found.append(parts)
+                own, some, _ = self._room(layer, missing, True)
+                parts += own
+                loading += own
+                reads += some
+            self._read(loading, reads, None)
+        except BaseException:
+            for parts in found:
+                _release(parts)
+            raise
+        return found
+
+    def _found(self, layer: int, chunks: Chunks, speculative: bool) -> tuple[list[LoadedChunks], Chunks]:
+        """Those of `chunks` that memory has, and the others."""
+        slots = self._tables.find(self._tier, layer, chunks)
+        there = slots >= 0
+        if not there.any():
+            return [], chunks
+        found = chunks if there.all() else chunks[there]
+        return [self._in_slots(layer, found, slots[there], speculative)], chunks[~there]
+
+    def _room(
+        self, layer: int, missing: Chunks, speculative: bool
+    ) -> tuple[list[ChunksInHostSlots], list[Read], Chunks]:
+        """As many slots as the tier has room for, the reads that fill them, and the chunks that are left."""
         size = self._prefix.extent_bytes
-        taken = self._tier.take(size, len(missing))
+        taken = self._tier.take(size, len(missing)) if len(missing) else missing
         if not len(taken):
-            return [], missing
+            return [], [], missing
         try:
             if len(taken) < min(len(missing), _FEW_SLOTS):
                 self._tier.release(taken, size)
-                return [], missing
+                return [], [], missing
             now = missing[: len(taken)]
             blocks = self._tier.blocks(size)
             reads = self._prefix.reads(layer, now, taken, blocks.buffer, self._verify, blocks.slots_in_a_row)
-            ticket = self._reader.submit(reads, threads=None if alone else 1)
         except BaseException:
             self._tier.release(taken, size)
             raise
-        return [self._in_slots(layer, now, taken, ticket, speculative)], missing[len(taken) :]
+        return [self._in_slots(layer, now, taken, speculative)], reads, missing[len(taken) :]
 
-    def _in_slots(
-        self, layer: int, chunks: Chunks, slots: Chunks, ticket: Ticket | None, speculative: bool
-    ) -> ChunksInHostSlots:
+    def _read(self, loading: Sequence[ChunksInHostSlots], reads: Sequence[Read], threads: int | None) -> None:
+        """Start the reads that fill the slots of `loading`."""
+        if reads:
+            ticket = self._reader.submit(reads, threads=threads, joins=len(loading) > 1)
+            for part in loading:
+                part.read_by(ticket)
+
+    def _in_slots(self, layer: int, chunks: Chunks, slots: Chunks, speculative: bool) -> ChunksInHostSlots:
         size = self._prefix.extent_bytes
-        return ChunksInHostSlots(
-            layer, chunks, slots, self._tier, self._tables, size, ticket, speculative, self._verify
-        )
+        return ChunksInHostSlots(layer, chunks, slots, self._tier, self._tables, size, speculative, self._verify)
 
     def read_piece(self, layer: int, chunks: Chunks) -> tuple[LoadedChunks, Chunks]:
         size = self._prefix.extent_bytes
@@ -165,3 +195,8 @@ class HostResidency:
 
     def settle(self) -> None:
         pass  # Chunks were read into the slots in which they stay.
+
+
+def _release(parts: Sequence[LoadedChunks]) -> None:
+    for part in parts:
+        part.release()

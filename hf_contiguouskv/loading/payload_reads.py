@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,17 +38,17 @@ class Lookahead:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._waiting: deque[tuple[int, int, Start]] = deque()
+        self._waiting: deque[tuple[int, int, Start, Collection[int]]] = deque()
         self._open: dict[int, int] = {}
 
-    def add(self, key: int, nbytes: int, start: Start) -> None:
-        """Queue a read of `nbytes` for `key` (a layer index)."""
-        self._waiting.append((key, nbytes, start))
+    def add(self, key: int, nbytes: int, start: Start, also: Collection[int] = ()) -> None:
+        """Queue a read of `nbytes` for `key` (a layer index), which serves the layers `also` as well."""
+        self._waiting.append((key, nbytes, start, also))
 
     def pump(self) -> None:
         """Start the reads that fit."""
         while self._waiting:
-            key, nbytes, start = self._waiting[0]
+            key, nbytes, start, _ = self._waiting[0]
             if self._open and sum(self._open.values()) + nbytes > self.limit:
                 return
             if not start(False):
@@ -58,11 +58,13 @@ class Lookahead:
 
     def need(self, key: int) -> None:
         """Start the reads for `key` now, whatever the limit is (layers may run in any order)."""
-        mine = [entry for entry in self._waiting if entry[0] == key]
+        if not self._waiting:
+            return
+        mine = [entry for entry in self._waiting if entry[0] == key or key in entry[3]]
         for entry in mine:
             self._waiting.remove(entry)
-            _, nbytes, start = entry
-            self._open[key] = self._open.get(key, 0) + nbytes
+            first, nbytes, start, _ = entry
+            self._open[first] = self._open.get(first, 0) + nbytes
             start(True)
 
     def used(self, key: int) -> None:
@@ -158,6 +160,15 @@ class _Asked:
             if len(left) and not speculative:
                 reads.left = np.union1d(reads.left, left)
 
+    def issue_together(self, layers: Sequence[int], chunks: Chunks, device: torch.device) -> None:
+        """As `issue`, speculatively, with one ticket for the reads of all layers, if none of them was asked before."""
+        if len(layers) == 1 or any(layer in self.layers for layer in layers):
+            self.issue(layers, chunks, device, speculative=True, alone=len(layers) == 1)
+            return
+        found = self.residency(device).find_or_read_together(layers, chunks)
+        for layer, parts in zip(layers, found, strict=True):
+            self.layers[layer] = _LayerReads(device, parts)
+
 
 class PayloadReads:
     """The chunks of one prefix in one form, for one request: asked for ahead, taken layer by layer.
@@ -212,10 +223,20 @@ class PayloadReads:
         self.ask([layer], chunks, device)
         return True
 
-    def start_unless_resident(self, layer: int, chunks: Chunks, device: torch.device, enough: int, must: bool) -> bool:
-        """As `start`, speculatively, and only where memory holds fewer than `enough` chunks of the layer."""
-        if self.tables.resident(layer) < enough:
-            self.ask([layer], chunks, device, speculative=True)
+    def start_unless_resident(
+        self, layers: Sequence[int], chunks: Chunks, device: torch.device, enough: int, must: bool
+    ) -> bool:
+        """As `start`, speculatively, and only those of `layers` of which memory holds fewer than `enough` chunks.
+
+        The reads of all these layers are one ticket.
+        """
+        missing = [layer for layer in layers if self.tables.resident(layer) < enough]
+        if missing:
+            for layer in missing:
+                self._settle(layer)
+            self._asked.residency(device)
+            task = self._reader.run(partial(self._asked.issue_together, missing, chunks, device))
+            self._tasks.update(dict.fromkeys(missing, task))
         return True
 
     def _settle(self, layer: int) -> None:
@@ -251,7 +272,7 @@ class PayloadReads:
             del reads.parts[0]
             part.release()
             if part.ticket is not None:
-                self._stats.bytes_read += part.ticket.bytes_read
+                self._stats.bytes_read += part.ticket.take_count()
 
     def _bring_left(self, layer: int, reads: _LayerReads) -> None:
         # Memory may have room by now.
@@ -308,7 +329,7 @@ def _abandon(parts: Sequence[LoadedChunks], stats: RequestStats) -> None:
         if part.ticket is not None:
             with suppress(Exception):  # Another error is on its way up, or the bytes are not needed any more.
                 part.ticket.wait()
-            stats.bytes_read += part.ticket.bytes_read
+            stats.bytes_read += part.ticket.take_count()
         part.release()
 
 

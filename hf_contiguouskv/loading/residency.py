@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -74,6 +75,10 @@ class Residency(Protocol):
         Returns:
             the chunks that memory has room for, by place; and those that it has no room for now, int64.
         """
+        ...
+
+    def find_or_read_together(self, layers: Sequence[int], chunks: Chunks) -> list[list[LoadedChunks]]:
+        """As `find_or_read`, speculatively, for several layers, whose reads may be one ticket; the parts of each."""
         ...
 
     def read_piece(self, layer: int, chunks: Chunks) -> tuple[LoadedChunks, Chunks]:

@@ -36,6 +36,8 @@ _SMOOTHING = 0.1
 # A device tier gets this fraction (1/4) of the memory that is free when the device is first used, or this many bytes
 # if the device does not report free memory.
 FREE_SHARE, UNKNOWN_DEVICE_BYTES = 4, 2**30
+# Rooms for attention in layers that are small are lent together, up to this size.
+_LENT_TOGETHER_BYTES = 2 * 2**20
 
 
 class Tables(Protocol):
@@ -127,29 +129,31 @@ class MemoryTiers:
         scarce."""
         return None if self._pinned else self.host.workspace(nbytes)
 
-    def for_attention(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-        """Memory that attention reads K and V from, `(2, batch, kv_heads, tokens, head_dim)`, with anything in it.
+    def for_attention(self, like: torch.Tensor, batch: int, tokens: int, most: int = 1) -> tuple[torch.Tensor, ...]:
+        """Memory that attention reads K and V from, each `(2, batch, kv_heads, tokens, head_dim)`, with anything in it.
 
         On a CPU it is lent, where there is room; on an accelerator, room is made for it.
 
         Args:
             like: `(..., kv_heads, any, head_dim)`, of the dtype and on the device that are wanted.
             batch, tokens: of the shape.
+            most: so many, where they are small and lent: lending costs as much time for one as for all.
 
         Returns:
-            an ordinary tensor even in inference mode, so that a cache may be continued outside of it.
+            ordinary tensors even in inference mode, so that a cache may be continued outside of it.
         """
         shape = (2, batch, like.shape[-3], tokens, like.shape[-1])
         nbytes = math.prod(shape) * like.dtype.itemsize
         with torch.inference_mode(False):
             if like.device.type == "cpu":
-                octets = self.workspace(nbytes)
+                count = max(1, min(most, _LENT_TOGETHER_BYTES // max(1, nbytes)))
+                octets = self.workspace(count * nbytes)
                 if octets is not None:
-                    return octets.view(like.dtype).view(shape)
+                    return tuple(_part(octets, like.dtype, number * nbytes, shape) for number in range(count))
             tier = self.devices.get(like.device)
             if tier is None:
-                return like.new_empty(shape)
-            return tier.where_it_fits(nbytes, lambda: like.new_empty(shape))
+                return (like.new_empty(shape),)
+            return (tier.where_it_fits(nbytes, lambda: like.new_empty(shape)),)
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 
@@ -355,3 +359,9 @@ class MemoryTiers:
 def _share_of(device: Device) -> int:
     free = device.free_bytes()
     return UNKNOWN_DEVICE_BYTES if free is None else free // FREE_SHARE
+
+
+def _part(octets: torch.Tensor, dtype: torch.dtype, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Part of uint8 `octets` from byte `start` on, as a tensor of its own: autograd counts the edits of each apart."""
+    first = octets.storage_offset() + start
+    return torch.empty(0, dtype=dtype).set_(octets.untyped_storage(), first // dtype.itemsize, shape)  # type: ignore[call-overload, no-any-return]

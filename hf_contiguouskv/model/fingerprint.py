@@ -42,6 +42,7 @@ from typing import Any
 import torch
 
 from .causal_lm import innermost_causal_lm
+from .modules import modules_of
 from .saved_state import Snapshot, add_attributes, saved_beyond, saves_more
 from .weight_windows import WeightWindows, probe, probe_places
 from .weights import WHOLE_BYTES, counts, digest_whole, named_tensors, sample, state_of
@@ -129,9 +130,7 @@ def _signature(model: torch.nn.Module) -> Snapshot:
     signature = Snapshot([_config_signature(model)])
     values = signature.values
     # Not `model.parameters()`: its bookkeeping of names and duplicates takes longer than everything else here.
-    stack: list[torch.nn.Module] = [model]
-    while stack:
-        module = stack.pop()
+    for module in modules_of(model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 values.append(state_of(parameter))
@@ -143,7 +142,6 @@ def _signature(model: torch.nn.Module) -> Snapshot:
             values.append(_adapter_state(module))
         if saves_more(module):
             add_attributes(module, signature)
-        stack.extend([child for child in module._modules.values() if child is not None])
     return signature
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from .modules import modules_of
 
 
 def adapters_of_rows(model: nn.Module) -> str | None:
@@ -21,7 +22,7 @@ def adapters_of_rows(model: nn.Module) -> str | None:
     """
     if not hasattr(model, "peft_config"):
         return None
-    for module in model.modules():
+    for module in modules_of(model):
         if not hasattr(module, "_active_adapter") or not module._forward_pre_hooks:
             continue
         named: Any = module._active_adapter

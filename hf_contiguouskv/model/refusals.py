@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modules import modules_of
 from .transformers_internals import CACHE_NAMES
 
 TRIAL_IDS = ((0, 0, 0), (0, 0, 1))
@@ -163,7 +164,7 @@ def _reason_for_layers(text: Any) -> str | None:
 
 def _classes_with(model: nn.Module, part: str) -> bool:
     """Whether a class among the model's modules has a method or attribute whose name contains `part`."""
-    return any(part in name for kind in {type(module) for module in model.modules()} for name in vars(kind))
+    return any(part in name for kind in {type(module) for module in modules_of(model)} for name in vars(kind))
 
 
 def _storing_module(model: nn.Module, position: int) -> nn.Module | None:

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
+from .modules import modules_of
 
 # -- the name of the cache argument -----------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ def is_assisted(layers: Iterable[Any]) -> bool:
 
 def shifted_positions(model: nn.Module) -> list[nn.Module]:
     """Modules that remember a position offset from the images of an earlier call (`rope_deltas` of Qwen-VL)."""
-    return [module for module in model.modules() if "rope_deltas" in module.__dict__]
+    return [module for module in modules_of(model) if "rope_deltas" in module.__dict__]
 
 
 def forget_shift(modules: list[nn.Module]) -> None:

@@ -21,6 +21,10 @@ WORTH_READING_BYTES = DEFAULT_GAP
 # less time than a layer takes to compute, and reading chunks by name costs extra processor time (docs/research.md). On
 # storage that is many times slower, this costs time.
 WHOLE_LAYER_BYTES = 2 * 2**20
+# Keys of neighbouring layers, and small layers that are read whole, are read together up to this size, if a CPU
+# computes: the same storage delivers them in a millisecond, and asking for each costs a fifth of that
+# (docs/research.md).
+TOGETHER_BYTES = 2 * 2**20
 # Number of leader layers whose keys are read ahead if every layer is a leader. In a longer period there is time to read
 # the next leader's keys after using this one's.
 KEYS_AHEAD = 3
@@ -103,6 +107,11 @@ class ReadPlan:
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
         return self.packed and layer_bytes <= max(small, self.keep * WORTH_READING_BYTES)
 
+    def layers_together(self, crosses: bool) -> int:
+        """Whole layers that are read as one; one at a time if chunks cross to an accelerator (`crosses`)."""
+        layer_bytes = self.served.chunks * self.served.extent_bytes
+        return 1 if crosses else max(1, TOGETHER_BYTES // layer_bytes)
+
     @cached_property
     def indexed_layers(self) -> frozenset[int]:
         """Layers whose chunks are scored from the int8 key index."""
@@ -165,10 +174,19 @@ class ReadPlan:
 
     @cached_property
     def key_layers(self) -> list[int]:
-        """For measuring: layers whose keys a request needs, which are leaders, or all layers of a packed prefix."""
+        """Layers whose keys a request needs, which are leaders, or all layers of a packed prefix."""
         if self.keeps_all:
             return []
         return [layer for layer in self.layers.full_layers if self.packed or self.is_leader(layer)]
+
+    def keys_together(self, crosses: bool) -> int:
+        """Keys of neighbouring layers up to this size are read as one, and kept as one.
+
+        Only where every layer needs its index, or what lies between would be read for nothing; and where nothing
+        crosses to an accelerator (`crosses`), or the first layer would wait for the others to cross.
+        """
+        together = not crosses and self.indexed_layers.issuperset(self.key_layers)
+        return TOGETHER_BYTES if together and self.config.selection.period == 1 else 0
 
     # -- windows ------------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ class ChunkStrategy:
 
     def start(self, loaded: Collection[int]) -> None:
         plan, loader = self._plan, self.loader
+        whole: list[int] = []
+        together = plan.layers_together(loader.crosses)
         for layer, window in enumerate(plan.layers.windows):
             if layer in loaded:
                 continue
@@ -79,8 +81,13 @@ class ChunkStrategy:
             if layer in self._wanted:
                 loader.want([layer], self._wanted[layer])  # Selected before the prefix was replaced.
             elif plan.reads_whole_layers:
-                # Where memory has as many chunks as a request uses, the others are asked for by name, if at all.
-                loader.want_whole_layer_later(layer, plan.keep)
+                whole.append(layer)
+                if len(whole) == together:
+                    # Where memory has as many chunks as a request uses, the others are asked for by name, if at all.
+                    loader.want_whole_layers_later(whole, plan.keep)
+                    whole = []
+        if whole:
+            loader.want_whole_layers_later(whole, plan.keep)
         loader.start_queued()
 
     def _speculate(self, layer: int) -> None:

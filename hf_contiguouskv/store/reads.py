@@ -241,10 +241,23 @@ class Ticket:
         started, ended: when the first read began and the last one ended, seconds on `time.perf_counter`.
     """
 
-    __slots__ = ("_error", "_gate", "_lock", "_missing", "_next", "_parts", "_then", "bytes_read", "ended", "started")
+    __slots__ = (
+        "_counted",
+        "_error",
+        "_gate",
+        "_lock",
+        "_missing",
+        "_next",
+        "_parts",
+        "_then",
+        "bytes_read",
+        "ended",
+        "started",
+    )
 
     def __init__(self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None) -> None:
         self.bytes_read = 0
+        self._counted = 0
         self.started = self.ended = 0.0
         self._then = then
         self._parts = parts
@@ -271,6 +284,11 @@ class Ticket:
     def succeeded(self) -> bool:
         """Whether all reads have ended well."""
         return self._missing == 0 and self._error is None
+
+    def take_count(self) -> int:
+        """Bytes read that no call has returned before: several layers may share a ticket."""
+        found, self._counted = self.bytes_read - self._counted, self.bytes_read
+        return found
 
     def wait(self) -> None:
         """Block until all reads have ended.

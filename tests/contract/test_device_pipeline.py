@@ -24,6 +24,7 @@ from unit.test_grouped_attention import flash_on_a_cpu
 
 from hf_contiguouskv import AttentionMass, ContiguousKVConfig, IndexedKeys, ReadOptions
 from hf_contiguouskv.loading import device_residency as staging
+from hf_contiguouskv.loading.key_runs import key_runs
 from hf_contiguouskv.model import attention
 from hf_contiguouskv.model.fingerprint import model_fingerprint
 from hf_contiguouskv.model.served_model import ServedModel
@@ -432,11 +433,11 @@ def test_keys_cross_before_their_layer_is_reached(tiny_model, store_path, config
         if config == "paper"
         else CONFIGS[config]
     )
-    tensor = "key_index.8" if config == "index" else "leader_keys.8"
+    tensors = ("key_index.8", "key_scale.8") if config == "index" else ("leader_keys.8",)
     begun: dict[int, int] = {}
     with accelerated(EARLY) as machine, opened(store_path) as store:
         stored = store.inner.lookup(model_fingerprint(model), PREFIX[0].numpy(), 16)
-        size = stored.spans[0].segment.tensor_extent(tensor)[1]
+        size = key_runs(stored.spans[0].segment, {8: tensors}, 0)[8].nbytes
 
         def crossed(layer: int) -> None:
             time.sleep(0.05)  # Reads need no more, and the thread that ends one queues the copy.

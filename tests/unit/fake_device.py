@@ -29,7 +29,7 @@ from unit.device_log import HOST, Entry, Touch, races
 from hf_contiguouskv.hardware import accelerator as device
 from hf_contiguouskv.hardware.aligned_memory import PAGE, as_memoryview
 from hf_contiguouskv.loading import device_residency as staging
-from hf_contiguouskv.loading import key_loader as keys
+from hf_contiguouskv.loading import key_runs as keys
 from hf_contiguouskv.memory import blocks, tiers
 from hf_contiguouskv.store import reader
 

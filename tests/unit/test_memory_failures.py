@@ -158,11 +158,11 @@ class Place:
         self.residency = HostResidency(prefix, store.inner.memory, store.inner.reader, self.tables, verify=True)
         (self.table,) = self.tables.known
 
-    def finish(self, batches: list[LoadedChunks]) -> None:
+    def finish(self, batches: list[LoadedChunks], layer: int = 1) -> None:
         for batch in batches:
             if batch.ticket is not None:
                 batch.ticket.wait()
-            expected = expected_kv(geometry(), self.ids, 1)[batch.chunks]
+            expected = expected_kv(geometry(), self.ids, layer)[batch.chunks]
             assert torch.equal(batch.extents(None), expected.view(torch.uint8).view(len(batch.chunks), -1))
             batch.release()
 
@@ -200,6 +200,42 @@ def test_found_and_taken_slots_are_given_back_if_the_rest_cannot_be_read(
     assert [(batch.from_host, batch.from_disk) for batch in batches] == [(3, 0), (0, 5)]
     place.finish(batches)
     place.check()
+
+
+@pytest.mark.parametrize("broken", ["submit", "reads", "take"])
+def test_slots_of_all_layers_are_given_back_if_layers_cannot_be_read_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    batches, _ = place.residency.find_or_read(1, places(0, 1, 2))
+    place.finish(batches)
+    calls = 0
+
+    def refuse_the_second(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return refuse() if calls == 2 or broken == "submit" else original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        where = {"submit": place.store.inner.reader, "reads": AttachedPrefix, "take": place.tier}[broken]
+        original = getattr(where, broken)
+        patched.setattr(where, broken, refuse_the_second)
+        with pytest.raises(RuntimeError, match="no more reads"):
+            place.residency.find_or_read_together([0, 1, 2], np.arange(8))
+    place.check()
+    assert here(place.tier, place.table) == [16, 17, 18]
+    found = place.residency.find_or_read_together([0, 1, 2], np.arange(8))
+    assert [[(part.from_host, part.from_disk) for part in parts] for parts in found] == [
+        [(0, 8)],
+        [(3, 0), (0, 5)],
+        [(0, 8)],
+    ]
+    tickets = {id(part.ticket): part.ticket for parts in found for part in parts if part.ticket is not None}
+    assert len(tickets) == 1, "one ticket for all"
+    for layer, parts in enumerate(found):
+        place.finish(parts, layer)
+    place.check()
+    (ticket,) = tickets.values()
+    assert (ticket.take_count(), ticket.take_count()) == (ticket.bytes_read, 0)
 
 
 @pytest.mark.parametrize("broken", ["submit", "reads"])

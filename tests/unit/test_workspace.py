@@ -242,3 +242,32 @@ def test_where_there_are_accelerators_host_memory_is_not_kept_for_attention() ->
     memory.host.drop_workspace()
     assert memory.host.held_bytes == 0
     memory.close()
+
+
+def test_rooms_of_small_layers_are_lent_together_and_are_tensors_of_their_own() -> None:
+    memory = MemoryTiers(2**26, 0, "expected-use")
+    like = torch.zeros(1, 2, 1, 8)
+    rooms = memory.for_attention(like, 3, 5, 4)
+    assert [room.shape for room in rooms] == [(2, 3, 2, 5, 8)] * 4
+    assert len({address(room) for room in rooms}) == 1
+    for number, room in enumerate(rooms):
+        room.fill_(number)
+    assert [room.unique().tolist() for room in rooms] == [[0.0], [1.0], [2.0], [3.0]]
+    before = rooms[1]._version
+    rooms[0].add_(1)
+    assert rooms[1]._version == before, "what one layer writes is no edit of another's memory"
+    held = memory.host.held_bytes
+    where = address(rooms[0])
+    last = rooms[3]
+    del rooms, room
+    assert address(memory.for_attention(like, 3, 5, 4)[0]) != where, "one of them is in use"
+    del last
+    assert where in [address(memory.for_attention(like, 3, 5, 4)[0]) for _ in range(1)]
+    assert memory.host.held_bytes == 2 * held - memory.host.table_bytes
+    memory.close()
+
+
+def test_large_rooms_are_lent_one_by_one() -> None:
+    memory = MemoryTiers(2**28, 0, "expected-use")
+    assert len(memory.for_attention(torch.zeros(1, 8, 1, 64), 1, 1024, 30)) == 1
+    memory.close()
