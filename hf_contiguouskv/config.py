@@ -112,8 +112,8 @@ class ContiguousKVConfig:
 
     Args:
         budget: share of the prefix chunks that attention uses in every full-attention layer, in (0, 1].
-            1.0 uses every chunk and gives the exact answer. `"auto"`: the largest budget whose reads hide behind
-            compute, by speeds that are measured once per model and store.
+            1.0 uses every chunk and gives the exact answer. `"auto"`: the budget of at least `least_budget` with which
+            a cold request is predicted to take the least time, by speeds that are measured once per model and store.
         chunk_size: tokens per ContiguousChunk, a power of two from 1 to 256.
         payload: form of the selected chunks. `"exact"`: K and V as the model computed them. `"packed"`: values in 4
             bits (a seventh of the bytes) and keys in 8 bits from the key index; needs `selection=IndexedKeys(...)`.
@@ -124,6 +124,8 @@ class ContiguousKVConfig:
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less
             memory and more time: attention of all but the first block cannot use a plain causal kernel.
         timeline: record when each layer read, waited, identified, copied and computed (`ContiguousKVCache.timeline`).
+        least_budget: the smallest share that `budget="auto"` may choose, in (0, 1]. `contiguouskv calibrate` finds the
+            share that your own questions need.
 
     Raises:
         ConfigError: a field is out of its range, or payload and selection cannot work together.
@@ -136,6 +138,7 @@ class ContiguousKVConfig:
     reading: ReadOptions = field(default_factory=ReadOptions)
     prefill_block: int = 8192
     timeline: bool = False
+    least_budget: float = 0.25
 
     @classmethod
     def paper(cls, budget: Budget = 0.05, **overrides: Any) -> ContiguousKVConfig:
@@ -156,7 +159,9 @@ class ContiguousKVConfig:
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not (isinstance(self.budget, int | float) or self.budget == "auto"):
             raise ConfigError(f"budget must be a number in (0, 1] or 'auto', got {self.budget!r}")
-        if self.budget != "auto" and not (math.isfinite(self.budget) and 0.0 < self.budget <= 1.0):
+        if not _is_share(self.least_budget):
+            raise ConfigError(f"least_budget is a share of chunks and must be in (0, 1], got {self.least_budget!r}")
+        if self.budget != "auto" and not _is_share(self.budget):
             raise ConfigError(f"budget is the share of chunks to use and must be in (0, 1], got {self.budget!r}")
         _require_integer(self, "chunk_size", 1, 256)
         if self.chunk_size & (self.chunk_size - 1):
@@ -173,6 +178,10 @@ class ContiguousKVConfig:
         if not isinstance(self.reading, ReadOptions):
             raise ConfigError(f"reading must be ReadOptions(...), got {self.reading!r}")
         _require_integer(self, "prefill_block", self.chunk_size, 2**20)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value <= 1.0
 
 
 def _require_integer(owner: object, name: str, low: int, high: int) -> None:

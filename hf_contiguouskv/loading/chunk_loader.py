@@ -44,7 +44,7 @@ class ChunkLoader:
 
     Attributes:
         accounts: counts and notes what was used of the chunks.
-        crosses: whether chunks cross to an accelerator.
+        accelerated: whether the store serves an accelerator, to this request or to others.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ChunkLoader:
         timeline: SpanRecorder = NO_TIMELINE,
         usage: RequestUsage | None = None,
     ) -> None:
-        self.crosses = _crosses(store, devices)
+        self.accelerated = _crosses(store, devices) or bool(store.memory.devices)
         self._memory = store.memory
         self._prefixes = prefixes
         self._devices = devices
@@ -101,7 +101,7 @@ class ChunkLoader:
         )
         payload = loader._by_form.get(plan.served.form)
         if payload is not None:
-            loader._keys = KeyLoader(plan, store, payload, loader._ahead, stats, timeline, loader.crosses)
+            loader._keys = KeyLoader(plan, store, payload, loader._ahead, stats, timeline, loader.accelerated)
         return loader
 
     @property

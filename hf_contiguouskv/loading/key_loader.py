@@ -38,7 +38,7 @@ class KeyLoader:
         ahead: starts reads in order, of keys and of chunks.
         stats: counts bytes and waits.
         timeline: records reads and waits.
-        crosses: whether chunks cross to an accelerator.
+        accelerated: whether the store serves an accelerator: what is kept in its host's memory is then kept by layer.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class KeyLoader:
         ahead: Lookahead,
         stats: RequestStats,
         timeline: SpanRecorder,
-        crosses: bool,
+        accelerated: bool,
     ) -> None:
         self._plan = plan
         prefix = self._prefix = plan.served
@@ -65,7 +65,7 @@ class KeyLoader:
         self._names = [
             f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/" for span in prefix.spans
         ]
-        together = plan.keys_together(crosses)
+        together = plan.keys_together(accelerated)
         tensors = {layer: plan.key_tensors(layer) for layer in plan.key_layers if not plan.scored_from_payload(layer)}
         self._runs = [key_runs(span.segment, tensors, together) for span in prefix.spans]
         self._scratch = Scratch()

@@ -1,4 +1,4 @@
-"""`budget="auto"`: the largest budget whose reads hide behind compute, or no loading if computing is faster."""
+"""`budget="auto"`: the budget with the least predicted time to the first token; computing again, if that is faster."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ logger = logging.getLogger("hf_contiguouskv")
 
 # The candidate budgets, largest first.
 BUDGETS = (1.0, *(percent / 100 for percent in range(95, 0, -5)))
+# Of two budgets whose times differ by less, the larger one is chosen: predictions are no better than that.
+ALIKE = 1.03
 # The budget if speeds cannot be measured: the default of `ContiguousKVConfig`.
 UNKNOWN = 0.25
 
@@ -45,6 +47,11 @@ class BudgetChoice:
     compute_s: float
     reason: str
 
+    @property
+    def ttft_s(self) -> float:
+        """Estimated seconds to the first token: reads run ahead of compute, so the longer of both decides."""
+        return max(self.read_s, self.compute_s)
+
     def __str__(self) -> str:
         return self.reason
 
@@ -64,24 +71,27 @@ def choose_budget(
         plan: the model's layers.
         speeds, bytes_per_s: measured speeds of the model and of the disk.
     """
-    choice = None
-    for budget in BUDGETS:
-        more, choice = choice, _estimated(prefix, budget, config, plan, speeds, bytes_per_s)
-        if choice.read_s <= choice.compute_s:
-            break
-    assert choice is not None
+    estimates = [
+        _estimated(prefix, budget, config, plan, speeds, bytes_per_s) for budget in _candidates(config.least_budget)
+    ]
+    least = min(one.ttft_s for one in estimates)
+    choice = next(one for one in estimates if one.ttft_s <= ALIKE * least)
     head = f"{prefix.tokens:,} prefix tokens: "
     shown = f"reading takes {_ms(choice.read_s)} (at {bytes_per_s / 1e9:.2g} GB/s), computing {_ms(choice.compute_s)}"
-    if choice.read_s > choice.compute_s:
-        again = prefix.tokens * speeds.prefill_s
-        if again + speeds.forward_s < choice.read_s:
-            reason = f"{head}computing again takes {_ms(again)}; even with budget {choice.budget:g} {shown}"
-            return replace(choice, recompute=True, reason=reason)
-        return replace(choice, reason=f"{head}budget {choice.budget:g}, the smallest: {shown}")
+    again = prefix.tokens * speeds.prefill_s
+    if choice.read_s > choice.compute_s and again + speeds.forward_s < choice.read_s:
+        reason = f"{head}computing again takes {_ms(again)}; even with budget {choice.budget:g} {shown}"
+        return replace(choice, recompute=True, reason=reason)
     reason = f"{head}budget {choice.budget:g}: {shown} at the same time"
-    if more is not None:
-        reason += f"; with {more.budget:g} it would be {_ms(more.read_s)} and {_ms(more.compute_s)}"
+    if len(estimates) > 1:
+        other = estimates[0] if choice is not estimates[0] else estimates[-1]
+        reason += f"; with {other.budget:g} it would be {_ms(other.read_s)} and {_ms(other.compute_s)}"
     return replace(choice, reason=reason)
+
+
+def _candidates(least: float) -> list[float]:
+    """The budgets that may be chosen, largest first."""
+    return [*(budget for budget in BUDGETS if budget > least), least]
 
 
 def _ms(seconds: float) -> str:
@@ -97,8 +107,9 @@ def _estimated(
     bytes_per_s: float,
 ) -> BudgetChoice:
     reads = ReadPlan.of(prefix, replace(config, budget=budget), plan)
-    considered = 0 if reads.keeps_all else prefix.tokens
-    compute = speeds.forward_s + reads.kept_tokens * speeds.used_s + considered * speeds.considered_s
+    compute = speeds.forward_s + reads.kept_tokens * speeds.used_s
+    if not reads.keeps_all:
+        compute += speeds.choosing_s + prefix.tokens * speeds.considered_s
     read = reads.bytes_to_read(WORTH_READING_BYTES) / bytes_per_s
     return BudgetChoice(budget, False, read, compute, "")
 

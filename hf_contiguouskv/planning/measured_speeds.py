@@ -25,6 +25,9 @@ from ..store.segment import Segment
 
 # Sizes for the measurements: a short suffix after some tokens, a choice among many tokens, a prefill block, a read.
 SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 1024, 8192, 256, 16 * 2**20
+# A choice among so few tokens costs its calls, and hardly any arithmetic. With what surrounds it in a request (reads,
+# books, placing), it takes so many times as long (measured: 0.5 ms per layer, of which the choice is 0.2).
+FEW_TOKENS, STEPS = 256, 2.5
 # A shorter read measures latency more than speed, so its result is replaced once a much longer read is possible.
 TELLING_BYTES = 4 * 2**20
 # Each measurement is repeated this often, or for this many seconds if it is slow, but at least once, after a warm-up.
@@ -39,12 +42,14 @@ class ComputeSpeeds:
         forward_s: for a suffix of `SUFFIX_TOKENS` tokens without any prefix: the floor.
         used_s: for each prefix token that full attention uses: copying it into place, and attending to it.
         considered_s: for each prefix token that leader layers choose from, summed over all leader layers.
+        choosing_s: for choosing at all, among however few tokens: calls, books, and placing what was chosen.
         prefill_s: for each computed token of a prefix (without attention over a long prefix).
     """
 
     forward_s: float
     used_s: float
     considered_s: float
+    choosing_s: float
     prefill_s: float
 
 
@@ -75,15 +80,17 @@ def _measured(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
     # If a short forward is slow, arithmetic dominates, so its time is proportional to its tokens.
     quick = forward < SECONDS / 2
     prefill = _shortest(lambda: _forward(model, PREFILL_TOKENS)) / PREFILL_TOKENS if quick else forward / SUFFIX_TOKENS
-    used = considered = 0.0
+    used = considered = choosing = 0.0
     if full:
         layer = full[0]
         long, short = (_shortest(_attend(model, layer, tokens)) for tokens in (USED_TOKENS, 0))
         copied = _shortest(_copy(model, layer))
         used = len(full) * (max(0.0, long - short) + copied) / USED_TOKENS
         leaders = len(full[:: config.selection.period])
-        considered = leaders * _shortest(_choose(model, layer, config)) / CONSIDERED_TOKENS
-    return ComputeSpeeds(forward, used, considered, prefill)
+        many, few = (_shortest(_choose(model, layer, config, tokens)) for tokens in (CONSIDERED_TOKENS, FEW_TOKENS))
+        considered = leaders * max(0.0, many - few) / (CONSIDERED_TOKENS - FEW_TOKENS)
+        choosing = leaders * STEPS * few
+    return ComputeSpeeds(forward, used, considered, choosing, prefill)
 
 
 def read_speed(store: StoreInner, prefix: AttachedPrefix) -> float:
@@ -164,18 +171,18 @@ def _copy(model: ServedModel, layer: int) -> Callable[[], None]:
     return lambda: _wait(target.copy_(source.index_select(0, every_other).permute(1, 2, 0, 3, 4)))
 
 
-def _choose(model: ServedModel, layer: int, config: ContiguousKVConfig) -> Callable[[], None]:
-    """An action that selects among the chunks of one layer, by the method of `config`."""
+def _choose(model: ServedModel, layer: int, config: ContiguousKVConfig, tokens: int) -> Callable[[], None]:
+    """An action that selects among the chunks of `tokens` tokens in one layer, by the method of `config`."""
     shape, device, c = model.shape, model.layers.devices[layer], config.chunk_size
     heads = model.query_heads
-    keys = torch.linspace(-1, 1, CONSIDERED_TOKENS).expand(shape.kv_heads, shape.head_dim, -1).transpose(1, 2)
+    keys = torch.linspace(-1, 1, tokens).expand(shape.kv_heads, shape.head_dim, -1).transpose(1, 2)
     queries = torch.full((1, heads, SUFFIX_TOKENS, shape.head_dim), 0.1, dtype=shape.dtype, device=device)
     visible = torch.ones(1, SUFFIX_TOKENS, dtype=torch.bool, device=device)
     voters = voting_queries(visible[0], config.selection.queries, config.selection.recent)
     inputs = SelectionInput(queries, queries[:, : shape.kv_heads], [voters], visible, shape.head_dim**-0.5)
     if isinstance(config.selection, IndexedKeys):
         index, scale = build_key_index(keys.to(device), c)
-        indexed = IndexedKeysScorer([(index, scale)], CONSIDERED_TOKENS // c, config.selection.concentration)
+        indexed = IndexedKeysScorer([(index, scale)], tokens // c, config.selection.concentration)
         return lambda: _wait(indexed(inputs).importance)
     exact = AttentionMassScorer(keys.to(device, shape.dtype), c, config.selection.concentration)
     return lambda: _wait(exact(inputs).importance)

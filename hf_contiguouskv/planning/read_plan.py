@@ -107,10 +107,10 @@ class ReadPlan:
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
         return self.packed and layer_bytes <= max(small, self.keep * WORTH_READING_BYTES)
 
-    def layers_together(self, crosses: bool) -> int:
-        """Whole layers that are read as one; one at a time if chunks cross to an accelerator (`crosses`)."""
+    def layers_together(self, accelerated: bool) -> int:
+        """Whole layers that are read as one; one at a time if the store serves an accelerator (`accelerated`)."""
         layer_bytes = self.served.chunks * self.served.extent_bytes
-        return 1 if crosses else max(1, TOGETHER_BYTES // layer_bytes)
+        return 1 if accelerated else max(1, TOGETHER_BYTES // layer_bytes)
 
     @cached_property
     def indexed_layers(self) -> frozenset[int]:
@@ -179,13 +179,13 @@ class ReadPlan:
             return []
         return [layer for layer in self.layers.full_layers if self.packed or self.is_leader(layer)]
 
-    def keys_together(self, crosses: bool) -> int:
+    def keys_together(self, accelerated: bool) -> int:
         """Keys of neighbouring layers up to this size are read as one, and kept as one.
 
-        Only where every layer needs its index, or what lies between would be read for nothing; and where nothing
-        crosses to an accelerator (`crosses`), or the first layer would wait for the others to cross.
+        Only where every layer needs its index, or what lies between would be read for nothing; and where the store
+        serves no accelerator (`accelerated`), or the first layer would wait for the others to cross.
         """
-        together = not crosses and self.indexed_layers.issuperset(self.key_layers)
+        together = not accelerated and self.indexed_layers.issuperset(self.key_layers)
         return TOGETHER_BYTES if together and self.config.selection.period == 1 else 0
 
     # -- windows ------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class ChunkStrategy:
     def start(self, loaded: Collection[int]) -> None:
         plan, loader = self._plan, self.loader
         whole: list[int] = []
-        together = plan.layers_together(loader.crosses)
+        together = plan.layers_together(loader.accelerated)
         for layer, window in enumerate(plan.layers.windows):
             if layer in loaded:
                 continue

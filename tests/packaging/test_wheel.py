@@ -80,7 +80,7 @@ def test_the_example_of_the_readme_runs(installed: Environment) -> None:
 
 def test_the_command_looks_after_a_store(installed: Environment) -> None:
     said = installed.run("contiguouskv", "--help")
-    assert all(name in said for name in ("ls", "info", "warm", "verify", "export", "bench", "eval"))
+    assert all(name in said for name in ("ls", "info", "warm", "verify", "export", "bench", "calibrate", "eval"))
     store = installed.work / "warmed"
     warm = json.loads(installed.run("contiguouskv", "warm", store, "notes.txt", "--model", "model", "--json"))
     assert warm["files"][0]["tokens_computed"] > 0
@@ -114,6 +114,14 @@ def test_bench_measures(installed: Environment) -> None:
     said = installed.run("contiguouskv", "bench", "--model", "model", *size, "--out", "bench")
     assert "speed-up over reload" in said
     assert (installed.work / "bench" / "report.md").stat().st_size > 0
+
+
+def test_calibrate_names_a_share(installed: Environment) -> None:
+    line = {"prefix": "A town with a river. " * 40, "question": " Is there a river?", "answers": ["yes"]}
+    (installed.work / "my.jsonl").write_text(json.dumps(line) + "\n")
+    said = installed.run("contiguouskv", "calibrate", "--questions", "my.jsonl", "--model", "model", "--budget", "0.5")
+    assert "KL at the answer" in said
+    assert "budget=" in said
 
 
 def test_a_missing_extra_is_one_line(installed: Environment) -> None:
