@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -84,10 +84,16 @@ class KeyLoader:
     def _near(self, layer: int) -> Tier:
         return self._memory.on(self._plan.layers.devices[layer]) or self._memory.host
 
+    def _held_by(self, layer: int) -> Iterator[tuple[int, HeldRun]]:
+        """The runs of a layer that were wanted and not released, each with the number of its span."""
+        for number, runs in enumerate(self._runs):
+            held = self._held.get((number, runs[layer].first))
+            if held is not None:
+                yield number, held
+
     def _holding(self, layer: int) -> list[HeldRun]:
         """The runs of a layer, one per segment, that were wanted and not released."""
-        found = (self._held.get((number, runs[layer].first)) for number, runs in enumerate(self._runs))
-        return [held for held in found if held is not None]
+        return [held for _, held in self._held_by(layer)]
 
     def want(self, layer: int) -> None:
         """Queue the keys of a layer behind the reads that were queued before."""
@@ -134,8 +140,7 @@ class KeyLoader:
             return self._payload.start(layer, np.arange(self._prefix.chunks), device, must)
         there = self._memory.on(device)
         begun: list[HeldRun] = []
-        for number, runs in enumerate(self._runs):
-            held = self._held[number, runs[layer].first]
+        for number, held in self._held_by(layer):
             if held.begun:
                 continue  # An earlier layer has brought it.
             begun.append(held)
@@ -226,7 +231,7 @@ class KeyLoader:
         if self._plan.scored_from_payload(layer):
             return
         there = self._memory.on(self._plan.layers.devices[layer])
-        for number, held in enumerate(self._holding(layer)):
+        for number, held in list(self._held_by(layer)):
             held.layers.discard(layer)
             if held.layers:
                 continue
