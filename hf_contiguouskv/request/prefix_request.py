@@ -69,9 +69,8 @@ class PrefixRequest:
         self._reading = False
         self._loaded: set[int] = set()
         self._uncounted: list[tuple[int, Sequence[Arrival]]] = []
-        # Memory for the layers that ask next, if they want the same.
-        self._rooms: list[torch.Tensor] = []
-        self._rooms_for: tuple[int, int, torch.dtype, torch.device] | None = None
+        # Memory for the layers that ask next, by what they ask for.
+        self._rooms: dict[Any, tuple[torch.Tensor, ...]] = {}
         if store.memory.behind:
             store.reader.run(store.memory.catch_up)  # Requests before this one were dropped without `close`.
         self._strategy: Strategy
@@ -171,13 +170,13 @@ class PrefixRequest:
 
     def room(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
         """Memory for K and V, `(2, batch, kv_heads, tokens, head_dim)` (see `MemoryTiers.for_attention`)."""
-        wanted = batch, tokens, like.dtype, like.device
-        if wanted != self._rooms_for:
-            self._rooms, self._rooms_for = [], wanted
-        if not self._rooms:
-            layers = len(self.plan.layers.full_layers)
-            self._rooms = list(self._store.memory.for_attention(like, batch, tokens, layers))
-        return self._rooms.pop()
+        wanted = batch, tokens, like.shape[-3], like.shape[-1], like.dtype, like.device
+        rooms = self._rooms.pop(wanted, None)
+        if rooms is None:
+            rooms = self._store.memory.for_attention(like, batch, tokens, len(self.plan.layers.full_layers))
+        if len(rooms) > 1:
+            self._rooms[wanted] = rooms[1:]
+        return rooms[0]
 
     def selected_chunks(self, layer: int) -> torch.Tensor | None:
         """Whole chunks that a full-attention layer uses, int64 `(distinct rows, kept)` on the CPU, ascending.
@@ -237,6 +236,6 @@ class PrefixRequest:
     def close(self) -> None:
         """Wait for reads under way and give their buffers back."""
         self.count()
-        self._rooms = []
+        self._rooms.clear()
         self._strategy.loader.close()
         self._context.usage.tell()

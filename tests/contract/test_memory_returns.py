@@ -261,3 +261,18 @@ def test_requests_take_turns_in_the_same_memory_and_see_nothing_of_each_other(ti
                 assert workspace.held_bytes == workspace.free_bytes > 0
                 held.add(workspace.held_bytes)
         assert len(held) <= 2, "memory of later requests came on top"
+
+
+# ---- memory for attention is lent for several layers at once ----
+
+
+def test_layers_that_ask_for_two_kinds_of_room_share_two_pieces(tiny_model, store_path):
+    """As they do where a batch shares one copy of the prefix: a suffix for each row, and the prefix."""
+    model, prefix = tiny_model("llama", layers=10), document(64)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, prefix, store=store, config=EXACT) as cache:
+        request, like = cache.session.request, torch.zeros(1, 2, 1, 16)
+        rooms = [request.room(like, 1, 10 + 10 * (number % 2)) for number in range(2 * 10)]
+        assert [room.shape[3] for room in rooms] == [10, 20] * 10
+        assert len({room.untyped_storage().data_ptr() for room in rooms}) == 2
+        assert len({room.data_ptr() for room in rooms}) == 20
+        assert request.room(like, 1, 10).untyped_storage().data_ptr() != rooms[0].untyped_storage().data_ptr()

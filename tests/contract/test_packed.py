@@ -13,6 +13,7 @@ import torch
 from hf_contiguouskv import ContiguousKVConfig, IndexedKeys
 from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.planning import read_plan as needs
+from hf_contiguouskv.store.reader import ExtentReader
 
 from .models import full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, forward, visible_tokens
@@ -110,6 +111,39 @@ def test_what_nobody_selects_is_not_read_beside_what_is_in_memory(tiny_model, st
         with ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
             assert torch.equal(forward(model, SUFFIX, cache), first)
             assert cache.stats.bytes_read == 0
+
+
+def test_small_layers_are_asked_for_together_and_give_the_same_answer(tiny_model, store_path, monkeypatch):
+    """Ten layers: one ticket for their keys, and one for their values."""
+    model, tickets = tiny_model("llama", layers=10), []
+    write_prefix(model, PREFIX, store_path)
+    submit = ExtentReader.submit
+    monkeypatch.setattr(ExtentReader, "submit", lambda *args, **more: tickets.append(args[1]) or submit(*args, **more))
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
+        together = forward(model, SUFFIX, cache)
+        assert len(tickets) == 2
+        assert cache.stats.bytes_read == store.inner.bytes_read
+    tickets.clear()
+    monkeypatch.setattr(needs, "TOGETHER_BYTES", 0)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
+        assert torch.equal(forward(model, SUFFIX, cache), together)
+        assert len(tickets) == 2 * 10
+        assert cache.stats.bytes_read == store.inner.bytes_read
+
+
+def test_keys_that_a_shorter_prefix_has_read_serve_a_longer_one(tiny_model, store_path):
+    """What is kept together follows from the segment, not from the prefix that is attached."""
+    model = tiny_model("llama", layers=10)
+    write_prefix(model, PREFIX[:, :80], store_path)
+    write_prefix(model, PREFIX, store_path)
+    with PrefixStore(store_path) as store:
+        with ContiguousKVCache(model, PREFIX[:, :80], store=store, config=PACKED) as cache:
+            forward(model, SUFFIX, cache)
+            first = cache.stats.bytes_identified
+            assert first > 0
+        with ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
+            forward(model, SUFFIX, cache)
+            assert 0 < cache.stats.bytes_identified < 1.5 * first, "only those of the second segment are read"
 
 
 @pytest.mark.parametrize("rows", [1, 3])
