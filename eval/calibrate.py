@@ -6,6 +6,7 @@ saved cache that is loaded stand beside it. Figures and intervals are those of t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .report.names import MEMORY, OURS, RELOAD, Setting
 from .report.rows import Results, load
 from .running import RunConfig
 from .statistics import Estimate
+from .summary import WIDTH
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 # In nats, at the tokens of the right answer. At 0.05 a right answer keeps 95% of its probability per token.
@@ -147,7 +149,8 @@ _HEAD = ("share", "TTFT, ms", f"x {RELOAD}", "MB read", "KL at the answer", "sam
 def print_calibration(run: Path, tolerance: float, console: Console | None = None) -> None:
     """Print the table of a run, and which share to take."""
     results, found = load([run]), figures(run)
-    console = console or Console()
+    # (Of what is not a terminal, a file or a pipe, rich takes 80 columns.)
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     whole = measures.mean_of(results.judged, MEMORY, "score")
     lines = [_line(one, tolerance) for one in found]
     noted = FEW_NOTE if any(FEW in cell for line in lines for cell in line) else None

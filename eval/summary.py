@@ -17,7 +17,8 @@ from .report.states import Cut, cuts
 _HEAD = ["requests", "system", "budget", "state", "n", "TTFT, ms", f"x {label(FLOOR)}", f"speed-up over {RELOAD}"]
 _HEAD += ["MB read", "score", "KL at the answer"]
 _TEXT = 4
-_WIDTH = 160
+# Columns of a table that goes to a file or a pipe.
+WIDTH = 160
 
 
 def print_summary(run: Path) -> None:
@@ -32,7 +33,7 @@ def print_summary(run: Path) -> None:
     head, lines = columns_used(_HEAD, lines)
     noted = FEW_NOTE if any(FEW in cell for line in lines for cell in line) else None
     table = Table(title=_title(results), caption=noted, title_justify="left", caption_justify="left")
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for name in head:
         table.add_column(name, justify="left" if name in _HEAD[:_TEXT] else "right")
     for line in lines:
