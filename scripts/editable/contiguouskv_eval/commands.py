@@ -4,6 +4,6 @@ A wheel installs that folder as `contiguouskv_eval`, and the entry points in pyp
 install puts this folder on the path instead (`dev-mode-dirs`), so that the same entry points lead to `eval`.
 """
 
-from eval.commands import app, bench_app
+from eval.commands import app, bench_app, calibrate_app
 
-__all__ = ["app", "bench_app"]
+__all__ = ["app", "bench_app", "calibrate_app"]
