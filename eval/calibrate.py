@@ -23,7 +23,8 @@ from .statistics import Estimate
 from .summary import WIDTH
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
-# In nats, at the tokens of the right answer. At 0.05 a right answer keeps 95% of its probability per token.
+# In nats, at the tokens of the right answer. At 0.05 the tokens that the whole cache expects there keep 95% of their
+# probability (the geometric mean, weighted as the whole cache does).
 TOLERANCE = 0.05
 LOADED = Setting(RELOAD, 1.0)
 
