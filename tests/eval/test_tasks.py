@@ -129,7 +129,7 @@ def test_more_requests_begin_with_the_same_ones(name: str, data_dir: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["needle", "needle_multikey", "variable_tracking", "common_words", "kv_retrieval", "nq_open"]
+    "name", ["needle", "needle_multikey", "register", "variable_tracking", "common_words", "kv_retrieval", "nq_open"]
 )
 def test_answers_are_in_the_prefix_and_not_in_the_question(name: str, data_dir: Path) -> None:
     tokenizer = Words()
@@ -179,6 +179,25 @@ def test_needles_of_one_prefix_belong_to_different_cities(data_dir: Path) -> Non
     assert len({request.answers for request in requests[:4]}) == 4
     text = tokenizer.decode(requests[0].prefix_ids)
     assert text.count("The secret number of") == 4
+
+
+def test_a_register_is_asked_for_many_of_its_rows_in_an_order_of_its_own(data_dir: Path) -> None:
+    tokenizer = Words()
+    for request in task_named("register", data_dir).requests(tokenizer, 3):
+        text = tokenizer.decode(request.prefix_ids)
+        named = dict(re.findall(r"The secret number of (\w+) is (\d{5})", text))
+        assert text.count("The secret number of") == len(named) == 60
+        question = tokenizer.decode(request.suffix_ids)
+        cities = re.search(r"in this order: ([\w, ]+)", question)
+        assert cities is not None
+        wanted = re.findall(r"\w+", cities[1])
+        assert [named[city] for city in wanted] == list(request.answers) == dict(request.about)["answers"]
+        assert len(wanted) == len(set(wanted)) == 12
+        places = [text.index(answer) for answer in request.answers]
+        assert places != sorted(places)
+        # All over the text.
+        assert min(places) < len(text) / 4
+        assert max(places) > len(text) * 3 / 4
 
 
 def test_assignments_come_after_what_they_refer_to(data_dir: Path) -> None:
