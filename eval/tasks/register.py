@@ -15,23 +15,10 @@ from .haystack import Haystack
 from .needle import CITIES, evenly
 
 MORE_CITIES = (
-    *(
-        "Athens",
-        "Baghdad",
-        "Bangkok",
-        "Berlin",
-        "Bogota",
-        "Boston",
-        "Budapest",
-        "Caracas",
-        "Chicago",
-        "Dakar",
-        "Dallas",
-    ),
-    *("Denver", "Dublin", "Geneva", "Hanoi", "Havana", "Helsinki", "Houston", "Istanbul", "Jakarta", "Karachi", "Kiev"),
-    *("Lagos", "London", "Madrid", "Manila", "Melbourne", "Miami", "Milan", "Montreal", "Moscow", "Mumbai", "Munich"),
-    *("Nairobi", "Naples", "Osaka", "Paris", "Prague", "Rome", "Santiago", "Seattle", "Shanghai", "Sydney", "Taipei"),
-    *("Tehran", "Tokyo", "Toronto", "Tunis", "Venice", "Vienna", "Warsaw", "Zurich"),
+    *("Athens", "Bangkok", "Berlin", "Boston", "Chicago", "Dallas", "Denver", "Dublin", "Geneva", "Hanoi", "Havana"),
+    *("Houston", "Jakarta", "Karachi", "Lagos", "London", "Madrid", "Manila", "Miami", "Milan", "Moscow", "Munich"),
+    *("Nairobi", "Osaka", "Paris", "Prague", "Rome", "Seattle", "Shanghai", "Sydney", "Tehran", "Tokyo", "Toronto"),
+    *("Venice", "Vienna", "Warsaw"),
 )
 _BEGIN = user_turn("Read this text. It hides the secret numbers of many cities.\n\n")
 
@@ -41,13 +28,14 @@ class Register:
     """Secret numbers of cities in real text; each request has its own text, and wants some of them as JSON lines.
 
     Attributes:
-        rows: cities in one text, at most 64.
+        rows: cities in one text, at most 48. (With more, or with longer numbers, a model of half a billion parameters
+            mixes them up even with the whole cache.)
         asked: how many of them one answer names, in an order that has nothing to do with that of the text.
         tokens: tokens of the prefix.
         data_dir: local data.
     """
 
-    rows: int = 60
+    rows: int = 24
     asked: int = 12
     tokens: int = 4096
     data_dir: Path | str | None = None
@@ -61,9 +49,9 @@ class Register:
         found = []
         for number in range(count):
             cities = chance.sample([*CITIES, *MORE_CITIES], self.rows)
-            numbers = [str(one) for one in chance.sample(range(10000, 100000), self.rows)]
+            numbers = chance.sample(range(100, 1000), self.rows)
             needles = [
-                ((place + evenly(number)) / self.rows, f"The secret number of {city} is {secret}.")
+                ((place + evenly(number)) / self.rows, f"The secret number of {city} is {secret}. Remember it.")
                 for place, (city, secret) in enumerate(zip(cities, numbers, strict=True))
             ]
             prefix_ids = haystack.hide(needles, self.tokens, _BEGIN, chance)
@@ -73,7 +61,9 @@ class Register:
                 f"What are the secret numbers of these {self.asked} cities, in this order: {wanted}? "
                 'Answer with one JSON object per line, with the fields "city" and "number".'
             )
-            answers = tuple(numbers[one] for one in some)
+            # A number counts with its city only. (The first city is in the prompt.)
+            lines = [f'"city": "{cities[one]}", "number": {numbers[one]}}}' for one in some]
+            answers = (f"{numbers[some[0]]}}}", *lines[1:])
             found.append(
                 Request(
                     self.name,
@@ -82,7 +72,7 @@ class Register:
                     number,
                     encode(tokenizer, answer_turn(question, f'{{"city": "{cities[some[0]]}", "number":')),
                     answers,
-                    max_new_tokens=20 * self.asked,
+                    max_new_tokens=16 * self.asked,
                     # Recall by position is read off the run's rows.
                     about=(("answers", list(answers)),),
                 )
@@ -91,5 +81,5 @@ class Register:
 
 
 def register(data_dir: Path | str | None = None) -> Register:
-    """Twelve of sixty cities in 4,096 tokens."""
+    """Twelve of 24 cities in 4,096 tokens."""
     return Register(data_dir=data_dir)

@@ -36,7 +36,7 @@ def test_each_position_has_a_recall_of_its_own() -> None:
     assert [one.setting for one in found] == ["contiguouskv@0.1", "contiguouskv@0.1+reselect=4"]
     assert [one.answers for one in found] == [2, 1]
     assert found[0].recall == (1.0, 0.5, 1.0, 0.5, 0.0, 0.0, 0.5)
-    assert found[0].parts(3) == pytest.approx([0.75, 0.5, 1 / 6])
+    assert found[0].parts(3) == pytest.approx([0.75, 0.5, 0.25])
     assert found[0].parts(7) == list(found[0].recall)
     assert (found[0].seconds, found[0].bytes_read, found[0].reselections) == (0.2, 200, 3)
     assert found[1].parts(3) == pytest.approx([0.0, 0.0, 0.5])
