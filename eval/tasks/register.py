@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .base import Request, answer_turn, encode, user_turn
 from .haystack import Haystack
 from .needle import CITIES, evenly
@@ -25,17 +27,19 @@ _BEGIN = user_turn("Read this text. It hides the secret numbers of many cities.\
 
 @dataclass(frozen=True)
 class Register:
-    """Secret numbers of cities in real text; each request has its own text, and wants some of them as JSON lines.
+    """Secret numbers of cities in real text, of which each request wants some as JSON lines.
 
     Attributes:
         rows: cities in one text, at most 48. (With more, or with longer numbers, a model of half a billion parameters
             mixes them up even with the whole cache.)
+        questions: requests with one text.
         asked: how many of them one answer names, in an order that has nothing to do with that of the text.
         tokens: tokens of the prefix.
         data_dir: local data.
     """
 
     rows: int = 24
+    questions: int = 8
     asked: int = 12
     tokens: int = 4096
     data_dir: Path | str | None = None
@@ -43,41 +47,51 @@ class Register:
     metric: str = "needle_recall"
 
     def requests(self, tokenizer: Any, count: int, seed: int = 0) -> list[Request]:
-        """The first `count` requests. Rows are spread evenly over the text."""
+        """The first `count` requests; `count / questions` prefixes, rounded up.
+
+        Rows are spread evenly over the text, and those that a request wants have an order of their own.
+        """
         haystack = Haystack(tokenizer, self.data_dir)
         chance = random.Random(f"{self.name} {seed}")
-        found = []
-        for number in range(count):
+        found: list[Request] = []
+        while len(found) < count:
+            prefix = len(found) // self.questions
             cities = chance.sample([*CITIES, *MORE_CITIES], self.rows)
             numbers = chance.sample(range(100, 1000), self.rows)
             needles = [
-                ((place + evenly(number)) / self.rows, f"The secret number of {city} is {secret}. Remember it.")
+                ((place + evenly(prefix)) / self.rows, f"The secret number of {city} is {secret}. Remember it.")
                 for place, (city, secret) in enumerate(zip(cities, numbers, strict=True))
             ]
             prefix_ids = haystack.hide(needles, self.tokens, _BEGIN, chance)
-            some = chance.sample(range(self.rows), self.asked)
-            wanted = ", ".join(cities[one] for one in some)
-            question = (
-                f"What are the secret numbers of these {self.asked} cities, in this order: {wanted}? "
-                'Answer with one JSON object per line, with the fields "city" and "number".'
-            )
-            # A number counts with its city only. (The first city is in the prompt.)
-            lines = [f'"city": "{cities[one]}", "number": {numbers[one]}}}' for one in some]
-            answers = (f"{numbers[some[0]]}}}", *lines[1:])
-            found.append(
-                Request(
-                    self.name,
-                    number,
-                    prefix_ids,
-                    number,
-                    encode(tokenizer, answer_turn(question, f'{{"city": "{cities[some[0]]}", "number":')),
-                    answers,
-                    max_new_tokens=16 * self.asked,
-                    # Recall by position is read off the run's rows.
-                    about=(("answers", list(answers)),),
+            for _ in range(self.questions):
+                some = chance.sample(range(self.rows), self.asked)
+                found.append(
+                    self._request(tokenizer, len(found), prefix_ids, prefix, [(cities[n], numbers[n]) for n in some])
                 )
-            )
-        return found
+        return found[:count]
+
+    def _request(
+        self, tokenizer: Any, number: int, prefix_ids: torch.Tensor, prefix: int, wanted: list[tuple[str, int]]
+    ) -> Request:
+        question = (
+            f"What are the secret numbers of these {self.asked} cities, in this order: "
+            f"{', '.join(city for city, _ in wanted)}? "
+            'Answer with one JSON object per line, with the fields "city" and "number".'
+        )
+        # A number counts with its city only. (The first city is in the prompt.)
+        lines = [f'"city": "{city}", "number": {secret}}}' for city, secret in wanted]
+        answers = (f"{wanted[0][1]}}}", *lines[1:])
+        return Request(
+            self.name,
+            number,
+            prefix_ids,
+            prefix,
+            encode(tokenizer, answer_turn(question, f'{{"city": "{wanted[0][0]}", "number":')),
+            answers,
+            max_new_tokens=16 * self.asked,
+            # Recall by position is read off the rows.
+            about=(("answers", list(answers)),),
+        )
 
 
 def register(data_dir: Path | str | None = None) -> Register:

@@ -2,8 +2,8 @@
 
 A first choice knows the question only. What a long answer looks up later need not be in it, so after every `every`
 tokens the chunks are chosen again: by the queries that voted on the question, since all of it still has to be answered,
-and by those of the tokens since the last choice. Layers remember these queries (`PrefixRequest.remember`); which ones,
-is the same for all layers and is decided here, once per forward.
+and by those of the tokens since the last choice. Layers remember these queries (`PrefixRequest.remember`). Which ones
+they remember is the same for all layers, and is decided here, once per forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..store.attached_prefix import Chunks
 from .rows import AskingRows, NextTokens, Rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LaterChoice:
     """A choice in mid-answer: the queries that layers remember, and which of them vote.
 

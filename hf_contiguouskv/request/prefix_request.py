@@ -206,11 +206,11 @@ class PrefixRequest:
             return
         self._again.advance(tokens, self.prefix.tokens)
         if self.chooses_again:
-            self._context.stats.reselections += 1
             self._loaded.difference_update(self.plan.layers.full_layers)
             self._reading, self._unsettled = False, True
             self._chunks.choose_again()
-            self._while_open(self.start)
+            if self._while_open(self.start):
+                self._context.stats.reselections += 1
 
     @property
     def chooses_again(self) -> bool:
@@ -288,6 +288,7 @@ class PrefixRequest:
         except StoreClosedError:
             logger.warning("the store was closed: this answer goes on with the chunks that were chosen before")
             self._chunks.keep_chosen()
+            self._loaded.update(self.plan.layers.full_layers)
             self._strategy.loader.close()
             self._again = None
             return False
