@@ -27,6 +27,7 @@ from hf_contiguouskv.model.transformers_internals import cache_argument
 from .models import load_model
 from .run_files import CONFIG, MACHINE, ROWS
 from .running.stamp import stamp
+from .systems.attention import ROOM, BufferedLayer, cache_of
 from .systems.in_memory import prefill
 from .tasks import Request, task_named
 
@@ -38,14 +39,23 @@ Setting = tuple[float, int] | None
 def cache_for(model: Any, prefix_ids: torch.Tensor, rows: int, setting: Setting, store: PrefixStore) -> Iterator[Any]:
     """A cache that holds the prefix of all rows."""
     if setting is None:
-        whole = prefill(model, prefix_ids)
-        whole.batch_repeat_interleave(rows)
-        yield whole
+        yield whole_cache(model, prefix_ids, rows)
         return
     share, every = setting
     config = ContiguousKVConfig(budget=share, reselect_every=every or None)
     with closing(ContiguousKVCache(model, prefix_ids, store=store, config=config)) as cache:
         yield cache
+
+
+def whole_cache(model: Any, prefix_ids: torch.Tensor, rows: int) -> Any:
+    """The whole prefix for each row, with room behind it, so that a step copies nothing."""
+    layers, tokens = [], len(prefix_ids)
+    for layer in prefill(model, prefix_ids).layers:
+        _, kv_heads, _, head_dim = layer.keys.shape
+        buffer = layer.keys.new_empty(2, rows, kv_heads, tokens + ROOM, head_dim)
+        buffer[0, :, :, :tokens], buffer[1, :, :, :tokens] = layer.keys, layer.values
+        layers.append(BufferedLayer(buffer, tokens))
+    return cache_of(layers)
 
 
 def prompts(requests: Sequence[Request], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,11 +141,12 @@ def main(
     ] = None,
     host_bytes: Annotated[int, typer.Option(help="memory for chunks; 0: they are read each time")] = 2**30,
     seed: int = 0,
+    dtype: str = "auto",
 ) -> None:
     """Answer all requests with the whole cache, and with each share and each way of choosing again."""
     # The whole cache at its best, as in `eval.running.run`: K and V are not repeated for each query head.
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     asked = task_named(task).requests(tokenizer, requests, seed)
     settings: list[Setting] = [None, *((one, n) for one in share or (0.05, 0.1, 0.25) for n in every or (0, 64, 16, 1))]
     out.mkdir(parents=True, exist_ok=True)
