@@ -1,9 +1,10 @@
 """Long answers, and choosing again while they are written: recall by position, time per step, bytes read.
 
-    python -m eval.long_answers rows --model qwen2.5-coder-0.5b --requests 16
+    python -m eval.long_answers rows --model qwen2.5-coder-0.5b --requests 8
 
-The questions about one text are the rows of one batch, since a step of eight rows takes little longer than one of a
-single row. What is in the folder already is not asked again. `python -m eval positions` prints the table.
+The questions about one text are the rows of one batch, since a step of some rows takes little longer than one of a
+single row. Bytes that were read are shared out evenly among them. What is in the folder already is not asked again.
+`python -m eval positions` prints the table.
 """
 
 from __future__ import annotations
@@ -103,38 +104,29 @@ def answered(model: Any, tokenizer: Any, requests: Sequence[Request], cache: Any
     return texts, decoding
 
 
-def rows_for(
-    requests: Sequence[Request], setting: Setting, texts: Sequence[str], decoding: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Rows as those of a run, of a batch of requests. Bytes are shared out evenly."""
+def _row(request: Request, setting: Setting) -> dict[str, Any]:
+    """A row as those of a run, without its answer."""
     share, every = setting or (1.0, 0)
-    part = decoding | {"bytes_read": decoding["bytes_read"] / len(requests)}
-    return [
-        {
-            "task": one.task,
-            "number": one.number,
-            "prefix": one.prefix,
-            "prefix_key": hashlib.blake2b(one.prefix_ids.numpy().tobytes(), digest_size=8).hexdigest(),
-            "prefix_tokens": len(one.prefix_ids),
-            "suffix_tokens": len(one.suffix_ids),
-            "about": dict(one.about),
-            "system": "contiguouskv" if setting else "in_memory",
-            "options": [f"reselect={every}"] if every else [],
-            "budget": share,
-            "state": "batch",
-            "batch": len(requests),
-            "prediction": text,
-            "decoding": part,
-        }
-        for one, text in zip(requests, texts, strict=True)
-    ]
+    return {
+        "task": request.task,
+        "number": request.number,
+        "prefix": request.prefix,
+        "prefix_key": hashlib.blake2b(request.prefix_ids.numpy().tobytes(), digest_size=8).hexdigest(),
+        "prefix_tokens": len(request.prefix_ids),
+        "suffix_tokens": len(request.suffix_ids),
+        "about": dict(request.about),
+        "system": "contiguouskv" if setting else "in_memory",
+        "options": [f"reselect={every}"] if every else [],
+        "budget": share,
+        "state": "batch",
+    }
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="folder of the rows")],
     model: Annotated[str | None, typer.Option(help="name or folder of the model")] = None,
     task: Annotated[str, typer.Option(help="a task whose requests have long answers")] = "register",
-    requests: Annotated[int, typer.Option(help="requests")] = 16,
+    requests: Annotated[int, typer.Option(help="requests")] = 8,
     share: Annotated[list[float] | None, typer.Option(help="shares of the prefix (repeatable)")] = None,
     every: Annotated[
         list[int] | None, typer.Option(help="tokens after which chunks are chosen again; 0: never (repeatable)")
@@ -157,13 +149,16 @@ def main(
     done = {_key(json.loads(line)) for line in file.read_text().splitlines()} if file.is_file() else set()
     with PrefixStore(out / "store", host_bytes=host_bytes) as store:
         for _, group in groupby(asked, key=lambda one: one.prefix):
-            some = list(group)
+            same_text = list(group)
             for setting in settings:
-                named = rows_for(some, setting, [""] * len(some), {"bytes_read": 0})
-                if all(_key(row) in done for row in named):
+                some = [one for one in same_text if _key(_row(one, setting)) not in done]
+                if not some:
                     continue
                 with cache_for(lm, some[0].prefix_ids, len(some), setting, store) as cache:
-                    rows = rows_for(some, setting, *answered(lm, tokenizer, some, cache))
+                    texts, decoding = answered(lm, tokenizer, some, cache)
+                part = decoding | {"bytes_read": decoding["bytes_read"] / len(some)}
+                more = {"batch": len(some), "decoding": part}
+                rows = [_row(one, setting) | {"prediction": text} | more for one, text in zip(some, texts, strict=True)]
                 with file.open("a") as written:
                     written.write("".join(json.dumps(row) + "\n" for row in rows))
                 typer.echo(f"text {some[0].prefix}, {setting or 'whole cache'}")

@@ -39,7 +39,7 @@ class Register:
     """
 
     rows: int = 24
-    questions: int = 8
+    questions: int = 4
     asked: int = 12
     tokens: int = 4096
     data_dir: Path | str | None = None
