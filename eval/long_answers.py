@@ -140,7 +140,8 @@ def main(
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     lm, tokenizer = load_model(model, dtype=dtype)
     asked = task_named(task).requests(tokenizer, requests, seed)
-    settings: list[Setting] = [None, *((one, n) for one in share or (0.05, 0.1, 0.25) for n in every or (0, 64, 16, 1))]
+    settings: list[Setting] = [(one, n) for one in share or (0.05, 0.1, 0.25) for n in every or (0, 64, 16, 1)]
+    settings.append(None)
     out.mkdir(parents=True, exist_ok=True)
     about = {"model": lm.source, "dtype": lm.runs_in, "task": task, "seed": seed, "host_bytes": host_bytes}
     (out / CONFIG).write_text(json.dumps(about) + "\n")
