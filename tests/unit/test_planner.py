@@ -21,7 +21,7 @@ from hf_contiguouskv.model.configured_model import ConfiguredModel, configured_m
 from hf_contiguouskv.model.served_model import ServedModel
 from hf_contiguouskv.planning import full_loads
 from hf_contiguouskv.planning.costs import Case, HostWork
-from hf_contiguouskv.planning.forecast import floor_s, forecasts, slowest_storage_bytes_s, systems
+from hf_contiguouskv.planning.forecast import floor_s, forecasts, slowest_storage_bytes_s, systems, with_floor
 from hf_contiguouskv.planning.machine import ACCELERATORS, Machine, Storage, machine_with
 from hf_contiguouskv.planning.pipeline import Ask, LayerStep, RequestSteps, timing
 from hf_contiguouskv.planning.volumes import Volume, scattered
@@ -306,6 +306,15 @@ def test_no_system_is_faster_than_the_floor(large: ConfiguredModel) -> None:
     machine = machine_with(ACCELERATORS["a100"], Storage(7e9), torch.bfloat16)
     least = floor_s(large, machine)
     assert all(one.ttft_s > least for one in forecasts(large, machine, 4096))
+
+
+def test_a_measured_floor_sets_the_price_of_calls(large: ConfiguredModel) -> None:
+    machine = machine_with(ACCELERATORS["a100"], Storage(7e9), torch.bfloat16)
+    slow = with_floor(large, machine, 0.1)
+    assert floor_s(large, slow) == pytest.approx(0.1, rel=0.01)
+    assert (slow.flops_s, slow.memory_s) == (machine.flops_s, machine.memory_s)
+    with pytest.raises(InputError, match="other speeds of the machine are wrong"):
+        with_floor(large, machine, 1e-6)
 
 
 def test_it_says_from_which_length_on_a_system_is_faster(large: ConfiguredModel) -> None:
