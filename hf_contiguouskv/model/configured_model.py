@@ -132,21 +132,22 @@ def _own_dtype(config: Any) -> torch.dtype:
 def _without_weights(config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    makers = [AutoModelForCausalLM, AutoModelForImageTextToText]
-    known = [one for one in makers if type(config) in one._model_mapping] or makers[:1]
-    try:
-        with torch.device("meta"):
-            # (Products of batches: those of groups want 16 bits, and a loop over experts wants numbers.)
-            model: nn.Module = known[0].from_config(config, dtype=dtype, experts_implementation="batched_mm")
-    except Exception as error:  # (Whatever a configuration can make a model's constructor say.)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnsupportedModelError(
-            f"transformers makes no causal LM of the configuration {type(config).__name__}: {shown(reason)}"
-        ) from error
-    return model.eval()
+    refused: Exception | None = None
+    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            with torch.device("meta"):
+                # (Products of batches: those of groups want 16 bits, and a loop over experts wants numbers.)
+                model: nn.Module = maker.from_config(config, dtype=dtype, experts_implementation="batched_mm")
+            return model.eval()
+        except Exception as error:  # (Whatever a configuration can make a model's constructor say.)
+            refused = refused or error
+    reason = " ".join(str(refused).split()) or type(refused).__name__
+    raise UnsupportedModelError(
+        f"transformers makes no causal LM of the configuration {type(config).__name__}: {shown(reason)}"
+    ) from refused
 
 
-def _matrices(lm: nn.Module) -> tuple[int, int]:
+def _matrices(lm: Any) -> tuple[int, int]:
     """Numbers in the matrices of the decoder, and how many of them belong to experts of a mixture.
 
     Embeddings are looked up, not multiplied with, and the output matrix is counted by itself.

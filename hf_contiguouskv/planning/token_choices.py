@@ -67,7 +67,7 @@ def impress(case: Case, budget: float, overlap: bool) -> RequestSteps:
 
 def blocks_held(budget: float, run: float) -> float:
     """Share of the blocks that hold a chosen token, if `budget` of the tokens are chosen in runs of `run` tokens."""
-    return 1.0 - (1.0 - min(1.0, budget)) ** (BLOCK_TOKENS / run)
+    return 1.0 - float((1.0 - min(1.0, budget)) ** (BLOCK_TOKENS / run))
 
 
 def _chosen(
