@@ -28,7 +28,7 @@ def weed() -> str | None:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now; below 55536, since this server uses the ones 10000 above as well."""
-    sockets = []
+    sockets: list[socket.socket] = []
     while len(sockets) < count:
         one = socket.socket()
         one.bind(("127.0.0.1", 0))
@@ -117,15 +117,14 @@ def _make_bucket(server: ObjectServer, bucket: str, log: Path) -> None:
                 break
         except OSError:
             time.sleep(0.1)
-    # (A bucket is made by a request that obstore has no call for, so it is signed by hand: here the server makes it at
-    # the first object.)
-    names = {"AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key"}
+    # (obstore has no call that makes a bucket: this server makes it with the first object.)
     told = server.environment()
     store = S3Store(
         bucket,
         endpoint=told["AWS_ENDPOINT"],
-        region="us-east-1",
-        **{name: told[variable] for variable, name in names.items()},
+        region=told["AWS_REGION"],
+        access_key_id=told["AWS_ACCESS_KEY_ID"],
+        secret_access_key=told["AWS_SECRET_ACCESS_KEY"],
         client_options={"allow_http": True},
         retry_config={"max_retries": 0},
     )
