@@ -184,6 +184,20 @@ def report(
 
 
 @app.command()
+def positions(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs with a task of long answers, such as register")],
+) -> None:
+    """Print where in long answers what they say is right, and what a token took."""
+    from .positions import print_positions
+    from .report import RunError
+
+    try:
+        print_positions(runs)
+    except RunError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
 def pack(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
     out: Annotated[Path, typer.Argument(help="new folder; `report` reads it as it reads RUN")],

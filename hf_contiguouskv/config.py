@@ -126,6 +126,9 @@ class ContiguousKVConfig:
         timeline: record when each layer read, waited, identified, copied and computed (`ContiguousKVCache.timeline`).
         least_budget: the smallest share that `budget="auto"` may choose, in (0, 1]. `contiguouskv calibrate` finds the
             share that your own questions need.
+        reselect_every: choose the chunks again whenever the answer has grown by this many tokens, by the queries of the
+            question and of the latest tokens; only chunks that are missing are read. `None`: choose once, by the
+            question. It costs time per token and helps long answers that look up many places (docs/research.md).
 
     Raises:
         ConfigError: a field is out of its range, or payload and selection cannot work together.
@@ -139,6 +142,7 @@ class ContiguousKVConfig:
     prefill_block: int = 8192
     timeline: bool = False
     least_budget: float = 0.25
+    reselect_every: int | None = None
 
     @classmethod
     def paper(cls, budget: Budget = 0.05, **overrides: Any) -> ContiguousKVConfig:
@@ -178,6 +182,8 @@ class ContiguousKVConfig:
         if not isinstance(self.reading, ReadOptions):
             raise ConfigError(f"reading must be ReadOptions(...), got {self.reading!r}")
         _require_integer(self, "prefill_block", self.chunk_size, 2**20)
+        if self.reselect_every is not None:
+            _require_integer(self, "reselect_every", 1, 2**20)
 
 
 def _is_share(value: object) -> bool:

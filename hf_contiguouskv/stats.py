@@ -29,6 +29,8 @@ class RequestStats:
         prefetch_hits: chunks that were read ahead of their selection and then used.
         prefetch_wasted_bytes: bytes that were read ahead and then not used.
         passed_over: forwards that automatic mode did not look up or store, by reason.
+        reselections: how often chunks were chosen again while decoding (`reselect_every`). What that reads and uses is
+            counted above.
     """
 
     prefix_tokens: int = 0
@@ -44,6 +46,7 @@ class RequestStats:
     prefetch_hits: int = 0
     prefetch_wasted_bytes: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
+    reselections: int = 0
 
     @property
     def read_amplification(self) -> float:

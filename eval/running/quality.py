@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from hf_contiguouskv import RequestStats
 from hf_contiguouskv.model.transformers_internals import cache_argument
 
 from ..metrics import scores
@@ -14,6 +19,35 @@ from ..tasks import Request
 from ..tasks.base import encode
 from .readings import Cropped, Held, Reading, Repeated, Serving, forward, has_windows
 from .timed import prompt_of
+
+
+@dataclass
+class Decoding:
+    """What an answer took after its first token.
+
+    Attributes:
+        tokens: tokens generated.
+        seconds: they took.
+        bytes_read: from disk.
+        reselections: how often chunks were chosen again.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
+    reselections: int = 0
+
+    @contextmanager
+    def measured(self, cache: Any) -> Iterator[None]:
+        """Measure what happens with `cache`."""
+        stats = getattr(cache, "stats", None)
+        read, chosen = (stats.bytes_read, stats.reselections) if isinstance(stats, RequestStats) else (0, 0)
+        began = time.perf_counter()
+        yield
+        self.seconds = time.perf_counter() - began
+        stats = getattr(cache, "stats", None)
+        if isinstance(stats, RequestStats):
+            self.bytes_read, self.reselections = stats.bytes_read - read, stats.reselections - chosen
 
 
 class Judge:
@@ -59,14 +93,16 @@ class Judge:
         """The quality fields of a row.
 
         These are `prediction`, `score`, `perplexity`, and compared with the whole cache: `kl` and `agreement`, means
-        over the suffix, and `kl_answer`, the mean over the tokens of the right answer.
+        over the suffix, and `kl_answer`, the mean over the tokens of the right answer. `decoding` says what the answer
+        took after its first token.
 
         Args:
             held: the request in some system.
             first_token: the model's first new token.
         """
         request = self._request
-        prediction = None if request.choices else self._generated(held, first_token)
+        decoding = Decoding()
+        prediction = None if request.choices else self._generated(held, first_token, decoding)
         reading = held.reading(self._answer)
         if prediction is None:
             prediction = self._likeliest(held, reading.logits[reading.suffix - 1])
@@ -74,6 +110,7 @@ class Judge:
             "prediction": prediction,
             "score": self._score(prediction, request.answers),
             "perplexity": self._perplexity(reading),
+            "decoding": asdict(decoding),
         }
         if self.reference is not None:
             mine, theirs = (one.logits[: one.suffix] for one in (reading, self.reference))
@@ -87,18 +124,19 @@ class Judge:
     def _encoded(self, text: str) -> torch.Tensor:
         return encode(self._tokenizer, f"{self._request.before_answer}{text}")
 
-    def _generated(self, held: Held, first_token: int) -> str:
+    def _generated(self, held: Held, first_token: int, decoding: Decoding) -> str:
         tokens = [first_token]
         left = self._request.max_new_tokens - 1
         ends = self._model.generation_config.eos_token_id
         ended = first_token in (ends if isinstance(ends, list) else [ends])
         if left > 0 and not ended:
             prompt = torch.cat([self._prompt, torch.tensor([[first_token]])], dim=1)
-            with held.prompt() as cache:
+            with held.prompt() as cache, decoding.measured(cache):
                 output = self._model.generate(
                     prompt.to(self._model.device), max_new_tokens=left, do_sample=False, **{cache_argument(): cache}
                 )
             tokens += output[0, prompt.shape[1] :].tolist()
+            decoding.tokens = len(tokens) - 1
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 

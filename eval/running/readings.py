@@ -80,8 +80,12 @@ class Cropped:
         """See `Held`."""
         suffix = self._request.suffix_ids
         self._crop(1)
-        logits = forward(self._model, self._cache, torch.cat([suffix[1:], answer[:-1]]))
-        return Reading(logits, len(suffix) - 1)
+        parts = (
+            [suffix[1:], *answer[:-1].split(1)]
+            if chooses_again(self._cache)
+            else [torch.cat([suffix[1:], answer[:-1]])]
+        )
+        return Reading(torch.cat([forward(self._model, self._cache, part) for part in parts]), len(suffix) - 1)
 
     def _crop(self, kept: int) -> None:
         """Leave the prefix and `kept` tokens."""
@@ -112,8 +116,8 @@ class Repeated:
         """See `Held`. The suffix is one forward, so that a system chooses by the suffix and not by the answer."""
         with self._suffix_computed() as (cache, logits):
             rows = [logits[1:]]
-            if len(answer) > 1:
-                rows.append(forward(self._model, cache, answer[:-1]))
+            parts = answer[:-1].split(1 if chooses_again(cache) else max(1, len(answer)))
+            rows += [forward(self._model, cache, part) for part in parts if len(part)]
         return Reading(torch.cat(rows), len(self._request.suffix_ids) - 1)
 
     @contextmanager
@@ -144,6 +148,12 @@ class WholeCaches:
 
     def finish(self, cache: DynamicCache) -> None:
         """Nothing is left to do."""
+
+
+def chooses_again(cache: Any) -> bool:
+    """Whether a cache may choose other chunks in mid-answer. It must then get the answer as `generate` passes it, token
+    by token: passed as a whole, the right answer would choose the chunks with which it is read."""
+    return getattr(getattr(cache, "config", None), "reselect_every", None) is not None
 
 
 def has_windows(model: Any) -> bool:

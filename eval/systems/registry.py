@@ -112,7 +112,8 @@ class SystemKind:
 
 def _ours(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
     exact: dict[str, Any] = {"payload": "exact"} if "exact" in options else {}
-    config = ContiguousKVConfig(budget=budget, timeline=True, **exact)
+    every = int(options["reselect"]) if "reselect" in options else None
+    config = ContiguousKVConfig(budget=budget, timeline=True, reselect_every=every, **exact)
     return ContiguousKV(_label("contiguouskv", options), model, folder / "chunks", config, **store_options)
 
 
@@ -221,7 +222,13 @@ SYSTEMS: dict[str, SystemKind] = {
         ),
         require=_published_config,
     ),
-    "contiguouskv": SystemKind(_ours, options=(OptionKind("exact", changes_answers=True),)),
+    "contiguouskv": SystemKind(
+        _ours,
+        options=(
+            OptionKind("exact", changes_answers=True),
+            OptionKind("reselect", changes_answers=True, value="count"),
+        ),
+    ),
 }
 
 # What is measured where nothing else is asked for.

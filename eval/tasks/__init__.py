@@ -17,6 +17,7 @@ from .longbench import SUBSETS, longbench
 from .needle import NEEDLES, needle, needle_multikey, needles_in
 from .nq_open import nq_open
 from .own_data import FILE, OwnDataError, own_data
+from .register import register
 from .rows import DataMissingError, data_noted
 from .rte import rte
 from .ruler import METRICS, ruler
@@ -34,6 +35,7 @@ TASKS: dict[str, Callable[[Path | str | None], Task]] = {
     "needle_multikey": needle_multikey,
     "variable_tracking": variable_tracking,
     "common_words": common_words,
+    "register": register,
     "kv_retrieval": kv_retrieval,
     "nq_open": nq_open,
     **{f"longbench_{subset}": partial(longbench, subset) for subset in SUBSETS},

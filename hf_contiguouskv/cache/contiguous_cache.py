@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import ContiguousKVConfig
+from ..errors import ConfigError
 from ..model.attention import NO_FULL_GRAPH
 from ..model.forward_hooks import ForwardHook, ListeningCache
 from ..model.peft_adapters import require_no_virtual_tokens
@@ -50,7 +51,7 @@ class ContiguousKVCache(ListeningCache):
     Raises:
         UnsupportedModelError: the model cannot be served correctly; the message names the reason.
         InputError: `prefix_ids` has the wrong dtype or shape, or is empty.
-        ConfigError: a field is out of range.
+        ConfigError: a field is out of range, or `method` cannot do what it asks for.
         StoreError: the folder is not a store, has a newer format, or its files are damaged.
     """
 
@@ -65,6 +66,11 @@ class ContiguousKVCache(ListeningCache):
         **overrides: Any,
     ) -> None:
         self.config = configured(config, overrides)
+        if method is not None and self.config.reselect_every is not None:
+            raise ConfigError(
+                f"reselect_every={self.config.reselect_every} needs the library's own method, but "
+                f"{type(method).__name__}, which chooses once, is to serve this cache; leave out one of the two"
+            )
         self.session: PrefixSession | None = None
         self._hook: ForwardHook | None = None
         self._closed_stats = RequestStats()

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InputError
+from ..hardware.accelerator import send
 from ..model.attention import NO_FULL_GRAPH, tagged
 from ..session.attached_request import AttachedRequest
 
@@ -60,6 +61,10 @@ class ContiguousLayer(DynamicLayer):
         # int64 (batch,): for each batch row, its distinct row of the request, and its row of `_prefix`.
         self.row_of: torch.Tensor | None = None
         self._prefix_row: torch.Tensor | None = None
+        # Queries for later choices, (batch, heads, n, head_dim).
+        self._queries: torch.Tensor | None = None
+        # Whether a copy of this layer uses the prefix in `_buffer`.
+        self._lent = False
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -72,14 +77,15 @@ class ContiguousLayer(DynamicLayer):
     def copy_of(self, attached: AttachedRequest | None, memo: dict[int, Any]) -> ContiguousLayer:
         """A deep copy that uses the prefix of `attached`.
 
-        The copy shares the loaded prefix K/V, which never change. So it keeps prefix and suffix separate, and joins
-        them for each step.
+        The copy shares the loaded prefix K/V, which change for neither: where chunks are chosen again, each makes K/V
+        of its own. So it keeps prefix and suffix separate, and joins them for each step.
         """
         if attached is None or self._buffer is None or not self._loaded:
             return _twin(self, attached, memo)
         twin = copy.copy(self)
         twin.attached, twin._joined = attached, False
         if self._joined:
+            self._lent = True
             twin._prefix = self._buffer.narrow(3, 0, self._offset)
             twin._prefix_row = torch.arange(self._buffer.shape[1], device=self._buffer.device)
         own = self._buffer.narrow(3, self._offset, self._suffix)
@@ -129,8 +135,12 @@ class ContiguousLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.attached is not None
         self.attached.expected = None
+        request = self.attached.request
+        self._queries = request.remember(self.layer_idx, self._queries, query)
         if not self._loaded:
             self._load(query, options)
+        elif request.chooses_again:
+            self._load_again(options)
         assert self._buffer is not None
         if self._joined:
             visible = self._buffer.narrow(3, 0, self._offset + self._suffix)
@@ -276,6 +286,27 @@ class ContiguousLayer(DynamicLayer):
         request.load_full(self.layer_idx, query, self.keys, options, destination)
         self._loaded = True
 
+    def _load_again(self, options: Mapping[str, Any]) -> None:
+        """Replace the chunks of the prefix that are not chosen any more; the suffix stays as it is."""
+        assert self.attached is not None
+        assert self._buffer is not None
+        request = self.attached.request
+        asked = self.layer_idx, self._queries, self.keys, options
+        if self._joined:
+            if self._lent:
+                self._buffer, self._lent = self._buffer.clone(), False
+                self._show_suffix()
+            request.load_again(*asked, self._buffer[:, :, :, : request.kept_tokens], by_batch=True)
+            return
+        assert self._prefix is not None
+        assert self._prefix_row is not None
+        # Into memory of its own, as copies of the cache may use what is there now.
+        of_batch, some = (send(rows, self._buffer.device) for rows in request.rows_now())
+        new = self._room(self._buffer, len(some), request.kept_tokens)
+        new.copy_(self._prefix.index_select(1, self._prefix_row.index_select(0, some)))
+        if request.load_again(*asked, new, by_batch=False):
+            self._prefix, self._prefix_row = new, of_batch
+
     def _room(self, like: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
         assert self.attached is not None
         return self.attached.request.room(like, batch, tokens)
@@ -288,6 +319,8 @@ class ContiguousLayer(DynamicLayer):
             self.row_of = self.row_of.index_select(0, indices.to(self.row_of.device))
         if self._prefix_row is not None:
             self._prefix_row = self._prefix_row.index_select(0, indices.to(self._prefix_row.device))
+        if self._queries is not None:
+            self._queries = self._queries.index_select(0, indices.to(self._queries.device))
         self._show_suffix()
 
 

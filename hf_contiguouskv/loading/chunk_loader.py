@@ -183,10 +183,10 @@ class ChunkLoader:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """The first token is out: keep the chunks that stay, and tell memory what was used (once per request)."""
+        """A token is out: keep the chunks that stay, and tell memory what was used (once per request)."""
+        for reads in self._by_form.values():
+            reads.settle()
         if not self._usage.told:
-            for reads in self._by_form.values():
-                reads.settle()
             self._usage.tell()
 
     def close(self) -> None:

@@ -156,18 +156,22 @@ def place_keys(
     """
     c, tail = prefix.geometry.chunk_size, prefix.tail_tokens
     for row, own in enumerate(selected):
-        chunks = destination[row, :, : len(own) * c].unflatten(1, (-1, c))
-        begin, ends = 0, [len(own)]
-        if len(parts) > 1:
-            ends = np.searchsorted(own, [span.first_chunk + span.chunks for span in prefix.spans]).tolist()
-        for span, part, end in zip(prefix.spans, parts, ends, strict=True):
-            if end > begin:
-                _place_keys_of_segment(part, own[begin:end] - span.first_chunk, chunks[:, begin:end])
-            begin = end
+        place_chunk_keys(prefix, parts, own, destination[row, :, : len(own) * c].unflatten(1, (-1, c)))
     if tail:
         index, scale = parts[-1]
         last = index[:, :tail, prefix.whole_chunks - prefix.spans[-1].first_chunk] * scale[:, None]
         destination[:, :, destination.shape[2] - tail :] = last.to(destination.dtype)
+
+
+def place_chunk_keys(prefix: AttachedPrefix, parts: Sequence[Part], chunks: Chunks, destination: torch.Tensor) -> None:
+    """Keys of whole chunks (int64, ascending) into `destination`, `(kv_heads, n, c, head_dim)`; see `place_keys`."""
+    begin, ends = 0, [len(chunks)]
+    if len(parts) > 1:
+        ends = np.searchsorted(chunks, [span.first_chunk + span.chunks for span in prefix.spans]).tolist()
+    for span, part, end in zip(prefix.spans, parts, ends, strict=True):
+        if end > begin:
+            _place_keys_of_segment(part, chunks[begin:end] - span.first_chunk, destination[:, begin:end])
+        begin = end
 
 
 def _place_keys_of_segment(part: Part, chunks: Chunks, destination: torch.Tensor) -> None:

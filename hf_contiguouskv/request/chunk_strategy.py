@@ -11,6 +11,7 @@ from contextlib import closing
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..config import IndexedKeys
@@ -19,9 +20,11 @@ from ..loading.chunk_accounts import Arrival
 from ..loading.chunk_loader import ChunkLoader
 from ..loading.key_loader import KeyLoader
 from ..loading.placement import assemble, copy_in_order, place_keys
+from ..loading.replacement import Exchange, NewChunks
 from ..memory.blocks import among
 from ..selection import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, device_product
 from ..store.attached_prefix import Chunks
+from .choosing_again import LaterChoice
 from .strategy import LayerInput, RequestContext
 
 # Makes the scorer of a leader layer, from the keys that were wanted for it.
@@ -44,6 +47,9 @@ class ChunkStrategy:
         # Per layer, the chunks that its rows use, int64 `(distinct rows, keep)`, and those that it reads for them.
         self._selected: dict[int, torch.Tensor] = {}
         self._wanted: dict[int, Chunks] = {}
+        # While decoding: the chunks that rows have had since the choice before this one.
+        self._before: dict[int, torch.Tensor] = {}
+        self._replaced: set[int] = set()
         for device in set(plan.layers.devices):
             if context.store.memory.on(device) is not None and isinstance(plan.config.selection, IndexedKeys):
                 device_product(device, plan.prefix.geometry.head_dim)  # Looks for a kernel now, not in the first layer.
@@ -59,6 +65,7 @@ class ChunkStrategy:
     def copy_for(self, context: RequestContext) -> ChunkStrategy:
         other = ChunkStrategy(context, self._make_scorer)
         other._selected, other._wanted = dict(self._selected), dict(self._wanted)
+        other._before, other._replaced = dict(self._before), set(self._replaced)
         return other
 
     # -- what to read -------------------------------------------------------------------------------------------------
@@ -80,7 +87,7 @@ class ChunkStrategy:
                 loader.keys.want(layer)
             if layer in self._wanted:
                 loader.want([layer], self._wanted[layer])  # Selected before the prefix was replaced.
-            elif plan.reads_whole_layers:
+            elif plan.reads_whole_layers and layer not in self._before:
                 whole.append(layer)
                 if len(whole) == together:
                     # Where memory has as many chunks as a request uses, the others are asked for by name, if at all.
@@ -92,8 +99,12 @@ class ChunkStrategy:
 
     def _speculate(self, layer: int) -> None:
         members = self._plan.to_speculate(layer)
-        if members:
-            self.loader.want(members, self._wanted[layer], speculative=True)
+        if not members:
+            return
+        wanted = self._wanted[layer]
+        if members[0] in self._before:
+            wanted = _missing(self._before[members[0]], self._selected[layer])
+        self.loader.want(members, wanted, speculative=True)
 
     # -- what to choose -----------------------------------------------------------------------------------------------
 
@@ -109,12 +120,8 @@ class ChunkStrategy:
         inputs = SelectionInput(query, suffix_keys, rows.voters, rows.visible, scaling, softcap)
         scorer = self._make_scorer(loader.keys, layer)
         began = perf_counter()
-        scores = scorer(inputs)
-        if not plan.packed:
-            loader.keys.release(layer)
-        scores = self._on_host(layer, scores)
-        ends = plan.config.selection.keep_first, plan.config.selection.keep_last
-        selected = choose_chunks(scores.importance, plan.keep, *ends)
+        scores = self._scores(layer, scorer(inputs))
+        selected = self._best(scores.importance)
         mass = scores.mass.detach().numpy().sum(0)
         self._context.timeline.add("identify", layer, began, perf_counter())
         wanted: Chunks = selected[0].numpy() if selected.shape[0] == 1 else np.unique(selected.numpy())
@@ -122,12 +129,27 @@ class ChunkStrategy:
             wanted = np.append(wanted, plan.prefix.whole_chunks)
         members = plan.period_of(layer)
         loader.accounts.note_importance(members, mass)
-        loader.accounts.expect_importance(members, mass)
+        self._want(members, selected, wanted, mass)
+
+    def _scores(self, layer: int, scores: ChunkScores) -> ChunkScores:
+        """The scores of a leader layer, on the host. Keys that are used for scores only are not needed any more."""
+        if not self._plan.packed:
+            self.loader.keys.release(layer)
+        return self._on_host(layer, scores)
+
+    def _best(self, importance: torch.Tensor) -> torch.Tensor:
+        rule = self._plan.config.selection
+        return choose_chunks(importance, self._plan.keep, rule.keep_first, rule.keep_last)
+
+    def _want(self, members: list[int], selected: torch.Tensor, wanted: Chunks, mass: npt.NDArray[np.float32]) -> None:
+        """The first of `members` has selected for all of them: ask for the chunks."""
+        self.loader.accounts.expect_importance(members, mass)
         for member in members:
             self._selected[member], self._wanted[member] = selected, wanted
-        loader.want(members, wanted)
-        if not plan.packed:
-            loader.read_on(layer)
+        if len(wanted):
+            self.loader.want(members, wanted)
+        if not self._plan.packed:
+            self.loader.read_on(members[0])
 
     def _on_host(self, layer: int, scores: ChunkScores) -> ChunkScores:
         """The choice is made on the host, where reads are issued. One copy, one wait."""
@@ -200,6 +222,74 @@ class ChunkStrategy:
         self._context.stats.bytes_used += tokens.shape[3] * prefix.token_bytes()
         return tokens[0], tokens[1]
 
+    # -- choosing again -----------------------------------------------------------------------------------------------
+
+    def choose_again(self) -> None:
+        """From now on, layers get the chunks of another choice with `replace`, in model order. `start` comes first."""
+        self._before, self._selected, self._wanted = self._selected, {}, {}
+        self._replaced = set()
+
+    def keep_chosen(self) -> None:
+        """Undo `choose_again` for layers that were not reached."""
+        self._selected = self._before | {layer: self._selected[layer] for layer in self._replaced}
+
+    def replace(self, asked: LayerInput, choice: LaterChoice, destination: torch.Tensor, rows: Chunks) -> list[Arrival]:
+        """Select again, if the layer leads a period; then replace the chunks that are not selected any more.
+
+        Until everything that is missing has arrived, `destination` stays as it is.
+
+        Args:
+            asked: by which layer; `query` are the queries that it remembers, `suffix_keys` those of the whole suffix.
+            choice: who votes.
+            destination: `(2 (K, V), n, kv_heads, kept_tokens, head_dim)`, with the chunks of the choice before.
+            rows: int64 `(n,)`, the distinct row of each row of `destination`.
+
+        Returns:
+            what arrived, for `count`.
+        """
+        plan, loader, layer = self._plan, self.loader, asked.layer
+        if plan.is_leader(layer) and layer not in self._wanted:
+            self._select_again(asked, choice)
+        self._speculate(layer)
+        pairs = [(self._before[layer][row].numpy(), self._selected[layer][row].numpy()) for row in rows]
+        new = NewChunks(plan.served, [Exchange.between(*pair) for pair in pairs], destination)
+        if plan.packed:
+            new.add_keys(loader.keys.index(layer))
+            loader.keys.release(layer)
+            loader.read_on(layer)
+        arrived = []
+        with closing(loader.take(layer)) as parts:
+            for part in parts:
+                new.add(part)
+                arrived.append(Arrival.of(part))
+        if not among(self._wanted[layer], _chunks_of(arrived)).all():
+            raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
+        new.replace()
+        self._replaced.add(layer)
+        return arrived
+
+    @torch.no_grad()
+    def _select_again(self, asked: LayerInput, choice: LaterChoice) -> None:
+        layer, before = asked.layer, self._before[asked.layer]
+        rows = choice.asking_on(asked.query.device)
+        scaling, softcap = asked.options["scaling"], asked.options.get("softcap")
+        inputs = SelectionInput(
+            asked.query, asked.suffix_keys, rows.voters, rows.visible, scaling, softcap, rows.positions
+        )
+        scorer = self._make_scorer(self.loader.keys, layer)
+        began = perf_counter()
+        scores = self._scores(layer, scorer(inputs))
+        # Rows that share their chunks (beams) vote together: scores are sums over queries.
+        shared = scores.importance.new_zeros(len(before), scores.importance.shape[1])
+        selected = self._best(shared.index_add(0, choice.of_batch, scores.importance.detach()))
+        used = torch.unique(choice.of_batch)
+        unused = torch.ones(len(before), dtype=torch.bool).index_fill(0, used, False)
+        selected[unused] = before[unused]
+        self._context.timeline.add("identify", layer, began, perf_counter())
+        # Memory counts what the question used: a long answer that chooses a hundred times is still one request.
+        mass = scores.mass.detach().numpy().sum(0)
+        self._want(self._plan.period_of(layer), selected, _missing(before, selected), mass)
+
     # -- statistics ---------------------------------------------------------------------------------------------------
 
     def count(self, layer: int, arrived: Sequence[Arrival]) -> None:
@@ -215,10 +305,19 @@ class ChunkStrategy:
                 stats.prefetch_wasted_bytes += unused
             else:
                 stats.bytes_identified += unused  # The whole layer was read for its keys.
+        if layer in self._before:
+            stats.bytes_used += len(wanted) * size
+            return
         self.loader.accounts.note_used(layer, wanted)
         whole = len(wanted) - (1 if tail else 0)
         stats.bytes_used += whole * size + tail * plan.served.token_bytes()
         stats.chunks_used.append(plan.keep + (1 if tail else 0))
+
+
+def _missing(before: torch.Tensor, after: torch.Tensor) -> Chunks:
+    """The chunks of `after` that a row does not have, ascending; both are int64 `(rows, keep)`."""
+    pairs = zip(before.numpy(), after.numpy(), strict=True)
+    return np.unique(np.concatenate([Exchange.between(*pair).missing for pair in pairs]))
 
 
 def _chunks_of(arrived: Sequence[Arrival]) -> Chunks:

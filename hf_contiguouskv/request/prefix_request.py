@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from ..errors import SegmentCorruptError, SegmentReadError
+from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError
 from ..loading.chunk_accounts import Arrival, RequestUsage
 from ..loading.residency import ChunkStore
 from ..planning.read_plan import ReadPlan
 from ..stats import RequestStats
 from ..store.attached_prefix import AttachedPrefix
 from ..timeline import NO_TIMELINE, SpanRecorder, Timeline
+from .choosing_again import ChoosingAgain
 from .chunk_strategy import ChunkStrategy
-from .rows import Rows, SuffixRows
+from .rows import NextTokens, Rows, SuffixRows
 from .strategy import LayerInput, RequestContext, Strategy, StrategyMaker
+
+logger = logging.getLogger("hf_contiguouskv")
 
 # A request whose prefix proves wrong more often than this gives up. (The last recoveries do without the disk.)
 MAX_RECOVERIES = 20
@@ -69,6 +74,7 @@ class PrefixRequest:
         self._reading = False
         self._loaded: set[int] = set()
         self._uncounted: list[tuple[int, Sequence[Arrival]]] = []
+        self._unsettled = True
         # Memory for the layers that ask next, by what they ask for.
         self._rooms: dict[Any, tuple[torch.Tensor, ...]] = {}
         if store.memory.behind:
@@ -78,6 +84,9 @@ class PrefixRequest:
             self._strategy = copy_of.copy_for(self._context)
         else:
             self._strategy = ChunkStrategy(self._context) if method is None else method.strategy(self._context)
+        every = plan.config.reselect_every
+        chooses = method is None and not plan.keeps_all and bool(plan.layers.full_layers)
+        self._again = ChoosingAgain(every, plan.config.selection) if every and chooses else None
 
     @property
     def plan(self) -> ReadPlan:
@@ -119,6 +128,8 @@ class PrefixRequest:
         """The first suffix tokens are here."""
         selection = self.plan.config.selection
         self._rows = SuffixRows(rows, selection.queries, selection.recent)
+        if self._again is not None:
+            self._again.begin(rows, self._rows.voters)
         self.start()
 
     def start(self) -> None:
@@ -187,6 +198,117 @@ class PrefixRequest:
             return torch.arange(self.plan.keep).expand(1 if self.rows is None else len(self.rows.representatives), -1)
         return self._strategy.selected_chunks(layer)
 
+    # -- choosing again -----------------------------------------------------------------------------------------------
+
+    def go_on(self, tokens: NextTokens) -> None:
+        """A forward after the first suffix tokens begins. It may be one that chooses again."""
+        if self._again is None:
+            return
+        self._again.advance(tokens, self.prefix.tokens)
+        if self.chooses_again:
+            self._loaded.difference_update(self.plan.layers.full_layers)
+            self._reading, self._unsettled = False, True
+            self._chunks.choose_again()
+            if self._while_open(self.start):
+                self._context.stats.reselections += 1
+
+    @property
+    def chooses_again(self) -> bool:
+        """Whether full-attention layers have to call `load_again` in the running forward."""
+        return self._again is not None and self._again.choice is not None
+
+    def remember(self, layer: int, before: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+        """The queries that a layer keeps for later choices, `(batch, heads, n, head_dim)`; `None`: it needs none.
+
+        Args:
+            layer: layer index.
+            before: what it has kept.
+            query: those of the running forward, `(batch, heads, q, head_dim)`.
+        """
+        if self._again is None or not self.plan.is_leader(layer):
+            return None
+        return self._again.remembered(before, query)
+
+    def rows_now(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per batch row its distinct row, int64 `(batch,)`; and per distinct row a batch row, int64 `(unique,)`.
+
+        (Where no batch row is left of a distinct one, the first batch row stands for it.)
+        """
+        assert self._again is not None
+        assert self.rows is not None
+        of_batch = self._again.of_batch
+        some = torch.zeros(len(self.rows.representatives), dtype=torch.long)
+        some[of_batch] = torch.arange(len(of_batch))
+        return of_batch, some
+
+    def load_again(
+        self,
+        layer: int,
+        queries: torch.Tensor | None,
+        suffix_keys: torch.Tensor,
+        options: Mapping[str, Any],
+        destination: torch.Tensor,
+        *,
+        by_batch: bool,
+    ) -> bool:
+        """Replace the chunks of a full-attention layer that are not chosen any more.
+
+        Args:
+            layer: layer index.
+            queries: that it remembers; `None`: it follows the choice of another layer.
+            suffix_keys: `(batch, kv_heads, suffix, head_dim)`, those of the running forward included.
+            options: the attention function's keyword arguments (`scaling`, `softcap`).
+            destination: `(2 (K, V), rows, kv_heads, kept_tokens, head_dim)` with the chunks that were chosen before.
+            by_batch: whether it has a row for each batch row; else for each distinct row.
+
+        Returns:
+            whether they are in place. If not, the store was closed, and the former choice stays.
+        """
+        assert self._again is not None
+        assert self._rows is not None
+        choice, of_batch = self._again.choice, self._again.of_batch.numpy()
+        assert choice is not None
+        rows = of_batch if by_batch else np.arange(len(self._rows.rows.representatives))
+        query = suffix_keys if queries is None else queries
+        asked = LayerInput(layer, query, suffix_keys, options, self._rows)
+
+        def replaced() -> None:
+            arrived = self._recovering(lambda: self._chunks.replace(asked, choice, destination, rows))
+            self._uncounted.append((layer, arrived))
+            self._loaded.add(layer)
+
+        with torch.no_grad():
+            return self._while_open(replaced)
+
+    def _while_open(self, action: Callable[[], None]) -> bool:
+        """Do what a later choice needs. If the store was closed meanwhile, choose never again; returns whether it was
+        open."""
+        try:
+            action()
+        except StoreClosedError:
+            logger.warning("the store was closed: this answer goes on with the chunks that were chosen before")
+            self._chunks.keep_chosen()
+            self._loaded.update(self.plan.layers.full_layers)
+            self._strategy.loader.close()
+            self._again = None
+            return False
+        return True
+
+    @property
+    def _chunks(self) -> ChunkStrategy:
+        assert isinstance(self._strategy, ChunkStrategy)
+        return self._strategy
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Batch row `i` continues the former row `rows[i]`; a bool mask: only these rows go on."""
+        if self._again is not None:
+            self._again.take_rows(rows)
+
+    def repeat_rows(self, times: int) -> None:
+        """Each batch row goes on `times` times."""
+        if self._again is not None:
+            self._again.repeat_rows(times)
+
     # -- damage -------------------------------------------------------------------------------------------------------
 
     def _recovering(self, action: Callable[[], Result]) -> Result:
@@ -221,9 +343,10 @@ class PrefixRequest:
             self._strategy.count(*self._uncounted.pop(0))
 
     def settle(self) -> None:
-        """The first token is out: tell the memory tiers what was used (once per request)."""
+        """A token is out whose chunks were chosen: tell the memory tiers what was used (once per request)."""
         self._context.timeline.model_done()
-        if self._loaded and not self._context.usage.told:
+        if self._loaded and self._unsettled:
+            self._unsettled = False
             self.count()
             self._strategy.loader.settle()
 
@@ -231,6 +354,7 @@ class PrefixRequest:
         """The same request for a copy of the cache: selections are kept, reads under way are not."""
         other = PrefixRequest(self.plan, self._store, stats, recover, self._method, copy_of=self._strategy)
         other._rows, other._loaded = self._rows, set(self._loaded)
+        other._again = None if self._again is None else self._again.copy()
         return other
 
     def close(self) -> None:

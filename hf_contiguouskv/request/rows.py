@@ -50,11 +50,39 @@ class AskingRows(NamedTuple):
         representatives: int64 `(unique,)`, a batch row for each distinct row; `None`: all batch rows are distinct.
         voters: per distinct row, the positions of the queries that count, int64 `(n,)`.
         visible: bool `(unique, q)`, the suffix tokens that are not padding.
+        positions: see `SelectionInput.positions`.
     """
 
     representatives: torch.Tensor | None
     voters: list[torch.Tensor]
     visible: torch.Tensor
+    positions: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The tokens of a forward after that of the first suffix tokens.
+
+    Attributes:
+        batch: rows.
+        cached: columns of the suffix before this forward.
+        new: columns that it passes.
+        drafts: how many of them, at the end, are drafts of assisted decoding, which never vote.
+        mask: 2D attention mask over prefix, suffix and new tokens, or `None`.
+    """
+
+    batch: int
+    cached: int
+    new: int
+    drafts: int
+    mask: torch.Tensor | None
+
+    def visible(self, prefix_tokens: int) -> torch.Tensor:
+        """Which suffix tokens are not padding, bool `(batch, cached + new)` on the CPU."""
+        length = self.cached + self.new
+        if self.mask is None or self.mask.shape[1] != prefix_tokens + length:
+            return torch.ones(self.batch, length, dtype=torch.bool)
+        return self.mask[:, prefix_tokens:].to(torch.bool).cpu()
 
 
 class SuffixRows:
@@ -63,11 +91,15 @@ class SuffixRows:
     Args:
         rows: of the batch.
         queries, recent: how many queries of each row vote (see `config.Selection`).
+
+    Attributes:
+        rows: as passed.
+        voters: per distinct row, the positions of the queries that vote.
     """
 
     def __init__(self, rows: Rows, queries: int | None, recent: int) -> None:
         self.rows = rows
-        self._voters = rows.voters(queries, recent)
+        self.voters = rows.voters(queries, recent)
         self._row_of: dict[torch.device, torch.Tensor] = {}
         self._asking: dict[torch.device, AskingRows] = {}
 
@@ -82,7 +114,7 @@ class SuffixRows:
         """The distinct rows, for a leader layer on `device`."""
         found = self._asking.get(device)
         if found is None:
-            voters = send(torch.cat(self._voters), device).split([len(one) for one in self._voters])
+            voters = send(torch.cat(self.voters), device).split([len(one) for one in self.voters])
             some = None if self.rows.in_order else send(self.rows.representatives, device)
             found = self._asking[device] = AskingRows(some, list(voters), send(self.rows.visible, device))
         return found

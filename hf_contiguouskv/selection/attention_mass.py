@@ -37,7 +37,8 @@ class AttentionMassScorer:
         queries = inputs.queries[row][:, voters].float().reshape(kv_heads, -1, head_dim)
         suffix_keys = inputs.suffix_keys[row].float()
         length = suffix_keys.shape[1]
-        causal = voters[:, None] >= torch.arange(length, device=voters.device)[None, :]
+        at = voters if inputs.positions is None else inputs.positions[voters]
+        causal = at[:, None] >= torch.arange(length, device=voters.device)[None, :]
         hidden = ~(causal & inputs.visible[row][None, :]).repeat(group, 1)
         mass = prefix_keys.new_zeros(tokens // self.chunk_size)
         importance = mass if self.concentration == 1.0 else torch.zeros_like(mass)

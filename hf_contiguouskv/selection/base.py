@@ -15,15 +15,17 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class SelectionInput:
-    """What the leader layer knows when its first suffix queries arrive.
+    """What the leader layer knows when it chooses: when its first suffix queries arrive, or in mid-answer.
 
     Attributes:
         queries: `(rows, heads, q, head_dim)`, after RoPE, in the model's dtype.
-        suffix_keys: `(rows, kv_heads, q, head_dim)`, the suffix tokens' own keys.
-        voters: per row, the positions of the queries that count, int64 `(n,)`, ascending, never empty.
-        visible: bool `(rows, q)`, true for suffix keys that are real tokens, not padding.
+        suffix_keys: `(rows, kv_heads, s, head_dim)`, the suffix tokens' own keys.
+        voters: per row, which of the queries count, int64 `(n,)`, ascending, never empty.
+        visible: bool `(rows, s)`, true for suffix keys that are real tokens, not padding.
         scaling: factor on `q @ k`.
         softcap: logits become `softcap * tanh(logits / softcap)`; `None` leaves them unchanged.
+        positions: int64 `(q,)`, the position in the suffix of each query; `None`: there is a query for each suffix
+            token, in order.
     """
 
     queries: torch.Tensor
@@ -32,6 +34,7 @@ class SelectionInput:
     visible: torch.Tensor
     scaling: float
     softcap: float | None = None
+    positions: torch.Tensor | None = None
 
 
 class ChunkScores(NamedTuple):

@@ -188,12 +188,16 @@ class CachedSequence:
         """Keep only these rows (positions, or a bool mask), in this order. `reorder`: the rows are beams."""
         for layer in self.layers:
             (layer.reorder_cache if reorder else layer.batch_select_indices)(rows)  # type: ignore[arg-type]
+        if self.slot.attached is not None:
+            self.slot.attached.request.take_rows(rows)
         self.suffix.select(rows)
 
     def repeat_rows(self, times: int) -> None:
         """Repeat each row `times` times."""
         for layer in self.layers:
             layer.batch_repeat_interleave(times)
+        if self.slot.attached is not None:
+            self.slot.attached.request.repeat_rows(times)
         self.suffix.repeat(times)
 
     def copy_for(self, layers: Sequence[PrefixLayer], memo: dict[int, Any]) -> CachedSequence:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..request.rows import Rows
-from .forward_inputs import foreign_inputs, mask_behind_prefix, rows_of, sees_everything
+from ..request.rows import NextTokens, Rows
+from .forward_inputs import drafts_in, foreign_inputs, mask_behind_prefix, next_tokens, rows_of, sees_everything
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Fitted:
     Attributes:
         attention_mask: the mask to pass on; `None` to leave it unchanged.
         rows: rows of the first suffix tokens; `None` if an earlier forward has passed them.
+        later: what this forward passes, if an earlier one has passed the first suffix tokens.
         plain: whether all new tokens see all tokens before them.
         without_prefix: whether fitting is impossible, because left padding stands before the prefix and windows count
             its columns. The forward must then compute the prefix with its rows.
@@ -47,11 +48,14 @@ class Fitted:
 
     attention_mask: torch.Tensor | None = None
     rows: Rows | None = None
+    later: NextTokens | None = None
     plain: bool = False
     without_prefix: bool = False
 
 
-def fit_to_prefix(prefix: Prefixed, inputs: dict[str, Any], generate_begins: bool, more_follows: bool) -> Fitted:
+def fit_to_prefix(
+    prefix: Prefixed, inputs: dict[str, Any], generate_begins: bool, more_follows: bool, in_generate: bool = False
+) -> Fitted:
     """Fit a forward's arguments to a prefix.
 
     Args:
@@ -59,6 +63,7 @@ def fit_to_prefix(prefix: Prefixed, inputs: dict[str, Any], generate_begins: boo
         inputs: the forward's arguments by name, without cached tokens; they are not changed.
         generate_begins: whether this is the first forward of a `generate` call.
         more_follows: whether the tokens are a block of a prompt that goes on (chunked prefill).
+        in_generate: whether the forward belongs to a `generate` call.
 
     Raises:
         InputError: the mask hides tokens of a pruned prefix, or has a form that cannot be served.
@@ -74,9 +79,11 @@ def fit_to_prefix(prefix: Prefixed, inputs: dict[str, Any], generate_begins: boo
         inputs = inputs | {"attention_mask": fitted}
     elif isinstance(mask, torch.Tensor) and prefix.prunes:
         raise InputError("a 4D attention mask cannot say what to do with a pruned prefix; pass a 2D mask")
-    rows = None
-    if not prefix.begun:
-        drafts = inputs.get("logits_to_keep", 1) if generate_begins else 1
-        rows = rows_of(inputs, prefix.cached, drafts - 1 if isinstance(drafts, int) and drafts > 1 else 0)
+    rows = later = None
+    if prefix.begun:
+        drafts = drafts_in(inputs, generate_begins, in_generate and not generate_begins and not more_follows)
+        later = next_tokens(inputs, prefix.cached - prefix.tokens, drafts)
+    else:
+        rows = rows_of(inputs, prefix.cached, drafts_in(inputs, generate_begins, False))
     plain = not foreign_inputs(inputs, prefix.multimodal) and sees_everything(inputs)
-    return Fitted(fitted, rows, plain)
+    return Fitted(fitted, rows, later, plain)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..model.transformers_internals import CACHE_NAMES
-from ..request.rows import Rows
+from ..request.rows import NextTokens, Rows
 
 # Forward arguments that do not change K and V beyond the effect of token ids, mask and positions.
 ORDINARY_INPUTS = frozenset(
@@ -236,6 +236,34 @@ def mask_behind_prefix(mask: torch.Tensor, prefix_tokens: int, more_follows: boo
     moved = (columns >= prefix_tokens) & (columns < prefix_tokens + pads[:, None])
     in_prefix = columns < prefix_tokens
     return torch.where(moved, 0, torch.where(in_prefix & (pads[:, None] > 0), 1, mask)).to(mask.dtype)
+
+
+def drafts_in(inputs: dict[str, Any], generate_begins: bool, in_answer: bool) -> int:
+    """How many of the tokens that a forward passes, at their end, are drafts of assisted decoding.
+
+    Args:
+        inputs: the forward's arguments.
+        generate_begins: whether this is the first forward of a `generate` call: it wants logits of the drafts.
+        in_answer: whether it is a later one, past the prompt: it passes one token and then drafts.
+    """
+    if in_answer:
+        return _new_states(inputs).shape[1] - 1
+    wanted = inputs.get("logits_to_keep", 1) if generate_begins else 1
+    return wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
+
+
+def next_tokens(inputs: dict[str, Any], cached: int, drafts: int) -> NextTokens:
+    """What a forward passes after the first suffix tokens, when `cached` columns of the suffix are cached."""
+    batch, new = _new_states(inputs).shape[:2]
+    mask = inputs.get("attention_mask")
+    is_plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    return NextTokens(batch, cached, new, drafts, mask if is_plain else None)
+
+
+def _new_states(inputs: dict[str, Any]) -> torch.Tensor:
+    ids = inputs.get("input_ids")
+    found: torch.Tensor = ids if isinstance(ids, torch.Tensor) else inputs["inputs_embeds"]
+    return found
 
 
 def rows_of(inputs: dict[str, Any], cached: int, drafts: int) -> Rows:

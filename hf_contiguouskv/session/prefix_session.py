@@ -199,7 +199,7 @@ class PrefixSession:
             begun=request.rows is not None,
             multimodal=self._model.is_multimodal,
         )
-        fitted = fit_to_prefix(prefix, inputs, generate_begins, more_follows)
+        fitted = fit_to_prefix(prefix, inputs, generate_begins, more_follows, self._in_generate)
         if fitted.without_prefix:
             self._compute_everything(inputs)
             return
@@ -214,6 +214,8 @@ class PrefixSession:
                     "prefix does not fit any more; make a new cache"
                 )
             request.begin(fitted.rows)
+        elif fitted.later is not None:
+            request.go_on(fitted.later)
         slot.attached.plain = fitted.plain
 
     def _compute_everything(self, inputs: dict[str, Any]) -> None:

@@ -78,6 +78,17 @@ def test_questions_and_forwards_are_exact_with_a_compiled_model_cold_and_warm(st
             assert cache.stats.tokens_from_store >= 64
 
 
+def test_chunks_are_chosen_again_beneath_a_compiled_model(store_path):
+    model, twin = build("llama", layers=2), build("llama", layers=2)
+    model, found = compile_in_place(model, backend="eager"), []
+    with PrefixStore(store_path) as store:
+        for one in (twin, model):
+            with ContiguousKVCache(one, PREFIX, store=store, budget=0.5, reselect_every=2) as cache:
+                found.append(generate(one, FIRST, cache, tokens=7))
+                assert cache.stats.reselections == 3
+    assert_same_generation(found[1], found[0])
+
+
 def test_a_cold_prefix_with_windows_is_stored_exactly_by_a_compiled_model(store_path):
     twin = build("gemma3", layers=2)
     model = compile_forward(build("gemma3", layers=2), backend="eager")

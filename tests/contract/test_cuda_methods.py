@@ -9,6 +9,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,6 +199,29 @@ def test_a_pruned_prefix_in_bfloat16_answers_as_a_masked_one(store_path, config,
                 one = token_ids(1, seed=1204)
                 assert distance(forward(model, one.to(DEVICE), cache), right.forward(one)) < limit
         assert_idle(store.inner.memory)
+
+
+@pytest.mark.parametrize("config", PRUNED)
+def test_chunks_that_are_chosen_again_answer_as_a_masked_prefix(store_path, config):
+    model, on_cpu = on_device(), build("llama")
+    write_prefix(model, PREFIX, store_path)
+    settings = replace(CONFIGS[config], budget=0.5, reselect_every=2)
+    tokens, packed = PREFIX.shape[1], settings.payload == "packed"
+    with opened(store_path) as store:
+        for _ in ("cold", "warm"):
+            with ContiguousKVCache(model, PREFIX, store=store, config=settings) as cache:
+                forward(model, SUFFIX.to(DEVICE), cache)
+                visible = visible_by_layer(cache, tokens, False)
+                reference = PrunedReference(on_cpu, PREFIX, visible=visible, packed=packed)
+                reference.forward(SUFFIX)
+                for number in range(4):
+                    one = token_ids(1, seed=1250 + number)
+                    found = forward(model, one.to(DEVICE), cache)
+                    reference.visible = visible_by_layer(cache, tokens, False)
+                    # (Of a packed prefix, noise may move a number to the next step.)
+                    assert distance(found, reference.forward(one)) < (0.02 if packed else 1e-3)
+                assert cache.stats.reselections == 2
+            assert_idle(store.inner.memory)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -16,6 +16,7 @@ from eval.running.readings import Cropped
 from eval.systems import InMemory
 from eval.tasks import Request
 from eval.tasks.base import encode
+from hf_contiguouskv import ContiguousKVCache
 from hf_contiguouskv.model.transformers_internals import cache_argument
 
 CACHE = cache_argument()
@@ -98,6 +99,32 @@ def test_fidelity_is_that_of_suffix_and_answer(loaded: tuple[Any, Any], asked: C
         loss = model(input_ids=whole[None]).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
     expected = torch.exp(-loss[torch.arange(len(answer)), answer].mean())
     assert found["perplexity"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_cache_that_chooses_in_mid_answer_gets_the_answer_as_it_would_give_it(
+    loaded: tuple[Any, Any], asked: Callable[..., Request]
+) -> None:
+    model, tokenizer = loaded
+    request = asked(prefix_ids=encode(tokenizer, "a long story about a cat and a dog " * 6), max_new_tokens=9)
+    prompt = torch.cat([request.prefix_ids, request.suffix_ids])[None]
+    with ContiguousKVCache(model, request.prefix_ids, budget=0.3, reselect_every=2) as cache:
+        output = model.generate(prompt, max_new_tokens=9, do_sample=False, **{CACHE: cache})
+        expected = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        cache.reset()
+        first = model.generate(prompt, max_new_tokens=1, do_sample=False, **{CACHE: cache})
+        passed: list[int] = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda *call: passed.append(call[2].shape[1]))
+        judge = Judge(model, tokenizer, request, "needle_recall")
+        found = judge.judge(Cropped(model, request, cache), int(first[0, -1]))
+        hook.remove()
+    assert found["prediction"] == expected
+    decoding = found["decoding"]
+    assert decoding["tokens"] == 8
+    assert decoding["reselections"] == 4
+    assert decoding["seconds"] > 0
+    assert decoding["bytes_read"] == 0
+    # One token at a time while answering; then the question at once, and the right answer one at a time again.
+    assert passed == [1] * 8 + [len(request.suffix_ids) - 1] + [1] * (len(encode(tokenizer, " bird")) - 1)
 
 
 def test_perplexity_by_hand() -> None:

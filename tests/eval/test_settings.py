@@ -38,8 +38,19 @@ def test_unknown_systems_and_options_and_budgets_of_exact_ones_are_refused() -> 
         RunConfig(tasks=("sst2",), systems=("nothing@0.1",))
     with pytest.raises(ValueError, match="of systems that choose"):
         RunConfig(tasks=("sst2",), systems=("in_memory@0.1",))
-    with pytest.raises(ValueError, match=r"contiguouskv has no option 'overlap': its options are \['exact'\]"):
+    with pytest.raises(
+        ValueError, match=r"contiguouskv has no option 'overlap': its options are \['exact', 'reselect'\]"
+    ):
         RunConfig(tasks=("sst2",), systems=("contiguouskv+overlap",))
+
+
+def test_ours_may_choose_again_in_mid_answer() -> None:
+    (setting,) = Setting.parse("contiguouskv@0.1+reselect=16", ())
+    assert setting.values == {"reselect": "16"}
+    assert setting.answers_as() == setting
+    for wrong in ("contiguouskv+reselect", "contiguouskv+reselect=0", "contiguouskv+reselect=often"):
+        with pytest.raises(ValueError, match="a whole number from 1 must follow reselect="):
+            Setting.parse(wrong, (0.1,))
 
 
 def test_all_rivals_can_be_asked_for_at_once() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from words import Words
 
+from eval.metrics.scores import needle_recall
 from eval.tasks import TASKS, DataMissingError, data_noted, task_named
 from eval.tasks.haystack import Haystack
 from eval.tasks.needle import Needle
@@ -179,6 +180,30 @@ def test_needles_of_one_prefix_belong_to_different_cities(data_dir: Path) -> Non
     assert len({request.answers for request in requests[:4]}) == 4
     text = tokenizer.decode(requests[0].prefix_ids)
     assert text.count("The secret number of") == 4
+
+
+def test_a_register_is_asked_for_many_of_its_rows_in_an_order_of_its_own(data_dir: Path) -> None:
+    tokenizer = Words()
+    for request in task_named("register", data_dir).requests(tokenizer, 3):
+        text = tokenizer.decode(request.prefix_ids)
+        named = dict(re.findall(r"The secret number of (\w+) is (\d{3})\.", text))
+        assert text.count("The secret number of") == len(named) == len(set(named.values())) == 24
+        question = tokenizer.decode(request.suffix_ids)
+        cities = re.search(r"in this order: ([\w, ]+)", question)
+        assert cities is not None
+        wanted = re.findall(r"\w+", cities[1])
+        assert len(wanted) == len(set(wanted)) == 12
+        # What the prompt begins and the answer goes on with.
+        lines = [f'{{"city": "{city}", "number": {named[city]}}}' for city in wanted]
+        assert f"{lines[0]}".startswith(question[question.rindex("{") :])
+        said = "\n".join(lines).removeprefix(question[question.rindex("{") :])
+        assert needle_recall(said, request.answers) == 1.0
+        assert needle_recall(said.replace(wanted[5], wanted[6]), request.answers) < 1.0
+        assert dict(request.about)["answers"] == list(request.answers)
+        places = [text.index(f"of {city} is") for city in wanted]
+        assert places != sorted(places)
+        assert min(places) < len(text) / 3
+        assert max(places) > len(text) * 2 / 3
 
 
 def test_assignments_come_after_what_they_refer_to(data_dir: Path) -> None:

@@ -33,6 +33,10 @@ from hf_contiguouskv.planning.read_plan import chunks_kept
         ("selection", IndexedKeys),
         ("reading", {"verify": False}),
         ("prefill_block", 8),
+        ("reselect_every", 0),
+        ("reselect_every", 1.5),
+        ("reselect_every", True),
+        ("reselect_every", "auto"),
     ],
 )
 def test_a_value_out_of_range_is_named(field, value):

@@ -63,6 +63,32 @@ def test_drafts_of_assisted_decoding_do_not_vote(generate_begins, voting):
     assert fitted.rows.voting.tolist() == [voting]
 
 
+@pytest.mark.parametrize(
+    ("generate_begins", "more_follows", "in_generate", "drafts"),
+    [
+        (False, False, False, 0),  # A forward of the user's: all tokens are real.
+        (False, False, True, NEW - 1),  # In mid-answer `generate` passes one token, and then drafts.
+        (True, False, True, 1),  # A prompt that goes on, with as many drafts as logits are wanted but one.
+        (False, True, True, 0),  # A block of a prompt.
+    ],
+)
+def test_tokens_in_mid_answer_are_told_from_drafts(generate_begins, more_follows, in_generate, drafts):
+    inputs = inputs_of(torch.ones(1, PREFIX + 5 + NEW, dtype=torch.long), logits_to_keep=2)
+    fitted = fit_to_prefix(prefixed(begun=True, cached=PREFIX + 5), inputs, generate_begins, more_follows, in_generate)
+    assert fitted.rows is None
+    later = fitted.later
+    assert (later.batch, later.cached, later.new, later.drafts) == (1, 5, NEW, drafts)
+
+
+def test_padding_in_mid_answer_is_where_the_mask_says():
+    mask = torch.ones(2, PREFIX + 4 + NEW, dtype=torch.long)
+    mask[1, :2] = 0
+    later = fit_to_prefix(prefixed(begun=True, cached=PREFIX + 4), inputs_of(mask, rows=2), False, False).later
+    assert later.visible(PREFIX).tolist() == [[True] * (4 + NEW), [False] * 2 + [True] * (2 + NEW)]
+    alone = fit_to_prefix(prefixed(begun=True, cached=PREFIX + 4), inputs_of(), False, False).later
+    assert alone.visible(PREFIX).tolist() == [[True] * (4 + NEW)]
+
+
 def test_a_mask_may_not_hide_tokens_of_a_pruned_prefix():
     mask = ones()
     mask[0, 2] = 0
