@@ -60,7 +60,7 @@ demo: $(VENV)/.eval
 # The fault suite and the attacks are alone: they keep the machine's files and processes busy, and print their figures.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup tests/unit tests/contract tests/eval $(TEST_ARGS)
-	$(BIN)/python -m pytest tests/faults tests/hostile $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/faults tests/hostile tests/fleet $(TEST_ARGS)
 
 package-test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/packaging $(TEST_ARGS)

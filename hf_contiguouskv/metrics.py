@@ -56,6 +56,20 @@ _GAUGES = (
     ("segment_bytes", "contiguouskv_segment_bytes", "Bytes of stored segments; max_disk_bytes bounds this."),
     ("quarantined_bytes", "contiguouskv_quarantined_bytes", "Bytes of damaged segments that are kept for inspection."),
 )
+_REMOTE = (
+    ("asked", "contiguouskv_remote_lookups", "Look-ups that asked a shared store."),
+    ("asked_us", "contiguouskv_remote_lookup_microseconds", "Time that look-ups in a shared store took."),
+    ("found", "contiguouskv_remote_hits", "Look-ups in a shared store that brought more."),
+    ("failures", "contiguouskv_remote_failures", "Look-ups that a shared store did not answer."),
+    ("reads", "contiguouskv_remote_reads", "Reads from a shared store."),
+    ("bytes_read", "contiguouskv_remote_bytes_read", "Bytes that were read from a shared store."),
+    ("read_us", "contiguouskv_remote_read_microseconds", "Time that reads from a shared store took."),
+    ("missing", "contiguouskv_remote_missing", "Segments that turned out to be gone from a shared store."),
+    ("damaged", "contiguouskv_remote_damaged", "Segments of a shared store whose bytes were wrong."),
+    ("published", "contiguouskv_remote_published", "Segments that were sent to a shared store."),
+    ("published_by_others", "contiguouskv_remote_published_by_others", "Segments that another machine had sent."),
+    ("send_failures", "contiguouskv_remote_send_failures", "Segments that could not be sent."),
+)
 _TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"), ("device_bytes", "device"))
 
 
@@ -212,6 +226,12 @@ def _families(collectors: list[StoreCollector], *, empty: bool = False) -> list[
             for values, stats, _ in stores:
                 family.add_metric(values, getattr(stats, field))
             families.append(family)
+    shared = [(values, stats.remote) for values, stats, _ in stores if stats.remote]
+    for what, name, text in _REMOTE if shared else ():
+        family = CounterMetricFamily(name, text, labels=own)
+        for values, remote in shared:
+            family.add_metric(values, remote[what])
+        families.append(family)
     return families
 
 

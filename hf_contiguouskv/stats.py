@@ -74,6 +74,22 @@ def _no_misses() -> dict[str, int]:
     return dict.fromkeys(MISS_REASONS, 0)
 
 
+REMOTE_COUNTS = (
+    "asked",
+    "asked_us",
+    "found",
+    "failures",
+    "reads",
+    "bytes_read",
+    "read_us",
+    "missing",
+    "damaged",
+    "published",
+    "published_by_others",
+    "send_failures",
+)
+
+
 @dataclass
 class StoreStats:
     """Contents of a store, and what this process did with it since it was opened.
@@ -102,6 +118,10 @@ class StoreStats:
         recovered: requests that met damage while reading and recomputed the lost tokens.
         write_failures: prefixes that could not be stored; their requests were answered from memory.
         direct_reads: whether reads bypass the operating system's page cache (`O_DIRECT`).
+        remote: of a shared store, what this process asked of it: `asked` and `found` (look-ups, and those that brought
+            more), `asked_us` (microseconds that look-ups took), `failures` (those that were not answered); `reads`,
+            `bytes_read` and `read_us` (over the network); `missing` and `damaged` (segments that were gone, or wrong);
+            `published`, `published_by_others` (another machine was faster) and `send_failures`. Empty for a folder.
     """
 
     segments: int = 0
@@ -125,6 +145,7 @@ class StoreStats:
     recovered: int = 0
     write_failures: int = 0
     direct_reads: bool = False
+    remote: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All counters as plain numbers and dicts (ready for JSON)."""
@@ -134,8 +155,8 @@ class StoreStats:
 class StoreCounters:
     """The counters of `StoreStats` that only grow. Thread-safe.
 
-    A counter has the name of its field in `StoreStats`; a count by reason is named "misses.<reason>" or
-    "passed_over.<reason>" (any text).
+    A counter has the name of its field in `StoreStats`; a count by reason is named "misses.<reason>",
+    "passed_over.<reason>" (any text) or "remote.<what>".
     """
 
     def __init__(self) -> None:

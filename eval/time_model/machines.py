@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_contiguouskv.planning.machine import ACCELERATORS, CALL_S, OPERATION_S, SHARE_REACHED
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -123,8 +125,8 @@ OUR_DISK = Disk(
 
 EPYC = Host(
     "EPYC (Zen 4), 2 cores",
-    call_s=0.51e-6,
-    operation_s=3.0e-6,
+    call_s=CALL_S,
+    operation_s=OPERATION_S,
     memory_s=17.7e9,
     f32_s=150e9,
     f16_s=500e9,
@@ -134,8 +136,8 @@ EPYC = Host(
 )
 SERVER = Host(
     "server",
-    call_s=0.51e-6,
-    operation_s=3.0e-6,
+    call_s=CALL_S,
+    operation_s=OPERATION_S,
     memory_s=30e9,
     f32_s=100e9,
     f16_s=100e9,
@@ -169,66 +171,29 @@ COLAB_HOST = Host(
 # -- accelerators -----------------------------------------------------------------------------------------------------
 
 _GPU = "memory and arithmetic: data sheet; bus: assumed 80% of its data sheet's; launches, latencies, share: assumed"
-A800 = Gpu(
-    "A800 80GB",
-    memory_s=2.0e12,
-    f32_s=19.5e12,
-    f16_s=312e12,
-    i8_s=624e12,
-    bus_s=25e9,
-    pageable_s=6e9,
-    copy_s=10e-6,
-    launch_s=3e-6,
-    kernel_s=2e-6,
-    wait_s=10e-6,
-    share=0.75,
-    source=_GPU,
-)
-H100 = Gpu(
-    "H100 80GB",
-    memory_s=3.35e12,
-    f32_s=67e12,
-    f16_s=989e12,
-    i8_s=1979e12,
-    bus_s=50e9,
-    pageable_s=8e9,
-    copy_s=10e-6,
-    launch_s=3e-6,
-    kernel_s=2e-6,
-    wait_s=10e-6,
-    share=0.75,
-    source=_GPU,
-)
-RTX_4090 = Gpu(
-    "RTX 4090",
-    memory_s=1.008e12,
-    f32_s=82.6e12,
-    f16_s=165e12,
-    i8_s=660e12,
-    bus_s=25e9,
-    pageable_s=8e9,
-    copy_s=10e-6,
-    launch_s=2.5e-6,
-    kernel_s=2e-6,
-    wait_s=10e-6,
-    share=0.8,
-    source=_GPU,
-)
-T4 = Gpu(
-    "T4",
-    memory_s=0.32e12,
-    f32_s=8.1e12,
-    f16_s=65e12,
-    i8_s=130e12,
-    bus_s=12e9,
-    pageable_s=4e9,
-    copy_s=15e-6,
-    launch_s=5e-6,
-    kernel_s=3e-6,
-    wait_s=20e-6,
-    share=0.7,
-    source=_GPU,
-)
+
+
+def _gpu(name: str, i8_s: float, **assumed: float) -> Gpu:
+    """A card of the planner's, with what only this model of time asks of it."""
+    card = ACCELERATORS[name]
+    return Gpu(
+        card.name,
+        memory_s=card.memory_s,
+        f32_s=card.f32_s,
+        f16_s=card.f16_s,
+        i8_s=i8_s,
+        bus_s=card.bus_s,
+        pageable_s=card.pageable_s,
+        launch_s=card.launch_s,
+        source=_GPU,
+        **({"copy_s": 10e-6, "kernel_s": 2e-6, "wait_s": 10e-6, "share": SHARE_REACHED} | assumed),
+    )
+
+
+A800 = _gpu("a800", i8_s=624e12)
+H100 = _gpu("h100", i8_s=1979e12)
+RTX_4090 = _gpu("rtx4090", i8_s=660e12, share=0.8)
+T4 = _gpu("t4", i8_s=130e12, copy_s=15e-6, kernel_s=3e-6, wait_s=20e-6, share=0.7)
 
 MACHINES = (
     Machine("A800 80GB, 990 Pro", SERVER, SAMSUNG_990_PRO, A800),

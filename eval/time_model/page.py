@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..generated import put_between
 from ..gpu_check.figures import rows_of
 from ..report.cells import table
 from ..systems import State
@@ -265,12 +266,10 @@ def rewrite(counts: Counts, path: Path) -> None:
     """
     from .picture import draw
 
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise CountError(f"{path} must have one line {BEGIN!r} and behind it one line {END!r}")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{generated(counts, path.parent)}\n\n{END}{after}")
+    try:
+        put_between(path, BEGIN, END, generated(counts, path.parent))
+    except ValueError as error:
+        raise CountError(str(error)) from error
     draw(predict_all(counts), path.parents[1] / "pictures" / PICTURE)
 
 

@@ -65,9 +65,9 @@ class Shape:
         g = self.geometry()
         return g.num_layers * g.extent_bytes // g.chunk_size
 
-    def model(self, device: torch.device) -> Any:
-        """Such a model, on the pretended device or on the CPU. Its weights take up no memory; it answers nonsense."""
-        config = _CONFIGS[self.architecture](
+    def config(self) -> Any:
+        """Its configuration for transformers."""
+        return _CONFIGS[self.architecture](
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -80,6 +80,10 @@ class Shape:
             bos_token_id=None,
             eos_token_id=None,
         )
+
+    def model(self, device: torch.device) -> Any:
+        """Such a model, on the pretended device or on the CPU. Its weights take up no memory; it answers nonsense."""
+        config = self.config()
         with _disable_current_modes():
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")

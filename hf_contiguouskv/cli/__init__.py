@@ -10,6 +10,8 @@ from . import show as _show  # noqa: F401, I001
 from . import care as _care  # noqa: F401
 from . import warm as _warm  # noqa: F401
 from . import bundle as _bundle  # noqa: F401
+from . import fleet as _fleet  # noqa: F401
+from . import plan as _plan  # noqa: F401
 from .app import app
 from .messages import messages_instead_of_tracebacks
 from .output import human_bytes

@@ -13,17 +13,22 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from ..errors import StoreError
 from ..store import PrefixInfo, PrefixStore
+from ..store.fleet.engines import default_folder, is_address
+from ..store.fleet.upkeep import SharedEntry, SharedUpkeep
 from ..wording import MESSAGE_LIMIT, quoted, shown
 from .extensions import extension, extension_names
 from .messages import described
 from .output import print_json
+
+# A prefix on this machine, or of a shared store.
+Entry = TypeVar("Entry", PrefixInfo, SharedEntry)
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _WANTS_JSON = "hf_contiguouskv.json"
@@ -141,18 +146,47 @@ def _options(
     _access.set(access)
 
 
-def open_store(path: Path, **more: Any) -> PrefixStore:
-    """The store at `path`, opened as the options before the command say.
+def open_store(place: Path, **more: Any) -> PrefixStore:
+    """The store at `place`, opened as the options before the command say.
 
     Args:
-        path: of its folder.
+        place: its folder, or the address of a shared store (as `place_of` returns it).
         more: further arguments of `PrefixStore`.
     """
-    return PrefixStore(path, **_access.get({}), **more)
+    if isinstance(place, Address):
+        return PrefixStore(place.url, **_access.get({}), **more)
+    return PrefixStore(place, **_access.get({}), **more)
 
 
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+class Address(type(Path())):  # type: ignore[misc]  # (A path, since every command takes one.)
+    """The address of a shared store, where a folder could stand. As a path, it is this machine's folder for it.
+
+    Attributes:
+        url: the address.
+    """
+
+    url: str
+
+
+def place_of(text: str) -> Path:
+    """A folder, or the address of a shared store."""
+    if not is_address(text):
+        return Path(text)
+    found = Address(default_folder(text))
+    found.url = text
+    return found
+
+
+StorePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="STORE", help="Folder of the store, or address of a shared one.", show_default=False, parser=place_of
+    ),
+]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys, or their beginnings.", show_default=False)]
+OptionalKeys = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY...]", help="Keys, or their beginnings.", show_default=False)
+]
 OptionalKey = Annotated[
     str | None,
     typer.Argument(metavar="KEY", help="Key, or its beginning; all of them if left out.", show_default=False),
@@ -170,13 +204,43 @@ def find_entries(store: PrefixStore, beginnings: list[str]) -> list[PrefixInfo]:
     return list({entry.key: entry for entry in found}.values())
 
 
+def find_shared(upkeep: SharedUpkeep, beginnings: list[str], *, all_of_them: bool = False) -> list[SharedEntry]:
+    """The prefixes of a shared store whose keys begin so, each of them once.
+
+    Args:
+        upkeep: of the shared store.
+        beginnings: of keys.
+        all_of_them: every prefix, whatever its key.
+
+    Raises:
+        StoreError: for one beginning there is none, or more than one.
+    """
+    entries = upkeep.entries()
+    if all_of_them:
+        return entries
+    found = {}
+    for beginning in beginnings:
+        some = [entry for entry in entries if beginning and entry.key.startswith(beginning.lower())]
+        entry = _only(some, beginning)
+        found[entry.key] = entry
+    return list(found.values())
+
+
 def find_entry(store: PrefixStore, beginning: str) -> PrefixInfo:
     """The one stored prefix whose key begins with `beginning`.
 
     Raises:
         StoreError: none, or more than one.
     """
-    found = store.entries(beginning.lower()) if beginning else []
+    return _only(store.entries(beginning.lower()) if beginning else [], beginning)
+
+
+def _only(found: list[Entry], beginning: str) -> Entry:
+    """The one that was found.
+
+    Raises:
+        StoreError: none was, or more than one.
+    """
     if len(found) == 1:
         return found[0]
     if not found:

@@ -8,8 +8,21 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ContiguousKVError
-from .app import AsJson, Keys, OptionalKey, StorePath, app, find_entries, find_entry, open_store
+from ..errors import ContiguousKVError, InputError
+from ..store import StoreProblem
+from .app import (
+    Address,
+    AsJson,
+    Keys,
+    OptionalKey,
+    OptionalKeys,
+    StorePath,
+    app,
+    find_entries,
+    find_entry,
+    find_shared,
+    open_store,
+)
 from .messages import complain, messages_instead_of_tracebacks
 from .output import counted, human_bytes, print_json, progress, say, seconds_from
 
@@ -33,11 +46,35 @@ def verify(
         checked = done
         show_progress(done, total)
 
+    if isinstance(store, Address):
+        problems, checked = _verify_shared(store, key, deep)
+        _tell_problems(problems, checked, as_json)
+        return
     with open_store(store, create=False) as opened:
         # (Not a look at the index before: whatever uses a damaged one repairs it, and nothing would be found.)
         chosen = None if key is None else find_entry(opened, key).key
         with progress("verifying") as show_progress:
             problems = opened.verify(chosen, report, deep)
+    _tell_problems(problems, checked, as_json)
+
+
+def _verify_shared(address: Path, key: str | None, deep: bool) -> tuple[list[StoreProblem], int]:
+    """What is wrong in a shared store, and the bytes that were compared."""
+    checked = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal checked
+        checked = done
+        show_progress(done, total)
+
+    with open_store(address, create=False) as opened:
+        upkeep = opened.shared_upkeep
+        entries = find_shared(upkeep, [key or ""], all_of_them=key is None)
+        with progress("verifying") as show_progress:
+            return upkeep.verify([entry.key for entry in entries], report, deep), checked
+
+
+def _tell_problems(problems: list[StoreProblem], checked: int, as_json: bool) -> None:
     if as_json:
         print_json({"bytes": checked, "problems": [asdict(problem) for problem in problems]})
     else:
@@ -91,18 +128,38 @@ def gc(
 @messages_instead_of_tracebacks
 def rm(
     store: StorePath,
-    keys: Keys,
+    keys: OptionalKeys = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Also delete the longer prefixes that continue them.")
     ] = False,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Of a shared store: delete them for all machines, not for this one.")
+    ] = False,
+    unused_for: Annotated[
+        str | None,
+        typer.Option(
+            "--unused-for",
+            metavar="TIME",
+            help="With --remote, instead of keys: what no machine used for so long, such as 30d.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --remote: only say what would be deleted.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete stored prefixes."""
+    if remote:
+        _rm_shared(store, keys or [], unused_for, recursive=recursive, dry_run=dry_run, as_json=as_json)
+        return
+    if dry_run or unused_for is not None:
+        raise InputError("--dry-run and --unused-for are for rm --remote; `contiguouskv gc` has them, too")
+    if not keys:
+        raise InputError("name the prefixes to delete")
     deleted: list[str] = []
     try:
         with open_store(store, create=False) as opened:
             # A child goes before its parent, however they are named; with --recursive parents take children along.
-            entries = sorted(find_entries(opened, keys), key=lambda entry: entry.tokens, reverse=not recursive)
+            entries = sorted(find_entries(opened, keys or []), key=lambda entry: entry.tokens, reverse=not recursive)
             for entry in entries:
                 if entry.key not in deleted:
                     deleted += opened.delete(entry.key, recursive=recursive)
@@ -117,6 +174,30 @@ def rm(
                 say(f"deleted {key}")
     if as_json:
         print_json({"deleted": deleted})
+
+
+def _rm_shared(
+    address: Path, keys: list[str], unused_for: str | None, *, recursive: bool, dry_run: bool, as_json: bool
+) -> None:
+    """`rm --remote`."""
+    if not isinstance(address, Address):
+        raise InputError("--remote is for the address of a shared store, and this is a folder")
+    if bool(keys) == (unused_for is not None):
+        raise InputError("name the prefixes to delete, or say --unused-for")
+    with open_store(address, create=False) as opened:
+        upkeep = opened.shared_upkeep
+        if unused_for is not None:
+            gone = upkeep.delete_unused(seconds_from(unused_for), dry_run=dry_run)
+        else:
+            chosen = [entry.key for entry in find_shared(upkeep, keys)]
+            gone = upkeep.delete(chosen, recursive=recursive, dry_run=dry_run)
+    if as_json:
+        print_json({"dry_run": dry_run, "deleted": [entry.key for entry in gone]})
+        return
+    would = "would be " if dry_run else ""
+    for entry in gone:
+        say(f"{would}deleted {entry.key}")
+    say(f"{counted(len(gone), 'segment')}, {human_bytes(sum(entry.bytes for entry in gone))}")
 
 
 @app.command()

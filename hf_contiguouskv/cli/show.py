@@ -6,13 +6,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
 from ..store import PrefixInfo, PrefixStore
 from ..store.chains import chains, children, parents_of_all
 from ..wording import shown
-from .app import AsJson, OptionalKey, StorePath, app, find_entry, open_store
+from .app import Address, AsJson, OptionalKey, StorePath, app, find_entry, find_shared, open_store
 from .messages import messages_instead_of_tracebacks
 from .output import (
     columns,
@@ -37,7 +38,13 @@ _SHOWN_OF_CHAIN = 20
 @app.command()
 @messages_instead_of_tracebacks
 def ls(store: StorePath, as_json: AsJson = False) -> None:
-    """List the stored prefixes, oldest first; what continues a prefix stands below it."""
+    """List the stored prefixes, oldest first; what continues a prefix stands below it.
+
+    Of a shared store: those of all machines.
+    """
+    if isinstance(store, Address):
+        _ls_shared(store, as_json)
+        return
     with open_store(store, create=False) as opened:
         entries, parents = opened.entries(), parents_of_all(opened)
     if as_json:
@@ -60,6 +67,29 @@ def ls(store: StorePath, as_json: AsJson = False) -> None:
         show(table)
     total = sum(entry.bytes for entry in entries)
     say(f"{counted(len(entries), 'stored prefix')}, {human_bytes(total)}")
+
+
+def _ls_shared(address: Path, as_json: bool) -> None:
+    with open_store(address, create=False) as opened:
+        entries, name = opened.shared_upkeep.entries(), opened.url
+    if as_json:
+        print_json([entry.as_dict() for entry in entries])
+        return
+    if entries:
+        now = time.time()
+        table = columns("key", "tokens", "size", "model", "stored", "used", right=("tokens", "size"))
+        for entry in entries:
+            table.add_row(
+                entry.key[:_SHORT],
+                f"{entry.tokens:,}",
+                human_bytes(entry.bytes),
+                entry.fingerprint[:8],
+                human_age(entry.created, now),
+                human_age(entry.last_used, now),
+            )
+        show(table)
+    total = human_bytes(sum(entry.bytes for entry in entries))
+    say(f"{name}: {counted(len(entries), 'stored prefix')}, {total}")
 
 
 def _as_tree(entries: list[PrefixInfo], parents: dict[str, str]) -> Iterator[tuple[str, PrefixInfo]]:
@@ -85,7 +115,10 @@ def _as_tree(entries: list[PrefixInfo], parents: dict[str, str]) -> Iterator[tup
 @app.command()
 @messages_instead_of_tracebacks
 def info(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -> None:
-    """Describe a store, or one stored prefix."""
+    """Describe a store, or one stored prefix. Of a shared store: what this machine keeps, and how much there is."""
+    if isinstance(store, Address):
+        _info_shared(store, key, as_json)
+        return
     with open_store(store, create=False) as opened:
         content = _about_store(opened) if key is None else _about_prefix(opened, find_entry(opened, key))
     if as_json:
@@ -94,6 +127,32 @@ def info(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -> 
         _show_store(content)
     else:
         _show_prefix(content)
+
+
+def _info_shared(address: Path, key: str | None, as_json: bool) -> None:
+    with open_store(address, create=False) as opened:
+        upkeep = opened.shared_upkeep
+        if key is not None:
+            (entry,) = find_shared(upkeep, [key])
+            content: dict[str, Any] = {"url": opened.url} | entry.as_dict()
+        else:
+            entries = upkeep.entries()
+            content = {
+                "url": opened.url,
+                "segments": len(entries),
+                "bytes": sum(entry.bytes for entry in entries),
+                "models": sorted({entry.fingerprint for entry in entries}),
+                "here": _about_store(opened),
+            }
+    if as_json:
+        print_json(content)
+    elif key is not None:
+        when = ("created", "last_used")
+        show(facts({name: human_time(value) if name in when else str(value) for name, value in content.items()}))
+    else:
+        say(f"{content['url']}: {counted(content['segments'], 'segment')}, {human_bytes(content['bytes'])}")
+        say("on this machine:")
+        _show_store(content["here"])
 
 
 def _about_store(store: PrefixStore) -> dict[str, Any]:

@@ -26,6 +26,27 @@ from .trial_forward import KVShape, try_forward
 LEADER_PERIOD = 8
 
 
+def stored_geometry(shape: KVShape, chunk_size: int) -> KVGeometry:
+    """The stored form of a model's KV: K and V exactly; an int8 index and 4-bit values of every full-attention layer;
+    exact keys of every eighth of these layers (the published leader layers).
+
+    Args:
+        shape: of the model's K and V.
+        chunk_size: tokens per chunk.
+    """
+    full = shape.layers.full_layers
+    return KVGeometry(
+        num_layers=len(shape.layers.windows),
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        chunk_size=chunk_size,
+        leader_layers=tuple(full[::LEADER_PERIOD]),
+        indexed_layers=tuple(full),
+        packed_layers=tuple(full) if shape.head_dim % 2 == 0 else (),
+    )
+
+
 @dataclass
 class _Findings:
     """Findings about one model, shared by all caches on it.
@@ -106,19 +127,8 @@ class ServedModel:
         return self.shape.layers
 
     def geometry(self, chunk_size: int) -> KVGeometry:
-        """The stored form of the model's KV: K and V exactly; an int8 index and 4-bit values of every full-attention
-        layer; exact keys of every eighth of these layers (the published leader layers)."""
-        shape, full = self.shape, self.layers.full_layers
-        return KVGeometry(
-            num_layers=len(self.windows),
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            chunk_size=chunk_size,
-            leader_layers=tuple(full[::LEADER_PERIOD]),
-            indexed_layers=tuple(full),
-            packed_layers=tuple(full) if shape.head_dim % 2 == 0 else (),
-        )
+        """The stored form of the model's KV (`stored_geometry`)."""
+        return stored_geometry(self.shape, chunk_size)
 
     def fingerprint(self) -> str:
         """The model's fingerprint: changes with weights, adapters and configuration

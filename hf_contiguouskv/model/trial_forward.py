@@ -112,14 +112,20 @@ class _TrialCache(ListeningCache):
         self.session = session
 
 
-def try_forward(model: nn.Module, windows: tuple[int | None, ...]) -> KVShape:
+def try_forward(model: nn.Module, windows: tuple[int | None, ...], device: torch.device | None = None) -> KVShape:
     """Run a few tokens through `model`, whose layers have these `windows`.
+
+    Args:
+        model: the causal LM.
+        windows: the sliding window of each layer in tokens; `None` for full attention.
+        device: of the tokens; `None`: the device of the model's inputs. On `meta`, a model without weights runs: shapes
+            and calls are checked, but not whether attention is causal, which only numbers show.
 
     Raises:
         UnsupportedModelError: the model cannot be served correctly; the message names the reason.
     """
     name = type(model).__name__
-    device = input_device(model)
+    device = input_device(model) if device is None else device
     ids = torch.tensor(TRIAL_IDS, device=device)
     installation = Installation(decoder_config(model))
     witness = _Witness(installation)
@@ -147,7 +153,8 @@ def try_forward(model: nn.Module, windows: tuple[int | None, ...]) -> KVShape:
             raise UnsupportedModelError(f"{name} {reason}")
         if layer.problem:
             raise UnsupportedModelError(f"{name}: layer {position} {layer.problem}, which is not supported")
-    if any(looks_ahead(states) for layer in layers for states in (layer.keys, layer.values)):
+    has_numbers = device.type != "meta"
+    if has_numbers and any(looks_ahead(states) for layer in layers for states in (layer.keys, layer.values)):
         raise UnsupportedModelError(f"{name} {NOT_CAUSAL}")
     keys = [layer.keys for layer in layers]
     values = [layer.values for layer in layers]

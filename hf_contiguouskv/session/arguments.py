@@ -94,7 +94,7 @@ def opened_store(
 
     Raises:
         InputError: `store` is neither a store nor a path.
-        ConfigError: the store has a key, but reads are not to be verified.
+        ConfigError: the store has a key, or is shared, but reads are not to be verified.
     """
     if isinstance(store, str | Path):
         store = PrefixStore.shared(store)
@@ -103,6 +103,8 @@ def opened_store(
             raise ConfigError(
                 "reading=ReadOptions(verify=False) leaves out what the key of a store is for: let the cache verify"
             )
+        if store.url is not None and not verify:
+            raise ConfigError("reading=ReadOptions(verify=False): what crosses a network is always verified")
         return store, None
     if store is not None:
         raise InputError(f"store must be a PrefixStore or a path, got {type(store).__name__}")

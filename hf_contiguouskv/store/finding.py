@@ -125,6 +125,10 @@ class Finder:
         """The name of the first chunk for no model in particular, hex."""
         return segment_hashes(self.root("", chunk_size), ids[:chunk_size], chunk_size, first=True)[0].hex()
 
+    def hashes(self, fingerprint: str, ids: TokenIds, chunk_size: int) -> list[bytes]:
+        """The chain hashes of the whole chunks of a prompt."""
+        return self._chains.hashes(self.root(fingerprint, chunk_size), ids, chunk_size)
+
     def forget_prompts(self) -> None:
         """Forget the hashes of recent prompts: measurements of look-ups of new prompts call this."""
         self._chains = ChainMemory()

@@ -15,6 +15,7 @@ from ..stats import StoreCounters
 from .background import Background
 from .entries import StoredPrefix
 from .finding import Finder, Found
+from .fleet.fleet import Fleet
 from .format import KVGeometry
 from .hashing import TokenIds, as_token_ids, chain_hashes, shared_beginning
 from .parts import StoreParts
@@ -50,6 +51,7 @@ class StoreInner:
         finder: finds and proves the longest stored beginning of a prompt.
         room: evicts and expires segments.
         publisher: begins segments and puts them into service.
+        fleet: the shared store behind this one, if there is one.
         is_closed: whether the store was closed.
     """
 
@@ -74,6 +76,8 @@ class StoreInner:
         self.finder = Finder(parts, ttl_s)
         self.room = Room(parts, max_disk_bytes=max_disk_bytes, ttl_s=ttl_s)
         self.publisher = Publisher(parts, self.finder, self.room)
+        # (Set once the store is whole, by what opens a store of a fleet.)
+        self.fleet: Fleet | None = None
         self.is_closed = False
 
     @property
@@ -141,6 +145,10 @@ class StoreInner:
         self.require_open()
         try:
             found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+            if self.fleet is not None and self.fleet.seek(
+                self.finder.hashes(fingerprint, ids, chunk_size), chunk_size, found.stored.tokens if found.stored else 0
+            ):
+                found = self.finder.find(fingerprint, ids, chunk_size, geometry)
             if wait and self.wait_for_prompts(ids, found.stored.tokens if found.stored else 0):
                 found = self.finder.find(fingerprint, ids, chunk_size, geometry)
             reason = None if found.stored else self.finder.why_missing(found, fingerprint, ids, chunk_size)
@@ -224,7 +232,8 @@ class StoreInner:
 
     def flush(self) -> bool:
         """Wait until everything that was given to `submit_background` has run; whether anything still had to."""
-        return self._background.flush()
+        waited = self._background.flush()
+        return (self.fleet is not None and self.fleet.flush()) or waited
 
     @property
     def background_failures(self) -> int:
@@ -250,12 +259,16 @@ class StoreInner:
         if self.is_closed:
             return
         self._background.close()
+        if self.fleet is not None:
+            self.fleet.finish()
         self.parts.uses.flush()
         with self._lock:
             self.is_closed = True
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
+        if self.fleet is not None:
+            self.fleet.close()
         self.parts.opened.close()
         self.parts.backend.close()
         self.parts.index.close()
@@ -270,6 +283,8 @@ class StoreInner:
             self.parts.counters.add("hits")
             self.parts.counters.add("tokens_found", stored.tokens)
             uses = self.parts.uses
+            if self.fleet is not None:
+                self.fleet.note_use([span.segment.key for span in stored.spans])
             if uses.mark(span.segment.key for span in stored.spans):
                 self._background.submit(uses.flush)  # A look-up waits for no writer.
 

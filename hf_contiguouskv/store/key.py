@@ -124,6 +124,11 @@ class StoreKey:
             f"key must be bytes, a path, 'file:PATH' or 'env:NAME', got a {type(source).__name__} that is none of these"
         )
 
+    @property
+    def public_name(self) -> str:
+        """16 hexadecimal digits that tell this key from others and do not help to find it."""
+        return blake2b(b"", key=self._secret, digest_size=8, person=b"hf_ckv name").hexdigest()
+
     def checksums(self, name: str) -> Checksums:
         """Those of the segment with this name."""
         return Checksums(blake2b(name.encode(), digest_size=32, key=self._secret, person=b"hf_ckv checks").digest())

@@ -23,6 +23,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class SegmentOutput:
     """A blob that becomes a segment. Used by the writer thread, then by `commit`.
 
+    Attributes:
+        whole_checksums: of its tensors, in the order of `header.checked_tensors`; known once it is finished.
+
     Args:
         header: what the segment will say about itself.
         token_ids: int64 `[num_tokens]`.
@@ -45,6 +48,7 @@ class SegmentOutput:
         packed = (len(geometry.packed_layers), header.num_chunks)
         self.packed_checksums = np.zeros(packed, dtype="<u8")
         self.indexed: set[int] = set()
+        self.whole_checksums: list[int] = []
         try:
             blob.write(0, memoryview(header.encoded))
             blob.write(self.start("token_ids"), memoryview(token_ids.tobytes()))
@@ -147,7 +151,8 @@ class SegmentOutput:
         missing = set(self.header.geometry.indexed_layers) - self.indexed
         if missing:
             raise StoreError(f"{self.blob.name}: segment is incomplete, no key index for layers {sorted(missing)}")
-        whole = np.array([self._digest(name) for name in self.header.checked_tensors], dtype="<u8")
+        self.whole_checksums = [self._digest(name) for name in self.header.checked_tensors]
+        whole = np.array(self.whole_checksums, dtype="<u8")
         # Neighbours, in this order and without padding.
         checksums = self.checksums.tobytes() + self.packed_checksums.tobytes() + whole.tobytes()
         self.blob.write(self.start("checksums.payload"), memoryview(checksums))

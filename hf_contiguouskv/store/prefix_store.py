@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 from functools import partial
 from numbers import Real
 from typing import Any
 
+from ..config import ContiguousKVConfig
 from ..errors import ConfigError, StoreError
 from ..memory import EvictionPolicy, MemoryTiers
 from ..model.fingerprint import model_fingerprint
@@ -16,6 +18,12 @@ from ..stats import StoreCounters
 from ..wording import quoted
 from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
+from .fleet.backend import FleetBackend
+from .fleet.engine import SharedEngine
+from .fleet.engines import default_folder, engine_for, is_address
+from .fleet.fleet import Fleet
+from .fleet.records import Records
+from .fleet.upkeep import SharedUpkeep
 from .folder import Pins, open_folder
 from .hashing import as_token_ids
 from .index import StoreIndex
@@ -46,13 +54,17 @@ class PrefixStore(Upkeep):
     Cheap to open; safe to share between caches, threads and processes. A context manager.
 
     Attributes:
-        path: the folder.
+        path: the folder; of a shared store, that of this machine.
+        url: address of the shared store, without what is secret in it; `None` for a folder.
         backend: where segments lie.
         max_disk_bytes: as passed.
         inner: what this library itself asks of the store; it may change in any release.
 
     Args:
-        path: the folder. Missing: it is created, for this user only. It must be a store, or empty.
+        path: the folder. Missing: it is created, for this user only. It must be a store, or empty. Or the address of a
+            store that many machines share (`s3://bucket/folder`, `gs://`, `az://`, `file://`; needs the extra
+            `object`): what others stored is found there, what this machine stores is sent there, and what it uses is
+            kept in a folder of its own.
         max_disk_bytes: bound on what all segments take up, those that are there already included; what is worth least
             makes room (`eviction.worth`), in the background when the store is opened. `None`: no bound.
         ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned
@@ -66,7 +78,7 @@ class PrefixStore(Upkeep):
         salt: of a tenant, str or bytes. This object then finds, lists, counts, pins, deletes, exports and evicts only
             what was stored with the same salt, and `max_disk_bytes` bounds that alone. `None`: it finds what was stored
             without a salt, and looks after everything.
-        create: whether a missing store may be created.
+        create: whether a missing store may be created. Of a shared store: if not, nothing is sent when it is opened.
         direct: read past the operating system's page cache where the file system can.
         reader_threads: reads in flight at once.
         backend: where segments lie, if not in `path`; index and pins are in `path` all the same.
@@ -75,6 +87,10 @@ class PrefixStore(Upkeep):
             is not used. Without a key, anyone who can write to the store decides what is answered.
         trust_owner: accept a folder and files in it that other users of this machine own, or may write. They can read
             the prompts that are stored, and without a `key` choose what is answered.
+        cache: of a shared store: the folder for what this machine keeps of it, which `max_disk_bytes` bounds. `None`:
+            one below `~/.cache/contiguouskv`, or below the folder that the variable `CONTIGUOUSKV_CACHE` names.
+        remote_timeout_s: of a shared store: seconds after which an answer is not waited for any more. What was asked
+            for is then computed, and the shared store is left alone for a while.
 
     Raises:
         StoreFormatError: `path` is something else than a store, or of another format than this library's.
@@ -105,22 +121,31 @@ class PrefixStore(Upkeep):
         backend: SegmentBackend | None = None,
         key: KeySource | None = None,
         trust_owner: bool = False,
+        cache: str | os.PathLike[str] | None = None,
+        remote_timeout_s: float = 10.0,
     ) -> None:
         bounds = {
             "max_disk_bytes": max_disk_bytes,
             "ttl_s": ttl_s,
             "host_bytes": host_bytes,
             "device_bytes": device_bytes,
+            "remote_timeout_s": remote_timeout_s,
         }
         for name, value in bounds.items():
             if value is not None:
                 _require_bound(name, value)
         tenant, secret = Tenant(salt), StoreKey.of(key)
         opener = partial(Segment, key=secret)
+        engine = _engine(path, cache, backend, remote_timeout_s, secret)
+        if engine is not None:
+            path = default_folder(engine.name) if cache is None else cache
         try:
-            folder = open_folder(path, create=create, trust_owner=trust_owner)
+            folder = open_folder(path, create=create or engine is not None, trust_owner=trust_owner)
             self.path = folder.path
+            self.url = None if engine is None else engine.name
             self.backend: SegmentBackend = LocalDisk(folder, direct=direct) if backend is None else backend
+            if engine is not None:
+                self.backend = FleetBackend(LocalDisk(folder, direct=direct), folder, engine, Records(folder))
         except OSError as error:
             raise StoreError(f"{path}: the store cannot be opened: {error}") from error
         self.max_disk_bytes = max_disk_bytes
@@ -146,6 +171,15 @@ class PrefixStore(Upkeep):
         self.inner = StoreInner(
             self.path, parts, memory, max_disk_bytes=max_disk_bytes, ttl_s=ttl_s, reader_threads=reader_threads
         )
+        if engine is not None and isinstance(self.backend, FleetBackend):
+            inner = self.inner
+            inner.fleet = Fleet(engine, self.backend, parts, inner.room, inner.submit_background)
+            inner.publisher.on_published = inner.fleet.send
+            try:
+                inner.fleet.begin(create)
+            except BaseException:
+                inner.close()
+                raise
         self._put_in_order()
         # A path alone says nothing of a tenant, so it must not lead to a tenant's store.
         _open_stores.add(self, by_path=tenant.is_operator)
@@ -167,8 +201,12 @@ class PrefixStore(Upkeep):
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> PrefixStore:
-        """The store that this process has open at `path` (the first, or the first with a key), or a new one."""
-        return _open_stores.at(path, lambda: cls(path))
+        """The store that this process has open at `path` (the first, or the first with a key), or a new one.
+
+        Args:
+            path: of a folder, or the address of a shared store.
+        """
+        return _open_stores.at(default_folder(path) if is_address(path) else path, lambda: cls(path))
 
     def match(self, model: Any, input_ids: Any) -> int:
         """How many leading tokens of `input_ids` are stored for this very model; waits for what is being written.
@@ -183,12 +221,29 @@ class PrefixStore(Upkeep):
         ids = as_token_ids(input_ids.cpu() if hasattr(input_ids, "cpu") else input_ids)
         fingerprint = model_fingerprint(model)
         self.inner.wait_for_prompts(ids, 0)
-        sizes = [size for model, size in self.inner.read(stored_models) if model == fingerprint]
-        found = (self.inner.finder.find(fingerprint, ids, size).stored for size in sizes)
+        sizes = {size for model, size in self.inner.read(stored_models) if model == fingerprint}
+        if self.inner.fleet is not None:
+            sizes.add(ContiguousKVConfig.chunk_size)  # (Other machines may have stored what this one has never seen.)
+        found = (self.inner.lookup(fingerprint, ids, size, count=False) for size in sizes)
         return max((stored.tokens for stored in found if stored), default=0)
 
+    @property
+    def shared_upkeep(self) -> SharedUpkeep:
+        """Of a shared store: lists, verifies and deletes for all machines. (The other methods are for this one alone.)
+
+        Raises:
+            StoreError: this is a store in a folder.
+        """
+        self.inner.require_open()
+        if self.inner.fleet is None:
+            raise StoreError(f"{self.path} is a store in a folder, not one that machines share")
+        return self.inner.fleet.upkeep(self.inner.tenant)
+
     def flush(self) -> bool:
-        """Wait until every prompt that caches have handed over is stored; whether any still had to be."""
+        """Wait until every prompt that caches have handed over is stored; whether any still had to be.
+
+        Of a shared store: and until it was sent, or could not be.
+        """
         return self.inner.flush()
 
     def close(self) -> None:
@@ -211,6 +266,26 @@ class PrefixStore(Upkeep):
 
     def __repr__(self) -> str:
         return f"PrefixStore({str(self.path)!r}{', closed' if self.is_closed else ''})"
+
+
+def _engine(
+    place: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None,
+    backend: SegmentBackend | None,
+    timeout_s: float,
+    key: StoreKey | None,
+) -> SharedEngine | None:
+    """The engine of a shared store; `None` where `place` is a path."""
+    if not is_address(place):
+        if not isinstance(place, str) and re.match(r"[a-z0-9]+:/[^/]", os.fspath(place)):
+            raise ConfigError(f"{place} was an address before it became a Path, which drops a slash: pass it as text")
+        if cache is not None:
+            raise ConfigError(f"cache={str(cache)!r} is for the address of a shared store, and {place} is a path")
+        return None
+    if backend is not None:
+        raise ConfigError("backend= is for a store in a folder, not for the address of a shared store")
+    # (What was made with another key, or none, is of no use: each has a part of the shared store for itself.)
+    return engine_for(place if key is None else f"{place.rstrip('/')}/keyed-{key.public_name}", timeout_s)
 
 
 def _require_bound(name: str, value: object) -> None:

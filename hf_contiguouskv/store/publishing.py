@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from ..errors import InputError, StoreError
 from .backend import BlobWriter
@@ -44,12 +44,16 @@ class Publisher:
         parts: of the store.
         finder: of the store.
         room: chooses victims and removes them.
+
+    Attributes:
+        on_published: called with the key of each segment that was put into service, once the index knows it.
     """
 
     def __init__(self, parts: StoreParts, finder: Finder, room: Room) -> None:
         self._parts = parts
         self._finder = finder
         self._room = room
+        self.on_published: Callable[[str], object] = _nobody
 
     def _header(self, fingerprint: str, geometry: KVGeometry, ids: TokenIds, first_chunk: int) -> SegmentHeader:
         c = geometry.chunk_size
@@ -202,6 +206,7 @@ class Publisher:
             self._parts.counters.add("published")
             self._parts.counters.add("bytes_written", header.nbytes)
             self._parts.counters.add("evicted", len(evicted & removed))
+            self.on_published(header.key)
         return published, segment
 
     def open_now(self, key: str) -> Segment | None:
@@ -253,6 +258,10 @@ class Publisher:
                 if is_superseded(self._parts.opened.get(row), header, ids):
                     found.append(row)
         return found
+
+
+def _nobody(key: str) -> None:
+    """Nobody is told."""
 
 
 def _chain_keys(db: sqlite3.Connection, header: SegmentHeader) -> set[str]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from ..errors import InputError, StoreClosedError
 from ..hardware.aligned_memory import aligned_buffer, as_memoryview
 from .files import MAX_PART
-from .reads import DEFAULT_GAP, MAX_GAP, SECONDS_PER_READ, Check, Part, Read, ReadBatch, ReadTotals, Ticket, cut
+from .reads import Check, Part, Read, ReadBatch, ReadTotals, Ticket, cut, gap_worth_reading
 
 __all__ = ["Check", "ExtentReader", "Read", "ReadTotals", "Ticket", "aligned_buffer", "as_memoryview"]
 
@@ -125,8 +125,7 @@ class ExtentReader:
     def gap_bytes(self) -> int:
         """What storage delivers in the time that a read by itself costs: so much between two reads is read as well, if
         they may be joined. By the speed of the long reads so far."""
-        speed = self.totals.bytes_per_second
-        return DEFAULT_GAP if speed is None else min(MAX_GAP, int(speed * SECONDS_PER_READ))
+        return gap_worth_reading(self.totals.bytes_per_second)
 
     def submit(
         self,

@@ -25,6 +25,15 @@ _TOGETHER_BYTES = 2**17
 TELLING_BYTES = 2**20
 
 
+def gap_worth_reading(bytes_s: float | None) -> int:
+    """How far apart two reads may lie so that what is between is read as well: the disk's bytes in the time of a read.
+
+    Args:
+        bytes_s: bytes per second of the disk; `None`: not known yet.
+    """
+    return DEFAULT_GAP if bytes_s is None else min(MAX_GAP, int(bytes_s * SECONDS_PER_READ))
+
+
 @dataclass(slots=True)
 class Read:
     """One range of one segment file.

@@ -336,6 +336,15 @@ def set_use(db: sqlite3.Connection, key: str, created: float, last_used: float, 
     db.execute("UPDATE segments SET created = ?, last_used = ?, uses = ? WHERE key = ?", values)
 
 
+def set_stored_bytes(db: sqlite3.Connection, key: str, nbytes: int) -> None:
+    """Set what a segment takes up where it lies; does nothing where it is not known."""
+    row = segment_by_key(db, key)
+    if row is not None:
+        db.execute("UPDATE segments SET nbytes = ? WHERE id = ?", (nbytes, row.id))
+        take_from_totals(db, row.root, row.fingerprint, row.chunk_size, row.num_tokens, row.nbytes)
+        add_to_totals(db, row.root, row.fingerprint, row.chunk_size, row.num_tokens, nbytes)
+
+
 def mark_used(db: sqlite3.Connection, uses: Iterable[tuple[int, float, str]]) -> None:
     """Add `(uses, time of the last one, key)`."""
     values = [(count, _past(when), key) for count, when, key in uses]

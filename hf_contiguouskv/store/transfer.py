@@ -17,7 +17,12 @@ _BLOCK = 4 * 2**20
 
 
 def copy_segment(
-    segment: Segment, backend: SegmentBackend, key: StoreKey | None, on_block: Callable[[bytearray], None]
+    segment: Segment,
+    backend: SegmentBackend,
+    key: StoreKey | None,
+    on_block: Callable[[bytearray], None],
+    *,
+    compare: bool = False,
 ) -> tuple[SegmentHeader, BlobWriter]:
     """Copy an open segment into a new blob, with checksums as `key` makes them.
 
@@ -28,6 +33,8 @@ def copy_segment(
         segment: the original.
         backend: where the copy goes.
         key: of the store that it goes to, if that has one.
+        compare: compare what was copied with the checksums of the original, which must have been made with `key`. (They
+            are made again from what was copied, so nobody would notice the difference later.)
         on_block: called with each block of the original, from its first byte on. What it raises ends the copy.
 
     Returns:
@@ -51,6 +58,12 @@ def copy_segment(
         output = SegmentOutput(header, segment.token_ids, writer, key)
         output.adopt()
         output.finish(0.0)
+        if compare:
+            for name, checksum in zip(header.checked_tensors, output.whole_checksums, strict=True):
+                if segment.tensor_checksum(name) != checksum:
+                    raise SegmentCorruptError(
+                        f"{segment.name}: the bytes of {name} do not match their checksum", segment
+                    )
         _require_sound(Segment(_WrittenBlob(writer, segment.name), key))
     except BaseException:
         writer.discard()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import PrefixInUseError, StoreError, StoreFullError
-from ..stats import StoreStats
+from ..stats import REMOTE_COUNTS, StoreStats
 from . import maintenance
 from .backend import SegmentBackend
 from .entries import GcReport, PrefixInfo, StoreProblem
@@ -156,7 +156,8 @@ class Upkeep:
             deep: also make what approximates or repeats keys and values again from these, and compare it.
 
         Returns:
-            what is wrong; empty when all is well. Nothing is changed, except that a damaged index is rebuilt.
+            what is wrong; empty when all is well. Nothing is changed, except that a damaged index is rebuilt. Of a
+            shared store, only what this machine has whole is read; `shared_upkeep` verifies the rest.
         """
         self.inner.require_open()
         # First, because the next read of a damaged index repairs it.
@@ -166,7 +167,8 @@ class Upkeep:
         found = [StoreProblem("", "index", text) for text in texts]
 
         def query(db: sqlite3.Connection) -> list[SegmentRow]:
-            return [self.inner.tenant.find(db, key)] if key else all_segments(db, self.inner.tenant.roots(db))
+            rows = [self.inner.tenant.find(db, key)] if key else all_segments(db, self.inner.tenant.roots(db))
+            return rows if self.inner.fleet is None else self.inner.fleet.whole(rows)
 
         # With a connection of its own: look-ups of this process do not wait for long questions.
         index = self.inner.index.again()
@@ -225,6 +227,8 @@ class Upkeep:
         if self.inner.tenant.is_operator:
             stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.inner.parts.folder)
             stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
+        if self.inner.fleet is not None:
+            stats.remote = dict.fromkeys(REMOTE_COUNTS, 0)
         self.inner.counters.put_into(stats)
         return stats
 

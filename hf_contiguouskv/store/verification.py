@@ -12,7 +12,7 @@ from .backend import SegmentBackend
 from .derived import derived_problems
 from .entries import StoreProblem
 from .index import StoreIndex
-from .rows import SegmentRow, chunk_rows, has_chunks
+from .rows import SegmentRow, chunk_rows, has_chunks, keys_of_all
 from .segment import Segment, SegmentOpener
 
 _SCAN_BYTES = 4 * 2**20
@@ -42,7 +42,7 @@ def verify_segments(
             problems.append(StoreProblem(row.key, f"segment {row.key}", in_words(row.key, error)))
         else:
             try:
-                read = partial(_tell, progress, total, done)
+                read = partial(tell, progress, total, done)
                 found = segment_problems(segment, row.key, read, deep)
                 problems += [StoreProblem(row.key, segment.name, text) for text in found]
                 if not found:
@@ -51,14 +51,15 @@ def verify_segments(
             finally:
                 segment.close()
         done += row.nbytes
-        _tell(progress, total, done, 0)
+        tell(progress, total, done, 0)
     if whole_store:
-        for key in sorted(backend.list_keys() - {row.key for row in rows}):
+        for key in sorted(backend.list_keys() - index.read(keys_of_all)):
             problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
     return problems
 
 
-def _tell(progress: Callable[[int, int], None] | None, total: int, before: int, read: int) -> None:
+def tell(progress: Callable[[int, int], None] | None, total: int, before: int, read: int) -> None:
+    """Report `(bytes done, bytes in all)`, if anything is to be told."""
     if progress is not None:
         progress(min(before + read, total), total)
 

@@ -17,7 +17,10 @@ from hf_contiguouskv import PrefixStore
 from hf_contiguouskv.model.transformers_internals import cache_argument
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
+PAGES = [
+    *(ROOT / page for page in ("README.md", "docs/quickstart.md", "docs/fleet.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+]
 MODEL = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
 TEXT = "The door code is 7341. Ada wrote this in May. " * 12
 

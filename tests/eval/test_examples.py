@@ -119,6 +119,17 @@ def test_a_batch_answers_exactly_and_so_do_single_questions(folder: Path) -> Non
     assert printed.count("the same") == len(questions)
 
 
+def test_what_one_machine_stores_another_one_finds(folder: Path) -> None:
+    pytest.importorskip("obstore")
+    options = ["--doc", "document.txt", "--tokens", "400", "--model", str(folder / "model"), "--dtype", "float32"]
+    done = run(folder, "two_machines.py", *options)
+    assert done.returncode == 0, done.stderr.decode()
+    one, two = done.stdout.decode().splitlines()
+    assert "400 tokens computed and stored" in one
+    assert "1 segments sent, 0 were there" in one
+    assert "400 tokens found, 0 computed" in two
+
+
 def test_the_demo_recomputes_once_and_estimates_what_takes_long(folder: Path) -> None:
     plain = Plain(folder)
     questions = ["Which code?", "Which cat?"]

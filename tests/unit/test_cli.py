@@ -323,7 +323,8 @@ def test_a_closed_pipe_is_no_mistake() -> None:
 
 def test_help_lists_every_command() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == {"ls", "info", "verify", "gc", "rm", "pin", "unpin", "warm", "export", "import"}
+    of_stores = {"ls", "info", "verify", "gc", "rm", "pin", "unpin", "warm", "export", "import", "push", "pull"}
+    assert names == of_stores | {"plan"}
     for name in names:
         result = run(name, "--help")
         assert result.exit_code == 0

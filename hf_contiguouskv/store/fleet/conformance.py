@@ -1,0 +1,228 @@
+"""Whether an engine keeps the promises of `engine.py`: checks to run against your own.
+
+    from hf_contiguouskv.store.fleet.conformance import check_engine
+
+    check_engine(lambda: MyEngine("some-unused-folder"))
+
+Each check takes a callable that makes an engine on the same place each time, raises `AssertionError` with what was
+promised and what was seen, and returns nothing. Under pytest: `@pytest.mark.parametrize("check", ENGINE_CHECKS)`. What
+a check has written it deletes, if it passes. Objects are at most 12 MiB.
+
+What cannot be checked from outside: that a writer who dies leaves nothing, that an answer comes or is given up in time,
+and that messages hold no credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .engine import SharedEngine
+
+Make = Callable[[], SharedEngine]
+EngineCheck = Callable[[Make], None]
+
+
+@contextlib.contextmanager
+def _opened(make: Make) -> Iterator[tuple[SharedEngine, str]]:
+    """An engine, and a folder in it that nobody uses."""
+    engine, folder = make(), f"check-{secrets.token_hex(8)}"
+    try:
+        yield engine, folder
+        engine.delete([one.name for one in engine.walk(folder)])
+    finally:
+        engine.close()
+
+
+def _raises(kind: type[BaseException], call: Callable[[], object], promise: str) -> None:
+    try:
+        found = call()
+    except kind:
+        return
+    except Exception as error:
+        raise AssertionError(f"{promise}; it raised {type(error).__name__}: {error}") from error
+    raise AssertionError(f"{promise}; it returned {found!r}")
+
+
+def creates_once(make: Make) -> None:
+    """`create` writes an object that is not there, and leaves one that is."""
+    with _opened(make) as (engine, folder):
+        assert engine.create(f"{folder}/a", b"first") is True, "create of a new object returns true"
+        assert engine.create(f"{folder}/a", b"second") is False, "create of an object that is there returns false"
+        assert engine.get(f"{folder}/a", 100) == b"first", "create leaves what is there"
+
+
+def creates_once_among_many(make: Make) -> None:
+    """Of several who create one object at once, exactly one wins, and it is its content that stays."""
+    with _opened(make) as (engine, folder):
+        won: list[bytes] = []
+        start = threading.Barrier(8)
+
+        def create(number: int) -> None:
+            start.wait()
+            if engine.create(f"{folder}/raced", b"%d" % number):
+                won.append(b"%d" % number)
+
+        threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1, f"of eight who create one object at once, one wins; {len(won)} did"
+        assert engine.get(f"{folder}/raced", 100) == won[0], "the content of the winner stays"
+
+
+def replaces(make: Make) -> None:
+    """`put` writes, and replaces."""
+    with _opened(make) as (engine, folder):
+        engine.put(f"{folder}/a", b"first")
+        engine.put(f"{folder}/a", b"other")
+        assert engine.get(f"{folder}/a", 100) == b"other", "put replaces"
+        engine.put(f"{folder}/empty", b"")
+        assert engine.get(f"{folder}/empty", 100) == b"", "an object may be empty"
+
+
+def says_what_is_missing(make: Make) -> None:
+    """What is not there is missing, and no other error."""
+    with _opened(make) as (engine, folder):
+        _raises(FileNotFoundError, lambda: engine.get(f"{folder}/none", 100), "get of what is not there")
+        ranges = [(0, memoryview(bytearray(4)))]
+        _raises(FileNotFoundError, lambda: engine.read_ranges(f"{folder}/none", ranges), "reading what is not there")
+        engine.delete([f"{folder}/none"])
+        assert engine.list_each([f"{folder}/nowhere/"], 10) == [[]], "a folder that is not there holds nothing"
+
+
+def bounds_what_is_small(make: Make) -> None:
+    """`get` refuses what has more bytes than it was told."""
+    with _opened(make) as (engine, folder):
+        engine.put(f"{folder}/a", bytes(101))
+        _raises(OSError, lambda: engine.get(f"{folder}/a", 100), "get of more bytes than allowed raises OSError")
+        assert engine.get(f"{folder}/a", 101) == bytes(101), "get of as many bytes as allowed"
+
+
+def uploads_and_reads_ranges(make: Make) -> None:
+    """A large object is read back by ranges: in any order, neighbours, apart, empty and overlapping."""
+    with _opened(make) as (engine, folder), tempfile.TemporaryDirectory() as place:
+        content = secrets.token_bytes(12 * 2**20 + 17)
+        path = Path(place, "large")
+        path.write_bytes(content)
+        engine.upload(f"{folder}/large", path)
+        wanted = [(5, 100), (len(content) - 9, 9), (105, 7), (9 * 2**20, 5 * 2**19), (3, 4), (40, 0), (0, len(content))]
+        buffers = [bytearray(length) for _, length in wanted]
+        fetched = engine.read_ranges(
+            f"{folder}/large", [(offset, memoryview(into)) for (offset, _), into in zip(wanted, buffers, strict=True)]
+        )
+        for (offset, length), into in zip(wanted, buffers, strict=True):
+            assert into == content[offset : offset + length], f"bytes {offset} to {offset + length} are read as written"
+        assert fetched.nbytes >= len(content), "it says how many bytes it asked for"
+
+
+def reads_little_more_than_asked(make: Make) -> None:
+    """Of many small ranges, at most a tenth more is read than was asked for."""
+    with _opened(make) as (engine, folder):
+        engine.put(f"{folder}/a", secrets.token_bytes(2**20))
+        ranges = [(offset, memoryview(bytearray(1000))) for offset in range(0, 2**20 - 1000, 4096)]
+        fetched = engine.read_ranges(f"{folder}/a", ranges)
+        asked = sum(into.nbytes for _, into in ranges)
+        assert asked <= fetched.nbytes <= 1.1 * asked, f"{fetched.nbytes} bytes were read for {asked}"
+
+
+def says_where_it_ends(make: Make) -> None:
+    """A range that ends behind the object is an error, not fewer bytes."""
+    with _opened(make) as (engine, folder):
+        engine.put(f"{folder}/a", bytes(100))
+        for offset, length in ((90, 20), (100, 1), (5000, 10)):
+            ranges = [(offset, memoryview(bytearray(length)))]
+            call = lambda ranges=ranges: engine.read_ranges(f"{folder}/a", ranges)  # noqa: E731
+            _raises(EOFError, call, f"reading bytes {offset} to {offset + length} of 100")
+
+
+def pins_a_version(make: Make) -> None:
+    """What was replaced since the version that is asked for is missing, if the engine has versions."""
+    with _opened(make) as (engine, folder):
+        engine.put(f"{folder}/a", b"first")
+        ranges = [(0, memoryview(bytearray(5)))]
+        version = engine.read_ranges(f"{folder}/a", ranges).version
+        if version is None:
+            return
+        assert engine.read_ranges(f"{folder}/a", ranges, version).version == version, "a version stays the same"
+        engine.put(f"{folder}/a", b"other")
+        _raises(
+            FileNotFoundError, lambda: engine.read_ranges(f"{folder}/a", ranges, version), "reading what was replaced"
+        )
+
+
+def lists_folders(make: Make) -> None:
+    """`list_each` lists what lies below each folder, up to a limit; `walk` lists all."""
+    with _opened(make) as (engine, folder):
+        engine.put_many([f"{folder}/one/{number:02d}" for number in range(12)] + [f"{folder}/one-more/x"])
+        engine.put(f"{folder}/two/deep/a", b"abc")
+        one, two, none = engine.list_each([f"{folder}/one/", f"{folder}/two/", f"{folder}/three/"], 100)
+        assert sorted(info.name for info in one) == [f"{folder}/one/{number:02d}" for number in range(12)], one
+        assert [(info.name, info.nbytes) for info in two] == [(f"{folder}/two/deep/a", 3)], two
+        assert none == [], none
+        assert len(engine.list_each([f"{folder}/one/"], 5)[0]) == 5, "at most as many as the limit says"
+        assert len(list(engine.walk(folder))) == 14, "walk gives all objects below a folder"
+
+
+def deletes(make: Make) -> None:
+    """`delete` deletes what is there."""
+    with _opened(make) as (engine, folder):
+        engine.put_many([f"{folder}/{number}" for number in range(5)])
+        engine.delete([f"{folder}/{number}" for number in range(1, 9)])
+        assert [info.name for info in engine.walk(folder)] == [f"{folder}/0"], "what was deleted is gone"
+
+
+def shares(make: Make) -> None:
+    """What one has written, another finds."""
+    with _opened(make) as (engine, folder):
+        engine.put(f"{folder}/a", b"here")
+        other = make()
+        try:
+            assert other.get(f"{folder}/a", 10) == b"here", "what one has written, another reads"
+            other.delete([f"{folder}/a"])
+        finally:
+            other.close()
+        _raises(FileNotFoundError, lambda: engine.get(f"{folder}/a", 10), "what another has deleted")
+
+
+def closes_twice(make: Make) -> None:
+    """It may be closed more than once, and is of no use then."""
+    engine = make()
+    engine.close()
+    engine.close()
+    _raises(OSError, lambda: engine.get("none", 10), "a closed engine raises OSError")
+
+
+ENGINE_CHECKS: tuple[EngineCheck, ...] = (
+    creates_once,
+    creates_once_among_many,
+    replaces,
+    says_what_is_missing,
+    bounds_what_is_small,
+    uploads_and_reads_ranges,
+    reads_little_more_than_asked,
+    says_where_it_ends,
+    pins_a_version,
+    lists_folders,
+    deletes,
+    shares,
+    closes_twice,
+)
+
+
+def check_engine(make: Make) -> None:
+    """Run all checks.
+
+    Args:
+        make: makes an engine; each call on the same place.
+
+    Raises:
+        AssertionError: a promise is not kept.
+    """
+    for check in ENGINE_CHECKS:
+        check(make)

