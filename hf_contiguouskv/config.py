@@ -127,9 +127,9 @@ class ContiguousKVConfig:
         least_budget: the smallest share that `budget="auto"` may choose, in (0, 1]. `contiguouskv calibrate` finds the
             share that your own questions need.
         reselect_every: choose the chunks again whenever the answer has grown by this many tokens, by the queries of the
-            question and of the latest tokens; only chunks that are missing are read. Rows that share their chunks (beams,
-            samples of one prompt) choose together. `None`: choose once, by the question. So far only choosing at every
-            token was seen to help, and a larger budget helped more (docs/research.md, section 15).
+            question and of the latest tokens; only chunks that are missing are read. Rows that share their chunks
+            (beams, samples of one prompt) choose together. `None`: choose once, by the question. So far only choosing
+            at every token was seen to help, and a larger budget helped more (docs/research.md, section 15).
 
     Raises:
         ConfigError: a field is out of its range, or payload and selection cannot work together.
