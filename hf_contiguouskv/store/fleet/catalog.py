@@ -204,7 +204,7 @@ class Catalog:
     def publish(self, segment: SharedSegment, about: Description, hashes: Sequence[bytes], path: Path) -> Published:
         """Put a segment into the shared store unless it is there: bytes first, then its head, then its names.
 
-        Whoever dies in between leaves nothing that is found and not whole.
+        A machine that dies in between leaves nothing that is found and not whole.
 
         Args:
             segment: what is published; its upload is chosen here.

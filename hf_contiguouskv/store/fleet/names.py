@@ -2,7 +2,7 @@
 
     contiguouskv-shared.json                 marks the folder
     segments/ab/KEY.UPLOAD.safetensors       a segment, exactly as on a disk; UPLOAD tells two uploads of it apart
-    heads/KEY                                which upload counts; whoever creates it first has won
+    heads/KEY                                which upload counts; the first to create it has won
     anchors/HASH/FIRST-OWN/...-KEY-UPLOAD    empty; names of segments, found by the hash of a chunk of a prompt
     used/KEY                                 empty; when the segment was last used
     damaged/KEY.UPLOAD                       an upload whose bytes proved wrong

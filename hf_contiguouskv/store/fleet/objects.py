@@ -332,7 +332,7 @@ class _Loop:
 
 
 async def _cancel_all() -> None:
-    """End whatever somebody still waits for: a future of a loop that stands still would never be done."""
+    """End what is still waited for: a future of a loop that stands still would never be done."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
