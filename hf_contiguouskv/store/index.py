@@ -115,7 +115,7 @@ class StoreIndex:
                 try:
                     db = self._connected(connection)
                     if db is not None:
-                        return _transaction(db, action, begin)
+                        return transaction(db, action, begin)
                 except _DATABASE_ERRORS as error:
                     if attempt == 2 or not _is_damage(self._file, error):
                         raise _as_store_error(self.path, error) from error
@@ -143,7 +143,7 @@ class StoreIndex:
                     return  # Another process was faster.
                 found = self._file.found()
                 with self._file.build() as db:
-                    _transaction(db, self._refill, "BEGIN IMMEDIATE")
+                    transaction(db, self._refill, "BEGIN IMMEDIATE")
                 if not self._file.is_due(found):
                     return  # As above.
                 if found is not None:
@@ -240,7 +240,14 @@ def _cannot_be_locked(cause: object) -> bool:
     return code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
 
-def _transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], Result], begin: str) -> Result:
+def transaction(db: sqlite3.Connection, action: Callable[[sqlite3.Connection], Result], begin: str) -> Result:
+    """What `action` returns, done as a whole or not at all.
+
+    Args:
+        db: a connection without a transaction.
+        action: does it.
+        begin: the statement that begins the transaction.
+    """
     # Reads are transactions as well: what several queries see together belongs together.
     db.execute(begin)
     try:

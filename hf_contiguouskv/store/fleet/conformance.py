@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..conformance.tools import refuses, require
 from .engine import SharedEngine
 
 Make = Callable[[], SharedEngine]
@@ -38,22 +39,12 @@ def _opened(make: Make) -> Iterator[tuple[SharedEngine, str]]:
         engine.close()
 
 
-def _raises(kind: type[BaseException], call: Callable[[], object], promise: str) -> None:
-    try:
-        found = call()
-    except kind:
-        return
-    except Exception as error:
-        raise AssertionError(f"{promise}; it raised {type(error).__name__}: {error}") from error
-    raise AssertionError(f"{promise}; it returned {found!r}")
-
-
 def creates_once(make: Make) -> None:
     """`create` writes an object that is not there, and leaves one that is."""
     with _opened(make) as (engine, folder):
-        assert engine.create(f"{folder}/a", b"first") is True, "create of a new object returns true"
-        assert engine.create(f"{folder}/a", b"second") is False, "create of an object that is there returns false"
-        assert engine.get(f"{folder}/a", 100) == b"first", "create leaves what is there"
+        require(engine.create(f"{folder}/a", b"first") is True, "create of a new object returns true")
+        require(engine.create(f"{folder}/a", b"second") is False, "create of an object that is there returns false")
+        require(engine.get(f"{folder}/a", 100) == b"first", "create leaves what is there")
 
 
 def creates_once_among_many(make: Make) -> None:
@@ -72,8 +63,8 @@ def creates_once_among_many(make: Make) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(won) == 1, f"of eight who create one object at once, one wins; {len(won)} did"
-        assert engine.get(f"{folder}/raced", 100) == won[0], "the content of the winner stays"
+        require(len(won) == 1, f"of eight who create one object at once, one wins; {len(won)} did")
+        require(engine.get(f"{folder}/raced", 100) == won[0], "the content of the winner stays")
 
 
 def replaces(make: Make) -> None:
@@ -81,27 +72,27 @@ def replaces(make: Make) -> None:
     with _opened(make) as (engine, folder):
         engine.put(f"{folder}/a", b"first")
         engine.put(f"{folder}/a", b"other")
-        assert engine.get(f"{folder}/a", 100) == b"other", "put replaces"
+        require(engine.get(f"{folder}/a", 100) == b"other", "put replaces")
         engine.put(f"{folder}/empty", b"")
-        assert engine.get(f"{folder}/empty", 100) == b"", "an object may be empty"
+        require(engine.get(f"{folder}/empty", 100) == b"", "an object may be empty")
 
 
 def says_what_is_missing(make: Make) -> None:
     """What is not there is missing, and no other error."""
     with _opened(make) as (engine, folder):
-        _raises(FileNotFoundError, lambda: engine.get(f"{folder}/none", 100), "get of what is not there")
+        refuses(FileNotFoundError, lambda: engine.get(f"{folder}/none", 100), "get of what is not there")
         ranges = [(0, memoryview(bytearray(4)))]
-        _raises(FileNotFoundError, lambda: engine.read_ranges(f"{folder}/none", ranges), "reading what is not there")
+        refuses(FileNotFoundError, lambda: engine.read_ranges(f"{folder}/none", ranges), "reading what is not there")
         engine.delete([f"{folder}/none"])
-        assert engine.list_each([f"{folder}/nowhere/"], 10) == [[]], "a folder that is not there holds nothing"
+        require(engine.list_each([f"{folder}/nowhere/"], 10) == [[]], "a folder that is not there holds nothing")
 
 
 def bounds_what_is_small(make: Make) -> None:
     """`get` refuses what has more bytes than it was told."""
     with _opened(make) as (engine, folder):
         engine.put(f"{folder}/a", bytes(101))
-        _raises(OSError, lambda: engine.get(f"{folder}/a", 100), "get of more bytes than allowed raises OSError")
-        assert engine.get(f"{folder}/a", 101) == bytes(101), "get of as many bytes as allowed"
+        refuses(OSError, lambda: engine.get(f"{folder}/a", 100), "get of more bytes than allowed raises OSError")
+        require(engine.get(f"{folder}/a", 101) == bytes(101), "get of as many bytes as allowed")
 
 
 def uploads_and_reads_ranges(make: Make) -> None:
@@ -117,8 +108,10 @@ def uploads_and_reads_ranges(make: Make) -> None:
             f"{folder}/large", [(offset, memoryview(into)) for (offset, _), into in zip(wanted, buffers, strict=True)]
         )
         for (offset, length), into in zip(wanted, buffers, strict=True):
-            assert into == content[offset : offset + length], f"bytes {offset} to {offset + length} are read as written"
-        assert fetched.nbytes >= len(content), "it says how many bytes it asked for"
+            require(
+                into == content[offset : offset + length], f"bytes {offset} to {offset + length} are read as written"
+            )
+        require(fetched.nbytes >= len(content), "it says how many bytes it asked for")
 
 
 def reads_little_more_than_asked(make: Make) -> None:
@@ -128,7 +121,7 @@ def reads_little_more_than_asked(make: Make) -> None:
         ranges = [(offset, memoryview(bytearray(1000))) for offset in range(0, 2**20 - 1000, 4096)]
         fetched = engine.read_ranges(f"{folder}/a", ranges)
         asked = sum(into.nbytes for _, into in ranges)
-        assert asked <= fetched.nbytes <= 1.1 * asked, f"{fetched.nbytes} bytes were read for {asked}"
+        require(asked <= fetched.nbytes <= 1.1 * asked, f"{fetched.nbytes} bytes were read for {asked}")
 
 
 def says_where_it_ends(make: Make) -> None:
@@ -138,7 +131,7 @@ def says_where_it_ends(make: Make) -> None:
         for offset, length in ((90, 20), (100, 1), (5000, 10)):
             ranges = [(offset, memoryview(bytearray(length)))]
             call = lambda ranges=ranges: engine.read_ranges(f"{folder}/a", ranges)  # noqa: E731
-            _raises(EOFError, call, f"reading bytes {offset} to {offset + length} of 100")
+            refuses(EOFError, call, f"reading bytes {offset} to {offset + length} of 100")
 
 
 def pins_a_version(make: Make) -> None:
@@ -149,9 +142,9 @@ def pins_a_version(make: Make) -> None:
         version = engine.read_ranges(f"{folder}/a", ranges).version
         if version is None:
             return
-        assert engine.read_ranges(f"{folder}/a", ranges, version).version == version, "a version stays the same"
+        require(engine.read_ranges(f"{folder}/a", ranges, version).version == version, "a version stays the same")
         engine.put(f"{folder}/a", b"other")
-        _raises(
+        refuses(
             FileNotFoundError, lambda: engine.read_ranges(f"{folder}/a", ranges, version), "reading what was replaced"
         )
 
@@ -162,11 +155,13 @@ def lists_folders(make: Make) -> None:
         engine.put_many([f"{folder}/one/{number:02d}" for number in range(12)] + [f"{folder}/one-more/x"])
         engine.put(f"{folder}/two/deep/a", b"abc")
         one, two, none = engine.list_each([f"{folder}/one/", f"{folder}/two/", f"{folder}/three/"], 100)
-        assert sorted(info.name for info in one) == [f"{folder}/one/{number:02d}" for number in range(12)], one
-        assert [(info.name, info.nbytes) for info in two] == [(f"{folder}/two/deep/a", 3)], two
-        assert none == [], none
-        assert len(engine.list_each([f"{folder}/one/"], 5)[0]) == 5, "at most as many as the limit says"
-        assert len(list(engine.walk(folder))) == 14, "walk gives all objects below a folder"
+        there = [f"{folder}/one/{number:02d}" for number in range(12)]
+        require(sorted(info.name for info in one) == there, f"it must list what lies below a folder, listed {one}")
+        deep = [(f"{folder}/two/deep/a", 3)]
+        require([(info.name, info.nbytes) for info in two] == deep, f"it must list folders in folders, listed {two}")
+        require(not none, f"a folder that is not there holds nothing, listed {none}")
+        require(len(engine.list_each([f"{folder}/one/"], 5)[0]) == 5, "at most as many as the limit says")
+        require(len(list(engine.walk(folder))) == 14, "walk gives all objects below a folder")
 
 
 def deletes(make: Make) -> None:
@@ -174,7 +169,7 @@ def deletes(make: Make) -> None:
     with _opened(make) as (engine, folder):
         engine.put_many([f"{folder}/{number}" for number in range(5)])
         engine.delete([f"{folder}/{number}" for number in range(1, 9)])
-        assert [info.name for info in engine.walk(folder)] == [f"{folder}/0"], "what was deleted is gone"
+        require([info.name for info in engine.walk(folder)] == [f"{folder}/0"], "what was deleted is gone")
 
 
 def shares(make: Make) -> None:
@@ -183,11 +178,11 @@ def shares(make: Make) -> None:
         engine.put(f"{folder}/a", b"here")
         other = make()
         try:
-            assert other.get(f"{folder}/a", 10) == b"here", "what one has written, another reads"
+            require(other.get(f"{folder}/a", 10) == b"here", "what one has written, another reads")
             other.delete([f"{folder}/a"])
         finally:
             other.close()
-        _raises(FileNotFoundError, lambda: engine.get(f"{folder}/a", 10), "what another has deleted")
+        refuses(FileNotFoundError, lambda: engine.get(f"{folder}/a", 10), "what another has deleted")
 
 
 def closes_twice(make: Make) -> None:
@@ -195,7 +190,7 @@ def closes_twice(make: Make) -> None:
     engine = make()
     engine.close()
     engine.close()
-    _raises(OSError, lambda: engine.get("none", 10), "a closed engine raises OSError")
+    refuses(OSError, lambda: engine.get("none", 10), "a closed engine raises OSError")
 
 
 ENGINE_CHECKS: tuple[EngineCheck, ...] = (

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..directory import Directory
+from ..index import transaction
 from ..segment_row import is_key
 from .names import SharedSegment
 from .spans import Spans
@@ -180,18 +181,7 @@ class Records:
         return self._use(query)
 
     def _write(self, change: Callable[[sqlite3.Connection], Result]) -> Result | None:
-        def transaction(db: sqlite3.Connection) -> Result:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                result = change(db)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            return result
-
-        return self._use(transaction)
+        return self._use(lambda db: transaction(db, change, "BEGIN IMMEDIATE"))
 
     def _use(self, action: Callable[[sqlite3.Connection], Result]) -> Result | None:
         """What `action` returns; `None` where the database cannot be used now."""
