@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -100,8 +101,9 @@ def object_server(folder: Path, bucket: str = "fleet") -> Iterator[ObjectServer]
         _make_bucket(server, bucket, folder / "log")
         yield server
     finally:
-        server.thaw()
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # (It may have ended by itself.)
+            server.thaw()
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
