@@ -34,7 +34,8 @@ def free_ports(count: int) -> list[int]:
         one = socket.socket()
         one.bind(("127.0.0.1", 0))
         number = one.getsockname()[1]
-        if number < 55536 and all(abs(number - other.getsockname()[1]) not in (0, 10000) for other in sockets):
+        apart = all(abs(number - other.getsockname()[1]) not in (0, 10000) for other in sockets)
+        if number < 55536 and apart and _is_free(number + 10000):
             sockets.append(one)
         else:
             one.close()
@@ -42,6 +43,15 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 @dataclass
@@ -94,6 +104,8 @@ def object_server(folder: Path, bucket: str = "fleet") -> Iterator[ObjectServer]
         "-master.volumeSizeLimitMB=64",
     ]
     command += ["-s3", f"-s3.port={s3}", f"-s3.config={config}", "-volume.max=20", "-master.telemetry=false"]
+    # (Its catalogues of tables would take the same ports in each server.)
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     server = ObjectServer(s3, process)
