@@ -145,11 +145,11 @@ class StoreInner:
         self.require_open()
         try:
             found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+            if wait and self.wait_for_prompts(ids, found.stored.tokens if found.stored else 0):
+                found = self.finder.find(fingerprint, ids, chunk_size, geometry)
             if self.fleet is not None and self.fleet.seek(
                 self.finder.hashes(fingerprint, ids, chunk_size), chunk_size, found.stored.tokens if found.stored else 0
             ):
-                found = self.finder.find(fingerprint, ids, chunk_size, geometry)
-            if wait and self.wait_for_prompts(ids, found.stored.tokens if found.stored else 0):
                 found = self.finder.find(fingerprint, ids, chunk_size, geometry)
             reason = None if found.stored else self.finder.why_missing(found, fingerprint, ids, chunk_size)
         except StoreError as error:

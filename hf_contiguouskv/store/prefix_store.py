@@ -129,11 +129,13 @@ class PrefixStore(Upkeep):
             "ttl_s": ttl_s,
             "host_bytes": host_bytes,
             "device_bytes": device_bytes,
-            "remote_timeout_s": remote_timeout_s,
         }
         for name, value in bounds.items():
             if value is not None:
                 _require_bound(name, value)
+        _require_bound("remote_timeout_s", remote_timeout_s)
+        if not remote_timeout_s > 0:
+            raise ConfigError(f"remote_timeout_s must be more than 0, got {remote_timeout_s}")
         tenant, secret = Tenant(salt), StoreKey.of(key)
         opener = partial(Segment, key=secret)
         engine = _engine(path, cache, backend, remote_timeout_s, secret)

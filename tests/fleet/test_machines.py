@@ -471,6 +471,9 @@ def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
         PrefixStore(tmp_path / "store", cache=tmp_path / "other")
     with pytest.raises(ConfigError, match="backend="):
         PrefixStore(f"file://{tmp_path}/x", cache=tmp_path / "c", backend=LocalDisk(tmp_path))
+    for seconds in (0, -1, float("nan"), None, "1"):
+        with pytest.raises(ConfigError, match="remote_timeout_s"):
+            PrefixStore(f"file://{tmp_path}/x", cache=tmp_path / "c", remote_timeout_s=seconds)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="pass it as text"):
         PrefixStore(Path("s3://bucket/folder"))
     with pytest.raises(ConfigError, match="expected an address"):

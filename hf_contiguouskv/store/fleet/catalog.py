@@ -40,6 +40,8 @@ Record = TypeVar("Record", SharedSegment, "Description")
 # One answer of a listing holds so many names. A longer one, of prefixes that share very much, is read on, up to a
 # bound.
 _LISTED, _LISTED_AT_MOST = 1000, 20_000
+# So often another choice is made where segments that were chosen are of no use.
+_TRIES = 64
 # Heads are read so many at once.
 _AT_ONCE = 32
 _MAX_HEAD = 64 * 1024
@@ -148,7 +150,7 @@ class Catalog:
             hashes: of the whole chunks of the prompt.
             chunk_size: tokens per chunk.
             have: chunks that are at hand already.
-            is_of_use: asked of each segment before one is chosen.
+            is_of_use: asked of each segment before it is taken.
 
         Raises:
             OSError: the engine failed.
@@ -165,9 +167,15 @@ class Catalog:
             for one in objects
             if (match := read_name(one.name, anchor, hashes, chunk_size)) is not None
         }
-        useful = {match.segment: True for match in matches.values()}
-        useful = {segment: is_of_use(segment) for segment in useful}
-        return best_chain([match for match in matches.values() if useful[match.segment]], have)
+        left = list(matches.values())
+        # (Very many may share the beginning of a prompt. Only those that would be taken are asked about.)
+        for _ in range(_TRIES):
+            chain = best_chain(left, have)
+            useless = {segment for segment in chain if not is_of_use(segment)}
+            if not useless:
+                return chain
+            left = [match for match in left if match.segment not in useless]
+        return []
 
     def _list(self, folders: Sequence[tuple[int, str]], limit: int) -> dict[tuple[int, str], list[ObjectInfo]]:
         return dict(zip(folders, self.engine.list_each([folder for _, folder in folders], limit), strict=True))

@@ -154,7 +154,12 @@ class ObjectStorage:
         done: list[_Answer] = []
         if version is None and joined:
             # Which content is read is settled by the first answer.
-            done.append(await asyncio.wait_for(self._fetch(name, joined[0], None), self._timeout_s))
+            first = asyncio.ensure_future(self._fetch(name, joined[0], None))
+            try:
+                await self._wait_while_some_end([first])
+            finally:
+                first.cancel()
+            done.append(first.result())
             version = done[0][1]
         tasks = [asyncio.ensure_future(self._fetch(name, part, version)) for part in joined[len(done) :]]
         try:

@@ -103,10 +103,13 @@ class Sender:
 
     def _send_waiting(self) -> None:
         with self._lock:
-            keys, self._waiting = list(self._waiting), {}
             self._tried_s = time.monotonic()
+            keys = list(self._waiting)
         # (A segment must not be found before the one that it continues, or a look-up ends there.)
         keys = self._parents_first(keys)
+        with self._lock:
+            for key in keys:
+                self._waiting.pop(key, None)
         for number, key in enumerate(keys):
             try:
                 self._send(key)
