@@ -93,7 +93,7 @@ def measure(model: Any, tokenizer: Any, lengths: Sequence[int], links: Sequence[
         shutil.rmtree(place, ignore_errors=True)
     return {
         "machine": machine(),
-        "model": model.name_or_path,
+        "model": Path(model.name_or_path).name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "suffix_tokens": SUFFIX_TOKENS,
         "links": {name: {"gbps": LINKS[name].gbps, "delay_ms": LINKS[name].delay_ms} for name in links},

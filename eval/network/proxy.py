@@ -7,6 +7,9 @@ import contextlib
 import threading
 import time
 
+_PIECE = 64 * 1024
+_ON_ITS_WAY = 256
+
 
 class Proxy:
     """Forwards connections to a port; a context manager.
@@ -17,7 +20,7 @@ class Proxy:
     Attributes:
         port: that it listens on.
         mode: "pass", "stall" (connections are taken, and nothing crosses) or "cut" (connections are closed).
-        delay_s: that each piece of an answer waits.
+        delay_s: from the server to the client, for each byte of an answer; those behind it need not wait for it.
         bytes_per_s: of answers, all connections together; 0: no limit.
         cut_after: connections are closed once so many bytes of answers have crossed from now on; `None`: not at all.
         answered: bytes of answers that have crossed.
@@ -64,34 +67,60 @@ class Proxy:
                 writer.transport.abort()
                 return
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
-            await asyncio.gather(self._forward(reader, back, answers=False), self._forward(there, writer, answers=True))
+            # What is on its way: when it arrives, and what. (As many pieces as a long, fast link holds.)
+            on_its_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_ON_ITS_WAY)
+            await asyncio.gather(
+                self._forward(reader, back), self._receive(there, on_its_way), self._deliver(on_its_way, writer)
+            )
 
-    async def _forward(self, source: asyncio.StreamReader, to: asyncio.StreamWriter, *, answers: bool) -> None:
+    async def _forward(self, source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+        """What the client sends."""
         try:
-            while piece := await source.read(16 * 1024):
-                while self.mode == "stall":
-                    await asyncio.sleep(0.02)
-                if self.mode == "cut" or (answers and self._is_cut(len(piece))):
+            while piece := await source.read(_PIECE):
+                if not await self._may_pass():
                     to.transport.abort()
                     return
-                if answers:
-                    await self._wait(len(piece))
-                    self.answered += len(piece)
                 to.write(piece)
                 await to.drain()
         finally:
             to.close()
+
+    async def _receive(self, source: asyncio.StreamReader, on_its_way: asyncio.Queue[tuple[float, bytes]]) -> None:
+        """What the server answers, as fast as the link takes it."""
+        with contextlib.suppress(OSError):
+            while piece := await source.read(_PIECE):
+                if self.bytes_per_s:
+                    now = time.monotonic()
+                    self._free_s = max(now, self._free_s) + len(piece) / self.bytes_per_s
+                    await asyncio.sleep(self._free_s - now)
+                await on_its_way.put((time.monotonic() + self.delay_s, piece))
+        await on_its_way.put((0.0, b""))
+
+    async def _deliver(self, on_its_way: asyncio.Queue[tuple[float, bytes]], to: asyncio.StreamWriter) -> None:
+        """What arrives at the client, and when."""
+        try:
+            while True:
+                when, piece = await on_its_way.get()
+                if not piece:
+                    return
+                await asyncio.sleep(max(0.0, when - time.monotonic()))
+                if not await self._may_pass() or self._is_cut(len(piece)):
+                    to.transport.abort()
+                    return
+                self.answered += len(piece)
+                to.write(piece)
+                await to.drain()
+        finally:
+            to.close()
+
+    async def _may_pass(self) -> bool:
+        """Wait while nothing crosses; false if connections are cut."""
+        while self.mode == "stall":
+            await asyncio.sleep(0.02)
+        return self.mode != "cut"
 
     def _is_cut(self, nbytes: int) -> bool:
         if self.cut_after is None:
             return False
         self.cut_after -= nbytes
         return self.cut_after < 0
-
-    async def _wait(self, nbytes: int) -> None:
-        if self.delay_s:
-            await asyncio.sleep(self.delay_s)
-        if self.bytes_per_s:
-            now = time.monotonic()
-            self._free_s = max(now, self._free_s) + nbytes / self.bytes_per_s
-            await asyncio.sleep(self._free_s - now)

@@ -44,7 +44,8 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     """Write the Markdown file `out` and a picture beside it."""
     rows, links = results["rows"], results["links"]
     lengths = sorted({row["tokens"] for row in rows})
-    systems = list(dict.fromkeys(row["system"] for row in rows))
+    measured = {row["system"] for row in rows}
+    systems = [system for system in _COLOURS if system in measured]
     about = results["machine"]
     lines = [
         "# A prefix from another machine",
@@ -52,7 +53,8 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         f"{results['model']}, {results['dtype']}, a suffix of {results['suffix_tokens']} tokens, {about['cpu']} with "
         f"{about['cores']} cores. A real object server (SeaweedFS) on loopback, behind a proxy that delays each "
         "answer and limits their bytes. Nothing of the prefix is on the machine that asks; opening its store is inside "
-        "the timer. Medians and quartiles of interleaved requests.",
+        "the timer. Client, server and proxy share the processor, so on the fastest link it is what decides. Medians "
+        "and quartiles of interleaved requests.",
         "",
         "```bash",
         "python -m eval.network run docs/results/network.json",
