@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 
 Payload = Literal["packed", "exact"]
+IndexBits = Literal[8, 2]
 Budget = float | Literal["auto"]
 
 
@@ -59,7 +60,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class IndexedKeys(Selection):
-    """Score chunks with the resident int8 index of all keys, and reward concentrated attention. The default.
+    """Score chunks with the resident index of all keys, and reward concentrated attention. The default.
 
     The fields are those of `Selection`; every layer leads its own period of one.
     """
@@ -119,6 +120,10 @@ class ContiguousKVConfig:
             bits (a seventh of the bytes) and keys in 8 bits from the key index; needs `selection=IndexedKeys(...)`.
             Prefixes that were stored without packed values, `budget=1.0`, and layers with a sliding window are always
             exact.
+        index_bits: bits per number of the key index of prefixes that are stored from now on. 8: the index takes a
+            quarter of the KV in 16 bits, and attention gets its keys from it. 2: the index takes a 14th, in the store
+            and in memory, and chosen chunks bring their keys along, in 8 bits; needs a `chunk_size` of 4 or more. A
+            prefix that continues a stored one takes its form, and stored prefixes are served in their own.
         selection: how chunks are scored: `IndexedKeys(...)` or `AttentionMass(...)`.
         reading: how bytes are read.
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less
@@ -138,6 +143,7 @@ class ContiguousKVConfig:
     budget: Budget = 0.25
     chunk_size: int = 16
     payload: Payload = "packed"
+    index_bits: IndexBits = 8
     selection: Selection = field(default_factory=IndexedKeys)
     reading: ReadOptions = field(default_factory=ReadOptions)
     prefill_block: int = 8192
@@ -173,6 +179,10 @@ class ContiguousKVConfig:
             raise ConfigError(f"chunk_size must be a power of two, got {self.chunk_size}")
         if self.payload not in get_args(Payload):
             raise ConfigError(f"payload must be one of {get_args(Payload)}, got {self.payload!r}")
+        if self.index_bits not in get_args(IndexBits) or isinstance(self.index_bits, bool | float):
+            raise ConfigError(f"index_bits must be one of {get_args(IndexBits)}, got {self.index_bits!r}")
+        if self.index_bits == 2 and self.chunk_size < 4:
+            raise ConfigError(f"index_bits=2 needs a chunk_size of 4 or more, got {self.chunk_size}")
         if not isinstance(self.selection, Selection):
             raise ConfigError(f"selection must be IndexedKeys(...) or AttentionMass(...), got {self.selection!r}")
         if self.payload == "packed" and not isinstance(self.selection, IndexedKeys):

@@ -12,12 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.selection import (
     AttentionMassScorer,
+    CoarseIndex,
     IndexedKeysScorer,
+    KeyIndex,
     SelectionInput,
     choose_chunks,
     voting_queries,
 )
-from hf_contiguouskv.store.key_index import build_key_index
 
 from .rounding import round_by_spread, round_keys, round_values
 from .summaries import SummaryScorer
@@ -165,7 +166,8 @@ class Simulation:
 
     def _scorer(self, layer: int, size: int, heads: slice) -> Any:
         v = self._variant
-        known = (v.rule, v.power, v.index_bits, v.index_spread, v.key_group, layer, size, heads.start, heads.stop)
+        index = (v.index_bits, v.index_spread, v.index_coarse, v.key_group)
+        known = (v.rule, v.power, *index, layer, size, heads.start, heads.stop)
         if known not in self._scorers:
             keys = self._kv[layer][0][heads]
             if v.index_bits < 8 and v.index_spread:
@@ -179,7 +181,7 @@ class Simulation:
             elif v.index_bits == 16:
                 self._scorers[known] = SummaryScorer(keys, size, v.power, "every")
             else:
-                parts = [build_key_index(keys, size)]
+                parts = [(CoarseIndex if v.index_coarse else KeyIndex).of(keys, size)]
                 self._scorers[known] = IndexedKeysScorer(parts, self._tokens // size, v.power)
         return self._scorers[known]
 

@@ -30,6 +30,7 @@ class Variant:
         index_bits: bits of the scored keys: 16 (exact), 8, 4, 3, 2 or 1.
         index_spread: whether scored keys of fewer than 8 bits are rounded to steps of a channel's standard deviation
             around its mean, over all tokens. Otherwise `key_group` tokens share a minimum and a scale.
+        index_coarse: whether scored keys are the coarse index: 2 bits, four levels for each block of 64 tokens.
         key_bits, value_bits: bits of the keys and values that attention sees: 16 (exact), 8, 4 or 2.
         key_group: tokens that share a scale and a minimum, per channel (with 8 bits, all tokens share a scale).
         value_group: channels that share a scale and a minimum, per token.
@@ -52,6 +53,7 @@ class Variant:
     nominated: float = 1.0
     index_bits: int = 8
     index_spread: bool = False
+    index_coarse: bool = False
     key_bits: int = 16
     value_bits: int = 16
     key_group: int = 64
@@ -139,6 +141,15 @@ SETS: dict[str, list[Variant]] = {
             at(_of_packed(f"index {bits} bits, by spread", index_bits=bits, index_spread=True), 0.25)
             for bits in (4, 3, 2, 1)
         ),
+    ],
+    "coarse": [
+        at(variant, share)
+        for share in (0.05, 0.10, 0.25)
+        for variant in (
+            _of_packed("index 8 bits"),
+            _of_packed("index 2 bits, from end to end", index_bits=2),
+            _of_packed("index 2 bits, coarse", index_coarse=True),
+        )
     ],
     # Where the index has few bits, the keys of attention come with the chunk.
     "keys": [

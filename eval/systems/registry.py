@@ -111,10 +111,13 @@ class SystemKind:
 
 
 def _ours(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
-    exact: dict[str, Any] = {"payload": "exact"} if "exact" in options else {}
+    more: dict[str, Any] = {"payload": "exact"} if "exact" in options else {}
+    if "compact" in options:
+        more["index_bits"] = 2
     every = int(options["reselect"]) if "reselect" in options else None
-    config = ContiguousKVConfig(budget=budget, timeline=True, reselect_every=every, **exact)
-    return ContiguousKV(_label("contiguouskv", options), model, folder / "chunks", config, **store_options)
+    config = ContiguousKVConfig(budget=budget, timeline=True, reselect_every=every, **more)
+    place = folder / ("chunks-compact" if "compact" in options else "chunks")
+    return ContiguousKV(_label("contiguouskv", options), model, place, config, **store_options)
 
 
 def _published_config(budget: float, options: Options) -> ContiguousKVConfig:
@@ -226,6 +229,7 @@ SYSTEMS: dict[str, SystemKind] = {
         _ours,
         options=(
             OptionKind("exact", changes_answers=True),
+            OptionKind("compact", changes_answers=True),
             OptionKind("reselect", changes_answers=True, value="count"),
         ),
     ),

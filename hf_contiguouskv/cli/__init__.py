@@ -8,6 +8,7 @@ is an error: `{"error": {"type": ..., "message": ...}}`.
 # Importing them registers their commands, in the order in which `--help` lists them.
 from . import show as _show  # noqa: F401, I001
 from . import care as _care  # noqa: F401
+from . import repack as _repack  # noqa: F401
 from . import warm as _warm  # noqa: F401
 from . import bundle as _bundle  # noqa: F401
 from . import fleet as _fleet  # noqa: F401

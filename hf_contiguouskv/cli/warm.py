@@ -6,14 +6,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
 from tqdm import tqdm
 
 from ..cache.contiguous_cache import ContiguousKVCache
-from ..config import ContiguousKVConfig
+from ..config import ContiguousKVConfig, IndexBits
 from ..errors import InputError, StoreError
 from ..store import PrefixStore
 from ..wording import escaped, quoted
@@ -61,6 +61,9 @@ def warm(
         typer.Option(help="Of model and KV; only a model of the same dtype finds them. auto: as the model was saved."),
     ] = "auto",
     chunk_size: Annotated[int, typer.Option(help="Tokens per chunk.")] = 16,
+    index_bits: Annotated[
+        int, typer.Option(metavar="8|2", help="Bits per number of the key index (see ContiguousKVConfig).")
+    ] = 8,
     as_json: AsJson = False,
 ) -> None:
     """Compute the KV cache of text files, each a prefix of its own, and store it.
@@ -68,7 +71,7 @@ def warm(
     The prefix is the tokenizer's encoding of the file: special tokens included, line ends as they are. A file that is
     missing, empty, not UTF-8 or too long is reported, the others are stored, and the exit status is 1.
     """
-    config = ContiguousKVConfig(chunk_size=chunk_size)
+    config = ContiguousKVConfig(chunk_size=chunk_size, index_bits=cast(IndexBits, index_bits))
     texts, refused = _read(files)  # Before the model, which takes longer to load.
     found: dict[str, Any] = {"files": []}
     if texts:

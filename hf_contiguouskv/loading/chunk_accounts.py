@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ class RequestUsage:
 
     def __init__(self, memory: MemoryTiers) -> None:
         self._memory = memory
-        self._by_form: dict[Form, Usage] = {"exact": Usage(), "packed": Usage()}
+        self._by_form: dict[Form, Usage] = {form: Usage() for form in get_args(Form)}
         self._tell = weakref.finalize(self, memory.finished, *self._by_form.values())
         self._tell.atexit = False
 

@@ -1,4 +1,4 @@
-"""The keys that chunks are scored with: exact leader keys or the int8 index, from memory or from disk."""
+"""The keys that chunks are scored with: exact leader keys or the key index, from memory or from disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..memory import Buffer, Tier
 from ..memory.device_tier import DeviceTier
 from ..planning.read_plan import ReadPlan
 from ..selection import AttentionMassScorer, ChunkScorer, IndexedKeysScorer, Scratch
-from ..selection.indexed_keys import Part
+from ..selection.index_parts import CoarseIndex, IndexPart, KeyIndex
 from ..stats import RequestStats
 from ..timeline import SpanRecorder
 from .arriving_tensor import ArrivingTensor
@@ -66,10 +66,13 @@ class KeyLoader:
             f"{span.segment.key}.{span.segment.first_chunk}.{span.segment.identity}/" for span in prefix.spans
         ]
         together = plan.keys_together(accelerated)
-        tensors = {layer: plan.key_tensors(layer) for layer in plan.key_layers if not plan.scored_from_payload(layer)}
-        self._runs = [key_runs(span.segment, tensors, together) for span in prefix.spans]
-        self._scratch = Scratch()
-        self._parts: dict[int, list[Part]] = {}
+        scored = [layer for layer in plan.key_layers if not plan.scored_from_payload(layer)]
+        self._runs = [
+            key_runs(segment, {layer: plan.key_tensors(segment, layer) for layer in scored}, together)
+            for segment in (span.segment for span in prefix.spans)
+        ]
+        self._scratch, self._expanded = Scratch(), Scratch()
+        self._parts: dict[int, list[IndexPart]] = {}
         # Memory of the tiers that the request holds for its keys, by span and first layer of the run. It is given back
         # whatever ends the request.
         self._held: dict[tuple[int, int], HeldRun] = {}
@@ -210,16 +213,16 @@ class KeyLoader:
         if layer in self._plan.indexed_layers:
             on_device = self._memory.on(device) is not None
             parts, whole = self._index(layer), self._prefix.whole_chunks
-            return IndexedKeysScorer(parts, whole, concentration, self._scratch, on_device)
+            return IndexedKeysScorer(parts, whole, concentration, self._scratch, self._expanded, on_device)
         self._collect(layer, device)
         return AttentionMassScorer(self._leader_keys(layer, device), g.chunk_size, concentration)
 
-    def index(self, layer: int) -> list[Part]:
-        """The key index of a layer, one part per segment, once it has arrived. It must have been wanted."""
+    def index(self, layer: int) -> list[KeyIndex]:
+        """The 8-bit index of a layer, one part per segment, once it has arrived. It must have been wanted."""
         self._ahead.need(layer)
-        return self._index(layer)
+        return [part for part in self._index(layer) if isinstance(part, KeyIndex)]
 
-    def _index(self, layer: int) -> list[Part]:
+    def _index(self, layer: int) -> list[IndexPart]:
         if layer not in self._parts:
             self._collect(layer, self._plan.layers.devices[layer])
             self._parts[layer] = self._index_parts(layer)
@@ -299,16 +302,20 @@ class KeyLoader:
             held.buffers.append((tier, buffer))
         return kept is not None
 
-    def _index_parts(self, layer: int) -> list[Part]:
-        g = self._prefix.geometry
-        parts = []
+    def _index_parts(self, layer: int) -> list[IndexPart]:
+        parts: list[IndexPart] = []
         for held in self._holding(layer):
             span = held.span
-            packed, scales = held.tensors(layer)
-            index = packed.view(torch.int8).view(g.kv_heads, g.chunk_size, -1, g.head_dim)
+            *numbers, scale = span.segment.shaped(
+                self._plan.key_tensors(span.segment, layer), held.tensors(layer)
+            )
+            if len(numbers) == 2:
+                parts.append(CoarseIndex(*numbers, scale, span.offset, span.chunks))
+                continue
+            (index,) = numbers
             if (span.offset, span.chunks) != (0, index.shape[2]):
                 index = index[:, :, span.offset : span.offset + span.chunks].contiguous()
-            parts.append((index, scales.view(torch.float32).view(g.kv_heads, g.head_dim)))
+            parts.append(KeyIndex(index, scale))
         return parts
 
     def _leader_keys(self, layer: int, device: torch.device) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 
 from ..hardware.accelerator import send
 from ..memory.blocks import neighbours
-from ..selection.indexed_keys import Part
+from ..selection.index_parts import KeyIndex
 from ..store.attached_prefix import AttachedPrefix, Chunks
-from ..store.packing import unpack_values
+from ..store.packing import unpack_compact, unpack_values
 from .residency import LoadedChunks
 
 
@@ -110,31 +110,41 @@ def put(prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, de
 
     They go to `places`, int64 `(n,)`. `None`: there is one extent, a partial chunk, and room for one.
     """
-    if prefix.form == "packed":
-        _put_values(prefix, extents, places, destination[1])
+    if prefix.form != "exact":
+        _put_few_bits(prefix, extents, places, destination)
     elif places is None:
         destination.copy_(kv_view(prefix, extents)[0, :, None, :, None, : destination.shape[4]])
     else:
         place(kv_view(prefix, extents), places, destination[:, 0])
 
 
-def _put_values(
+def _put_few_bits(
     prefix: AttachedPrefix, extents: torch.Tensor, places: Chunks | None, destination: torch.Tensor
 ) -> None:
-    """As `put`, for packed extents and a `destination` of `(rows, kv_heads, chunks, tokens, head_dim)`."""
+    """As `put`, for extents in few bits. Where attention gets its keys from the key index, only values are put."""
     g = prefix.geometry
+    if prefix.form == "packed":
+        destination = destination[1:]
     if places is not None and neighbours(places):
         # Straight to where attention looks.
-        part = destination[0].narrow(1, int(places[0]), len(places))
-        unpack_values(extents, g, part.transpose(0, 1))
+        _unpack(prefix, extents, destination[:, 0].narrow(2, int(places[0]), len(places)))
         return
-    values = destination.new_empty(g.kv_heads, len(extents), g.chunk_size, g.head_dim)
-    unpack_values(extents, g, values.transpose(0, 1))
+    found = destination.new_empty(len(destination), g.kv_heads, len(extents), g.chunk_size, g.head_dim)
+    _unpack(prefix, extents, found)
     if places is None:
-        destination.copy_(values[None, :, :, : destination.shape[3]])
+        destination.copy_(found[:, None, :, :, : destination.shape[4]])
     else:
         where = send(torch.from_numpy(places), destination.device)
-        destination[0].index_copy_(1, where, values)
+        destination[:, 0].index_copy_(2, where, found)
+
+
+def _unpack(prefix: AttachedPrefix, extents: torch.Tensor, out: torch.Tensor) -> None:
+    """Into `out`, `(1 (V) or 2 (K, V), kv_heads, n, c, head_dim)`."""
+    states = [one.transpose(0, 1) for one in out]
+    if prefix.form == "packed":
+        unpack_values(extents, prefix.geometry, states[0])
+    else:
+        unpack_compact(extents, prefix.geometry, *states)
 
 
 def copy_in_order(prefix: AttachedPrefix, part: LoadedChunks, first_chunk: int, destination: torch.Tensor) -> None:
@@ -143,13 +153,13 @@ def copy_in_order(prefix: AttachedPrefix, part: LoadedChunks, first_chunk: int, 
 
 
 def place_keys(
-    prefix: AttachedPrefix, parts: Sequence[Part], selected: Sequence[Chunks], destination: torch.Tensor
+    prefix: AttachedPrefix, parts: Sequence[KeyIndex], selected: Sequence[Chunks], destination: torch.Tensor
 ) -> None:
     """Put the keys of selected chunks, in 8 bits, where attention looks.
 
     Args:
         prefix: whose keys.
-        parts: index and scale per segment, for all chunks of the prefix (see `selection.indexed_keys`).
+        parts: index and scale per segment, for all chunks of the prefix (see `selection.index_parts`).
         selected: per row int64 `(keep,)`, ascending.
         destination: `(rows, kv_heads, kept_tokens, head_dim)`, on the device of the parts; a partial last chunk comes
             behind the others.
@@ -163,7 +173,7 @@ def place_keys(
         destination[:, :, destination.shape[2] - tail :] = last.to(destination.dtype)
 
 
-def place_chunk_keys(prefix: AttachedPrefix, parts: Sequence[Part], chunks: Chunks, destination: torch.Tensor) -> None:
+def place_chunk_keys(prefix: AttachedPrefix, parts: Sequence[KeyIndex], chunks: Chunks, destination: torch.Tensor) -> None:
     """Keys of whole chunks (int64, ascending) into `destination`, `(kv_heads, n, c, head_dim)`; see `place_keys`."""
     begin, ends = 0, [len(chunks)]
     if len(parts) > 1:
@@ -174,7 +184,7 @@ def place_chunk_keys(prefix: AttachedPrefix, parts: Sequence[Part], chunks: Chun
         begin = end
 
 
-def _place_keys_of_segment(part: Part, chunks: Chunks, destination: torch.Tensor) -> None:
+def _place_keys_of_segment(part: KeyIndex, chunks: Chunks, destination: torch.Tensor) -> None:
     """Keys of `chunks` of one segment into `(kv_heads, n, c, head_dim)`."""
     index, scale = part
     where = send(torch.from_numpy(chunks), index.device)

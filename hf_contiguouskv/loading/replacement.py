@@ -10,7 +10,7 @@ import torch
 
 from ..hardware.accelerator import send
 from ..memory.blocks import among
-from ..selection.indexed_keys import Part
+from ..selection.index_parts import KeyIndex
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from .placement import chosen, place_chunk_keys, put
 from .residency import LoadedChunks
@@ -67,7 +67,7 @@ class NewChunks:
                 if len(places):
                     put(self._prefix, part.extents(take), places, row)
 
-    def add_keys(self, parts: Sequence[Part]) -> None:
+    def add_keys(self, parts: Sequence[KeyIndex]) -> None:
         """Copy the keys of a packed prefix from its index (see `placement.place_keys`)."""
         for exchange, row in zip(self._exchanges, self._rows, strict=True):
             place_chunk_keys(self._prefix, parts, exchange.missing, row[0, 0])

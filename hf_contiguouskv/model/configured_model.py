@@ -53,9 +53,9 @@ class ConfiguredModel:
         """Bytes of the exact K and V of one token in all layers."""
         return 2 * self.layers * self.shape.kv_heads * self.shape.head_dim * self.shape.dtype.itemsize
 
-    def geometry(self, chunk_size: int) -> KVGeometry:
+    def geometry(self, chunk_size: int, index_bits: int = 8) -> KVGeometry:
         """How this library stores the model's KV in chunks of `chunk_size` tokens."""
-        return stored_geometry(self.shape, chunk_size)
+        return stored_geometry(self.shape, chunk_size, index_bits)
 
     def weights_read(self, tokens: int) -> float:
         """Numbers of the layers' matrices that a forward of `tokens` tokens reads: of experts, those that are chosen at

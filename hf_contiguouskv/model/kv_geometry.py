@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..wording import quoted
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LAYER_LISTS = ("leader_layers", "indexed_layers", "packed_layers")
+LAYER_LISTS = ("leader_layers", "indexed_layers", "packed_layers", "compact_layers")
 # At most this many channels share a scale in packed values.
 _MAX_SHARING = 64
 
@@ -39,6 +39,8 @@ class KVGeometry:
         leader_layers: layers whose exact keys are stored a second time, contiguously.
         indexed_layers: layers that have an int8 key index.
         packed_layers: indexed layers whose values are stored a second time, in 4 bits.
+        compact_layers: layers that have a coarse key index of 2 bits, and whose keys in 8 bits and values in 4 bits are
+            stored a second time, chunk by chunk.
 
     Raises:
         InputError: a field is out of range.
@@ -53,6 +55,7 @@ class KVGeometry:
     leader_layers: tuple[int, ...] = ()
     indexed_layers: tuple[int, ...] = ()
     packed_layers: tuple[int, ...] = ()
+    compact_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         limits = {"num_layers": 4096, "kv_heads": 4096, "head_dim": 65536, "chunk_size": 4096, "layers_per_group": 4096}
@@ -69,12 +72,37 @@ class KVGeometry:
                     f"geometry: {field} must be different layers from 0 to {self.num_layers - 1} in ascending order, "
                     f"got {layers}"
                 )
-        if self.packed_layers and self.head_dim % 2:
+        if (self.packed_layers or self.compact_layers) and self.head_dim % 2:
             raise InputError(f"geometry: packed values need an even head_dim, got {self.head_dim}")
+        if self.compact_layers and self.chunk_size % 4:
+            raise InputError(f"geometry: a coarse index needs a chunk_size of 4 or more, got {self.chunk_size}")
+        if set(self.compact_layers) & set(self.indexed_layers):
+            raise InputError(
+                f"geometry: compact_layers {self.compact_layers} must not be among indexed_layers {self.indexed_layers}"
+            )
         if not set(self.packed_layers) <= set(self.indexed_layers):
             raise InputError(
                 f"geometry: packed_layers {self.packed_layers} must be among indexed_layers {self.indexed_layers}"
             )
+
+    def with_index(self, layers: tuple[int, ...], index_bits: int) -> KVGeometry:
+        """The same K and V, with a key index of `index_bits` bits (8 or 2) and chunks in few bits of `layers`.
+
+        With an odd `head_dim`, nothing can be packed: there is an index in 8 bits alone.
+        """
+        packs = self.head_dim % 2 == 0
+        if index_bits == 2 and packs:
+            return replace(self, indexed_layers=(), packed_layers=(), compact_layers=layers)
+        return replace(self, indexed_layers=layers, packed_layers=layers if packs else (), compact_layers=())
+
+    def continuing(self, earlier: KVGeometry) -> KVGeometry:
+        """The geometry of what continues a segment of geometry `earlier`: it takes that one's form of index and chunks,
+        or a prefix of both could only be served exactly."""
+        if earlier.compact_layers:
+            return self.with_index(earlier.compact_layers, 2)
+        if self.compact_layers and earlier.packed_layers:
+            return self.with_index(earlier.packed_layers, 8)
+        return self
 
     def same_kv(self, other: KVGeometry) -> bool:
         """Whether chunks have the same shape and dtype; their layout may differ."""
@@ -108,6 +136,11 @@ class KVGeometry:
         return self.kv_heads * self.chunk_size * (self.head_dim // 2 + 4 * scales)
 
     @property
+    def compact_bytes(self) -> int:
+        """Bytes of the keys in 8 bits and values in 4 bits of one chunk of one layer (`packing`)."""
+        return self.packed_bytes + self.kv_heads * (self.chunk_size + 2) * self.head_dim
+
+    @property
     def num_groups(self) -> int:
         """Layer groups; the last one may hold fewer layers."""
         return -(-self.num_layers // self.layers_per_group)
@@ -118,6 +151,7 @@ class KVGeometry:
 
     def to_metadata(self) -> dict[str, str]:
         """The fields as strings, for the `__metadata__` of a segment."""
+        small = {"packed_layers": self.packed_layers, "compact_layers": self.compact_layers}
         return {
             "num_layers": str(self.num_layers),
             "kv_heads": str(self.kv_heads),
@@ -127,7 +161,7 @@ class KVGeometry:
             "layers_per_group": str(self.layers_per_group),
             "leader_layers": ",".join(map(str, self.leader_layers)),
             "indexed_layers": ",".join(map(str, self.indexed_layers)),
-        } | ({"packed_layers": ",".join(map(str, self.packed_layers))} if self.packed_layers else {})
+        } | {field: ",".join(map(str, layers)) for field, layers in small.items() if layers}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> KVGeometry:
@@ -148,8 +182,9 @@ class KVGeometry:
             layers_per_group=whole_number(metadata, "layers_per_group"),
             leader_layers=_layer_numbers(metadata, "leader_layers"),
             indexed_layers=_layer_numbers(metadata, "indexed_layers"),
-            # Only segments of version 2 have this field.
+            # Fields that are left out where they are empty.
             packed_layers=_layer_numbers(metadata, "packed_layers") if "packed_layers" in metadata else (),
+            compact_layers=_layer_numbers(metadata, "compact_layers") if "compact_layers" in metadata else (),
         )
 
 

@@ -26,25 +26,25 @@ from .trial_forward import KVShape, try_forward
 LEADER_PERIOD = 8
 
 
-def stored_geometry(shape: KVShape, chunk_size: int) -> KVGeometry:
-    """The stored form of a model's KV: K and V exactly; an int8 index and 4-bit values of every full-attention layer;
-    exact keys of every eighth of these layers (the published leader layers).
+def stored_geometry(shape: KVShape, chunk_size: int, index_bits: int = 8) -> KVGeometry:
+    """The stored form of a model's KV: K and V exactly; a key index and chunks in few bits of every full-attention
+    layer; exact keys of every eighth of these layers (the published leader layers).
 
     Args:
         shape: of the model's K and V.
         chunk_size: tokens per chunk.
+        index_bits: of the key index, 8 or 2 (see `ContiguousKVConfig`); 8 if `head_dim` is odd.
     """
     full = shape.layers.full_layers
-    return KVGeometry(
+    exact = KVGeometry(
         num_layers=len(shape.layers.windows),
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         dtype=shape.dtype,
         chunk_size=chunk_size,
         leader_layers=tuple(full[::LEADER_PERIOD]),
-        indexed_layers=tuple(full),
-        packed_layers=tuple(full) if shape.head_dim % 2 == 0 else (),
     )
+    return exact.with_index(tuple(full), index_bits)
 
 
 @dataclass
@@ -126,9 +126,9 @@ class ServedModel:
         """Windows and devices of the layers."""
         return self.shape.layers
 
-    def geometry(self, chunk_size: int) -> KVGeometry:
+    def geometry(self, chunk_size: int, index_bits: int = 8) -> KVGeometry:
         """The stored form of the model's KV (`stored_geometry`)."""
-        return stored_geometry(self.shape, chunk_size)
+        return stored_geometry(self.shape, chunk_size, index_bits)
 
     def fingerprint(self) -> str:
         """The model's fingerprint: changes with weights, adapters and configuration

@@ -46,7 +46,7 @@ class _ChunkRequest:
         windows = case.model.shape.layers.windows
         self._crosses = case.machine.has_accelerator
         device = torch.device("cuda" if self._crosses else "cpu")
-        prefix = unwritten_prefix(case.model.geometry(config.chunk_size), case.prefix_tokens)
+        prefix = unwritten_prefix(case.model.geometry(config.chunk_size, config.index_bits), case.prefix_tokens)
         self._plan = ReadPlan.of(prefix, config, LayerPlan(windows, (device,) * len(windows)))
         self._published = config.selection.period > 1
         self._selection = config.selection
@@ -91,7 +91,7 @@ class _ChunkRequest:
             nbytes = plan.prefix.chunks * plan.prefix.extent_bytes
             seconds = case.layer_s(_EXACT, plan.kept_tokens, _COPIED * kv_bytes)
             return LayerStep(*seconds, self._whole(nbytes))
-        moved = (_EXPANDED if plan.packed else _COPIED) * kv_bytes
+        moved = (_EXPANDED if plan.in_few_bits else _COPIED) * kv_bytes
         if plan.reads_whole_layers:
             keys, values = (
                 self._whole(plan.keys_bytes(layer)),
@@ -102,7 +102,7 @@ class _ChunkRequest:
         leads = plan.is_leader(layer)
         return LayerStep(
             *case.layer_s(self._work, plan.kept_tokens, moved, plan.keep),
-            self._whole(plan.keys_bytes(layer)) if leads or plan.packed else None,
+            self._whole(plan.keys_bytes(layer)) if leads or plan.keys_from_index else None,
             self._choose_s(layer) if leads else 0.0,
             self._period_asks(layer) if leads else (),
             tuple(Ask(target, self._chunks()) for target in plan.to_speculate(layer)),

@@ -17,7 +17,14 @@ from ..hardware.aligned_memory import PAGE, as_memoryview
 from ..model.attention import attend
 from ..model.served_model import ServedModel
 from ..model.trial_forward import KVShape
-from ..selection import AttentionMassScorer, IndexedKeysScorer, SelectionInput, build_key_index, voting_queries
+from ..selection import (
+    AttentionMassScorer,
+    CoarseIndex,
+    IndexedKeysScorer,
+    KeyIndex,
+    SelectionInput,
+    voting_queries,
+)
 from ..store.attached_prefix import AttachedPrefix
 from ..store.inner import StoreInner
 from ..store.reader import Read
@@ -181,8 +188,8 @@ def _choose(model: ServedModel, layer: int, config: ContiguousKVConfig, tokens: 
     voters = voting_queries(visible[0], config.selection.queries, config.selection.recent)
     inputs = SelectionInput(queries, queries[:, : shape.kv_heads], [voters], visible, shape.head_dim**-0.5)
     if isinstance(config.selection, IndexedKeys):
-        index, scale = build_key_index(keys.to(device), c)
-        indexed = IndexedKeysScorer([(index, scale)], tokens // c, config.selection.concentration)
+        part = (CoarseIndex if config.index_bits == 2 else KeyIndex).of(keys.to(device), c)
+        indexed = IndexedKeysScorer([part], tokens // c, config.selection.concentration)
         return lambda: _wait(indexed(inputs).importance)
     exact = AttentionMassScorer(keys.to(device, shape.dtype), c, config.selection.concentration)
     return lambda: _wait(exact(inputs).importance)

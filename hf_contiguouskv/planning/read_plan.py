@@ -14,6 +14,8 @@ from ..hardware.aligned_memory import PAGE
 from ..model.layer_plan import LayerPlan
 from ..store.attached_prefix import AttachedPrefix, Chunks
 from ..store.reads import DEFAULT_GAP
+from ..store.segment import Segment
+from ..store.tensor_places import index_tensors
 
 # Storage delivers this many bytes in the time that one more read costs (measured: 1.7 GB/s, 10 us of processor time).
 WORTH_READING_BYTES = DEFAULT_GAP
@@ -75,8 +77,7 @@ class ReadPlan:
         """
         keep, full = chunks_kept(config.budget, prefix.whole_chunks), layers.full_layers
         packs = config.payload == "packed" and keep < prefix.whole_chunks and bool(full)
-        served = prefix.packed() if packs and prefix.packable.issuperset(full) else prefix
-        return cls(prefix, served, keep, layers, config)
+        return cls(prefix, prefix.in_few_bits(full) if packs else prefix, keep, layers, config)
 
     def on(self, prefix: AttachedPrefix) -> ReadPlan:
         """The same plan for another prefix of the same tokens."""
@@ -93,8 +94,13 @@ class ReadPlan:
         return self.keep * self.prefix.geometry.chunk_size + self.prefix.tail_tokens
 
     @property
-    def packed(self) -> bool:
-        """Whether values are read in 4 bits, and keys from the key index."""
+    def in_few_bits(self) -> bool:
+        """Whether attention gets keys in 8 bits and values in 4."""
+        return self.served.form != "exact"
+
+    @property
+    def keys_from_index(self) -> bool:
+        """Whether attention gets its keys from the key index, and chunks are values only."""
         return self.served.form == "packed"
 
     @cached_property
@@ -105,7 +111,7 @@ class ReadPlan:
         """
         layer_bytes = self.served.whole_chunks * self.served.extent_bytes
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
-        return self.packed and layer_bytes <= max(small, self.keep * WORTH_READING_BYTES)
+        return self.in_few_bits and layer_bytes <= max(small, self.keep * WORTH_READING_BYTES)
 
     def layers_together(self, accelerated: bool) -> int:
         """Whole layers that are read as one; one at a time if the store serves an accelerator (`accelerated`)."""
@@ -114,9 +120,9 @@ class ReadPlan:
 
     @cached_property
     def indexed_layers(self) -> frozenset[int]:
-        """Layers whose chunks are scored from the int8 key index."""
+        """Layers whose chunks are scored from a key index, in 8 bits or in 2."""
         indexed = isinstance(self.config.selection, IndexedKeys)
-        return self.prefix.layers_with("indexed_layers") if indexed else frozenset()
+        return self.prefix.layers_with("indexed_layers", "compact_layers") if indexed else frozenset()
 
     @cached_property
     def prefixes(self) -> tuple[AttachedPrefix, ...]:
@@ -155,10 +161,10 @@ class ReadPlan:
     def _leader_layers(self) -> frozenset[int]:
         return self.prefix.layers_with("leader_layers")
 
-    def key_tensors(self, layer: int) -> tuple[str, ...]:
-        """Names of the segment's tensors from which `layer` is scored; empty if it is scored from its payload."""
+    def key_tensors(self, segment: Segment, layer: int) -> tuple[str, ...]:
+        """Names of the tensors of `segment` from which `layer` is scored; empty if it is scored from its payload."""
         if layer in self.indexed_layers:
-            return (f"key_index.{layer}", f"key_scale.{layer}")
+            return index_tensors(segment.geometry, layer)
         return (f"leader_keys.{layer}",) if layer in self._leader_layers else ()
 
     def scored_from_payload(self, layer: int) -> bool:
@@ -167,17 +173,17 @@ class ReadPlan:
 
     def keys_bytes(self, layer: int) -> int:
         """Bytes to read to score `layer`."""
-        tensors = self.key_tensors(layer)
-        if not tensors:
+        if self.scored_from_payload(layer):
             return self.prefix.chunks * self.prefix.geometry.extent_bytes
-        return sum(span.segment.tensor_extent(tensors[0])[1] for span in self.prefix.spans)
+        segments = [span.segment for span in self.prefix.spans]
+        return sum(one.tensor_extent(name)[1] for one in segments for name in self.key_tensors(one, layer))
 
     @cached_property
     def key_layers(self) -> list[int]:
-        """Layers whose keys a request needs, which are leaders, or all layers of a packed prefix."""
+        """Layers whose keys a request needs: leaders, or all layers where attention gets its keys from the index."""
         if self.keeps_all:
             return []
-        return [layer for layer in self.layers.full_layers if self.packed or self.is_leader(layer)]
+        return [layer for layer in self.layers.full_layers if self.keys_from_index or self.is_leader(layer)]
 
     def keys_together(self, accelerated: bool) -> int:
         """Keys of neighbouring layers up to this size are read as one, and kept as one.
@@ -231,8 +237,8 @@ class ReadPlan:
             return found + len(full) * prefix.chunks * g.extent_bytes
         for layer in full:
             leads = self.is_leader(layer)
-            if layer in self.indexed_layers and (leads or self.packed):
-                found += prefix.chunks * g.keys_bytes // g.itemsize
+            if layer in self.indexed_layers and (leads or self.keys_from_index):
+                found += self.keys_bytes(layer)
             elif leads:
                 found += prefix.chunks * (g.keys_bytes if layer in self._leader_layers else g.extent_bytes)
         if self.reads_whole_layers:

@@ -173,7 +173,7 @@ class Prefill:
         begin_segment = partial(begin, self._fingerprint, geometry, numbers, first, known)
         writer = self._try(begin_segment)
         try:
-            feed = None if writer is None else SegmentFeed(writer, geometry, first, len(numbers))
+            feed = None if writer is None else SegmentFeed(writer, first, len(numbers))
             started = time.perf_counter()
             self._forward(ids, done, cache, feed)
             seconds = time.perf_counter() - started
@@ -186,7 +186,7 @@ class Prefill:
         # The KV is computed but could not be stored: keep it in memory for this and later requests of its cache.
         begin_segment = partial(self.store.begin_memory_segment, self._fingerprint, geometry, numbers, first, known)
         with begin_segment() as writer:
-            feed = SegmentFeed(writer, geometry, first, len(numbers))
+            feed = SegmentFeed(writer, first, len(numbers))
             for layer, states in enumerate(cache.layers):
                 feed.feed(layer, states.keys[0], states.values[0], 0)
             return writer.commit(seconds), True

@@ -63,7 +63,7 @@ def _persist_row(
         later = store.next_stored(fingerprint, ids, c, first_chunk + 1)
         end = len(ids) if later is None else later * c
         with store.begin_segment(fingerprint, geometry, ids[:end], first_chunk, known) as writer:
-            feed = SegmentFeed(writer, geometry, first_chunk, end)
+            feed = SegmentFeed(writer, first_chunk, end)
             for layer, (keys, values, start) in enumerate(layers):
                 feed.feed(layer, keys[:, : end - start], values[:, : end - start], start)
             writer.commit(compute_s)

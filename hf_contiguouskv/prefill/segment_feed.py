@@ -1,4 +1,4 @@
-"""Turns K/V that a model has just computed into the chunks, packed values and key index of a segment."""
+"""Turns K/V that a model has just computed into the chunks, exact and in few bits, and the key index of a segment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 from ..hardware import accelerator as hardware
 from ..hardware.accelerator import Device
-from ..model.kv_geometry import KVGeometry
-from ..store.key_index import build_key_index
-from ..store.packing import pack_values
+from ..store.layer_index import layer_index
+from ..store.packing import pack_chunks
+from ..store.small_forms import small_forms
+from ..store.tensor_places import index_tensors
 from ..store.writer import SegmentWriter
 
 # Tensors that cross together are aligned to this many bytes, so that any dtype can be read in place.
@@ -27,14 +28,13 @@ class SegmentFeed:
 
     Args:
         writer: a writer for the chunks from `first_chunk` on.
-        geometry: geometry of the segment.
         first_chunk: the first chunk to write; K/V of earlier tokens are ignored.
         tokens: length of the whole sequence.
     """
 
-    def __init__(self, writer: SegmentWriter, geometry: KVGeometry, first_chunk: int, tokens: int) -> None:
+    def __init__(self, writer: SegmentWriter, first_chunk: int, tokens: int) -> None:
         self._writer = writer
-        self._geometry = geometry
+        self._geometry = geometry = writer.header.geometry
         self._first = first_chunk
         self._tokens = tokens
         self._written = [first_chunk] * geometry.num_layers
@@ -60,18 +60,18 @@ class SegmentFeed:
             if there is None:
                 self._writer.write_chunks(layer, first - self._first, extents)
             else:
-                packs = layer in self._geometry.packed_layers
-                found, ready = _leave(there, [extents, pack_values(extents[:, 1])] if packs else [extents])
-                packed = found[1] if packs else None
-                self._writer.write_chunks(layer, first - self._first, found[0], packed=packed, ready=ready)
+                forms = [one.form for one in small_forms(self._geometry) if layer in one.layers]
+                found, ready = _leave(there, [extents, *(pack_chunks(form, extents) for form in forms)])
+                small = found[1] if forms else None
+                self._writer.write_chunks(layer, first - self._first, found[0], small=small, ready=ready)
             self._written[layer] = last
-        if end == self._tokens and layer in self._geometry.indexed_layers:
-            index = build_key_index(keys[:, self._first * c - start :], c)
+        if end == self._tokens and index_tensors(self._geometry, layer):
+            index = layer_index(keys[:, self._first * c - start :], self._geometry, layer)
             if there is None:
                 self._writer.write_index(layer, *index)
             else:
-                (numbers, scale), ready = _leave(there, index)
-                self._writer.write_index(layer, numbers, scale, ready=ready)
+                found, ready = _leave(there, index)
+                self._writer.write_index(layer, *found, ready=ready)
 
 
 def _leave(there: Device, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:

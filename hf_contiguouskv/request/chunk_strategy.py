@@ -83,7 +83,7 @@ class ChunkStrategy:
             if plan.keeps_all:
                 loader.want_later(layer, np.arange(plan.prefix.chunks))
                 continue
-            if plan.packed or (plan.is_leader(layer) and layer not in self._wanted):
+            if plan.keys_from_index or (plan.is_leader(layer) and layer not in self._wanted):
                 loader.keys.want(layer)
             if layer in self._wanted:
                 loader.want([layer], self._wanted[layer])  # Selected before the prefix was replaced.
@@ -133,7 +133,7 @@ class ChunkStrategy:
 
     def _scores(self, layer: int, scores: ChunkScores) -> ChunkScores:
         """The scores of a leader layer, on the host. Keys that are used for scores only are not needed any more."""
-        if not self._plan.packed:
+        if not self._plan.keys_from_index:
             self.loader.keys.release(layer)
         return self._on_host(layer, scores)
 
@@ -148,7 +148,7 @@ class ChunkStrategy:
             self._selected[member], self._wanted[member] = selected, wanted
         if len(wanted):
             self.loader.want(members, wanted)
-        if not self._plan.packed:
+        if not self._plan.keys_from_index:
             self.loader.read_on(members[0])
 
     def _on_host(self, layer: int, scores: ChunkScores) -> ChunkScores:
@@ -176,7 +176,7 @@ class ChunkStrategy:
             self._speculate(layer)
         wanted, found = self._wanted[layer], self._selected.get(layer)
         selected = None if found is None else [row.numpy() for row in found]
-        if plan.packed:
+        if plan.keys_from_index:
             assert selected is not None
             self._place_keys(layer, selected, destination[0])
         # If exactly the wanted chunks were asked for, as is usual, there is nothing to sort out.
@@ -253,7 +253,7 @@ class ChunkStrategy:
         self._speculate(layer)
         pairs = [(self._before[layer][row].numpy(), self._selected[layer][row].numpy()) for row in rows]
         new = NewChunks(plan.served, [Exchange.between(*pair) for pair in pairs], destination)
-        if plan.packed:
+        if plan.keys_from_index:
             new.add_keys(loader.keys.index(layer))
             loader.keys.release(layer)
             loader.read_on(layer)

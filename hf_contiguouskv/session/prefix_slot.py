@@ -69,7 +69,7 @@ class PrefixSlot:
         """
         source = self.source
         if self._method is not None:
-            geometry = source.model.geometry(source.config.chunk_size)
+            geometry = source.model.geometry(source.config.chunk_size, source.config.index_bits)
             self.ids, self.whole = ids, self._method.attach(ids, geometry)
             self.attach(self.whole)
         else:

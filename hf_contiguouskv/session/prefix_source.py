@@ -61,7 +61,7 @@ class PrefixSource:
 
     def refresh(self) -> None:
         """Read the model's state again, because its weights, adapters, dtype or devices may have changed."""
-        geometry, inside = self.model.geometry(self.config.chunk_size), self.store.inner
+        geometry, inside = self.model.geometry(self.config.chunk_size, self.config.index_bits), self.store.inner
         self.layers = self.model.layers
         self.fingerprint = self.model.fingerprint()
         self._prefill = Prefill(self.model, self.fingerprint, geometry, inside, self.config.prefill_block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,23 +90,23 @@ class AttachedPrefix:
         )
         return AttachedPrefix(tokens, spans, self.geometry, self.form)
 
-    def packed(self) -> AttachedPrefix:
-        """The same prefix, of which 4-bit values are read instead of exact K and V (`packable` layers only)."""
-        return replace(self, form="packed")
+    def in_few_bits(self, layers: Collection[int]) -> AttachedPrefix:
+        """The same prefix, read in a form in few bits that every segment has of all these layers; if none, exactly."""
+        if self.layers_with("compact_layers").issuperset(layers):
+            return replace(self, form="compact")
+        return replace(self, form="packed") if self.layers_with("packed_layers").issuperset(layers) else self
 
-    @property
-    def packable(self) -> frozenset[int]:
-        """Layers that every segment has packed values (and so a key index) for."""
-        return self.layers_with("packed_layers")
-
-    def layers_with(self, kind: str) -> frozenset[int]:
-        """Layers in this list of every segment's geometry (`leader_layers`, say)."""
-        return frozenset.intersection(*(frozenset(getattr(span.segment.geometry, kind)) for span in self.spans))
+    def layers_with(self, *kinds: str) -> frozenset[int]:
+        """Layers in one of these lists of every segment's geometry (`leader_layers`, say)."""
+        return frozenset.intersection(
+            *(frozenset().union(*(getattr(span.segment.geometry, kind) for kind in kinds)) for span in self.spans)
+        )
 
     @property
     def extent_bytes(self) -> int:
         """Bytes of one chunk of one layer, as it is read."""
-        return self.geometry.extent_bytes if self.form == "exact" else self.geometry.packed_bytes
+        g = self.geometry
+        return {"exact": g.extent_bytes, "packed": g.packed_bytes, "compact": g.compact_bytes}[self.form]
 
     @property
     def whole_chunks(self) -> int:

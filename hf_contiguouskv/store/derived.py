@@ -1,6 +1,6 @@
 """What a segment says twice must be the same: copies and approximations are made again from the exact keys and values.
 
-Key index, its scales, leader keys and packed values steer what is chosen and what attention gets at budgets below 1.0.
+Key index, leader keys and chunks in few bits steer what is chosen and what attention gets at budgets below 1.0.
 Their checksums show that they arrived as they were sent, not that they are what the payload gives.
 """
 
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import SegmentCorruptError
-from .key_index import build_key_index
-from .packing import pack_values
+from .layer_index import layer_index
+from .packing import pack_chunks
 from .segment import Segment
+from .small_forms import small_forms
+from .tensor_places import index_tensors
 
 
 def derived_problems(segment: Segment) -> Iterator[str]:
@@ -28,24 +30,32 @@ def derived_problems(segment: Segment) -> Iterator[str]:
     g, tokens = segment.geometry, segment.num_tokens
     in_last = tokens - (segment.num_chunks - 1) * g.chunk_size
     for layer in range(g.num_layers):
-        kv = _layer(segment, layer)
+        kv = exact_layer(segment, layer)
         if in_last < g.chunk_size and _octets(kv[-1, :, :, in_last:]).any():
             yield f"payload of layer {layer}: what lies past the last token is not zeros"
         if layer in g.leader_layers and not _same(segment, f"leader_keys.{layer}", kv[:, 0]):
             yield f"leader_keys.{layer}: not the keys of the payload"
-        if layer in g.indexed_layers:
+        names = index_tensors(g, layer)
+        if names:
             in_order = kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :tokens]
-            index, scale = build_key_index(in_order, g.chunk_size)
-            if not _same(segment, f"key_scale.{layer}", scale):
-                yield f"key_scale.{layer}: not the scales of the payload's keys"
-            elif not _same(segment, f"key_index.{layer}", index):
-                yield f"key_index.{layer}: not the payload's keys in 8 bits"
-        if layer in g.packed_layers and not _same(segment, f"values4.{layer}", pack_values(kv[:, 1])):
-            yield f"values4.{layer}: not the payload's values in 4 bits"
+            made = layer_index(in_order, g, layer)
+            # The scales first: where they are wrong, so is all that is measured by them.
+            for name, tensor in reversed(list(zip(names, made, strict=True))):
+                if not _same(segment, name, tensor):
+                    yield f"{name}: not that of the payload's keys"
+                    break
+        for small in small_forms(g):
+            if layer in small.layers and not _same(segment, small.tensor(layer), pack_chunks(small.form, kv)):
+                yield f"{small.tensor(layer)}: not the payload in few bits"
 
 
-def _layer(segment: Segment, layer: int) -> torch.Tensor:
-    """K and V of a layer, `[chunks, 2, kv_heads, c, head_dim]`, compared with their checksums."""
+def exact_layer(segment: Segment, layer: int) -> torch.Tensor:
+    """K and V of a layer, `[chunks, 2, kv_heads, c, head_dim]`, compared with their checksums.
+
+    Raises:
+        SegmentCorruptError: it was cut, or holds numbers that are not finite, or others than its checksums tell.
+        SegmentReadError: the storage failed.
+    """
     g = segment.geometry
     if g.layers_per_group == 1:
         return segment.read_tensor(f"payload.{layer}")[:, 0]

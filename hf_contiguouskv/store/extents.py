@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..memory.segments import Form
 from .format import SegmentHeader
+from .small_forms import SmallForm
 
-__all__ = ["ExtentPlaces", "Form", "exact_extents", "packed_extents"]
+__all__ = ["ExtentPlaces", "Form", "exact_extents", "small_extents"]
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,14 @@ def exact_extents(header: SegmentHeader, data_start: int) -> ExtentPlaces:
     return ExtentPlaces(g.extent_bytes, starts, strides, "checksums.payload", layers, tensors)
 
 
-def packed_extents(header: SegmentHeader, data_start: int) -> ExtentPlaces | None:
-    """Packed values; `None`: the segment has none."""
-    g = header.geometry
-    if not g.packed_layers:
-        return None
-    rows = {layer: row for row, layer in enumerate(g.packed_layers)}
-    layers = range(g.num_layers)
+def small_extents(header: SegmentHeader, data_start: int, small: SmallForm) -> ExtentPlaces:
+    """Those of a form in few bits."""
+    layers, rows = range(header.geometry.num_layers), {layer: row for row, layer in enumerate(small.layers)}
     return ExtentPlaces(
-        g.packed_bytes,
-        [data_start + header.places[f"values4.{layer}"].start if layer in rows else -1 for layer in layers],
-        [g.packed_bytes] * g.num_layers,
-        "checksums.values4",
+        small.nbytes,
+        [data_start + header.places[small.tensor(layer)].start if layer in rows else -1 for layer in layers],
+        [small.nbytes] * len(layers),
+        small.checksums,
         [rows.get(layer, -1) for layer in layers],
-        [f"values4.{layer}" if layer in rows else "" for layer in layers],
+        [small.tensor(layer) if layer in rows else "" for layer in layers],
     )

@@ -5,14 +5,19 @@
     data     payload.{g}      [chunks, layers_in_group, 2, kv_heads, c, head_dim]  model dtype, one per layer group
              leader_keys.{l}  [chunks, kv_heads, c, head_dim]                      model dtype, one per leader layer
              key_index.{l}    [kv_heads, c, chunks, head_dim]                      int8, one per indexed layer
-             key_scale.{l}    [kv_heads, head_dim]                                 float32, one per indexed layer
+             coarse_index.{l}  [kv_heads, c / 4, chunks of a block, blocks, head_dim] uint8, one per compact layer
+             coarse_levels.{l} [kv_heads, 2, blocks, head_dim]                     int8, one per compact layer
+             key_scale.{l}    [kv_heads, head_dim]                                 float32, one per layer with an index
              values4.{l}      [chunks, bytes]                                      uint8, one per packed layer
+             compact.{l}      [chunks, bytes]                                      uint8, one per compact layer
              token_ids        [num_tokens]                                         int64, of this segment only
              checksums.payload [num_layers, chunks]                                uint64, of each extent
              checksums.values4 [packed layers, chunks]                             uint64, the same, if there are any
+             checksums.compact [compact layers, chunks]                            uint64, the same, if there are any
              checksums.tensors [k]                                                 uint64, of whole tensors:
                               all of the above but the other checksums, in their order
-             padding.{i}      [n]   uint8 zeros, so that payload, leader_keys, key_index, values4 start on a page
+             padding.{i}      [n]   uint8 zeros, so that payload, leader_keys, key_index, coarse_index, values4 and
+                              compact start on a page
 
 Checksums are xxh3_64, or made with the key of the store (`key.py`).
 
@@ -50,8 +55,9 @@ __all__ = [
     "read_header",
 ]
 
-# Versions 1 and 2 named chunks in another way.
-FORMAT_VERSION = 3
+# Versions 1 and 2 named chunks in another way. Version 4 is version 3 with compact layers; what has none is still
+# written as version 3, which earlier releases read.
+FORMAT_VERSION, OLDEST_VERSION = 4, 3
 # A hundred layers take 50 KiB. What is parsed takes up to twenty times its length in memory.
 MAX_HEADER_BYTES = 2 * 2**20
 MAX_TOKENS = 2**26
@@ -140,8 +146,7 @@ class SegmentHeader:
 
         Payload is among them: a layer that is read as a whole is checked as a whole.
         """
-        kinds = ("payload", "leader_keys", "key_index", "key_scale", "values4", "token_ids")
-        return tuple(name for name in self.places if name.split(".")[0] in kinds)
+        return tuple(name for name in self.places if name.split(".")[0] not in ("padding", "checksums"))
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +162,7 @@ class SegmentHeader:
     def _metadata(self) -> dict[str, str]:
         own = {
             "format": "hf_contiguouskv",
-            "version": str(FORMAT_VERSION),
+            "version": str(FORMAT_VERSION if self.geometry.compact_layers else OLDEST_VERSION),
             "fingerprint": self.fingerprint,
             "root": self.root,
             "parent": self.parent,
@@ -304,12 +309,12 @@ def _require_this_format(metadata: Mapping[str, Any], name: str) -> None:
         return
     if int(version) > FORMAT_VERSION:
         raise StoreFormatError(
-            f"{name}: segment format {version}; this library reads format {FORMAT_VERSION}. Update it."
+            f"{name}: segment format {version}; this library reads formats up to {FORMAT_VERSION}. Update it."
         )
-    if int(version) < FORMAT_VERSION:
+    if int(version) < OLDEST_VERSION:
         raise StoreFormatError(
             f"{name}: segment format {version}, of an earlier release, which named chunks in another way; this library "
-            f"reads format {FORMAT_VERSION}. Delete it."
+            f"reads formats from {OLDEST_VERSION} on. Delete it."
         )
 
 

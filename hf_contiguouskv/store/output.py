@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,9 @@ from .finite import NumberPlaces
 from .format import SegmentHeader, covered_by_mac
 from .hashing import TokenIds
 from .key import Checksums, StoreKey
-from .packing import pack_values
+from .packing import pack_chunks
+from .small_forms import small_forms
+from .tensor_places import index_tensors
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -45,8 +48,8 @@ class SegmentOutput:
         self._numbers = NumberPlaces(header, self.data_start)
         self.written = np.zeros((geometry.num_layers, header.num_chunks), dtype=bool)
         self.checksums = np.zeros((geometry.num_layers, header.num_chunks), dtype="<u8")
-        packed = (len(geometry.packed_layers), header.num_chunks)
-        self.packed_checksums = np.zeros(packed, dtype="<u8")
+        self._small = small_forms(geometry)
+        self._small_checksums = [np.zeros((len(one.layers), header.num_chunks), dtype="<u8") for one in self._small]
         self.indexed: set[int] = set()
         self.whole_checksums: list[int] = []
         try:
@@ -59,10 +62,10 @@ class SegmentOutput:
     def start(self, name: str) -> int:
         return self.data_start + self.header.places[name].start
 
-    def write_chunks(self, layer: int, first: int, kv: torch.Tensor, packed: torch.Tensor | None = None) -> None:
+    def write_chunks(self, layer: int, first: int, kv: torch.Tensor, small: torch.Tensor | None = None) -> None:
         """Write `kv` `[chunks, 2, kv_heads, c, head_dim]` and its checksums; what is past the last token becomes 0.
 
-        `packed`: its values, packed already; uint8 `[chunks, packed_bytes]`.
+        `small`: the same in the layer's form in few bits, if that is known already; uint8 `[chunks, nbytes]`.
         """
         geometry, header = self.header.geometry, self.header
         chunks = kv.shape[0]
@@ -71,12 +74,12 @@ class SegmentOutput:
             tail = kv[-1:].clone()
             tail[:, :, :, valid:] = 0
             if chunks > 1:
-                self._write_extents(layer, first, kv[:-1], None if packed is None else packed[:-1])
-            self._write_extents(layer, first + chunks - 1, tail, None if packed is None else packed[-1:])
+                self._write_extents(layer, first, kv[:-1], None if small is None else small[:-1])
+            self._write_extents(layer, first + chunks - 1, tail, None if small is None else small[-1:])
         else:
-            self._write_extents(layer, first, kv, packed)
+            self._write_extents(layer, first, kv, small)
 
-    def _write_extents(self, layer: int, first: int, kv: torch.Tensor, packed_values: torch.Tensor | None) -> None:
+    def _write_extents(self, layer: int, first: int, kv: torch.Tensor, known: torch.Tensor | None) -> None:
         geometry = self.header.geometry
         extent, chunks = geometry.extent_bytes, kv.shape[0]
         octets = as_memoryview(kv)
@@ -93,14 +96,13 @@ class SegmentOutput:
         if layer in geometry.leader_layers:
             keys = kv[:, 0].contiguous()
             self.blob.write(self.start(f"leader_keys.{layer}") + first * geometry.keys_bytes, as_memoryview(keys))
-        if layer in geometry.packed_layers:
-            values = pack_values(kv[:, 1]) if packed_values is None else packed_values
-            packed, size = as_memoryview(values), geometry.packed_bytes
-            start = self.start(f"values4.{layer}") + first * size
-            self._require_finite(start, packed, layer)
-            self.blob.write(start, packed)
-            row = geometry.packed_layers.index(layer)
-            self.packed_checksums[row, first : first + chunks] = self._each(packed, size)
+        for small, checksums in zip(self._small, self._small_checksums, strict=True):
+            if layer in small.layers:
+                packed = as_memoryview(pack_chunks(small.form, kv) if known is None else known)
+                start = self.start(small.tensor(layer)) + first * small.nbytes
+                self._require_finite(start, packed, layer)
+                self.blob.write(start, packed)
+                checksums[small.layers.index(layer), first : first + chunks] = self._each(packed, small.nbytes)
         self.written[layer, first : first + chunks] = True
 
     def _require_finite(self, start: int, octets: memoryview, layer: int) -> None:
@@ -111,10 +113,12 @@ class SegmentOutput:
                 "2**56, so they are not stored; does the model overflow in this dtype?"
             )
 
-    def write_index(self, layer: int, index: torch.Tensor, scale: torch.Tensor) -> None:
-        self._require_finite(self.start(f"key_scale.{layer}"), as_memoryview(scale.contiguous()), layer)
-        self.blob.write(self.start(f"key_index.{layer}"), as_memoryview(index.contiguous()))
-        self.blob.write(self.start(f"key_scale.{layer}"), as_memoryview(scale.contiguous()))
+    def write_index(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Write the key index of a layer: its `index_tensors`, in their order."""
+        for name, tensor in zip(index_tensors(self.header.geometry, layer), tensors, strict=True):
+            octets, start = as_memoryview(tensor.contiguous()), self.start(name)
+            self._require_finite(start, octets, layer)
+            self.blob.write(start, octets)
         self.indexed.add(layer)
 
     def adopt(self) -> None:
@@ -127,11 +131,12 @@ class SegmentOutput:
                 octets = memoryview(self.blob.read(start, len(layers) * g.extent_bytes))
                 self.checksums[layers, chunk] = self._each(octets, g.extent_bytes)
                 start += octets.nbytes
-        for row, layer in enumerate(g.packed_layers):
-            octets = memoryview(self.blob.read(self.start(f"values4.{layer}"), self.header.num_chunks * g.packed_bytes))
-            self.packed_checksums[row] = self._each(octets, g.packed_bytes)
+        for small, checksums in zip(self._small, self._small_checksums, strict=True):
+            for row, layer in enumerate(small.layers):
+                start, nbytes = self.start(small.tensor(layer)), self.header.num_chunks * small.nbytes
+                checksums[row] = self._each(memoryview(self.blob.read(start, nbytes)), small.nbytes)
         self.written[:] = True
-        self.indexed = set(g.indexed_layers)
+        self.indexed = {layer for layer in range(g.num_layers) if index_tensors(g, layer)}
 
     def finish(self, compute_s: float) -> None:
         """Write the checksums and what only the end knows, and make it all durable.
@@ -148,13 +153,14 @@ class SegmentOutput:
                 f"{self.blob.name}: segment is incomplete, {int((~self.written).sum())} extents were never written, "
                 f"the first is layer {layer}, chunk {chunk} of the segment"
             )
-        missing = set(self.header.geometry.indexed_layers) - self.indexed
+        g = self.header.geometry
+        missing = [layer for layer in range(g.num_layers) if index_tensors(g, layer) and layer not in self.indexed]
         if missing:
-            raise StoreError(f"{self.blob.name}: segment is incomplete, no key index for layers {sorted(missing)}")
+            raise StoreError(f"{self.blob.name}: segment is incomplete, no key index for layers {missing}")
         self.whole_checksums = [self._digest(name) for name in self.header.checked_tensors]
         whole = np.array(self.whole_checksums, dtype="<u8")
         # Neighbours, in this order and without padding.
-        checksums = self.checksums.tobytes() + self.packed_checksums.tobytes() + whole.tobytes()
+        checksums = b"".join(one.tobytes() for one in (self.checksums, *self._small_checksums, whole))
         self.blob.write(self.start("checksums.payload"), memoryview(checksums))
         self.header = replace(self.header, compute_ms=round(1000 * compute_s))
         if self._key is not None:

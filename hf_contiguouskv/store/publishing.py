@@ -83,7 +83,7 @@ class Publisher:
         before: StoredPrefix | None = None,
     ) -> SegmentWriter:
         """Start storing a segment, as `StoreInner.begin_segment` says."""
-        header = self._header(fingerprint, geometry, ids, first_chunk)
+        header = self._header(fingerprint, _continuing(before, geometry), ids, first_chunk)
         if header.parent and self._parts.index.read(lambda db: _chunk_before(db, header)) is None:
             raise StoreError(f"chunks before {first_chunk} are not stored; store the prefix from its beginning")
         if self._room.max_disk_bytes is not None and header.nbytes > self._room.max_disk_bytes:
@@ -104,7 +104,7 @@ class Publisher:
         before: StoredPrefix | None,
     ) -> SegmentWriter:
         """Start a segment that only the caller finds, as `StoreInner.begin_memory_segment` says."""
-        header = self._header(fingerprint, geometry, ids, first_chunk)
+        header = self._header(fingerprint, _continuing(before, geometry), ids, first_chunk)
         memory = MemoryBackend()
 
         def publish(final: SegmentHeader, own: TokenIds, blob: BlobWriter) -> StoredPrefix:
@@ -278,6 +278,10 @@ def _chunk_before(db: sqlite3.Connection, header: SegmentHeader) -> tuple[int, i
 
 def _own(ids: TokenIds, header: SegmentHeader) -> TokenIds:
     return ids[len(ids) - header.num_tokens :].copy()
+
+
+def _continuing(before: StoredPrefix | None, geometry: KVGeometry) -> KVGeometry:
+    return geometry if before is None else geometry.continuing(before.spans[-1].segment.geometry)
 
 
 def _continued(before: StoredPrefix | None, segment: Segment, tokens: int) -> StoredPrefix:

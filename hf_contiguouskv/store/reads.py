@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import SegmentCorruptError, SegmentReadError, StoreClosedError, StoreError
 from ..hardware.aligned_memory import PAGE
 from .files import MAX_PART
-from .finite import Kind, PackedInFloat16
+from .finite import Kind, SmallInFloat16
 from .segment import Segment
 
 Check = tuple[int, int, int]
@@ -178,7 +178,7 @@ class FiniteCheck:
     __slots__ = ("_found", "_nbytes", "_ranges")
 
     def __init__(self) -> None:
-        self._found: dict[Kind | PackedInFloat16, list[memoryview]] = {}
+        self._found: dict[Kind | SmallInFloat16, list[memoryview]] = {}
         self._ranges: list[tuple[Segment, int, memoryview]] = []
         self._nbytes = 0
 

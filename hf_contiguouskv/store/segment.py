@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -10,22 +10,13 @@ import torch
 
 from ..errors import SegmentCorruptError, SegmentKeyError, SegmentReadError
 from .backend import Blob
-from .extents import ExtentPlaces, Form, exact_extents, packed_extents
+from .extents import ExtentPlaces, Form, exact_extents, small_extents
 from .finite import NumberPlaces
 from .format import KVGeometry, covered_by_mac, parse_header, read_header
 from .hashing import TokenIds
 from .key import NO_MAC, Checksums, StoreKey, same_mac
-
-_TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-
+from .small_forms import small_forms
+from .tensor_places import TORCH_DTYPES
 
 # A read of so many bytes is made without asking whether they are there.
 _UNASKED_BYTES = 64 * 1024
@@ -73,9 +64,8 @@ class Segment:
         self.read_into = blob.read_into
         # By form: where extents lie, and their checksums, once these have been read.
         self._extents: dict[Form, ExtentPlaces] = {"exact": exact_extents(self.header, self._data_start)}
-        packed = packed_extents(self.header, self._data_start)
-        if packed is not None:
-            self._extents["packed"] = packed
+        for small in small_forms(self.geometry):
+            self._extents[small.form] = small_extents(self.header, self._data_start, small)
         self._checksums: dict[str, npt.NDArray[np.uint64]] = {}
         self._tensor_checksums: dict[str, int] = {}
         self._token_octets = memoryview(b"")
@@ -164,7 +154,7 @@ class Segment:
         """Where chunks lie in one form.
 
         Raises:
-            KeyError: the segment has no packed values.
+            KeyError: the segment has no chunks in this form.
         """
         return self._extents[form]
 
@@ -172,7 +162,7 @@ class Segment:
         """Bytes of one chunk of one layer in one form.
 
         Raises:
-            KeyError: the segment has no packed values.
+            KeyError: the segment has no chunks in this form.
         """
         return self._extents[form].nbytes
 
@@ -220,7 +210,14 @@ class Segment:
         if not name.startswith("padding."):  # (It holds no numbers, and some lies between packed extents.)
             self.require_finite(offset, memoryview(octets))
         place = self.header.places[name]
-        return torch.frombuffer(octets, dtype=_TORCH_DTYPES[place.dtype]).reshape(place.shape)
+        return torch.frombuffer(octets, dtype=TORCH_DTYPES[place.dtype]).reshape(place.shape)
+
+    def shaped(self, names: Iterable[str], octets: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Bytes of tensors, uint8 `(nbytes,)` each, as the tensors with these names."""
+        places = (self.header.places[name] for name in names)
+        return [
+            some.view(TORCH_DTYPES[place.dtype]).view(place.shape) for place, some in zip(places, octets, strict=True)
+        ]
 
     def read_bytes(self, offset: int, nbytes: int) -> bytearray:
         """Read `nbytes` from `offset`, here and now.
@@ -267,8 +264,10 @@ class Segment:
             if place.start <= start < place.start + place.nbytes:
                 kind, _, number = name.partition(".")
                 inside = start - place.start
-                if kind == "values4":
-                    return f"values of layer {number}, chunk {self.first_chunk + inside // self.geometry.packed_bytes}"
+                for small in small_forms(self.geometry):
+                    if kind == small.kind:
+                        chunk = self.first_chunk + inside // small.nbytes
+                        return f"{small.form} layer {number}, chunk {chunk}"
                 if kind != "payload":
                     return f"tensor {name}"
                 group, extent = int(number), self.geometry.extent_bytes

@@ -7,13 +7,14 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import PrefixInUseError, StoreError, StoreFullError
+from ..errors import InputError, PrefixInUseError, StoreError, StoreFullError
 from ..stats import REMOTE_COUNTS, StoreStats
 from . import maintenance
 from .backend import SegmentBackend
 from .entries import GcReport, PrefixInfo, StoreProblem
 from .folder import folder_bytes
 from .inner import StoreInner
+from .repacking import Repacked, repack_segment, require_repackable
 from .rows import SegmentRow, all_segments, drop_segment, index_problems, segments_with_beginning
 from .search import continuations
 from .tenant import Tenant
@@ -185,6 +186,30 @@ class Upkeep:
             )
         finally:
             index.close()
+
+    def repack(self, key: str, index_bits: int = 2) -> Repacked | None:
+        """Give the segment named `key` a key index of `index_bits` bits, and chunks in the form that goes with it.
+
+        Keys and values, and all that they approximate, are verified on the way. Requests that use the segment go on.
+
+        Args:
+            key: of the segment.
+            index_bits: 8 or 2 (see `ContiguousKVConfig`).
+
+        Returns:
+            what was done; `None`: it has this form already, or is another one by now.
+
+        Raises:
+            InputError: there is no such form for it, or the store is a shared one.
+            SegmentCorruptError: it is damaged; it is left as it is.
+            StoreFullError: there is no room for another file beside it.
+            StoreError: there is no such segment, or it cannot be read or written.
+        """
+        if index_bits not in (8, 2):
+            raise InputError(f"index_bits must be 8 or 2, got {index_bits!r}")
+        require_repackable(self.inner)
+        self.inner.read(lambda db: self.inner.tenant.find(db, key))
+        return repack_segment(self.inner, key, index_bits)
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """Clean up: remove leftovers of crashes, damaged and expired segments; make index and segments agree.

@@ -14,6 +14,7 @@ from .entries import StoreProblem
 from .index import StoreIndex
 from .rows import SegmentRow, chunk_rows, has_chunks, keys_of_all
 from .segment import Segment, SegmentOpener
+from .small_forms import small_forms
 
 _SCAN_BYTES = 4 * 2**20
 
@@ -94,6 +95,7 @@ def in_words(key: str, error: Exception) -> str:
 
 def _damage(segment: Segment, read: Callable[[int], None]) -> Iterator[str]:
     header = segment.header
+    small = {one.kind: one.form for one in small_forms(header.geometry)}
     for name in header.places:
         kind = name.split(".")[0]
         if kind == "payload":
@@ -107,12 +109,12 @@ def _damage(segment: Segment, read: Callable[[int], None]) -> Iterator[str]:
             yield f"{name} holds something"
         if name == "token_ids" and header.hashes(tensor.numpy())[-1].hex() != header.key:
             yield "token ids do not match the key"
-        if kind == "values4":
+        if kind in small:
             # All of them are right, so a difference is one of their own checksums.
-            layer = int(name.removeprefix("values4."))
+            layer = int(name.partition(".")[2])
             sums = [segment.checksum(row) for row in tensor.numpy()]
-            if sums != segment.run_checksums(layer, 0, segment.num_chunks, "packed"):
-                yield f"{name}: the values are right, but not the checksums of its chunks"
+            if sums != segment.run_checksums(layer, 0, segment.num_chunks, small[kind]):
+                yield f"{name}: its bytes are right, but not the checksums of its chunks"
     for group in range(header.geometry.num_groups):
         yield from _damaged_extents(segment, group, read)
 

@@ -16,6 +16,8 @@ from .format import SegmentHeader
 from .hashing import TokenIds
 from .key import StoreKey
 from .output import SegmentOutput, as_store_error
+from .small_forms import small_forms
+from .tensor_places import TORCH_DTYPES, index_tensors
 
 if TYPE_CHECKING:
     from .entries import StoredPrefix
@@ -125,7 +127,7 @@ class SegmentWriter:
         first: int,
         kv: torch.Tensor,
         *,
-        packed: torch.Tensor | None = None,
+        small: torch.Tensor | None = None,
         ready: Callable[[], None] | None = None,
     ) -> None:
         """Queue K and V of consecutive chunks of one layer; waits while too many bytes are queued.
@@ -135,8 +137,8 @@ class SegmentWriter:
             first: position of the first of these chunks in the segment.
             kv: `[chunks, 2, kv_heads, c, head_dim]`, contiguous, on the CPU, in the dtype of the geometry; must not be
                 changed until `commit`. In a partial last chunk, what lies past the last token is written as zeros.
-            packed: their values as `packing.pack_values` makes them, uint8 `[chunks, packed_bytes]`, on the CPU, where
-                that is known already (of a partial last chunk: with those zeros).
+            small: the same as `packing.pack_chunks` makes it in the layer's form in few bits, uint8 `[chunks, nbytes]`,
+                on the CPU, where that is known already (of a partial last chunk: with those zeros).
             ready: called on the writer thread before it looks at these tensors; returns once they are there.
 
         Raises:
@@ -148,37 +150,38 @@ class SegmentWriter:
             raise InputError(f"layer must be from 0 to {geometry.num_layers - 1}, got {layer}")
         self._check_chunks(first, kv)
         tensor = kv.detach()
-        if packed is not None and (packed.shape != (len(tensor), geometry.packed_bytes) or packed.dtype != torch.uint8):
-            raise InputError(f"packed values: expected uint8 [{len(tensor)}, {geometry.packed_bytes}]")
+        if small is not None:
+            nbytes = next((one.nbytes for one in small_forms(geometry) if layer in one.layers), 0)
+            if small.shape != (len(tensor), nbytes) or small.dtype != torch.uint8:
+                raise InputError(f"chunks in few bits: expected uint8 [{len(tensor)}, {nbytes}]")
 
         def write() -> None:
             if ready is not None:
                 ready()
-            output.write_chunks(layer, first, tensor, packed)
+            output.write_chunks(layer, first, tensor, small)
 
-        self._jobs.put(tensor.nbytes + (0 if packed is None else packed.nbytes), write)
+        self._jobs.put(tensor.nbytes + (0 if small is None else small.nbytes), write)
 
-    def write_index(
-        self, layer: int, index: torch.Tensor, scale: torch.Tensor, *, ready: Callable[[], None] | None = None
-    ) -> None:
+    def write_index(self, layer: int, *tensors: torch.Tensor, ready: Callable[[], None] | None = None) -> None:
         """Queue the key index of one layer.
 
         Args:
-            layer: one of the geometry's `indexed_layers`.
-            index: int8 `[kv_heads, c, chunks, head_dim]` of all chunks of the segment, on the CPU.
-            scale: float32 `[kv_heads, head_dim]`, on the CPU.
+            layer: one that has an index in the geometry.
+            tensors: of all chunks of the segment, as `layer_index` makes them, on the CPU.
             ready: called on the writer thread before it looks at these tensors; returns once they are there.
 
         Raises:
             InputError: wrong layer, shape, dtype or device.
         """
-        if layer not in self.header.geometry.indexed_layers:
-            raise InputError(f"layer {layer} has no key index in this geometry")
-        for name, tensor, dtype in (("key_index", index, torch.int8), ("key_scale", scale, torch.float32)):
-            shape = self.header.places[f"{name}.{layer}"].shape
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+        names = index_tensors(self.header.geometry, layer)
+        if len(names) != len(tensors):
+            raise InputError(f"layer {layer} has {len(names)} tensors of a key index in this geometry, not {len(tensors)}")
+        for name, tensor in zip(names, tensors, strict=True):
+            place = self.header.places[name]
+            dtype = TORCH_DTYPES[place.dtype]
+            if tuple(tensor.shape) != place.shape or tensor.dtype != dtype or tensor.device.type != "cpu":
                 raise InputError(
-                    f"{name}: expected {dtype} {list(shape)} on the CPU, "
+                    f"{name}: expected {dtype} {list(place.shape)} on the CPU, "
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
         output = self._output
@@ -186,9 +189,9 @@ class SegmentWriter:
         def write() -> None:
             if ready is not None:
                 ready()
-            output.write_index(layer, index.detach(), scale.detach())
+            output.write_index(layer, [tensor.detach() for tensor in tensors])
 
-        self._jobs.put(index.nbytes + scale.nbytes, write)
+        self._jobs.put(sum(tensor.nbytes for tensor in tensors), write)
 
     def commit(self, compute_s: float = 0.0) -> StoredPrefix:
         """Wait for the queue, make the segment durable and publish it.

@@ -83,6 +83,7 @@ class PrunedReference:
             `None` lets the published rule choose at the first forward.
         budget, period, chunk_size: of the published rule.
         packed: full-attention layers see the prefix as it is after rounding: keys in 8 bits, values in 4.
+        scale_per_chunk: the keys of each chunk have scales of their own.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class PrunedReference:
         period: int = 8,
         chunk_size: int = 16,
         packed: bool = False,
+        scale_per_chunk: bool = False,
     ) -> None:
         AttentionInterface.register(_NAME, _reference_attention)
         AttentionMaskInterface.register(_NAME, eager_mask)
@@ -118,7 +120,8 @@ class PrunedReference:
             stored = prefilled(model, prefix_ids, rows)
             for layer in self.layers:
                 states = self.cache.layers[layer]
-                states.keys = keys_in_8_bits(stored.layers[layer].keys)
+                keys = stored.layers[layer].keys
+                states.keys = chunk_keys_in_8_bits(keys, chunk_size) if scale_per_chunk else keys_in_8_bits(keys)
                 states.values = values_in_4_bits(stored.layers[layer].values)
         self.choose = visible is None
         self.visible = dict(visible or {})
@@ -243,6 +246,18 @@ def keys_in_8_bits(keys: torch.Tensor) -> torch.Tensor:
         column = keys[row, head, :, channel]
         step = max(abs(column.min()), abs(column.max())) / 127
         out[row, head, :, channel] = (column / step).round() * step
+    return out
+
+
+def chunk_keys_in_8_bits(keys: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """`[rows, heads, tokens, d]`: each channel of each head and chunk in 127 steps up and down, which are bfloat16."""
+    out = torch.empty_like(keys)
+    for begin in range(0, keys.shape[2], chunk_size):
+        chunk = keys[:, :, begin : begin + chunk_size]
+        for row, head, channel in itertools.product(range(keys.shape[0]), range(keys.shape[1]), range(keys.shape[3])):
+            column = chunk[row, head, :, channel]
+            step = (max(abs(column.min()), abs(column.max())) / 127).bfloat16().float()
+            out[row, head, begin : begin + chunk_size, channel] = (column / step).round().clamp(-127, 127) * step
     return out
 
 

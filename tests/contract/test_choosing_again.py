@@ -22,7 +22,7 @@ from hf_contiguouskv.request import chunk_strategy
 
 from .models import PAD, PRUNABLE, full_attention_layers, token_ids
 from .references import assert_close, forward, generate, prefilled, visible_tokens
-from .subject import ContiguousKVCache, PrefixStore, write_prefix
+from .subject import ContiguousKVCache, PrefixStore, write_prefix, written_for
 from .test_pruned import SUFFIX, assert_as_masked, masked_reference, prefix_of, visible_by_layer
 from .test_recovery import damage, files
 
@@ -33,6 +33,7 @@ CHUNK = 4096  # Bytes of an exact chunk of one layer.
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
     "exact payload": {"payload": "exact"},
+    "compact": {"index_bits": 2},
     "one voter": {"selection": IndexedKeys(queries=1)},
     "paper": {"payload": "exact", "selection": AttentionMass()},
     "paper, period 2": {"payload": "exact", "selection": AttentionMass(period=2, subperiod=1)},
@@ -52,7 +53,7 @@ def opened(store_path):
 
     def open_cache(model: Any, settings: ContiguousKVConfig, prefix: torch.Tensor = PREFIX, **store: Any) -> Any:
         if not made:
-            write_prefix(model, prefix, store_path)
+            write_prefix(model, prefix, store_path, config=written_for(settings))
         found = PrefixStore(store_path, **store)
         made.extend([found, ContiguousKVCache(model, prefix, store=found, config=settings)])
         return made[-1]

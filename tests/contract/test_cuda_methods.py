@@ -27,7 +27,7 @@ from hf_contiguouskv.selection import (
     AttentionMassScorer,
     IndexedKeysScorer,
     SelectionInput,
-    build_key_index,
+    KeyIndex,
     choose_chunks,
     voting_queries,
 )
@@ -142,8 +142,8 @@ def test_an_index_on_the_device_chooses_as_on_a_cpu_and_in_float64(
     tokens, segments, queries, voters, heads, kv_heads, head_dim
 ):
     inputs, keys = selection_input(heads, kv_heads, queries, head_dim, voters, 1), some_keys(kv_heads, tokens, head_dim)
-    parts = [build_key_index(part, 16) for part in keys.split(segments, 1)]
-    there = [(index.to(DEVICE), scale.to(DEVICE)) for index, scale in parts]
+    parts = [KeyIndex.of(part, 16) for part in keys.split(segments, 1)]
+    there = [KeyIndex(index.to(DEVICE), scale.to(DEVICE)) for index, scale in parts]
     for power in (1.0, 2.0):
         exact = indexed_in_float64(inputs, parts, tokens // 16, power)
         on_cpu, _ = IndexedKeysScorer(parts, tokens // 16, power, on_device=False)(inputs)

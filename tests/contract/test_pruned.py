@@ -43,7 +43,10 @@ def masked_reference(model, cache, prefix: torch.Tensor, rows: int = 1) -> Prune
     visible = visible_by_layer(model, cache, prefix.shape[1])
     # Which of the two a request saw is what was asked for, so a cache that does the other one fails.
     packed = cache.config.payload == "packed"
-    return PrunedReference(model, prefix, rows=rows, visible=visible, packed=packed)
+    scale_per_chunk = cache.config.index_bits == 2
+    return PrunedReference(
+        model, prefix, rows=rows, visible=visible, packed=packed, scale_per_chunk=scale_per_chunk
+    )
 
 
 def assert_as_masked(cache, actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -87,21 +87,38 @@ def expected_tensors(meta: dict[str, str]) -> list[tuple[str, str, list[int], in
     )
     m, kind = -(-tokens // c), KINDS[meta["dtype"]][0]
     leaders, indexed = layer_list(meta["leader_layers"]), layer_list(meta["indexed_layers"])
-    packed = layer_list(meta.get("packed_layers", ""))
+    packed, compact = layer_list(meta.get("packed_layers", "")), layer_list(meta.get("compact_layers", ""))
     packed_bytes = heads * c * (d // 2 + 4 * (d // sharing(d)))
+    compact_bytes = packed_bytes + heads * (c + 2) * d
+    n, blocks = blocks_of(c, m)
     groups = -(-layers // per_group)
     sizes = [min(layers, (g + 1) * per_group) - g * per_group for g in range(groups)]
     return [
         *((f"payload.{g}", kind, [m, sizes[g], 2, heads, c, d], PAGE) for g in range(groups)),
         *((f"leader_keys.{layer}", kind, [m, heads, c, d], PAGE) for layer in leaders),
         *((f"key_index.{layer}", "I8", [heads, c, m, d], PAGE) for layer in indexed),
-        *((f"key_scale.{layer}", "F32", [heads, d], 8) for layer in indexed),
+        *((f"coarse_index.{layer}", "U8", [heads, c // 4, n, blocks, d], PAGE) for layer in compact),
+        *((f"coarse_levels.{layer}", "I8", [heads, 2, blocks, d], 8) for layer in compact),
+        *((f"key_scale.{layer}", "F32", [heads, d], 8) for layer in sorted(indexed + compact)),
         *((f"values4.{layer}", "U8", [m, packed_bytes], PAGE) for layer in packed),
+        *((f"compact.{layer}", "U8", [m, compact_bytes], PAGE) for layer in compact),
         ("token_ids", "I64", [tokens], 8),
         ("checksums.payload", "U64", [layers, m], 8),
         *([("checksums.values4", "U64", [len(packed), m], 8)] if packed else []),
-        ("checksums.tensors", "U64", [groups + len(leaders) + 2 * len(indexed) + len(packed) + 1], 8),
+        *([("checksums.compact", "U64", [len(compact), m], 8)] if compact else []),
+        (
+            "checksums.tensors",
+            "U64",
+            [groups + len(leaders) + 2 * len(indexed) + len(packed) + 4 * len(compact) + 1],
+            8,
+        ),
     ]
+
+
+def blocks_of(c: int, m: int) -> tuple[int, int]:
+    """Chunks of a block, and blocks."""
+    n = max(1, 64 // c)
+    return n, -(-m // n)
 
 
 def sharing(d: int) -> int:
@@ -117,6 +134,49 @@ def bfloat16(number: np.float32) -> tuple[int, np.float32]:
 
 def packed_values(values: Array) -> Array:
     """Packed extents `[m, packed bytes]` of values `[m, heads, c, d]`, float32."""
+    return np.stack([np.frombuffer(b"".join(parts), "|u1") for parts in packed_parts(values)])
+
+
+def compact_chunks(keys: Array, values: Array) -> Array:
+    """Compact extents `[m, compact bytes]` of keys and values `[m, heads, c, d]`, float32."""
+    rows = []
+    for chunk, (codes, lowest, step) in zip(keys, packed_parts(values), strict=True):
+        heads, c, d = chunk.shape
+        rounded, scale = np.zeros((heads, c, d), "|i1"), np.zeros((heads, d), "<u2")
+        for place in np.ndindex(heads, d):
+            own = chunk[place[0], :, place[1]]
+            scale[place], width = bfloat16(np.abs(own).max() / np.float32(127))
+            if not width > 0:
+                scale[place], width = bfloat16(np.float32(1))
+            rounded[place[0], :, place[1]] = np.clip(np.rint(own / width), -127, 127)
+        rows.append(np.frombuffer(rounded.tobytes() + codes + scale.tobytes() + lowest + step, "|u1"))
+    return np.stack(rows)
+
+
+def coarse_index(index: Array, tokens: int) -> tuple[Array, Array]:
+    """Codes and levels of a key index `[heads, c, m, d]`."""
+    heads, c, m, d = index.shape
+    n, blocks = blocks_of(c, m)
+    codes, levels = np.zeros((heads, c // 4, n, blocks, d), "|u1"), np.zeros((heads, 2, blocks, d), "|i1")
+    for head, block, channel in np.ndindex(heads, blocks, d):
+        there = [
+            (block * n + j, place)
+            for j in range(n)
+            for place in range(c)
+            if block * n + j < m and (block * n + j) * c + place < tokens
+        ]
+        numbers = [int(index[head, place, chunk, channel]) for chunk, place in there]
+        step = (max(numbers) - min(numbers) + 2) // 4
+        lowest = (max(numbers) + min(numbers) - 3 * step) // 2
+        levels[head, :, block, channel] = lowest, step
+        for (chunk, place), number in zip(there, numbers, strict=True):
+            code = 0 if step == 0 else min(3, max(0, (2 * (number - lowest) + step) // (2 * step)))
+            codes[head, place % (c // 4), chunk % n, block, channel] |= code << 2 * (place // (c // 4))
+    return codes, levels
+
+
+def packed_parts(values: Array) -> list[tuple[bytes, bytes, bytes]]:
+    """Codes, lowest values and steps of each chunk."""
     _, heads, c, d = values.shape
     s = sharing(d)
     rows = []
@@ -132,8 +192,8 @@ def packed_values(values: Array) -> Array:
                 step[place], width = bfloat16(np.float32(1))
             codes[place[0], place[1], group] = np.clip(np.rint((some - low) / width), 0, 15)
         both = codes[..., : d // 2] | (codes[..., d // 2 :] << 4)
-        rows.append(np.frombuffer(both.tobytes() + lowest.tobytes() + step.tobytes(), "|u1"))
-    return np.stack(rows)
+        rows.append((both.tobytes(), lowest.tobytes(), step.tobytes()))
+    return rows
 
 
 def places(meta: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -162,7 +222,8 @@ def read_segment(path: Path, secret: bytes | None = None) -> tuple[dict[str, str
     assert header.rstrip(b" ").endswith(b"}")
     told = json.loads(header)
     meta = told.pop("__metadata__")
-    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "3")
+    assert (meta["format"], meta["version"]) == ("hf_contiguouskv", "4" if meta.get("compact_layers") else "3")
+    assert not set(layer_list(meta.get("compact_layers", ""))) & set(layer_list(meta["indexed_layers"]))
     assert set(layer_list(meta.get("packed_layers", ""))) <= set(layer_list(meta["indexed_layers"]))
     assert meta["checksum"] == header_checksum(header)
     assert all(re.fullmatch(r"[0-9a-f]{32}", meta[name]) for name in ("root", "key"))
@@ -179,7 +240,7 @@ def read_segment(path: Path, secret: bytes | None = None) -> tuple[dict[str, str
     assert set(tensors) == set(told)
     digests = Digests(secret, meta["key"])
     check_contents(meta, tensors, digests)
-    kinds = ("checksums.payload", "checksums.values4", "checksums.tensors")
+    kinds = ("checksums.payload", "checksums.values4", "checksums.compact", "checksums.tensors")
     checksums = b"".join(tensors[name].tobytes() for name in kinds if name in tensors)
     assert meta["mac"] == digests.mac(header, checksums)
     assert path.name == f"{meta['key']}.safetensors"
@@ -211,6 +272,18 @@ def check_contents(meta: dict[str, str], tensors: dict[str, Array], digests: Dig
             sums = [digests.of(row.tobytes()) for row in rows]
             row_of_sums = layer_list(meta["packed_layers"]).index(layer)
             assert tensors["checksums.values4"][row_of_sums].tolist() == sums
+        if layer in layer_list(meta.get("compact_layers", "")):
+            in_order = extents[:, 0].swapaxes(0, 1).reshape(extents.shape[2], m * c, -1)[:, : len(ids)]
+            index, scale = key_index(as_float(in_order), c, m)
+            assert np.array_equal(tensors[f"key_scale.{layer}"], scale)
+            codes, levels = coarse_index(index, len(ids))
+            assert np.array_equal(tensors[f"coarse_index.{layer}"], codes)
+            assert np.array_equal(tensors[f"coarse_levels.{layer}"], levels)
+            rows = tensors[f"compact.{layer}"]
+            assert np.array_equal(rows, compact_chunks(as_float(extents[:, 0]), as_float(extents[:, 1])))
+            sums = [digests.of(row.tobytes()) for row in rows]
+            row_of_sums = layer_list(meta["compact_layers"]).index(layer)
+            assert tensors["checksums.compact"][row_of_sums].tolist() == sums
     parent = bytes.fromhex(meta["parent"] or meta["root"])
     assert chain(parent, ids, c, not meta["parent"])[-1].hex() == meta["key"]
 
@@ -231,6 +304,7 @@ def write_segment(
     leaders: str = "",
     indexed: str = "",
     packed: str = "",
+    compact: str = "",
     fingerprint: str,
     salt: bytes = b"",
     compute_ms: int = 0,
@@ -253,7 +327,7 @@ def write_segment(
     meta = (
         {
             "format": "hf_contiguouskv",
-            "version": "3",
+            "version": "4" if compact else "3",
             "fingerprint": fingerprint,
             "root": root.hex(),
             "parent": names[first_chunk - 1].hex() if first_chunk else "",
@@ -275,6 +349,7 @@ def write_segment(
             "indexed_layers": indexed,
         }
         | ({"packed_layers": packed} if packed else {})
+        | ({"compact_layers": compact} if compact else {})
         | more
         | dict(header)
     )
@@ -293,6 +368,16 @@ def write_segment(
     return meta["key"], struct.pack("<Q", len(text)) + text + data
 
 
+def key_index(keys: Array, c: int, m: int) -> tuple[Array, Array]:
+    """Key index `[heads, c, m, d]` and scales of keys `[heads, tokens, d]`, float32."""
+    heads, tokens, d = keys.shape
+    peak = np.abs(keys).max(axis=1)
+    scale = np.where(peak != 0, peak / np.float32(127), np.float32(1))
+    index = np.zeros((heads, m * c, d), "|i1")
+    index[:, :tokens] = np.rint(keys / scale[:, None]).astype("|i1")
+    return index.reshape(heads, m, c, d).swapaxes(1, 2), scale
+
+
 def contents(meta: dict[str, str], kv: Array, ids: Array, digests: Digests) -> dict[str, Array]:
     c, per_group = int(meta["chunk_size"]), int(meta["layers_per_group"])
     layers, _, heads, tokens, d = kv.shape
@@ -306,23 +391,23 @@ def contents(meta: dict[str, str], kv: Array, ids: Array, digests: Digests) -> d
         tensors[f"payload.{group}"] = extents[first : first + per_group].swapaxes(0, 1)
     for layer in layer_list(meta["leader_layers"]):
         tensors[f"leader_keys.{layer}"] = extents[layer][:, 0]
-    scales: dict[str, Array] = {}
-    for layer in layer_list(meta["indexed_layers"]):
-        keys = as_float(kv[layer, 0])
-        peak = np.abs(keys).max(axis=1)
-        scale = np.where(peak != 0, peak / np.float32(127), np.float32(1))
-        index = np.zeros((heads, m * c, d), "|i1")
-        index[:, :tokens] = np.rint(keys / scale[:, None]).astype("|i1")
-        tensors[f"key_index.{layer}"] = index.reshape(heads, m, c, d).swapaxes(1, 2)
-        scales[f"key_scale.{layer}"] = scale
-    tensors |= scales
-    packed = layer_list(meta.get("packed_layers", ""))
+    packed, compact = layer_list(meta.get("packed_layers", "")), layer_list(meta.get("compact_layers", ""))
+    indexed = layer_list(meta["indexed_layers"])
+    indexes = {layer: key_index(as_float(kv[layer, 0]), c, m) for layer in sorted(indexed + compact)}
+    tensors |= {f"key_index.{layer}": indexes[layer][0] for layer in indexed}
+    coarse = {layer: coarse_index(indexes[layer][0], tokens) for layer in compact}
+    tensors |= {f"coarse_index.{layer}": codes for layer, (codes, _) in coarse.items()}
+    tensors |= {f"coarse_levels.{layer}": levels for layer, (_, levels) in coarse.items()}
+    tensors |= {f"key_scale.{layer}": scale for layer, (_, scale) in indexes.items()}
     for layer in packed:
         tensors[f"values4.{layer}"] = packed_values(as_float(extents[layer][:, 1]))
+    for layer in compact:
+        tensors[f"compact.{layer}"] = compact_chunks(as_float(extents[layer][:, 0]), as_float(extents[layer][:, 1]))
     tensors["token_ids"] = ids
     sums = [[digests.of(extents[layer, j].tobytes()) for j in range(m)] for layer in range(layers)]
     whole = [digests.of(tensor.tobytes()) for tensor in tensors.values()]
-    if packed:
-        own = [[digests.of(row.tobytes()) for row in tensors[f"values4.{layer}"]] for layer in packed]
-        tensors["checksums.values4"] = np.array(own, "<u8")
+    for kind, layers_of_kind in (("values4", packed), ("compact", compact)):
+        if layers_of_kind:
+            own = [[digests.of(row.tobytes()) for row in tensors[f"{kind}.{layer}"]] for layer in layers_of_kind]
+            tensors[f"checksums.{kind}"] = np.array(own, "<u8")
     return tensors | {"checksums.payload": np.array(sums, "<u8"), "checksums.tensors": np.array(whole, "<u8")}

@@ -10,10 +10,11 @@ import torch
 
 from hf_contiguouskv.store import KVGeometry, PrefixStore, StoredPrefix
 from hf_contiguouskv.store.hashing import TokenIds
-from hf_contiguouskv.store.key_index import build_key_index
+from hf_contiguouskv.store.layer_index import layer_index
 from hf_contiguouskv.store.local_disk import FileBlob
 from hf_contiguouskv.store.reader import Read, aligned_buffer, as_memoryview
 from hf_contiguouskv.store.segment import Segment
+from hf_contiguouskv.store.tensor_places import index_tensors
 
 FINGERPRINT = "f0" * 16
 
@@ -87,9 +88,10 @@ def write_prefix(
         own = ids[first_chunk * g.chunk_size :]
         for layer in range(g.num_layers):
             writer.write_chunks(layer, 0, expected_kv(g, own, layer))
-        for layer in g.indexed_layers:
-            keys = expected_kv(g, own, layer)[:, 0].transpose(0, 1).flatten(1, 2)[:, : len(own)]
-            writer.write_index(layer, *build_key_index(keys, g.chunk_size))
+        for layer in range(g.num_layers):
+            if index_tensors(g, layer):
+                keys = expected_kv(g, own, layer)[:, 0].transpose(0, 1).flatten(1, 2)[:, : len(own)]
+                writer.write_index(layer, *layer_index(keys, g, layer))
         return writer.commit()
 
 

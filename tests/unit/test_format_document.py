@@ -15,10 +15,12 @@ import torch
 from format_by_document import NUMPY, Array, chain, places, read_segment, root_of, write_segment
 from store_helpers import FINGERPRINT, expected_kv, geometry, path_of, read_back, some_tokens, write_prefix
 
-from hf_contiguouskv.selection import build_key_index
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.bundle import export_bundle, import_bundle
-from hf_contiguouskv.store.packing import pack_values
+from hf_contiguouskv.store.layer_index import layer_index
+from hf_contiguouskv.store.packing import pack_chunks
+from hf_contiguouskv.store.small_forms import small_forms
+from hf_contiguouskv.store.tensor_places import index_tensors
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "FORMAT.md"
 # ---- against the library ----
@@ -42,6 +44,13 @@ GEOMETRIES = {
         dtype=torch.float16, kv_heads=1, head_dim=130, indexed_layers=(0, 1, 2), packed_layers=(0, 2)
     ),
     "packed bfloat16": geometry(dtype=torch.bfloat16, head_dim=64, indexed_layers=(0, 2), packed_layers=(0, 2)),
+    "compact": geometry(leader_layers=(0,), indexed_layers=(0,), packed_layers=(0,), compact_layers=(1, 2)),
+    "compact bfloat16": geometry(
+        dtype=torch.bfloat16, head_dim=64, chunk_size=16, indexed_layers=(), compact_layers=(0, 1, 2)
+    ),
+    "compact float16": geometry(
+        dtype=torch.float16, head_dim=130, kv_heads=1, chunk_size=128, indexed_layers=(), compact_layers=(1,)
+    ),
     "bfloat16": geometry(dtype=torch.bfloat16, chunk_size=16, kv_heads=1, head_dim=5, indexed_layers=(0, 1, 2)),
 }
 
@@ -121,6 +130,7 @@ def test_what_the_document_writes_is_served_by_the_store(
             leaders=layers_as_text(g.leader_layers),
             indexed=layers_as_text(g.indexed_layers),
             packed=layers_as_text(g.packed_layers),
+            compact=layers_as_text(g.compact_layers),
             compute_ms=1500,
             secret=secret,
             fingerprint=FINGERPRINT,
@@ -149,24 +159,27 @@ def test_what_the_document_writes_is_served_by_the_store(
             kv = torch.stack([expected_kv(g, part, layer) for layer in range(g.num_layers)])
             for layer in g.leader_layers:
                 assert torch.equal(span.segment.read_tensor(f"leader_keys.{layer}"), kv[layer][:, 0])
-            for layer in g.indexed_layers:
+            for layer in range(g.num_layers):
                 keys = kv[layer][:, 0].transpose(0, 1).flatten(1, 2)[:, : len(part)]
-                index, scale = build_key_index(keys, c)
-                assert torch.equal(span.segment.read_tensor(f"key_index.{layer}"), index)
-                assert torch.equal(span.segment.read_tensor(f"key_scale.{layer}"), scale)
-            for layer in g.packed_layers:
-                assert torch.equal(span.segment.read_tensor(f"values4.{layer}"), pack_values(kv[layer][:, 1]))
+                names = index_tensors(g, layer)
+                for name, tensor in zip(names, layer_index(keys, g, layer) if names else (), strict=True):
+                    assert torch.equal(span.segment.read_tensor(name), tensor)
+            for small in small_forms(g):
+                for layer in small.layers:
+                    assert torch.equal(
+                        span.segment.read_tensor(small.tensor(layer)), pack_chunks(small.form, kv[layer])
+                    )
         assert [entry.compute_s for entry in store.entries()] == [1.5, 1.5]
 
 
 def test_a_newer_segment_is_left_alone(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ids, g = some_tokens(8), geometry()
     PrefixStore(store_path).close()
-    key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="4")
+    key, content = write_segment(raw_kv(g, ids), ids, 0, dtype="float32", c=4, fingerprint=FINGERPRINT, version="5")
     place(store_path, key, content)
     with PrefixStore(store_path) as store:
         assert store.inner.lookup(FINGERPRINT, ids, 4) is None
-        assert "segment format 4" in caplog.text
+        assert "segment format 5" in caplog.text
         store.gc()
         assert store.stats.quarantined == 0
     assert (store_path / "segments" / key[:2] / f"{key}.safetensors").read_bytes() == content
@@ -303,7 +316,7 @@ def test_the_store_writes_the_example_byte_for_byte(store_path: Path) -> None:
         with store.inner.begin_segment(given["fingerprint"], g, np.array(given["token_ids"])) as writer:
             for layer in range(2):
                 writer.write_chunks(layer, 0, padded[layer].unflatten(2, (2, 2)).permute(2, 0, 1, 3, 4).contiguous())
-            writer.write_index(1, *build_key_index(kv[1, 0], 2))
+            writer.write_index(1, *layer_index(kv[1, 0], g, 1))
             segment = writer.commit(compute_s=given["compute_ms"] / 1000).spans[0].segment
         assert facts(segment.key, path_of(segment).read_bytes()) == told["segment"]
         for store_file in path_of(segment).parents[2].glob("segments/*/*"):

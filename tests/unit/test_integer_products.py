@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_contiguouskv.selection import Scratch, build_key_index, chosen_products
+from hf_contiguouskv.selection import KeyIndex, Scratch, chosen_products
 from hf_contiguouskv.selection.indexed_keys import peaks_on_cpu
 from hf_contiguouskv.selection.integer_products import (
     FLOAT32,
@@ -76,13 +76,13 @@ def test_every_product_gives_the_integers_of_a_sum_in_int64(product, values, kv_
 @pytest.mark.parametrize(("c", "chunks", "head_dim", "rows"), [(16, 600, 64, 48), (32, 500, 256, 96), (1, 600, 8, 1)])
 def test_large_shapes_that_are_multiplied_in_pieces_give_the_same_peaks(product, c, chunks, head_dim, rows):
     generator = torch.Generator().manual_seed(1)
-    part = build_key_index(torch.randn(2, c * chunks, head_dim, generator=generator), c)
+    part = KeyIndex.of(torch.randn(2, c * chunks, head_dim, generator=generator), c)
     queries = torch.randn(2, rows, head_dim, generator=generator).numpy()
     found, expected = torch.empty(chunks, 2, rows), torch.empty(chunks, 2, rows)
-    peaks_on_cpu(queries, part, 0.125, Scratch(), expected.numpy(), FLOAT64)
-    peaks_on_cpu(queries, part, 0.125, Scratch(), found.numpy(), product)
+    peaks_on_cpu(queries, part, 0.125, Scratch(), Scratch(), expected.numpy(), FLOAT64)
+    peaks_on_cpu(queries, part, 0.125, Scratch(), Scratch(), found.numpy(), product)
     assert torch.equal(found, expected)
-    peaks_on_cpu(queries, part, 0.125, Scratch(), found.numpy())
+    peaks_on_cpu(queries, part, 0.125, Scratch(), Scratch(), found.numpy())
     assert torch.equal(found, expected), "whichever product was chosen"
 
 

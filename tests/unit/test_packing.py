@@ -1,4 +1,4 @@
-"""Values in 4 bits: against loops, and what can be said of any numbers."""
+"""Keys in 8 bits and values in 4 bits: against loops, and what can be said of any numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from store_helpers import geometry
 from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.model.kv_geometry import channels_per_scale
 from hf_contiguouskv.store import KVGeometry
-from hf_contiguouskv.store.packing import pack_values, unpack_values
+from hf_contiguouskv.store.packing import pack_chunks, pack_values, unpack_compact, unpack_values
 
 
 def packed_geometry(head_dim: int, dtype: torch.dtype = torch.float32) -> KVGeometry:
@@ -97,3 +97,66 @@ def test_a_geometry_that_cannot_be_packed() -> None:
         geometry(packed_layers=(0,))
     with pytest.raises(InputError, match="packed_layers must be different layers"):
         geometry(packed_layers=(1, 1))
+
+
+def compact_geometry(head_dim: int, dtype: torch.dtype = torch.float32, chunk_size: int = 4) -> KVGeometry:
+    return geometry(
+        head_dim=head_dim, dtype=dtype, chunk_size=chunk_size, leader_layers=(), indexed_layers=(), compact_layers=(1,)
+    )
+
+
+def some_chunks(g: KVGeometry, chunks: int) -> torch.Tensor:
+    kv = torch.stack([some_values(g, chunks, seed=1), some_values(g, chunks, seed=2)], dim=1)
+    kv[:, 0, :, :, 0] *= 40  # Keys have channels that are far larger than others.
+    return kv
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "chunk_size"), [(2, 4), (64, 16), (80, 8), (128, 64)])
+def test_compact_chunks_hold_keys_to_a_254th_of_their_channel_and_values_as_packed_ones_do(
+    head_dim: int, chunk_size: int, dtype: torch.dtype
+) -> None:
+    g = compact_geometry(head_dim, dtype, chunk_size)
+    kv = some_chunks(g, 3)
+    packed = pack_chunks("compact", kv)
+    assert (packed.dtype, tuple(packed.shape)) == (torch.uint8, (3, g.compact_bytes))
+    keys, values = torch.full_like(kv, float("nan")).unbind(1)
+    unpack_compact(packed, g, keys, values)
+    assert torch.equal(values, unpacked(pack_values(kv[:, 1]), g))
+    for chunk in range(3):
+        for head in range(g.kv_heads):
+            for channel in range(head_dim):
+                own, its = kv[chunk, 0, head, :, channel].float(), keys[chunk, head, :, channel].float()
+                peak = own.abs().max().item()
+                # Half a step and the rounding of scale and product to 8 bits.
+                assert (own - its).abs().max().item() <= peak * (0.5 / 127 + 2 * 2.0**-8)
+
+
+def test_compact_chunks_are_packed_one_by_one_and_into_memory_of_any_order() -> None:
+    g = compact_geometry(16)
+    kv = some_chunks(g, 4)
+    packed = pack_chunks("compact", kv)
+    assert torch.equal(packed, torch.cat([pack_chunks("compact", kv[chunk : chunk + 1]) for chunk in range(4)]))
+    turned = torch.zeros(2, g.kv_heads, 6, g.chunk_size, g.head_dim)
+    unpack_compact(packed, g, *(one[:, 1:5].transpose(0, 1) for one in turned))
+    plain = torch.zeros_like(kv)
+    unpack_compact(packed, g, plain[:, 0], plain[:, 1])
+    assert torch.equal(turned[:, :, 1:5].permute(2, 0, 1, 3, 4), plain)
+    assert not turned[:, :, [0, 5]].any()
+
+
+def test_keys_that_are_all_zero_stay_so() -> None:
+    g = compact_geometry(8)
+    kv = torch.zeros(2, 2, g.kv_heads, g.chunk_size, 8)
+    found = torch.ones_like(kv)
+    unpack_compact(pack_chunks("compact", kv), g, found[:, 0], found[:, 1])
+    assert not found.any()
+
+
+def test_a_geometry_that_cannot_be_compact() -> None:
+    with pytest.raises(InputError, match="even head_dim"):
+        geometry(head_dim=5, indexed_layers=(), compact_layers=(1,))
+    with pytest.raises(InputError, match="chunk_size of 4 or more"):
+        geometry(chunk_size=2, indexed_layers=(), compact_layers=(1,))
+    with pytest.raises(InputError, match="must not be among indexed_layers"):
+        geometry(compact_layers=(1,))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hf_contiguouskv.selection import (
     AttentionMassScorer,
     IndexedKeysScorer,
+    KeyIndex,
     SelectionInput,
-    build_key_index,
     choose_chunks,
     device_products,
     voting_queries,
@@ -138,7 +138,7 @@ def test_voters_are_as_many_as_may_be_each_once_in_order_and_the_same_everywhere
 @pytest.mark.parametrize("tokens", [32, 35])
 def test_the_index_is_a_close_copy_of_the_keys(tokens):
     keys = keys_of(tokens)
-    index, scale = build_key_index(keys, 4)
+    index, scale = KeyIndex.of(keys, 4)
     assert index.shape == (2, 4, math.ceil(tokens / 4), 8)
     restored = (index.float() * scale[:, None, None]).transpose(1, 2).reshape(2, -1, 8)[:, :tokens]
     assert (restored - keys).abs().max() <= scale.max() / 2 + 1e-6
@@ -148,7 +148,7 @@ def test_the_index_is_a_close_copy_of_the_keys(tokens):
 def test_a_channel_of_zeros_does_not_divide_by_zero():
     keys = keys_of(16)
     keys[:, :, 3] = 0
-    index, scale = build_key_index(keys, 4)
+    index, scale = KeyIndex.of(keys, 4)
     assert (index[..., 3] == 0).all()
     assert torch.isfinite(scale).all()
 
@@ -156,9 +156,9 @@ def test_a_channel_of_zeros_does_not_divide_by_zero():
 def test_chunk_peaks_come_close_to_the_exact_maximum():
     keys, queries = keys_of(64), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
     exact = torch.bmm(queries, keys.mT).unflatten(-1, (16, 4)).amax(-1) * 0.5
-    part = build_key_index(keys, 4)
+    part = KeyIndex.of(keys, 4)
     integers = torch.empty(16, 2, 6)
-    peaks_on_cpu(queries.numpy(), part, 0.5, Scratch(), integers.numpy())
+    peaks_on_cpu(queries.numpy(), part, 0.5, Scratch(), Scratch(), integers.numpy())
     for peaks in (integers.permute(1, 2, 0), peaks_on_device(queries, part, 0.5)):
         assert peaks.dtype == torch.float32
         assert (peaks - exact).abs().max() < 0.1 * exact.abs().max()
@@ -170,9 +170,9 @@ def test_a_device_finds_the_very_peaks_of_a_cpu(head_dim, votes):
     keys = torch.randn(2, 333, head_dim, generator=generator) * torch.rand(head_dim, generator=generator) * 9
     queries = torch.randn(2, 7 * votes, head_dim, generator=generator).exp()
     queries[0, 0] = 0
-    part = build_key_index(keys, 16)
+    part = KeyIndex.of(keys, 16)
     expected = torch.empty(21, 2, 7 * votes)
-    peaks_on_cpu(queries.numpy(), part, 0.0883, Scratch(), expected.numpy())
+    peaks_on_cpu(queries.numpy(), part, 0.0883, Scratch(), Scratch(), expected.numpy())
     assert torch.equal(peaks_on_device(queries, part, 0.0883), expected.permute(1, 2, 0))
 
 
@@ -234,7 +234,7 @@ def test_a_product_that_is_not_exact_is_not_used(monkeypatch, wrong):
 def test_a_cpu_and_a_device_choose_the_chunks_that_float64_chooses(power, softcap, scaling):
     voters = [torch.tensor([1, 2, 4]), torch.tensor([3])]
     inputs, keys = some_input(voters=voters, softcap=softcap, scaling=scaling), keys_of(67)
-    parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
+    parts = [KeyIndex.of(keys[:, :20], 4), KeyIndex.of(keys[:, 20:], 4)]
     scorer = IndexedKeysScorer(parts, 16, power)
     for row, (importance, mass) in enumerate(zip(*scorer(inputs), strict=True)):
         other = scorer._row_on_device(inputs, row)
@@ -274,23 +274,23 @@ def test_queries_that_require_a_gradient_are_scored_all_the_same():
     inputs, keys = some_input(), keys_of(32)
     inputs.queries.requires_grad_()
     with torch.no_grad():
-        scores = IndexedKeysScorer([build_key_index(keys, 4)], 8, 2.0)(inputs)
+        scores = IndexedKeysScorer([KeyIndex.of(keys, 4)], 8, 2.0)(inputs)
     assert not scores.importance.requires_grad
 
 
 def test_scores_of_very_large_and_of_no_logits_are_numbers():
     inputs, keys = some_input(scaling=1e6), keys_of(32)
-    assert torch.isfinite(IndexedKeysScorer([build_key_index(keys, 4)], 8, 2.0)(inputs).importance).all()
+    assert torch.isfinite(IndexedKeysScorer([KeyIndex.of(keys, 4)], 8, 2.0)(inputs).importance).all()
     inputs = some_input(queries=torch.zeros(1, 4, 5, 8), rows=1)
-    importance, mass = IndexedKeysScorer([build_key_index(keys, 4)], 8, 2.0)(inputs)
+    importance, mass = IndexedKeysScorer([KeyIndex.of(keys, 4)], 8, 2.0)(inputs)
     torch.testing.assert_close(mass, torch.full((1, 8), 5 / 8))
     torch.testing.assert_close(importance, torch.full((1, 8), 20 / 64))
 
 
 def test_segments_are_scored_as_one_prefix():
     inputs, keys = some_input(), keys_of(48)
-    whole = IndexedKeysScorer([build_key_index(keys, 4)], 12, 2.0)(inputs)
-    parts = [build_key_index(keys[:, :20], 4), build_key_index(keys[:, 20:], 4)]
+    whole = IndexedKeysScorer([KeyIndex.of(keys, 4)], 12, 2.0)(inputs)
+    parts = [KeyIndex.of(keys[:, :20], 4), KeyIndex.of(keys[:, 20:], 4)]
     torch.testing.assert_close(IndexedKeysScorer(parts, 12, 2.0)(inputs), whole, rtol=0.2, atol=0.05)
 
 
@@ -299,7 +299,7 @@ def test_segments_are_scored_as_one_prefix():
 def test_the_mass_from_an_index_is_what_each_voter_spreads_whatever_the_emphasis(power, rows):
     voters = [torch.tensor([1, 2, 4]), torch.tensor([3])][:rows]
     inputs, keys = some_input(rows=rows, voters=voters), keys_of(64)
-    importance, mass = IndexedKeysScorer([build_key_index(keys, 4)], 16, power)(inputs)
+    importance, mass = IndexedKeysScorer([KeyIndex.of(keys, 4)], 16, power)(inputs)
     assert importance.shape == mass.shape == (rows, 16)
     torch.testing.assert_close(mass.sum(-1), torch.tensor([3.0, 1.0])[:rows])
     # The softmax over the chunks' best logits, by hand.
@@ -315,7 +315,7 @@ def test_the_mass_from_an_index_is_what_each_voter_spreads_whatever_the_emphasis
 def test_an_obvious_needle_is_found_by_both_scorers():
     inputs, keys = some_input(rows=1), keys_of(64) * 0.1
     keys[:, 41] = inputs.queries[0, :, -1].unflatten(0, (2, 2)).sum(1) * 5
-    for scorer in (AttentionMassScorer(keys, 4), IndexedKeysScorer([build_key_index(keys, 4)], 16, 2.0)):
+    for scorer in (AttentionMassScorer(keys, 4), IndexedKeysScorer([KeyIndex.of(keys, 4)], 16, 2.0)):
         assert scorer(inputs).importance[0].argmax() == 10
         assert scorer(inputs).mass[0].argmax() == 10
 
@@ -357,6 +357,6 @@ def test_ties_go_to_the_earlier_chunk():
 def test_building_an_index_leaves_the_keys_alone_and_stays_in_range(dtype):
     keys = (keys_of(50) * 7).to(dtype)
     before = keys.clone()
-    index, _ = build_key_index(keys, 4)
+    index, _ = KeyIndex.of(keys, 4)
     assert torch.equal(keys, before)
     assert -127 <= int(index.min()) <= int(index.max()) <= 127

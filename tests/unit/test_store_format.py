@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,17 @@ from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.format import SegmentHeader, parse_header
 from hf_contiguouskv.store.hashing import ChainMemory, chain_hashes, chunk_hash, root_hash, segment_hashes
-from hf_contiguouskv.store.key_index import build_key_index
-from hf_contiguouskv.store.tensor_places import place_tensors
+from hf_contiguouskv.store.layer_index import layer_index
+from hf_contiguouskv.store.packing import pack_chunks
+from hf_contiguouskv.store.small_forms import small_forms
+from hf_contiguouskv.store.tensor_places import index_tensors, place_tensors
 
 
 @st.composite
 def geometries(draw: st.DrawFn) -> KVGeometry:
     layers = draw(st.integers(1, 6))
     some_layers = st.lists(st.integers(0, layers - 1), unique=True).map(lambda found: tuple(sorted(found)))
-    return KVGeometry(
+    g = KVGeometry(
         num_layers=layers,
         kv_heads=draw(st.integers(1, 3)),
         head_dim=draw(st.integers(1, 9)),
@@ -34,7 +37,16 @@ def geometries(draw: st.DrawFn) -> KVGeometry:
         chunk_size=draw(st.sampled_from([1, 2, 4, 16])),
         layers_per_group=draw(st.integers(1, layers)),
         leader_layers=draw(some_layers),
-        indexed_layers=draw(some_layers),
+    )
+    indexed, packed, compact = (set(draw(some_layers)) for _ in range(3))
+    if g.head_dim % 2:
+        return replace(g, indexed_layers=tuple(sorted(indexed)))
+    compact = compact - indexed if g.chunk_size % 4 == 0 else set()
+    return replace(
+        g,
+        indexed_layers=tuple(sorted(indexed)),
+        packed_layers=tuple(sorted(packed & indexed)),
+        compact_layers=tuple(sorted(compact)),
     )
 
 
@@ -62,7 +74,7 @@ def test_tensors_lie_side_by_side_and_payload_comes_first_on_pages(g: KVGeometry
     for name, place in places.items():
         assert place.start == end
         end += place.nbytes
-        if name.startswith(("payload", "leader_keys", "key_index")):
+        if name.startswith(("payload", "leader_keys", "key_index", "coarse_index", "values4", "compact")):
             assert place.start % PAGE == 0
     assert next(iter(places)) == "payload.0"
 
@@ -88,10 +100,13 @@ def test_safetensors_reads_every_tensor_as_it_was_written(
         assert torch.equal(tensors[f"payload.{group}"][:, inside], kv)
         if layer in g.leader_layers:
             assert torch.equal(tensors[f"leader_keys.{layer}"], kv[:, 0])
-        if layer in g.indexed_layers:
-            index, scale = build_key_index(kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :num_tokens], g.chunk_size)
-            assert torch.equal(tensors[f"key_index.{layer}"], index)
-            assert torch.equal(tensors[f"key_scale.{layer}"], scale)
+        if index_tensors(g, layer):
+            keys = kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+            for name, tensor in zip(index_tensors(g, layer), layer_index(keys, g, layer), strict=True):
+                assert torch.equal(tensors[name], tensor)
+    for small in small_forms(g):
+        for layer in small.layers:
+            assert torch.equal(tensors[small.tensor(layer)], pack_chunks(small.form, expected_kv(g, ids, layer)))
 
 
 @given(st.binary(max_size=300), st.integers(0, 10**6))
