@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -170,6 +171,39 @@ def print_calibration(run: Path, tolerance: float, console: Console | None = Non
         console.print(f"Smallest share within {tolerance:g} nats with 95% certainty: budget={small.share:g}.")
     if fast.share != small.share:
         console.print(f"Fastest of those within, in this state on this machine: budget={fast.share:g}.")
+
+
+def calibration(run: Path, tolerance: float) -> dict[str, Any]:
+    """What `print_calibration` says, for programs: seconds, nats and bytes; an end of an interval that is not known is
+    `None`."""
+    results, found = load([run]), figures(run)
+    whole = measures.mean_of(results.judged, MEMORY, "score")
+    return {
+        "tolerance": tolerance,
+        "smallest_within": smallest_within(found, tolerance).share,
+        "fastest_within": fastest_within(found, tolerance).share,
+        "whole_cache_score": None if whole is None else _interval(whole),
+        "shares": [
+            {
+                "share": one.share,
+                "within": one.is_within(tolerance),
+                "ttft_s": _interval(one.seconds),
+                f"times_faster_than_{RELOAD}": _interval(one.speed),
+                "bytes_read": one.bytes_read,
+                "kl_answer": _interval(one.apart),
+                "agreement": _interval(one.agreement),
+                "score": _interval(one.score),
+            }
+            for one in found
+        ],
+    }
+
+
+def _interval(one: Estimate | None) -> dict[str, float | int | None] | None:
+    if one is None:
+        return None
+    low, high = (one.low, one.high) if one.has_interval else (None, None)
+    return {"value": one.value, "low": low, "high": high, "requests": one.requests, "prefixes": one.prefixes}
 
 
 def _line(one: ShareFigures, tolerance: float) -> list[str]:

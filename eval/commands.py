@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from hf_contiguouskv.cli import messages_instead_of_tracebacks
+from hf_contiguouskv.cli.output import print_json
 from hf_contiguouskv.errors import InputError
 
 from .__main__ import app
@@ -95,9 +96,10 @@ def calibrate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the questions.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Find the share of chunks that your own questions need: time, bytes and answers at several shares."""
-    from .calibrate import SHARES, config_for, print_calibration
+    from .calibrate import SHARES, calibration, config_for, print_calibration
 
     try:
         config = config_for(
@@ -106,7 +108,10 @@ def calibrate(
     except ValueError as error:
         raise InputError(str(error)) from error
     with _run_in(folder, config, "calibrate") as place:
-        print_calibration(place, tolerance)
+        if as_json:
+            print_json(calibration(place, tolerance))
+        else:
+            print_calibration(place, tolerance)
 
 
 @contextmanager

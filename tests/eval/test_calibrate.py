@@ -17,6 +17,7 @@ from eval.calibrate import (
     config_for,
     fastest_within,
     figures,
+    calibration,
     print_calibration,
     smallest_within,
 )
@@ -79,6 +80,18 @@ def test_the_table_names_times_answers_and_the_share_to_take(tmp_path: Path) -> 
     assert "12 questions; the whole cache scores 100.0" in said
     assert "Smallest share within 0.3 nats with 95% certainty: budget=0.1." in said
     assert "Fastest" not in said, "it is the smallest"
+
+
+def test_programs_get_the_same_figures(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", SHARES)
+    told = json.loads(json.dumps(calibration(run, 0.3), allow_nan=False))
+    assert (told["smallest_within"], told["fastest_within"]) == (0.1, 0.1)
+    (one,) = (one for one in told["shares"] if one["share"] == 0.1)
+    assert one["within"] is True
+    assert one["ttft_s"]["value"] == pytest.approx(0.09)
+    assert one["kl_answer"]["value"] == pytest.approx(0.01)
+    assert one["times_faster_than_reload"]["value"] == pytest.approx(4.44, abs=0.01)
+    assert told["whole_cache_score"]["value"] == 1.0
 
 
 def test_where_nothing_is_close_the_whole_prefix_is_advised(tmp_path: Path) -> None:
