@@ -28,8 +28,8 @@ def repack(
 ) -> None:
     """Give stored prefixes another form: a key index of 2 bits, and chunks that bring their keys; or of 8 bits.
 
-    Keys and values stay as they are, and what a prefix continues goes along. Each file is verified, written beside the old one, and put in its place at once, so
-    an interrupted command can be given again.
+    Keys and values stay as they are, and what a prefix continues goes along. Each file is verified, written beside the
+    old one, and put in its place at once, so an interrupted command can be given again.
     """
     if bool(keys) == everything:
         raise InputError("name the prefixes, or --all")
@@ -55,5 +55,5 @@ def repack(
         return
     for one in done:
         say(f"repacked {one.key}")
-    unchanged = len(entries) - len(done)
-    say(f"{counted(len(done), 'segment')} repacked ({human_bytes(before)}, now {human_bytes(after)}), {unchanged:,} unchanged")
+    sizes = f"{human_bytes(before)}, now {human_bytes(after)}"
+    say(f"{counted(len(done), 'segment')} repacked ({sizes}), {len(entries) - len(done):,} unchanged")

@@ -306,11 +306,10 @@ class KeyLoader:
         parts: list[IndexPart] = []
         for held in self._holding(layer):
             span = held.span
-            *numbers, scale = span.segment.shaped(
-                self._plan.key_tensors(span.segment, layer), held.tensors(layer)
-            )
+            *numbers, scale = span.segment.shaped(self._plan.key_tensors(span.segment, layer), held.tensors(layer))
             if len(numbers) == 2:
-                parts.append(CoarseIndex(*numbers, scale, span.offset, span.chunks))
+                codes, levels = numbers
+                parts.append(CoarseIndex(codes, levels, scale, span.offset, span.chunks))
                 continue
             (index,) = numbers
             if (span.offset, span.chunks) != (0, index.shape[2]):

@@ -140,7 +140,7 @@ def _put_few_bits(
 
 def _unpack(prefix: AttachedPrefix, extents: torch.Tensor, out: torch.Tensor) -> None:
     """Into `out`, `(1 (V) or 2 (K, V), kv_heads, n, c, head_dim)`."""
-    states = [one.transpose(0, 1) for one in out]
+    states = [out[which].transpose(0, 1) for which in range(len(out))]  # (Not unbound: those could not be written.)
     if prefix.form == "packed":
         unpack_values(extents, prefix.geometry, states[0])
     else:
@@ -173,7 +173,9 @@ def place_keys(
         destination[:, :, destination.shape[2] - tail :] = last.to(destination.dtype)
 
 
-def place_chunk_keys(prefix: AttachedPrefix, parts: Sequence[KeyIndex], chunks: Chunks, destination: torch.Tensor) -> None:
+def place_chunk_keys(
+    prefix: AttachedPrefix, parts: Sequence[KeyIndex], chunks: Chunks, destination: torch.Tensor
+) -> None:
     """Keys of whole chunks (int64, ascending) into `destination`, `(kv_heads, n, c, head_dim)`; see `place_keys`."""
     begin, ends = 0, [len(chunks)]
     if len(parts) > 1:

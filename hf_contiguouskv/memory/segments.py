@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Literal, Protocol
 
-# `exact`: K and V in the model's dtype. `packed`: values in 4 bits; the keys are those of the key index. `compact`: keys
-# in 8 bits and values in 4 bits.
+# `exact`: K and V in the model's dtype. `packed`: values in 4 bits; the keys are those of the key index. `compact`:
+# keys in 8 bits and values in 4 bits.
 Form = Literal["exact", "packed", "compact"]
 
 

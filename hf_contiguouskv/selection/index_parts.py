@@ -11,7 +11,7 @@ from ..store.coarse_index import build_coarse_index, expand_coarse_index, in_ord
 from ..store.key_index import build_key_index
 from .integer_products import Scratch
 
-# KV heads are expanded together up to this size: what is expanded stays in the processor's cache until it is multiplied.
+# KV heads are expanded together up to this size: what is expanded stays in the processor's cache until it is used.
 _EXPANDED_BYTES = 2 * 2**20
 
 
@@ -51,11 +51,11 @@ class KeyIndex(NamedTuple):
     """A key index in 8 bits.
 
     Attributes:
-        index: int8 `(kv_heads, c, chunks, head_dim)`.
+        numbers: int8 `(kv_heads, c, chunks, head_dim)`.
         scale: float32 `(kv_heads, head_dim)`.
     """
 
-    index: torch.Tensor
+    numbers: torch.Tensor
     scale: torch.Tensor
 
     @classmethod
@@ -66,17 +66,17 @@ class KeyIndex(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """See `IndexPart`."""
-        kv_heads, _, chunks, head_dim = self.index.shape
+        kv_heads, _, chunks, head_dim = self.numbers.shape
         return kv_heads, chunks, head_dim
 
     @property
     def stored_chunks(self) -> int:
         """See `IndexPart`."""
-        return self.index.shape[2]
+        return self.numbers.shape[2]
 
     def pieces(self, scratch: Scratch | None) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `IndexPart`."""
-        yield slice(None), self.index
+        yield slice(None), self.numbers
 
     def scored(self, products: torch.Tensor, dim: int) -> torch.Tensor:
         """See `IndexPart`."""

@@ -143,7 +143,9 @@ def peaks_on_cpu(
     for heads, index in part.pieces(expanded):
         product.maxima(index, rounded[heads], scratch, best[heads])
     peak *= np.float32(scaling / 127.0)
-    np.multiply(part.scored(best, 1).numpy().transpose(1, 0, 2), peak[:, :, 0], out=out, dtype=np.float32, casting="unsafe")
+    np.multiply(
+        part.scored(best, 1).numpy().transpose(1, 0, 2), peak[:, :, 0], out=out, dtype=np.float32, casting="unsafe"
+    )
 
 
 def peaks_on_device(queries: torch.Tensor, part: IndexPart, scaling: float) -> torch.Tensor:

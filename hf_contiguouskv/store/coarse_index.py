@@ -4,8 +4,8 @@ Each number of the key index (`key_index`) is rounded to one of four levels. For
 a *block* of neighbouring chunks share the lowest level and the step from each level to the next. Both are int8 numbers
 on the scale of the key index, so the rounded index is an int8 key index as well.
 
-    codes   uint8  [kv_heads, c / 4, n, blocks, head_dim]   chunk `b * n + j` of the segment at [:, :, j, b]; bits 2i and
-                                                            2i + 1: position `i * c / 4 + p` of the chunk, at [:, p]
+    codes   uint8  [kv_heads, c / 4, n, blocks, head_dim]   chunk `b * n + j` of the segment at [:, :, j, b]; bits 2i
+                                                            and 2i + 1: its position `i * c / 4 + p`, at [:, p]
     levels  int8   [kv_heads, 2 (lowest, step), blocks, head_dim]
 
 with `n` chunks in a block. The blocks of a position follow each other, so levels are added to long rows. All arithmetic

@@ -55,14 +55,14 @@ def repack_segment(inner: StoreInner, key: str, index_bits: int) -> Repacked | N
         StoreFullError: there is no room for another file beside it.
         StoreError: it cannot be read or written.
     """
-    with contextlib.closing(inner.opener(inner.backend.open(key))) as segment:
+    with contextlib.closing(inner.opener(inner.parts.backend.open(key))) as segment:
         geometry = _in_form(segment.geometry, index_bits)
         if geometry == segment.geometry:
             return None
         header = replace(segment.header, geometry=geometry, mac=NO_MAC)
         try:
             output = SegmentOutput(
-                header, segment.token_ids, inner.backend.create(key, header.nbytes), inner.parts.key
+                header, segment.token_ids, inner.parts.backend.create(key, header.nbytes), inner.parts.key
             )
             try:
                 _write(segment, output)
@@ -110,11 +110,11 @@ def _put_in_place(
 
     def change(db: sqlite3.Connection) -> bool:
         row = segment_by_key(db, header.key)
-        if row is None or inner.backend.identity(header.key) not in (identity, *published):
+        if row is None or inner.parts.backend.identity(header.key) not in (identity, *published):
             return False
         if not published:  # (A damaged index is rebuilt, and this is called once more.)
             blob.publish()
-            published.append(inner.backend.identity(header.key))
+            published.append(inner.parts.backend.identity(header.key))
         drop_segment(db, header.key)
         insert_segment(db, header, segment.token_ids, blob.stored_bytes, row.created, bool(row.pinned))
         set_use(db, header.key, row.created, row.last_used, row.uses)

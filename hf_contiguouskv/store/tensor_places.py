@@ -68,8 +68,8 @@ def _tensors(geometry: KVGeometry, chunks: int, tokens: int) -> Iterator[tuple[s
         yield f"key_index.{layer}", "I8", (g.kv_heads, g.chunk_size, chunks, g.head_dim), PAGE
     per_block, blocks = block_chunks(g.chunk_size), block_count(g.chunk_size, chunks)
     for layer in g.compact_layers:
-        shape = (g.kv_heads, g.chunk_size // 4, per_block, blocks, g.head_dim)
-        yield f"coarse_index.{layer}", "U8", shape, PAGE
+        codes = (g.kv_heads, g.chunk_size // 4, per_block, blocks, g.head_dim)
+        yield f"coarse_index.{layer}", "U8", codes, PAGE
     for layer in g.compact_layers:
         yield f"coarse_levels.{layer}", "I8", (g.kv_heads, 2, blocks, g.head_dim), 8
     for layer in sorted(g.indexed_layers + g.compact_layers):

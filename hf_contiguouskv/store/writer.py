@@ -175,7 +175,9 @@ class SegmentWriter:
         """
         names = index_tensors(self.header.geometry, layer)
         if len(names) != len(tensors):
-            raise InputError(f"layer {layer} has {len(names)} tensors of a key index in this geometry, not {len(tensors)}")
+            raise InputError(
+                f"layer {layer} has {len(names)} tensors of a key index in this geometry, not {len(tensors)}"
+            )
         for name, tensor in zip(names, tensors, strict=True):
             place = self.header.places[name]
             dtype = TORCH_DTYPES[place.dtype]

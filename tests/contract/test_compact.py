@@ -130,10 +130,12 @@ def test_the_published_method_serves_a_compact_prefix_from_its_leader_keys(tiny_
     with prefix_from_disk(model, PREFIX, store_path / "packed", config=paper) as cache:
         expected = forward(model, SUFFIX, cache)
     write_prefix(model, PREFIX, store_path / "compact", config=COMPACT)
-    with PrefixStore(store_path / "compact") as store:
-        with ContiguousKVCache(model, PREFIX, store=store, config=paper) as cache:
-            assert torch.equal(forward(model, SUFFIX, cache), expected)
-            assert cache.stats.tokens_prefilled == 0
+    with (
+        PrefixStore(store_path / "compact") as store,
+        ContiguousKVCache(model, PREFIX, store=store, config=paper) as cache,
+    ):
+        assert torch.equal(forward(model, SUFFIX, cache), expected)
+        assert cache.stats.tokens_prefilled == 0
 
 
 # ---- what is read ----
@@ -146,7 +148,8 @@ def test_its_reads_are_counted(tiny_model, store_path, monkeypatch):
         forward(model, SUFFIX, cache)
         assert cache.stats.bytes_used == 4 * 3 * CHUNK
         assert cache.stats.chunks_used == [3] * 4
-        assert cache.stats.bytes_read - cache.stats.bytes_identified == 4 * 3 * CHUNK
+        # Whole pages are read; a chunk lies on two at most.
+        assert 4 * 3 * CHUNK <= cache.stats.bytes_read - cache.stats.bytes_identified <= 4 * 3 * 2 * 4096
         # Indexes of small layers are read together, with what lies between them.
         assert 4 * (INDEX + LEVELS_AND_SCALES) <= cache.stats.bytes_identified <= 4 * (INDEX + LEVELS_AND_SCALES + 4096)
 

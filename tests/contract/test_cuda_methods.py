@@ -26,8 +26,8 @@ from hf_contiguouskv.prefill.persisting import persist_rows
 from hf_contiguouskv.selection import (
     AttentionMassScorer,
     IndexedKeysScorer,
-    SelectionInput,
     KeyIndex,
+    SelectionInput,
     choose_chunks,
     voting_queries,
 )

@@ -44,9 +44,7 @@ def masked_reference(model, cache, prefix: torch.Tensor, rows: int = 1) -> Prune
     # Which of the two a request saw is what was asked for, so a cache that does the other one fails.
     packed = cache.config.payload == "packed"
     scale_per_chunk = cache.config.index_bits == 2
-    return PrunedReference(
-        model, prefix, rows=rows, visible=visible, packed=packed, scale_per_chunk=scale_per_chunk
-    )
+    return PrunedReference(model, prefix, rows=rows, visible=visible, packed=packed, scale_per_chunk=scale_per_chunk)
 
 
 def assert_as_masked(cache, actual: torch.Tensor, expected: torch.Tensor) -> None:

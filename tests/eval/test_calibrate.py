@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 from eval.calibrate import (
     TOLERANCE,
+    calibration,
     config_for,
     fastest_within,
     figures,
-    calibration,
     print_calibration,
     smallest_within,
 )

@@ -110,7 +110,9 @@ def as_key_index(part: CoarseIndex) -> KeyIndex:
 
 
 @pytest.mark.parametrize("at_once", [1, 2**21])
-@pytest.mark.parametrize(("tokens", "first", "chunks"), [(333, 0, 21), (333, 3, 11), (64, 0, 4), (16, 0, 1), (80, 4, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "first", "chunks"), [(333, 0, 21), (333, 3, 11), (64, 0, 4), (16, 0, 1), (80, 4, 1)]
+)
 def test_peaks_are_those_of_the_expanded_index_on_a_cpu_and_a_device(monkeypatch, at_once, tokens, first, chunks):
     monkeypatch.setattr(index_parts, "_EXPANDED_BYTES", at_once)
     whole = CoarseIndex.of(some_keys(tokens, kv_heads=3, head_dim=64), 16)
