@@ -31,8 +31,8 @@ COMPACT = ContiguousKVConfig(budget=0.3, index_bits=2)
 PACKED = ContiguousKVConfig(budget=0.3)
 CHUNK = 2 * (16 * (16 // 2 + 4) + (16 + 2) * 16)
 """Bytes of a chunk of a layer: two heads of 16 tokens with 16 channels; one scale per token, and per channel."""
-INDEX = 4 * 3 * 2 * 4 * 4 * 16
-"""Bytes of the codes of a layer: 12 chunks in three blocks, two heads, a quarter of 16 positions, 16 channels."""
+INDEX = 2 * 4 * (4 * 3) * 16
+"""Bytes of the codes of a layer: two heads, a quarter of 16 positions, 12 chunks in three blocks, 16 channels."""
 LEVELS_AND_SCALES = 2 * 2 * 3 * 16 + 4 * 2 * 16
 
 
