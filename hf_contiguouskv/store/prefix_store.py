@@ -20,7 +20,7 @@ from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .fleet.backend import FleetBackend
 from .fleet.engine import SharedEngine
-from .fleet.engines import default_folder, engine_for, is_address
+from .fleet.engines import address_for_key, default_folder, engine_for, is_address
 from .fleet.fleet import Fleet
 from .fleet.records import Records
 from .fleet.upkeep import SharedUpkeep
@@ -289,8 +289,7 @@ def _engine(
         return None
     if backend is not None:
         raise ConfigError("backend= is for a store in a folder, not for the address of a shared store")
-    # (What was made with another key, or none, is of no use: each has a part of the shared store for itself.)
-    return engine_for(place if key is None else f"{place.rstrip('/')}/keyed-{key.public_name}", timeout_s)
+    return engine_for(address_for_key(place, None if key is None else key.public_name), timeout_s)
 
 
 def _require_bound(name: str, value: object) -> None:

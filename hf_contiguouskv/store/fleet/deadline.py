@@ -60,6 +60,6 @@ class Deadline:
 
 
 def seconds_left() -> float:
-    """Seconds that a call of the shared store may take by the deadline of this context; infinite where there is none."""
+    """Seconds that a call of the shared store may take by the deadline of this context; infinite without one."""
     deadline = _current.get()
     return math.inf if deadline is None else deadline.left_s

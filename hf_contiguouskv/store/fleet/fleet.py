@@ -43,6 +43,11 @@ class Fleet:
         room: evicts when it takes up too much.
         submit: runs a function in the background.
         look_up_s: seconds that one look-up may wait for the shared store, all its calls together.
+
+    Attributes:
+        engine, look_up_s: as passed.
+        catalog: of the shared store.
+        link: how fast the shared store has been read.
     """
 
     def __init__(
@@ -56,10 +61,11 @@ class Fleet:
     ) -> None:
         self.engine = engine
         self.catalog = Catalog(engine)
+        self.link = backend.link
         self._backend, self._parts, self._room, self._submit = backend, parts, room, submit
         self._discovery = Discovery(parts, backend, self.catalog)
         self._sender = Sender(parts, backend, self.catalog, parts.counters.add)
-        self._look_up_s = look_up_s
+        self.look_up_s = look_up_s
         # (An engine that answers each call, but not a whole look-up in time, would cost each request all of that time.)
         self._look_ups = CircuitBreaker(f"{engine.name} (look-ups)", look_up_s)
         self._lock = threading.Lock()
@@ -98,7 +104,7 @@ class Fleet:
 
     def deadline(self) -> Deadline:
         """The deadline of a look-up that begins now."""
-        return Deadline(self._look_up_s)
+        return Deadline(self.look_up_s)
 
     def seek(self, hashes: Sequence[bytes], chunk_size: int, found_tokens: int) -> bool:
         """Ask the shared store for more of a prompt than this machine has; whether the index knows more now.
@@ -143,7 +149,7 @@ class Fleet:
         try:
             found = self._discovery.seek(hashes, chunk_size, have)
             if not found and seconds_left() <= 0:
-                raise DeadlineError(f"{self.engine.name}: nothing was found within {self._look_up_s:g} s")
+                raise DeadlineError(f"{self.engine.name}: nothing was found within {self.look_up_s:g} s")
         except DeadlineError as error:
             self._look_ups.failed(error.strerror)
             raise
