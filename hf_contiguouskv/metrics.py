@@ -68,6 +68,7 @@ _REMOTE = (
     ("damaged", "contiguouskv_remote_damaged", "Segments of a shared store whose bytes were wrong."),
     ("published", "contiguouskv_remote_published", "Segments that were sent to a shared store."),
     ("published_by_others", "contiguouskv_remote_published_by_others", "Segments that another machine had sent."),
+    ("withheld", "contiguouskv_remote_withheld", "Segments that were not sent: deleted for all machines before."),
     ("send_failures", "contiguouskv_remote_send_failures", "Segments that could not be sent."),
 )
 _TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"), ("device_bytes", "device"))

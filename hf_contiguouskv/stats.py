@@ -86,6 +86,7 @@ REMOTE_COUNTS = (
     "damaged",
     "published",
     "published_by_others",
+    "withheld",
     "send_failures",
 )
 
@@ -121,7 +122,8 @@ class StoreStats:
         remote: of a shared store, what this process asked of it: `asked` and `found` (look-ups, and those that brought
             more), `asked_us` (microseconds that look-ups took), `failures` (those that were not answered); `reads`,
             `bytes_read` and `read_us` (over the network); `missing` and `damaged` (segments that were gone, or wrong);
-            `published`, `published_by_others` (another machine was faster) and `send_failures`. Empty for a folder.
+            `published`, `published_by_others` (another machine was faster), `withheld` (deleted for all machines after
+            this one computed it) and `send_failures`. Empty for a folder.
     """
 
     segments: int = 0

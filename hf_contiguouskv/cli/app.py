@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -18,10 +19,11 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from ..errors import StoreError
+from ..errors import InputError, StoreError
 from ..store import PrefixInfo, PrefixStore
-from ..store.fleet.engines import default_folder, is_address
+from ..store.fleet.engines import address_for_key, default_folder, is_address
 from ..store.fleet.upkeep import SharedEntry, SharedUpkeep
+from ..store.key import StoreKey
 from ..wording import MESSAGE_LIMIT, quoted, shown
 from .extensions import extension, extension_names
 from .messages import described
@@ -146,16 +148,41 @@ def _options(
     _access.set(access)
 
 
-def open_store(place: Path, **more: Any) -> PrefixStore:
-    """The store at `place`, opened as the options before the command say.
+@contextlib.contextmanager
+def open_store(
+    place: Path, cache: Path | None = None, *, create: bool = True, keeps: bool = True, **more: Any
+) -> Iterator[PrefixStore]:
+    """The store at `place`, opened as the options before the command say, and closed at the end.
 
     Args:
         place: its folder, or the address of a shared store (as `place_of` returns it).
+        cache: of a shared store: the folder for what this machine keeps of it; `None`: the usual one.
+        create: as `PrefixStore`.
+        keeps: whether the command keeps something in that folder. One that does not, and one that may not create a
+            store, makes no such folder: where there is none, it uses a folder in its place that goes with it.
         more: further arguments of `PrefixStore`.
+
+    Raises:
+        InputError: there is a `cache` and `place` is a folder.
     """
-    if isinstance(place, Address):
-        return PrefixStore(place.url, **_access.get({}), **more)
-    return PrefixStore(place, **_access.get({}), **more)
+    with contextlib.ExitStack() as stack:
+        if not isinstance(place, Address):
+            if cache is not None:
+                raise InputError(f"--cache is for the address of a shared store, and {place} is a path")
+            yield stack.enter_context(PrefixStore(place, create=create, **_access.get({}), **more))
+            return
+        folder = folder_of(place, cache)
+        if not (create and keeps) and not folder.exists():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="contiguouskv-")))
+        yield stack.enter_context(PrefixStore(place.url, cache=folder, create=create, **_access.get({}), **more))
+
+
+def folder_of(place: Address, cache: Path | None) -> Path:
+    """The folder for what this machine keeps of a shared store: `cache`, or the usual one; there may be none yet."""
+    if cache is not None:
+        return cache
+    key = StoreKey.of(_access.get({}).get("key"))
+    return default_folder(address_for_key(place.url, None if key is None else key.public_name))
 
 
 class Address(type(Path())):  # type: ignore[misc]  # (A path, since every command takes one.)
@@ -190,6 +217,12 @@ OptionalKeys = Annotated[
 OptionalKey = Annotated[
     str | None,
     typer.Argument(metavar="KEY", help="Key, or its beginning; all of them if left out.", show_default=False),
+]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="FOLDER", help="Of a shared store: what this machine keeps of it.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 

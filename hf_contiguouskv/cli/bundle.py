@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..store.bundle import BundleError, export_bundle, import_bundle, read_manifest
 from ..store.bundle.hub import FetchedBundle, download_folder, fetch_bundle
 from ..wording import quoted
-from .app import AsJson, StorePath, app, find_entries, open_store
+from .app import AsJson, CacheFolder, StorePath, app, find_entries, open_store
 from .messages import complain, messages_instead_of_tracebacks
 from .output import counted, human_bytes, print_json, progress, say
 
@@ -36,6 +36,7 @@ def export_(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="The model's name on the Hub, for the card.", show_default=False),
     ] = None,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Write prefixes, and what they continue, as a folder that others can import.
@@ -44,7 +45,7 @@ def export_(
     """
     if bool(keys) == everything:
         raise InputError("name the prefixes to export, or --all")
-    with open_store(store, create=False) as opened:
+    with open_store(store, cache, create=False) as opened:
         entries = find_entries(opened, keys) if keys else opened.entries()
         with progress("exporting") as report_progress:
             report = export_bundle(opened, [entry.key for entry in entries], to, report_progress, base_model)
@@ -98,6 +99,7 @@ def import_(
             show_default=False,
         ),
     ] = None,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Put the prefixes of a bundle into a store, new or not, after every byte was compared with its checksum.
@@ -108,7 +110,7 @@ def import_(
     try:
         with _folder_of(source, Path(store), download_to, max_bytes) as (folder, fetched):
             read_manifest(folder)  # Before a store is made for nothing.
-            with open_store(store) as opened, progress("importing") as report_progress:
+            with open_store(store, cache) as opened, progress("importing") as report_progress:
                 report = import_bundle(
                     opened, folder, report_progress, skip_refused=skip_refused, foreign_roots=foreign_roots or ()
                 )

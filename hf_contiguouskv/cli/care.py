@@ -13,6 +13,7 @@ from ..store import StoreProblem
 from .app import (
     Address,
     AsJson,
+    CacheFolder,
     Keys,
     OptionalKey,
     OptionalKeys,
@@ -36,6 +37,7 @@ def verify(
         bool,
         typer.Option("--deep", help="Also make what approximates keys and values again from them, and compare it."),
     ] = False,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare every stored byte with its checksum. Exit status 1 when something is wrong."""
@@ -47,10 +49,10 @@ def verify(
         show_progress(done, total)
 
     if isinstance(store, Address):
-        problems, checked = _verify_shared(store, key, deep)
+        problems, checked = _verify_shared(store, cache, key, deep)
         _tell_problems(problems, checked, as_json)
         return
-    with open_store(store, create=False) as opened:
+    with open_store(store, cache, create=False) as opened:
         # (Not a look at the index before: whatever uses a damaged one repairs it, and nothing would be found.)
         chosen = None if key is None else find_entry(opened, key).key
         with progress("verifying") as show_progress:
@@ -58,7 +60,7 @@ def verify(
     _tell_problems(problems, checked, as_json)
 
 
-def _verify_shared(address: Path, key: str | None, deep: bool) -> tuple[list[StoreProblem], int]:
+def _verify_shared(address: Path, cache: Path | None, key: str | None, deep: bool) -> tuple[list[StoreProblem], int]:
     """What is wrong in a shared store, and the bytes that were compared."""
     checked = 0
 
@@ -67,7 +69,7 @@ def _verify_shared(address: Path, key: str | None, deep: bool) -> tuple[list[Sto
         checked = done
         show_progress(done, total)
 
-    with open_store(address, create=False) as opened:
+    with open_store(address, cache, create=False) as opened:
         upkeep = opened.shared_upkeep
         entries = find_shared(upkeep, [key or ""], all_of_them=key is None)
         with progress("verifying") as show_progress:
@@ -99,11 +101,12 @@ def gc(
             show_default=False,
         ),
     ] = None,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Clean up: remove leftovers of crashes and damaged segments, index what is not indexed, forget what is gone."""
     ttl_s = None if unused_for is None else seconds_from(unused_for)
-    with open_store(store, create=False, ttl_s=ttl_s) as opened:
+    with open_store(store, cache, create=False, ttl_s=ttl_s) as opened:
         report = opened.gc(dry_run=dry_run)
     if as_json:
         print_json({"dry_run": dry_run} | report.as_dict())
@@ -145,11 +148,12 @@ def rm(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --remote: only say what would be deleted.")] = False,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Delete stored prefixes."""
     if remote:
-        _rm_shared(store, keys or [], unused_for, recursive=recursive, dry_run=dry_run, as_json=as_json)
+        _rm_shared(store, cache, keys or [], unused_for, recursive=recursive, dry_run=dry_run, as_json=as_json)
         return
     if dry_run or unused_for is not None:
         raise InputError("--dry-run and --unused-for are for rm --remote; `contiguouskv gc` has them, too")
@@ -157,7 +161,7 @@ def rm(
         raise InputError("name the prefixes to delete")
     deleted: list[str] = []
     try:
-        with open_store(store, create=False) as opened:
+        with open_store(store, cache, create=False) as opened:
             # A child goes before its parent, however they are named; with --recursive parents take children along.
             entries = sorted(find_entries(opened, keys or []), key=lambda entry: entry.tokens, reverse=not recursive)
             for entry in entries:
@@ -177,14 +181,21 @@ def rm(
 
 
 def _rm_shared(
-    address: Path, keys: list[str], unused_for: str | None, *, recursive: bool, dry_run: bool, as_json: bool
+    address: Path,
+    cache: Path | None,
+    keys: list[str],
+    unused_for: str | None,
+    *,
+    recursive: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """`rm --remote`."""
     if not isinstance(address, Address):
         raise InputError("--remote is for the address of a shared store, and this is a folder")
     if bool(keys) == (unused_for is not None):
         raise InputError("name the prefixes to delete, or say --unused-for")
-    with open_store(address, create=False) as opened:
+    with open_store(address, cache, create=False) as opened:
         upkeep = opened.shared_upkeep
         if unused_for is not None:
             gone = upkeep.delete_unused(seconds_from(unused_for), dry_run=dry_run)
@@ -202,21 +213,21 @@ def _rm_shared(
 
 @app.command()
 @messages_instead_of_tracebacks
-def pin(store: StorePath, keys: Keys, as_json: AsJson = False) -> None:
+def pin(store: StorePath, keys: Keys, cache: CacheFolder = None, as_json: AsJson = False) -> None:
     """Keep prefixes when others are evicted."""
-    _set_pinned(store, keys, True, as_json)
+    _set_pinned(store, cache, keys, True, as_json)
 
 
 @app.command()
 @messages_instead_of_tracebacks
-def unpin(store: StorePath, keys: Keys, as_json: AsJson = False) -> None:
+def unpin(store: StorePath, keys: Keys, cache: CacheFolder = None, as_json: AsJson = False) -> None:
     """Undo `pin`."""
-    _set_pinned(store, keys, False, as_json)
+    _set_pinned(store, cache, keys, False, as_json)
 
 
-def _set_pinned(store: Path, keys: list[str], pinned: bool, as_json: bool) -> None:
+def _set_pinned(store: Path, cache: Path | None, keys: list[str], pinned: bool, as_json: bool) -> None:
     done = "pinned" if pinned else "unpinned"
-    with open_store(store, create=False) as opened:
+    with open_store(store, cache, create=False) as opened:
         entries = find_entries(opened, keys)
         for entry in entries:
             (opened.pin if pinned else opened.unpin)(entry.key)

@@ -13,7 +13,7 @@ from ..store.fleet.carrying import CarryReport
 from ..store.fleet.carrying import pull as pull_segments
 from ..store.fleet.carrying import push as push_segments
 from ..store.rows import segment_by_key
-from .app import Address, AsJson, OptionalKeys, app, find_entries, find_shared, open_store, place_of
+from .app import Address, AsJson, CacheFolder, OptionalKeys, app, find_entries, find_shared, open_store, place_of
 from .messages import messages_instead_of_tracebacks
 from .output import counted, human_bytes, print_json, progress, say
 
@@ -22,38 +22,53 @@ Shared = Annotated[
     Path, typer.Argument(metavar="URL", help="Address of a shared store.", show_default=False, parser=place_of)
 ]
 Everything = Annotated[bool, typer.Option("--all", help="All that is stored.")]
+DeletedToo = Annotated[
+    bool, typer.Option("--deleted-too", help="Also what `rm --remote` deleted from the shared store.")
+]
 
 
 @app.command()
 @messages_instead_of_tracebacks
 def push(
-    store: Folder, url: Shared, keys: OptionalKeys = None, everything: Everything = False, as_json: AsJson = False
+    store: Folder,
+    url: Shared,
+    keys: OptionalKeys = None,
+    everything: Everything = False,
+    deleted_too: DeletedToo = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Send prefixes, and what they continue, from a folder to a shared store.
 
     What is there already is left, so a command that was interrupted can be given again.
     """
     _require_choice(keys, everything, url)
-    with open_store(store, create=False) as source, open_store(url) as target:
+    with open_store(store, create=False) as source, open_store(url, cache, keeps=False) as target:
         entries = find_entries(source, keys) if keys else source.entries()
         chosen = {row.key for chain in chains(source, [entry.key for entry in entries]).values() for row in chain}
         rows = source.inner.read(lambda db: [row for key in chosen if (row := segment_by_key(db, key)) is not None])
         with progress("pushing") as report_progress:
-            report = push_segments(source.inner.parts, rows, target.shared_upkeep.catalog, report_progress)
+            catalog = target.shared_upkeep.catalog
+            report = push_segments(source.inner.parts, rows, catalog, report_progress, deleted_too=deleted_too)
     _tell(report, "sent", as_json)
 
 
 @app.command()
 @messages_instead_of_tracebacks
 def pull(
-    url: Shared, store: Folder, keys: OptionalKeys = None, everything: Everything = False, as_json: AsJson = False
+    url: Shared,
+    store: Folder,
+    keys: OptionalKeys = None,
+    everything: Everything = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy prefixes, and what they continue, from a shared store to a folder, new or not.
 
     Every byte is verified. What is there already is left, so a command that was interrupted can be given again.
     """
     _require_choice(keys, everything, url)
-    with open_store(url, create=False) as source, open_store(store) as target:
+    with open_store(url, cache, create=False) as source, open_store(store) as target:
         upkeep = source.shared_upkeep
         chosen = find_shared(upkeep, keys or [], all_of_them=everything)
         heads = upkeep.heads(entry.key for entry in chosen)
@@ -77,3 +92,6 @@ def _tell(report: CarryReport, done: str, as_json: bool) -> None:
         say(f"{done} {key}")
     carried = f"{counted(len(report.carried), 'segment')} {done} ({human_bytes(report.bytes)})"
     say(f"{carried}, {len(report.already_there):,} there already")
+    if report.withheld:
+        count = counted(len(report.withheld), "segment")
+        say(f"{count} not sent: deleted from the shared store before (--deleted-too sends them)", err=True)

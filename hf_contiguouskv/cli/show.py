@@ -13,7 +13,18 @@ from ..errors import StoreError
 from ..store import PrefixInfo, PrefixStore
 from ..store.chains import chains, children, parents_of_all
 from ..wording import shown
-from .app import Address, AsJson, OptionalKey, StorePath, app, find_entry, find_shared, open_store
+from .app import (
+    Address,
+    AsJson,
+    CacheFolder,
+    OptionalKey,
+    StorePath,
+    app,
+    find_entry,
+    find_shared,
+    folder_of,
+    open_store,
+)
 from .messages import messages_instead_of_tracebacks
 from .output import (
     columns,
@@ -37,15 +48,15 @@ _SHOWN_OF_CHAIN = 20
 
 @app.command()
 @messages_instead_of_tracebacks
-def ls(store: StorePath, as_json: AsJson = False) -> None:
+def ls(store: StorePath, cache: CacheFolder = None, as_json: AsJson = False) -> None:
     """List the stored prefixes, oldest first; what continues a prefix stands below it.
 
     Of a shared store: those of all machines.
     """
     if isinstance(store, Address):
-        _ls_shared(store, as_json)
+        _ls_shared(store, cache, as_json)
         return
-    with open_store(store, create=False) as opened:
+    with open_store(store, cache, create=False) as opened:
         entries, parents = opened.entries(), parents_of_all(opened)
     if as_json:
         print_json([asdict(entry) | {"continues": parents.get(entry.key, "")} for entry in entries])
@@ -69,8 +80,8 @@ def ls(store: StorePath, as_json: AsJson = False) -> None:
     say(f"{counted(len(entries), 'stored prefix')}, {human_bytes(total)}")
 
 
-def _ls_shared(address: Path, as_json: bool) -> None:
-    with open_store(address, create=False) as opened:
+def _ls_shared(address: Address, cache: Path | None, as_json: bool) -> None:
+    with open_store(address, cache, create=False) as opened:
         entries, name = opened.shared_upkeep.entries(), opened.url
     if as_json:
         print_json([entry.as_dict() for entry in entries])
@@ -114,12 +125,12 @@ def _as_tree(entries: list[PrefixInfo], parents: dict[str, str]) -> Iterator[tup
 
 @app.command()
 @messages_instead_of_tracebacks
-def info(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -> None:
+def info(store: StorePath, key: OptionalKey = None, cache: CacheFolder = None, as_json: AsJson = False) -> None:
     """Describe a store, or one stored prefix. Of a shared store: what this machine keeps, and how much there is."""
     if isinstance(store, Address):
-        _info_shared(store, key, as_json)
+        _info_shared(store, cache, key, as_json)
         return
-    with open_store(store, create=False) as opened:
+    with open_store(store, cache, create=False) as opened:
         content = _about_store(opened) if key is None else _about_prefix(opened, find_entry(opened, key))
     if as_json:
         print_json(content)
@@ -129,8 +140,9 @@ def info(store: StorePath, key: OptionalKey = None, as_json: AsJson = False) -> 
         _show_prefix(content)
 
 
-def _info_shared(address: Path, key: str | None, as_json: bool) -> None:
-    with open_store(address, create=False) as opened:
+def _info_shared(address: Address, cache: Path | None, key: str | None, as_json: bool) -> None:
+    is_kept = folder_of(address, cache).exists()
+    with open_store(address, cache, create=False) as opened:
         upkeep = opened.shared_upkeep
         if key is not None:
             (entry,) = find_shared(upkeep, [key])
@@ -142,7 +154,7 @@ def _info_shared(address: Path, key: str | None, as_json: bool) -> None:
                 "segments": len(entries),
                 "bytes": sum(entry.bytes for entry in entries),
                 "models": sorted({entry.fingerprint for entry in entries}),
-                "here": _about_store(opened),
+                "here": _about_store(opened) if is_kept else None,
             }
     if as_json:
         print_json(content)
@@ -151,8 +163,9 @@ def _info_shared(address: Path, key: str | None, as_json: bool) -> None:
         show(facts({name: human_time(value) if name in when else str(value) for name, value in content.items()}))
     else:
         say(f"{content['url']}: {counted(content['segments'], 'segment')}, {human_bytes(content['bytes'])}")
-        say("on this machine:")
-        _show_store(content["here"])
+        say("on this machine:" if is_kept else f"on this machine: nothing (no folder {folder_of(address, cache)})")
+        if is_kept:
+            _show_store(content["here"])
 
 
 def _about_store(store: PrefixStore) -> dict[str, Any]:

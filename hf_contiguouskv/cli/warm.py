@@ -17,7 +17,7 @@ from ..config import ContiguousKVConfig, IndexBits
 from ..errors import InputError, StoreError
 from ..store import PrefixStore
 from ..wording import escaped, quoted
-from .app import AsJson, StorePath, app, open_store
+from .app import AsJson, CacheFolder, StorePath, app, open_store
 from .messages import complain, described, messages_instead_of_tracebacks
 from .output import human_bytes, print_json, say
 
@@ -64,6 +64,7 @@ def warm(
     index_bits: Annotated[
         int, typer.Option(metavar="8|2", help="Bits per number of the key index (see ContiguousKVConfig).")
     ] = 8,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the KV cache of text files, each a prefix of its own, and store it.
@@ -79,7 +80,7 @@ def warm(
         found["dtype"] = str(loaded.dtype).removeprefix("torch.")
         # One file has a bar of its own. (None: a bar only where stderr is a terminal.)
         no_bar = True if len(texts) == 1 else None
-        with open_store(store) as opened, tqdm(total=len(texts), unit="file", disable=no_bar) as bar:
+        with open_store(store, cache) as opened, tqdm(total=len(texts), unit="file", disable=no_bar) as bar:
             for file, text in texts.items():
                 try:
                     ids = _ids_of(file, text, loaded, tokenizer)

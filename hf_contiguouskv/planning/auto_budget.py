@@ -14,6 +14,7 @@ from ..model.served_model import ServedModel
 from ..store.attached_prefix import AttachedPrefix
 from ..store.inner import StoreInner
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
+from .network import Network, away_share, network_to
 from .read_plan import WORTH_READING_BYTES, ReadPlan
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -62,6 +63,7 @@ def choose_budget(
     plan: LayerPlan,
     speeds: ComputeSpeeds,
     bytes_per_s: float,
+    network: Network | None = None,
 ) -> BudgetChoice:
     """Choose a budget from measured speeds.
 
@@ -70,14 +72,16 @@ def choose_budget(
         config: the cache's configuration; its budget is ignored.
         plan: the model's layers.
         speeds, bytes_per_s: measured speeds of the model and of the disk.
+        network: that what is not on this machine must cross; `None`: all of the prefix is on its disk.
     """
+    storage = _Storage(bytes_per_s, network)
     estimates = [
-        _estimated(prefix, budget, config, plan, speeds, bytes_per_s) for budget in _candidates(config.least_budget)
+        _estimated(prefix, budget, config, plan, speeds, storage) for budget in _candidates(config.least_budget)
     ]
     least = min(one.ttft_s for one in estimates)
     choice = next(one for one in estimates if one.ttft_s <= ALIKE * least)
     head = f"{prefix.tokens:,} prefix tokens: "
-    shown = f"reading takes {_ms(choice.read_s)} (at {bytes_per_s / 1e9:.2g} GB/s), computing {_ms(choice.compute_s)}"
+    shown = f"reading takes {_ms(choice.read_s)} ({storage}), computing {_ms(choice.compute_s)}"
     again = prefix.tokens * speeds.prefill_s
     if choice.read_s > choice.compute_s and again + speeds.forward_s < choice.read_s:
         reason = f"{head}computing again takes {_ms(again)}; even with budget {choice.budget:g} {shown}"
@@ -104,14 +108,43 @@ def _estimated(
     config: ContiguousKVConfig,
     plan: LayerPlan,
     speeds: ComputeSpeeds,
-    bytes_per_s: float,
+    storage: _Storage,
 ) -> BudgetChoice:
     reads = ReadPlan.of(prefix, replace(config, budget=budget), plan)
     compute = speeds.forward_s + reads.kept_tokens * speeds.used_s
     if not reads.keeps_all:
         compute += speeds.choosing_s + prefix.tokens * speeds.considered_s
-    read = reads.bytes_to_read(WORTH_READING_BYTES) / bytes_per_s
-    return BudgetChoice(budget, False, read, compute, "")
+    return BudgetChoice(budget, False, storage.seconds(reads), compute, "")
+
+
+class _Storage:
+    """Disk and network of one decision.
+
+    Args:
+        disk_bytes_per_s: of the disk.
+        network: that what is not on this machine must cross, if anything is not.
+    """
+
+    def __init__(self, disk_bytes_per_s: float, network: Network | None) -> None:
+        self._disk_s = disk_bytes_per_s
+        self._network = network
+        # (Whatever the budget, a prefix is read in one of two forms.)
+        self._away: dict[tuple[str, bool], float] = {}
+
+    def seconds(self, reads: ReadPlan) -> float:
+        """Seconds in which a cold request reads: what is on the disk, and then what is not on this machine."""
+        disk = reads.bytes_to_read(WORTH_READING_BYTES) / self._disk_s
+        if self._network is None:
+            return disk
+        form = reads.served.form, reads.keeps_all
+        if form not in self._away:
+            self._away[form] = away_share(reads)
+        away = self._away[form]
+        return (1 - away) * disk + self._network.seconds(reads, away)
+
+    def __str__(self) -> str:
+        most = max(self._away.values(), default=0.0)
+        return f"{most:.0%} at {self._network}" if most else f"at {self._disk_s / 1e9:.2g} GB/s"
 
 
 class AutoBudget:
@@ -121,7 +154,8 @@ class AutoBudget:
 
     Args:
         model: its speed is measured now, unless it is already known.
-        store: the speed of its disk is measured with the first prefix.
+        store: the speed of its disk is measured with the first prefix. The speed of the network to the shared store
+            behind it, if there is one, is estimated from what was read over it.
         config: the cache's configuration.
     """
 
@@ -162,7 +196,8 @@ class AutoBudget:
         if self._speeds is not None:
             try:
                 speed = read_speed(self._store, prefix)
-                return choose_budget(prefix, self._config, self._plan, self._speeds, speed)
+                network = network_to(self._store, prefix)
+                return choose_budget(prefix, self._config, self._plan, self._speeds, speed, network)
             except StoreError as error:
                 # The request will meet the same error and recover from it.
                 problem = f"the store cannot be read ({error})"

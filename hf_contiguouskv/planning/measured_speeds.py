@@ -26,6 +26,7 @@ from ..selection import (
     voting_queries,
 )
 from ..store.attached_prefix import AttachedPrefix
+from ..store.fleet.cached_blob import CachedBlob
 from ..store.inner import StoreInner
 from ..store.reader import Read
 from ..store.segment import Segment
@@ -37,6 +38,8 @@ SUFFIX_TOKENS, USED_TOKENS, CONSIDERED_TOKENS, PREFILL_TOKENS, READ_BYTES = 32, 
 FEW_TOKENS, STEPS = 256, 2.5
 # A shorter read measures latency more than speed, so its result is replaced once a much longer read is possible.
 TELLING_BYTES = 4 * 2**20
+# Bytes per second of a disk that holds nothing to measure it by.
+UNKNOWN_DISK = 1e9
 # Each measurement is repeated this often, or for this many seconds if it is slow, but at least once, after a warm-up.
 REPEATS, SECONDS = 3, 1.0
 
@@ -101,7 +104,7 @@ def _measured(model: ServedModel, config: ContiguousKVConfig) -> ComputeSpeeds:
 
 
 def read_speed(store: StoreInner, prefix: AttachedPrefix) -> float:
-    """Bytes per second that `store` delivers, measured by reading the prefix's longest segment.
+    """Bytes per second that the disk of `store` delivers, measured by reading the prefix's longest segment there.
 
     The result is kept. After a short read, it is measured again once a prefix allows a read of twice the length.
 
@@ -112,7 +115,11 @@ def read_speed(store: StoreInner, prefix: AttachedPrefix) -> float:
         known, length = _disks.get(store, (0.0, 0))
         if length >= TELLING_BYTES:
             return known
-        segment = max(prefix.spans, key=lambda span: span.segment.num_chunks).segment
+        # (What lies in a shared store says nothing of the disk.)
+        here = [span.segment for span in prefix.spans if not isinstance(span.segment.blob, CachedBlob)]
+        if not here:
+            return known or UNKNOWN_DISK
+        segment = max(here, key=lambda one: one.num_chunks)
         begin = segment.extents("exact").offset(0, 0)
         nbytes = min(READ_BYTES, segment.nbytes - begin, max(store.memory.host.max_bytes // 4, 2**20))
         if nbytes >= 2 * length:

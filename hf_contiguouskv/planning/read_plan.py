@@ -144,6 +144,13 @@ class ReadPlan:
         start = self._ordinals[leader]
         return self.layers.full_layers[start : start + self.config.selection.period]
 
+    @property
+    def waits(self) -> int:
+        """How often a request waits for a round trip to storage: at its beginning, and where chunks are chosen."""
+        if self.keeps_all or self.reads_whole_layers:
+            return 1
+        return 1 + sum(map(self.is_leader, self.layers.full_layers))
+
     def to_speculate(self, layer: int) -> list[int]:
         """Layers of the next period whose reads start once `layer` has its chunks; empty except at a subperiod
         boundary."""

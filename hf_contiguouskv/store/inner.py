@@ -15,6 +15,7 @@ from ..stats import StoreCounters
 from .background import Background
 from .entries import StoredPrefix
 from .finding import Finder, Found
+from .fleet.deadline import Deadline
 from .fleet.fleet import Fleet
 from .format import KVGeometry
 from .hashing import TokenIds, as_token_ids, chain_hashes, shared_beginning
@@ -143,14 +144,10 @@ class StoreInner:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         ids = as_token_ids(ids)
         self.require_open()
+        deadline = Deadline() if self.fleet is None else self.fleet.deadline()
         try:
-            found = self.finder.find(fingerprint, ids, chunk_size, geometry)
-            if wait and self.wait_for_prompts(ids, found.stored.tokens if found.stored else 0):
-                found = self.finder.find(fingerprint, ids, chunk_size, geometry)
-            if self.fleet is not None and self.fleet.seek(
-                self.finder.hashes(fingerprint, ids, chunk_size), chunk_size, found.stored.tokens if found.stored else 0
-            ):
-                found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+            with deadline.applied():
+                found = self._found(fingerprint, ids, chunk_size, geometry, deadline if wait else None)
             reason = None if found.stored else self.finder.why_missing(found, fingerprint, ids, chunk_size)
         except StoreError as error:
             self.require_open()
@@ -159,6 +156,27 @@ class StoreInner:
         if count:
             self._count(found.stored, len(ids), reason)
         return found.stored
+
+    def _found(
+        self, fingerprint: str, ids: TokenIds, chunk_size: int, geometry: KVGeometry | None, waits: Deadline | None
+    ) -> Found:
+        """What is on this machine and in the shared store.
+
+        Args:
+            fingerprint, ids, chunk_size, geometry: as in `lookup`.
+            waits: the deadline of this look-up, if it waits for prompts that are being written; `None`: it does not.
+        """
+        found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+        if waits is not None:
+            with waits.paused():
+                waited = self.wait_for_prompts(ids, found.stored.tokens if found.stored else 0)
+            if waited:
+                found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+        if self.fleet is not None and self.fleet.seek(
+            self.finder.hashes(fingerprint, ids, chunk_size), chunk_size, found.stored.tokens if found.stored else 0
+        ):
+            found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+        return found
 
     def next_stored(self, fingerprint: str, ids: TokenIds, chunk_size: int, first_chunk: int) -> int | None:
         """The first chunk of `ids` from `first_chunk` on that is stored although the one before it is not.

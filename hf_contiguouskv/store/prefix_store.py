@@ -20,7 +20,7 @@ from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .fleet.backend import FleetBackend
 from .fleet.engine import SharedEngine
-from .fleet.engines import default_folder, engine_for, is_address
+from .fleet.engines import address_for_key, default_folder, engine_for, is_address
 from .fleet.fleet import Fleet
 from .fleet.records import Records
 from .fleet.upkeep import SharedUpkeep
@@ -89,8 +89,9 @@ class PrefixStore(Upkeep):
             the prompts that are stored, and without a `key` choose what is answered.
         cache: of a shared store: the folder for what this machine keeps of it, which `max_disk_bytes` bounds. `None`:
             one below `~/.cache/contiguouskv`, or below the folder that the variable `CONTIGUOUSKV_CACHE` names.
-        remote_timeout_s: of a shared store: seconds after which an answer is not waited for any more. What was asked
-            for is then computed, and the shared store is left alone for a while.
+        remote_timeout_s: of a shared store: seconds that one look-up waits for it, all its calls together; and seconds
+            after which any other answer is not waited for any more. What was asked for is then computed, and the
+            shared store is left alone for a while.
 
     Raises:
         StoreFormatError: `path` is something else than a store, or of another format than this library's.
@@ -175,7 +176,9 @@ class PrefixStore(Upkeep):
         )
         if engine is not None and isinstance(self.backend, FleetBackend):
             inner = self.inner
-            inner.fleet = Fleet(engine, self.backend, parts, inner.room, inner.submit_background)
+            inner.fleet = Fleet(
+                engine, self.backend, parts, inner.room, inner.submit_background, look_up_s=remote_timeout_s
+            )
             inner.publisher.on_published = inner.fleet.send
             try:
                 inner.fleet.begin(create)
@@ -286,8 +289,7 @@ def _engine(
         return None
     if backend is not None:
         raise ConfigError("backend= is for a store in a folder, not for the address of a shared store")
-    # (What was made with another key, or none, is of no use: each has a part of the shared store for itself.)
-    return engine_for(place if key is None else f"{place.rstrip('/')}/keyed-{key.public_name}", timeout_s)
+    return engine_for(address_for_key(place, None if key is None else key.public_name), timeout_s)
 
 
 def _require_bound(name: str, value: object) -> None:

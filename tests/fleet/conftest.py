@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from machines import Machines
 
 from eval.network.object_server import ObjectServer, object_server, weed
+from eval.network.proxy import Proxy
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,23 @@ def machines(url: str, tmp_path: Path) -> Iterator[Machines]:
     """Machines that share a store: `machines("a")` is the store of one of them."""
     with Machines(url, tmp_path) as some:
         yield some
+
+
+@pytest.fixture
+def proxy(server: ObjectServer, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A network that misbehaves, between the machines of a test and the object server."""
+    with Proxy(server.port) as running:
+        for name, value in server.environment(running.port).items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture
+def distant_machines(proxy: Proxy, s3: str, tmp_path: Path) -> Iterator[Machines]:
+    """Machines that reach the shared store over that network."""
+    with Machines(s3, tmp_path) as some:
+        yield some
+        proxy.mode, proxy.cut_after, proxy.delay_s = "pass", None, 0.0
 
 
 @pytest.fixture

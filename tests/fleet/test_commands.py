@@ -53,13 +53,58 @@ def test_ls_and_info(address: str) -> None:
     about = run_json("info", address)
     assert isinstance(about, dict)
     assert about["segments"] == 2
-    assert about["here"]["segments"] == 0
+    assert about["here"] is None
     key = keys_of(address)[1500]
     one = run_json("info", address, key[:8])
     assert isinstance(one, dict)
     assert (one["tokens"], one["key"]) == (1500, key)
     assert "on this machine" in run("info", address).stdout
     assert key in run("info", address, key).stdout
+
+
+def test_commands_that_keep_nothing_make_no_folder(address: str, tmp_path: Path) -> None:
+    keys = keys_of(address)
+    commands = (
+        ("info", address),
+        ("verify", address),
+        ("pull", address, tmp_path / "pulled", "--all"),
+        ("push", tmp_path / "pulled", address, "--all"),
+        ("rm", address, keys[1500], "--remote"),
+        ("gc", address),
+    )
+    for command in commands:
+        assert run(*command).exit_code == 0, command
+    assert run("rm", address, keys[1000]).exit_code == 2
+    assert not (tmp_path / "commands").exists()
+
+
+def test_the_folder_of_a_machine_may_be_named(address: str, tmp_path: Path, machines: Machines) -> None:
+    about = run_json("info", address, "--cache", tmp_path / "one")
+    assert isinstance(about, dict)
+    assert about["here"]["segments"] == about["segments"] == 2
+    assert about["here"]["path"] == str(tmp_path / "one")
+    key = keys_of(address)[1500]
+    assert run("pin", address, key, "--cache", tmp_path / "one").exit_code == 0
+    assert {entry.key for entry in machines("one").entries() if entry.pinned} == {key}
+    assert run("rm", address, key, "--cache", tmp_path / "one").exit_code == 0
+    assert [entry.tokens for entry in machines("one").entries()] == [1000]
+    assert set(keys_of(address)) == {1000, 1500}
+
+
+def test_the_usual_folder_of_a_store_with_a_key_is_found(folder_machines: Machines, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    (tmp_path / "key").chmod(0o600)
+    arguments = ("--key", f"file:{tmp_path / 'key'}", "info", folder_machines.url)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CONTIGUOUSKV_CACHE", str(tmp_path / "commands"))
+        with PrefixStore(folder_machines.url, key=f"file:{tmp_path / 'key'}") as store:
+            write_prefix(store, IDS)
+            store.flush()
+            path = store.path
+        about = run_json(*arguments)
+        assert isinstance(about, dict)
+        assert about["here"]["path"] == str(path)
+        assert about["here"]["segments"] == 1
 
 
 def test_verify(address: str, machines: Machines) -> None:
@@ -122,6 +167,7 @@ def test_rm_without_remote_is_for_this_machine(address: str) -> None:
         ("push", "FOLDER", "FOLDER", "--all"),
         ("pull", "URL", "FOLDER"),
         ("info", "URL", "ffff"),
+        ("info", "FOLDER", "--cache", "FOLDER"),
     ],
     ids=" ".join,
 )

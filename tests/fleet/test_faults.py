@@ -7,8 +7,6 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,19 +28,9 @@ TIMEOUT_S, IN_TIME_S = 1.0, 8.0
 
 
 @pytest.fixture
-def proxy(server: ObjectServer, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with Proxy(server.port) as running:
-        for name, value in server.environment(running.port).items():
-            monkeypatch.setenv(name, value)
-        yield running
-
-
-@pytest.fixture
-def machines(proxy: Proxy, s3: str, tmp_path: Path) -> Iterator[Machines]:
+def machines(distant_machines: Machines) -> Machines:
     """Machines that reach the shared store over the network that misbehaves."""
-    with Machines(s3, tmp_path) as some:
-        yield some
-        proxy.mode, proxy.cut_after = "pass", None
+    return distant_machines
 
 
 @pytest.fixture

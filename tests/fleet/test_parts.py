@@ -56,6 +56,13 @@ def test_spans_are_a_set_of_numbers(ranges: list[tuple[int, int]], asked: tuple[
     assert (asked in spans) == (set(range(*asked)) <= numbers)
     listed = list(spans)
     assert all(two[0] > one[1] for one, two in itertools.pairwise(listed))
+    begin, end = min(asked), max(asked)
+    assert spans.within(begin, end) == len(numbers & set(range(begin, end)))
+    gap = set(range(*spans.first_gap(begin, end)))
+    missing = set(range(begin, end)) - numbers
+    assert gap <= missing
+    assert bool(gap) == bool(missing)
+    assert not missing or min(gap) == min(missing)
 
 
 class TestBreaker:

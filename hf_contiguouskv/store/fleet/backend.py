@@ -19,6 +19,7 @@ from ..directory import Directory
 from ..local_disk import LocalDisk
 from .cached_blob import CachedBlob, KeptFile, file_name, identity_of
 from .engine import SharedEngine
+from .link import LinkMeter
 from .names import SharedSegment
 from .records import Records
 
@@ -38,6 +39,7 @@ class FleetBackend:
 
     Attributes:
         local, records: as passed.
+        link: how fast the shared store has been read.
         on_fetched: called with the bytes that crossed the network, and the seconds that it took.
         on_missing: called with a segment that is gone from the shared store.
         on_damaged: called with a segment whose bytes, or what is kept of them here, proved wrong.
@@ -48,6 +50,7 @@ class FleetBackend:
     def __init__(self, local: LocalDisk, folder: Directory, engine: SharedEngine, records: Records) -> None:
         self.local = local
         self.records = records
+        self.link = LinkMeter()
         self.name = local.name
         self.on_fetched: Callable[[int, float], None] = _nothing_of_two
         self.on_missing: Callable[[SharedSegment], None] = _nothing
@@ -83,6 +86,7 @@ class FleetBackend:
             kept,
             stored_bytes=stored,
             created=created,
+            link=self.link,
             on_fetched=self._fetched,
             on_missing=self._missing,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -49,8 +50,11 @@ class CircuitBreaker:
         with self._lock:
             return self._pause_s > 0 and (self._trying or self._clock() < self._until)
 
-    def enter(self) -> None:
-        """Ask whether a call may be made; its end must be told by `succeeded` or `failed`.
+    def enter(self, within_s: float = math.inf) -> None:
+        """Ask whether a call may be made; its end must be told by `succeeded`, `failed` or `gave_up`.
+
+        Args:
+            within_s: wait for another call that tries no longer than this.
 
         Raises:
             EngineUnavailableError: it may not.
@@ -58,7 +62,8 @@ class CircuitBreaker:
         with self._lock:
             if not self._pause_s:
                 return
-            if self._trying and self._tried.wait_for(lambda: not self._trying, self._patience_s) and not self._pause_s:
+            patience = min(self._patience_s, within_s)
+            if self._trying and self._tried.wait_for(lambda: not self._trying, patience) and not self._pause_s:
                 return
             left = self._until - self._clock()
             if left <= 0 and not self._trying:

@@ -16,6 +16,7 @@ from ..descriptors import with_room
 from ..directory import Directory
 from ..files import SUFFIX, read_each
 from .engine import EngineUnavailableError, SharedEngine
+from .link import LinkMeter
 from .names import SharedSegment
 from .spans import Spans
 
@@ -64,6 +65,16 @@ class KeptFile:
         """Whether a range is kept."""
         with self._lock:
             return (begin, end) in self._spans
+
+    def kept_bytes(self, begin: int, end: int) -> int:
+        """Bytes of a range that are kept."""
+        with self._lock:
+            return self._spans.within(begin, end)
+
+    def first_gap(self, begin: int, end: int) -> tuple[int, int]:
+        """The first part of a range that is not kept; empty if all of it is."""
+        with self._lock:
+            return self._spans.first_gap(begin, end)
 
     def read(self, extents: Sequence[Extent]) -> bool:
         """Fill buffers from what is kept; false if the file is not there any more."""
@@ -129,6 +140,7 @@ class CachedBlob:
         kept: what this machine keeps of it; `None`: nothing can be kept.
         stored_bytes: bytes of it that this machine keeps, as the index counts them.
         created: when it was seen first, seconds since the epoch.
+        link: counts what crosses the network.
         on_fetched: told the file, if the ranges that were fetched are kept in it now, these, the bytes that crossed the
             network, and the seconds that it took.
         on_missing: called when the object turns out to be gone.
@@ -147,6 +159,7 @@ class CachedBlob:
         *,
         stored_bytes: int,
         created: float,
+        link: LinkMeter,
         on_fetched: Callable[[SharedSegment, int, list[tuple[int, int]], int, float], None],
         on_missing: Callable[[SharedSegment], None],
     ) -> None:
@@ -158,6 +171,7 @@ class CachedBlob:
         self.created = created
         self._engine = engine
         self._kept = kept
+        self._link = link
         self._on_fetched, self._on_missing = on_fetched, on_missing
         self._version: str | None = None
         self._closed = False
@@ -184,7 +198,9 @@ class CachedBlob:
     def _fetch(self, missing: list[Extent]) -> int:
         began = time.perf_counter()
         try:
-            found = self._engine.read_ranges(self.segment.object_name, missing, self._version)
+            with self._link.counting() as counted:
+                found = self._engine.read_ranges(self.segment.object_name, missing, self._version)
+                counted.nbytes = found.nbytes
         except FileNotFoundError as error:
             self.was_unreachable = True
             self._on_missing(self.segment)
@@ -201,6 +217,15 @@ class CachedBlob:
             ranges = kept.write(missing)
         self._on_fetched(self.segment, kept.inode if kept is not None else 0, ranges, found.nbytes, seconds)
         return found.nbytes
+
+    def away_bytes(self, begin: int, end: int) -> int:
+        """Bytes of a range that are not on this machine."""
+        return end - begin - (0 if self._kept is None else self._kept.kept_bytes(begin, end))
+
+    def first_away(self, nbytes: int) -> tuple[int, int]:
+        """The first range `(begin, end)` that is not on this machine, of at most so many bytes; empty if all is here."""
+        begin, end = (0, self.nbytes) if self._kept is None else self._kept.first_gap(0, self.nbytes)
+        return begin, min(end, begin + nbytes)
 
     def is_backed(self, offset: int, nbytes: int) -> bool:
         # The engine said how long the object is.

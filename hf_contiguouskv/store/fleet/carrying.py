@@ -16,6 +16,7 @@ from ..rows import SegmentRow, segment_by_key
 from ..transfer import copy_segment
 from .backend import FleetBackend
 from .catalog import Catalog, Head
+from .computed import in_any_case, unknown
 from .sending import send_segment
 
 Progress = Callable[[int, int], None]
@@ -29,25 +30,43 @@ class CarryReport:
         carried: keys of segments that were carried.
         already_there: keys of those that were there.
         bytes: of what was carried.
+        withheld: keys of those that were not, because they were deleted from the shared store.
     """
 
     carried: tuple[str, ...]
     already_there: tuple[str, ...]
     bytes: int
+    withheld: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain lists and numbers (ready for JSON)."""
-        return {"carried": list(self.carried), "already_there": list(self.already_there), "bytes": self.bytes}
+        return {
+            "carried": list(self.carried),
+            "already_there": list(self.already_there),
+            "bytes": self.bytes,
+            "withheld": list(self.withheld),
+        }
 
 
-def push(parts: StoreParts, rows: Sequence[SegmentRow], catalog: Catalog, progress: Progress | None) -> CarryReport:
+def push(
+    parts: StoreParts,
+    rows: Sequence[SegmentRow],
+    catalog: Catalog,
+    progress: Progress | None,
+    *,
+    deleted_too: bool = False,
+) -> CarryReport:
     """Send segments of a store in a folder to a shared one. What is there is left; so a second call goes on.
+
+    When a store in a folder computed a segment is not known by the engine's clock. So what was deleted for all machines
+    is withheld.
 
     Args:
         parts: of the store in a folder.
         rows: its segments; what one continues must be among them, or be there.
         catalog: of the shared store.
         progress: called with `(bytes done, bytes in all)`.
+        deleted_too: also send what was deleted for all machines.
 
     Raises:
         StoreError: one cannot be read, or the shared store failed.
@@ -56,22 +75,26 @@ def push(parts: StoreParts, rows: Sequence[SegmentRow], catalog: Catalog, progre
         raise StoreError(f"{parts.backend.name}: only a store in a folder can be pushed")
     carried: list[str] = []
     there: list[str] = []
+    withheld: list[str] = []
+    computed = in_any_case if deleted_too else unknown
     nbytes = done = 0
     total = sum(row.nbytes for row in rows)
     for row in sorted(rows, key=lambda row: row.first_chunk):
         try:
-            published = send_segment(parts, parts.backend, catalog, row.key)
+            published = send_segment(parts, parts.backend, catalog, row.key, computed)
         except OSError as error:
             raise StoreError(f"{catalog.engine.name}: {error.strerror or error}") from error
         if published is not None and published.won:
             carried.append(row.key)
             nbytes += published.segment.nbytes
+        elif published is not None and published.withheld:
+            withheld.append(row.key)
         else:
             there.append(row.key)
         done += row.nbytes
         if progress is not None:
             progress(done, total)
-    return CarryReport(tuple(carried), tuple(there), nbytes)
+    return CarryReport(tuple(carried), tuple(there), nbytes, tuple(withheld))
 
 
 def pull(

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +17,18 @@ from typing import Any, TypeVar
 from ...errors import StoreFormatError
 from ..segment_row import is_key
 from ..strict_json import once_each
-from .engine import ObjectInfo, SharedEngine
+from .computed import RESOLUTION_S, Computed, unknown
+from .engine import EngineUnavailableError, ObjectInfo, SharedEngine
 from .names import (
     FACTOR,
     MARKER,
     SHARED_FORMAT,
+    Match,
     SharedSegment,
     anchors_of_prompt,
-    best_chain,
+    chosen_chain,
     damaged_name,
+    deleted_name,
     folder_of,
     head_name,
     names_of,
@@ -36,12 +40,12 @@ from .names import (
 logger = logging.getLogger("hf_contiguouskv")
 
 Record = TypeVar("Record", SharedSegment, "Description")
+# What lies below anchors: by chunk number and folder.
+Listed = dict[tuple[int, str], list[ObjectInfo]]
 
 # One answer of a listing holds so many names. A longer one, of prefixes that share very much, is read on, up to a
 # bound.
 _LISTED, _LISTED_AT_MOST = 1000, 20_000
-# So often another choice is made where segments that were chosen are of no use.
-_TRIES = 64
 # Heads are read so many at once.
 _AT_ONCE = 32
 _MAX_HEAD = 64 * 1024
@@ -54,10 +58,12 @@ class Published:
     Attributes:
         segment: the upload that counts.
         won: whether it is the one that was published now.
+        withheld: whether it was not published because it was deleted for all machines after it was computed.
     """
 
     segment: SharedSegment
     won: bool
+    withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,26 +164,21 @@ class Catalog:
         # (What lies below an earlier anchor ends before the next one, so with what is at hand already.)
         anchors = [anchor for anchor in anchors_of_prompt(len(hashes)) if anchor * FACTOR > have]
         listed = self._list([(anchor, folder_of(hashes[anchor - 1])) for anchor in anchors], _LISTED)
-        cut = [(anchor, folder) for (anchor, folder), objects in listed.items() if len(objects) >= _LISTED]
-        if cut:
-            listed |= self._list(cut, _LISTED_AT_MOST)
-        matches = {
-            one.name: match
-            for (anchor, _), objects in listed.items()
-            for one in objects
-            if (match := read_name(one.name, anchor, hashes, chunk_size)) is not None
-        }
-        left = list(matches.values())
-        # (Very many may share the beginning of a prompt. Only those that would be taken are asked about.)
-        for _ in range(_TRIES):
-            chain = best_chain(left, have)
-            useless = {segment for segment in chain if not is_of_use(segment)}
-            if not useless:
-                return chain
-            left = [match for match in left if match.segment not in useless]
-        return []
+        chain, reached = chosen_chain(_matches(listed, hashes, chunk_size), have, is_of_use)
+        # What agrees with the prompt up to the next anchor is named there as well. So a long list is read on only where
+        # it may hold more than that.
+        cut = [place for place, objects in listed.items() if len(objects) >= _LISTED and place[0] * FACTOR > reached]
+        if cut and reached < len(hashes):
+            try:
+                listed |= self._list(cut, _LISTED_AT_MOST)
+            except EngineUnavailableError:
+                if not chain:
+                    raise
+            else:
+                chain, _ = chosen_chain(_matches(listed, hashes, chunk_size), have, is_of_use)
+        return chain
 
-    def _list(self, folders: Sequence[tuple[int, str]], limit: int) -> dict[tuple[int, str], list[ObjectInfo]]:
+    def _list(self, folders: Sequence[tuple[int, str]], limit: int) -> Listed:
         return dict(zip(folders, self.engine.list_each([folder for _, folder in folders], limit), strict=True))
 
     def head(self, key: str) -> Head | None:
@@ -209,7 +210,14 @@ class Catalog:
         except (FileNotFoundError, EOFError):
             return False
 
-    def publish(self, segment: SharedSegment, about: Description, hashes: Sequence[bytes], path: Path) -> Published:
+    def publish(
+        self,
+        segment: SharedSegment,
+        about: Description,
+        hashes: Sequence[bytes],
+        path: Path,
+        computed: Computed = unknown,
+    ) -> Published:
         """Put a segment into the shared store unless it is there: bytes first, then its head, then its names.
 
         A machine that dies in between leaves nothing that is found and not whole.
@@ -219,11 +227,14 @@ class Catalog:
             about: what its head says of it.
             hashes: of the whole chunks of its prefix, up to its end at least.
             path: of its file.
+            computed: when it was computed; it is asked if the segment was deleted for all machines.
 
         Raises:
             OSError: the engine failed, or the file cannot be read.
         """
         lost, chunk_size = None, about.chunk_size
+        if self._is_withheld(segment.key, computed):
+            return Published(segment, False, withheld=True)
         there = self.head(segment.key)
         if there is not None:
             fits = there.segment.first_chunk < there.segment.end_chunk(chunk_size) == len(hashes)
@@ -246,6 +257,10 @@ class Catalog:
                 self.engine.delete([own.object_name])
                 self.engine.put_many(names_of(faster.segment, hashes, chunk_size))
                 return Published(faster.segment, False)
+        if self._is_withheld(own.key, computed):
+            # (Who deleted it while its bytes were sent had no head to find.)
+            self.engine.delete([head_name(own.key), own.object_name])
+            return Published(own, False, withheld=True)
         self.engine.put_many(names)
         return Published(own, True)
 
@@ -255,6 +270,40 @@ class Catalog:
         except FileNotFoundError:
             return False
         return True
+
+    def _is_withheld(self, key: str, computed: Computed) -> bool:
+        """Whether a segment was deleted for all machines after it was computed."""
+        deleted = self.deleted_at(key)
+        if deleted is None:
+            return False
+        moment = computed()
+        return moment < math.inf and not moment > deleted
+
+    def deleted_at(self, key: str) -> float | None:
+        """When a segment was deleted for all machines, by the engine's clock; `None`: that is not known of it.
+
+        What was computed until then is not published. Word of it that makes no sense stands for the end of time.
+
+        Raises:
+            OSError: the engine failed.
+        """
+        try:
+            text = self.engine.get(deleted_name(key), _MAX_HEAD)
+        except FileNotFoundError:
+            return None
+        try:
+            return float(json.loads(text, object_pairs_hook=once_each)["until"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return math.inf
+
+    def report_deletion(self, key: str, now: float) -> None:
+        """Leave word that a segment is deleted for all machines; before it is, so that no copy of it comes between.
+
+        Args:
+            key: of the segment.
+            now: what the engine's clock says.
+        """
+        self.engine.put(deleted_name(key), json.dumps({"until": now + RESOLUTION_S}).encode())
 
     def heads(self) -> Iterator[tuple[str, Head | None, float]]:
         """All segments: key, head (`None`: it makes no sense) and when it was written, seconds since the epoch."""
@@ -304,6 +353,17 @@ class Catalog:
             self.engine.delete(there.names)
             self.engine.delete([head_name(key), used_name(key)])
             self.engine.delete([there.segment.object_name])
+
+
+def _matches(listed: Listed, hashes: Sequence[bytes], chunk_size: int) -> list[Match]:
+    """What listed names say of a prompt, each name once."""
+    found = {
+        one.name: match
+        for (anchor, _), objects in listed.items()
+        for one in objects
+        if (match := read_name(one.name, anchor, hashes, chunk_size)) is not None
+    }
+    return list(found.values())
 
 
 def _parsed(text: bytes, key: str) -> Head | None:

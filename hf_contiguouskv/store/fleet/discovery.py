@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 from ...errors import SegmentCorruptError
 from ..parts import StoreParts
@@ -15,6 +16,7 @@ from ..segment import Segment
 from ..verification import in_words
 from .backend import FleetBackend
 from .catalog import Catalog
+from .deadline import seconds_left
 from .names import SharedSegment
 
 logger = logging.getLogger("hf_contiguouskv")
@@ -43,6 +45,8 @@ class Discovery:
     def seek(self, hashes: Sequence[bytes], chunk_size: int, have: int) -> bool:
         """Ask the shared store for more of a prompt; whether the index knows more now.
 
+        At the deadline of the context, what was read until then is used.
+
         Args:
             hashes: of the whole chunks of the prompt.
             chunk_size: tokens per chunk.
@@ -61,7 +65,9 @@ class Discovery:
                 self._backend.forget(one.key)
         self._backend.records.see(new, time.time())
         with ThreadPoolExecutor(min(_AT_ONCE, len(new)), thread_name_prefix="contiguouskv-discover") as threads:
-            opened = [segment for segment in threads.map(self._open, new) if segment is not None]
+            # (The deadline of the look-up is in the context, which a thread has of its own.)
+            opening = [threads.submit(copy_context().run, self._open, one) for one in new]
+        opened = [segment for future in opening if (segment := future.result()) is not None]
         added: int = self._parts.index.write(lambda db: self._insert(db, opened))
         for segment in opened:
             self._parts.opened.adopt(segment)
@@ -83,9 +89,12 @@ class Discovery:
             if segment.key != found.key or segment.header.hashes(segment.token_ids)[-1].hex() != found.key:
                 raise SegmentCorruptError(f"{segment.name}: is not the segment that its name says", segment)
         except Exception as error:
+            self._backend.forget(found.key)
+            if seconds_left() <= 0:
+                logger.debug("a segment of the shared store was not read in time: %s", in_words(found.key, error))
+                return None
             # (A segment may have been made to stop us, by whatever a parser or an allocation can raise.)
             logger.warning("a segment of the shared store is not used: %s", in_words(found.key, error))
-            self._backend.forget(found.key)
             if len(self._failed) >= _REMEMBERED:
                 self._failed.clear()
             self._failed[found.key, found.upload] = time.monotonic()

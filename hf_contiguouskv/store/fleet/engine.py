@@ -8,6 +8,9 @@ is.
 Errors: `FileNotFoundError` for an object that is not there, or not any more; `EngineUnavailableError` for an engine
 that does not answer, or not in time; `PermissionError` for credentials that are missing or not enough; `EOFError` for
 an object that ends too early; `OSError` for everything else that it refuses. No message holds credentials.
+
+Time: reads and listings end by the deadline of the context (`deadline.seconds_left`), with `DeadlineError` where they
+are not done by then.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ class EngineUnavailableError(OSError):
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.ETIMEDOUT, message)
+
+
+class DeadlineError(EngineUnavailableError):
+    """The look-up's time is over. That says nothing of the engine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,16 @@ def engine_for(address: str, timeout_s: float) -> SharedEngine:
     return ObjectStorage(address, timeout_s)
 
 
+def address_for_key(address: str, key_name: str | None) -> str:
+    """The part of a shared store that those use who have a key: what was made with another one is of no use to them.
+
+    Args:
+        address: of the shared store.
+        key_name: what may be told of the key; `None`: there is none.
+    """
+    return address if key_name is None else f"{address.rstrip('/')}/keyed-{key_name}"
+
+
 def default_folder(address: str) -> Path:
     """Where this machine keeps what it has of a shared store: one folder for each address."""
     plain = shown(address).rstrip("/")

@@ -15,9 +15,11 @@ from ..rows import SegmentRow, set_stored_bytes
 from ..tenant import Tenant
 from ..verification import in_words, segment_problems
 from .backend import FleetBackend
+from .breaker import CircuitBreaker
 from .catalog import Catalog
+from .deadline import Deadline, seconds_left
 from .discovery import Discovery
-from .engine import EngineUnavailableError, SharedEngine
+from .engine import DeadlineError, EngineUnavailableError, SharedEngine
 from .names import SharedSegment
 from .sending import Sender
 from .upkeep import SharedUpkeep
@@ -40,6 +42,12 @@ class Fleet:
         parts: of that store.
         room: evicts when it takes up too much.
         submit: runs a function in the background.
+        look_up_s: seconds that one look-up may wait for the shared store, all its calls together.
+
+    Attributes:
+        engine, look_up_s: as passed.
+        catalog: of the shared store.
+        link: how fast the shared store has been read.
     """
 
     def __init__(
@@ -49,12 +57,17 @@ class Fleet:
         parts: StoreParts,
         room: Room,
         submit: Callable[[Callable[[], object]], None],
+        look_up_s: float,
     ) -> None:
         self.engine = engine
         self.catalog = Catalog(engine)
+        self.link = backend.link
         self._backend, self._parts, self._room, self._submit = backend, parts, room, submit
         self._discovery = Discovery(parts, backend, self.catalog)
         self._sender = Sender(parts, backend, self.catalog, parts.counters.add)
+        self.look_up_s = look_up_s
+        # (An engine that answers each call, but not a whole look-up in time, would cost each request all of that time.)
+        self._look_ups = CircuitBreaker(f"{engine.name} (look-ups)", look_up_s)
         self._lock = threading.Lock()
         self._settled_s = time.monotonic()
         self._used: dict[str, float] = {}
@@ -89,8 +102,14 @@ class Fleet:
         if create:
             self._sender.submit_unsent()
 
+    def deadline(self) -> Deadline:
+        """The deadline of a look-up that begins now."""
+        return Deadline(self.look_up_s)
+
     def seek(self, hashes: Sequence[bytes], chunk_size: int, found_tokens: int) -> bool:
         """Ask the shared store for more of a prompt than this machine has; whether the index knows more now.
+
+        It ends by the deadline of the context. What was found until then is used.
 
         Args:
             hashes: of the whole chunks of the prompt.
@@ -105,7 +124,7 @@ class Fleet:
         counters.add("remote.asked")
         began = time.perf_counter()
         try:
-            found = self._discovery.seek(hashes, chunk_size, have)
+            found = self._seek_in_time(hashes, chunk_size, have)
         except Exception as error:
             # (Whatever names and headers from elsewhere make a parser raise: the request goes on without them.)
             report = logger.debug if isinstance(error, OSError | StoreError) else logger.warning
@@ -116,6 +135,31 @@ class Fleet:
             counters.add("remote.asked_us", round(1e6 * (time.perf_counter() - began)))
         if found:
             counters.add("remote.found")
+        return found
+
+    def _seek_in_time(self, hashes: Sequence[bytes], chunk_size: int, have: int) -> bool:
+        """As `Discovery.seek`; look-ups pause after one that found nothing because its time was over.
+
+        Raises:
+            DeadlineError: its time was over before anything was found.
+            OSError: the engine failed, or look-ups pause.
+            StoreError: the index cannot be written.
+        """
+        self._look_ups.enter(seconds_left())
+        try:
+            found = self._discovery.seek(hashes, chunk_size, have)
+            if not found and seconds_left() <= 0:
+                raise DeadlineError(f"{self.engine.name}: nothing was found within {self.look_up_s:g} s")
+        except DeadlineError as error:
+            self._look_ups.failed(error.strerror)
+            raise
+        except Exception:
+            self._look_ups.succeeded()  # (What else failed is the engine's own breaker's concern.)
+            raise
+        except BaseException:
+            self._look_ups.gave_up()
+            raise
+        self._look_ups.succeeded()
         return found
 
     def whole(self, rows: Iterable[SegmentRow]) -> list[SegmentRow]:

@@ -6,6 +6,7 @@
     anchors/HASH/FIRST-OWN/...-KEY-UPLOAD    empty; names of segments, found by the hash of a chunk of a prompt
     used/KEY                                 empty; when the segment was last used
     damaged/KEY.UPLOAD                       an upload whose bytes proved wrong
+    deleted/KEY                              when the segment was deleted for all machines, by the engine's clock
 
 A prompt of any length must find its longest stored beginning with one or two round trips, whatever the store's size.
 So a segment has a name under the hash of its prefix's chunk number 1, 4, 16, 64, ... (its *anchors*): of those that lie
@@ -18,7 +19,7 @@ guess which only chooses what to look at: what is then used is proved by the seg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MARKER = "contiguouskv-shared.json"
@@ -26,6 +27,8 @@ SHARED_FORMAT = 1
 # Anchors are at chunk numbers that grow by this factor.
 FACTOR = 4
 _SAMPLES = 48
+# So often another choice is made where segments that were chosen are of no use.
+_TRIES = 64
 _KEY = "[0-9a-f]{32}"
 _ENTRY = re.compile(
     rf"anchors/{_KEY}/([0-9a-f]{{6}})-([0-9a-f]{{8}})/([0-9a-f]{{7}})-([0-9a-f]{{10}})-([0-9a-f]*)-({_KEY})-([0-9a-f]{{8}})"
@@ -86,6 +89,11 @@ def used_name(key: str) -> str:
 def damaged_name(key: str, upload: str) -> str:
     """The object that says that an upload is damaged."""
     return f"damaged/{key}.{upload}"
+
+
+def deleted_name(key: str) -> str:
+    """The object that says when a segment was deleted for all machines."""
+    return f"deleted/{key}"
 
 
 def anchors_of_prompt(chunks: int) -> list[int]:
@@ -210,6 +218,27 @@ def best_chain(matches: Iterable[Match], have: int) -> list[SharedSegment]:
             chain[bridge.segment] = None
         chain[best.segment] = None
         reached = best.chunks
+
+
+def chosen_chain(
+    matches: list[Match], have: int, is_of_use: Callable[[SharedSegment], bool]
+) -> tuple[list[SharedSegment], int]:
+    """The best chain of segments that are all of use, and how many chunks of the prompt it reaches for certain.
+
+    Args:
+        matches: what names say.
+        have: chunks that are at hand already.
+        is_of_use: asked of each segment before it is taken.
+    """
+    left = matches
+    # (Very many may share the beginning of a prompt. Only those that would be taken are asked about.)
+    for _ in range(_TRIES):
+        chain = best_chain(left, have)
+        useless = {segment for segment in chain if not is_of_use(segment)}
+        if not useless:
+            return chain, max((match.chunks for match in left if match.segment in chain), default=have)
+        left = [match for match in left if match.segment not in useless]
+    return [], have
 
 
 def _rank(match: Match) -> tuple[int, int, str, str]:

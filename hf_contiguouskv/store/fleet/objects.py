@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import re
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from datetime import timedelta
@@ -21,7 +23,8 @@ from urllib.parse import urlsplit
 
 from ...errors import ConfigError, StoreError
 from .breaker import CircuitBreaker
-from .engine import EngineUnavailableError, Fetched, ObjectInfo, Range
+from .deadline import seconds_left
+from .engine import DeadlineError, EngineUnavailableError, Fetched, ObjectInfo, Range
 from .merging import Joined, join_ranges
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ _UPLOAD_S_PER_MIB = 1.0
 _LARGE, _SMALL_AT_ONCE, _LARGE_AT_ONCE = 256 * 1024, 64, 8
 # Small objects that are written or deleted at once.
 _AT_ONCE = 64
+# A call that its look-up's deadline ends tells that the engine is down if it was given this share of the time-out.
+_TELLING = 0.5
+_TIME_IS_OVER = "the time of this look-up is over"
 # How long closing waits for what is given up.
 _CLOSE_S = 10.0
 # What servers and file systems say of a range that begins behind the end.
@@ -62,7 +68,7 @@ class ObjectStorage:
     Args:
         url: `s3://bucket/folder`, `gs://...`, `az://account/container/folder` or `file:///folder`.
         timeout_s: seconds after which an answer is not waited for any more. A read of many ranges may take longer, as
-            long as one of them arrives within that time.
+            long as one of them arrives within that time, and no deadline of a look-up is in force.
 
     Raises:
         ConfigError: the address is not one of these.
@@ -257,12 +263,21 @@ class ObjectStorage:
             breaker: that may refuse it; by default, that of reading.
         """
         breaker = breaker or self.breaker
-        breaker.enter()
+        left = seconds_left()
+        if left <= 0:
+            raise DeadlineError(f"{self.name}: {_TIME_IS_OVER}")
+        breaker.enter(left)
+        allowed = self._timeout_s if seconds is not None and seconds < 0 else seconds
+        bounded = left < (math.inf if allowed is None else allowed)
+        began = time.monotonic()
         try:
-            result = self._loop.run(call, self._timeout_s if seconds is not None and seconds < 0 else seconds)
+            result = self._loop.run(call, left if bounded else allowed)
         except BaseException as error:
             raised = self._explained(error)
-            if isinstance(raised, EngineUnavailableError):
+            if bounded and isinstance(error, TimeoutError) and self._is_alive(began, left):
+                breaker.gave_up()
+                raised = DeadlineError(f"{self.name}: {_TIME_IS_OVER}")
+            elif isinstance(raised, EngineUnavailableError):
                 breaker.failed(raised.strerror)
             elif isinstance(raised, Exception):
                 breaker.succeeded()
@@ -271,6 +286,16 @@ class ObjectStorage:
             raise raised from None
         breaker.succeeded()
         return result
+
+    def _is_alive(self, began: float, waited_s: float) -> bool:
+        """Whether a call that its look-up's deadline ended may have been answered in time.
+
+        Args:
+            began: when the call was made.
+            waited_s: how long it was waited for.
+        """
+        # (A look-up's first call has nearly all of the time. If nothing is heard until then, the engine is down.)
+        return waited_s < _TELLING * self._timeout_s or self._fetched_s >= began
 
     def _explained(self, error: BaseException) -> BaseException:
         errors = self._errors

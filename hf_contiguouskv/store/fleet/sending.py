@@ -20,6 +20,7 @@ from ..segment import Segment
 from ..verification import segment_problems
 from .backend import FleetBackend
 from .catalog import Catalog, Description, Published
+from .computed import Computed, Since, ticks, unknown
 from .engine import EngineUnavailableError
 from .names import SharedSegment
 
@@ -48,13 +49,14 @@ class Sender:
         self._count = count
         self._background = Background()
         self._lock = threading.Lock()
-        self._waiting: dict[str, None] = {}
+        # When each was stored here, if this process stored it.
+        self._waiting: dict[str, Computed] = {}
         self._tried_s = time.monotonic()
 
     def submit(self, key: str) -> None:
         """Send a segment that was just published, after those that were submitted before."""
         with self._lock:
-            self._waiting[key] = None
+            self._waiting[key] = Since(ticks(), self._catalog.now)
         self._background.submit(self._send_waiting)
 
     def submit_unsent(self) -> None:
@@ -66,7 +68,7 @@ class Sender:
                 return  # (Whatever was deleted from the shared store would be sent again.)
             self._backend.records.forget_sent(sent - here)
             with self._lock:
-                self._waiting |= dict.fromkeys(sorted(here - sent))
+                self._waiting = dict.fromkeys(sorted(here - sent), unknown) | self._waiting
             self._send_waiting()
 
         self._background.submit(find)
@@ -104,7 +106,7 @@ class Sender:
     def _send_waiting(self) -> None:
         with self._lock:
             self._tried_s = time.monotonic()
-            keys = list(self._waiting)
+            keys, computed = list(self._waiting), dict(self._waiting)
         # (A segment must not be found before the one that it continues, or a look-up ends there.)
         keys = self._parents_first(keys)
         with self._lock:
@@ -112,10 +114,10 @@ class Sender:
                 self._waiting.pop(key, None)
         for number, key in enumerate(keys):
             try:
-                self._send(key)
+                self._send(key, computed[key])
             except (EngineUnavailableError, PermissionError) as error:
                 with self._lock:
-                    self._waiting = dict.fromkeys(keys[number:]) | self._waiting
+                    self._waiting = {key: computed[key] for key in keys[number:]} | self._waiting
                 report = logger.warning if isinstance(error, PermissionError) else logger.debug
                 report("%d segments are sent to %s later: %s", len(keys) - number, self._catalog.engine.name, error)
                 self._count("remote.send_failures", 1)
@@ -130,18 +132,25 @@ class Sender:
         place = {key: row.first_chunk if row is not None else 0 for key, row in rows}
         return sorted(keys, key=place.__getitem__)
 
-    def _send(self, key: str) -> None:
+    def _send(self, key: str, computed: Computed) -> None:
         try:
-            done = send_segment(self._parts, self._backend.local, self._catalog, key)
+            done = send_segment(self._parts, self._backend.local, self._catalog, key, computed)
         except SegmentMissingError as error:
             logger.debug("segment %s is not sent: %s", key, error)  # It, or what it continues, was evicted meanwhile.
             return
         self._backend.records.note_sent(key)
-        if done is not None:
-            self._count("remote.published" if done.won else "remote.published_by_others", 1)
+        if done is None:
+            return
+        if done.withheld:
+            logger.info("segment %s is not sent: it was deleted from %s", key, self._catalog.engine.name)
+            self._count("remote.withheld", 1)
+            return
+        self._count("remote.published" if done.won else "remote.published_by_others", 1)
 
 
-def send_segment(parts: StoreParts, disk: LocalDisk, catalog: Catalog, key: str) -> Published | None:
+def send_segment(
+    parts: StoreParts, disk: LocalDisk, catalog: Catalog, key: str, computed: Computed = unknown
+) -> Published | None:
     """Publish a segment of this machine in a shared store, unless it is there.
 
     Args:
@@ -149,6 +158,7 @@ def send_segment(parts: StoreParts, disk: LocalDisk, catalog: Catalog, key: str)
         disk: where it lies.
         catalog: of the shared store.
         key: of the segment.
+        computed: when it was computed.
 
     Returns:
         what came of it; `None` for a part of one chunk, which is quicker computed than asked for.
@@ -166,7 +176,7 @@ def send_segment(parts: StoreParts, disk: LocalDisk, catalog: Catalog, key: str)
         if problems:
             raise SegmentCorruptError(f"it is damaged, and stays here: {problems[0]}", segment)
         hashes, before = _prefix_hashes(parts, segment)
-        return catalog.publish(shared, about(segment, before), hashes, disk.path_of(key))
+        return catalog.publish(shared, about(segment, before), hashes, disk.path_of(key), computed)
 
 
 def _prefix_hashes(parts: StoreParts, segment: Segment) -> tuple[list[bytes], str]:

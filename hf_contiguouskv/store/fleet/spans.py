@@ -38,6 +38,18 @@ class Spans:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(list(zip(self._begins, self._ends, strict=True)))
 
+    def within(self, begin: int, end: int) -> int:
+        """How many numbers of `[begin, end)` are in it."""
+        first, last = bisect_right(self._ends, begin), bisect_left(self._begins, end)
+        return sum(min(self._ends[n], end) - max(self._begins[n], begin) for n in range(first, last))
+
+    def first_gap(self, begin: int, end: int) -> tuple[int, int]:
+        """The first range of `[begin, end)` of which nothing is in it; an empty one where all is."""
+        place = bisect_right(self._begins, begin)
+        if place and self._ends[place - 1] > begin:
+            begin = min(self._ends[place - 1], end)
+        return begin, min(self._begins[place], end) if place < len(self._begins) else end
+
     @property
     def total(self) -> int:
         """How many numbers are in it."""

@@ -19,6 +19,8 @@ from .names import read_entry, uploaded
 
 # What no head names may belong to a machine that is still writing; after a day it does not.
 _YOUNG_S = 86400.0
+# Word of deletions is kept for so long: a machine that was away for longer sends what it had not sent.
+_DELETIONS_S = 90 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class SharedUpkeep:
     def delete(self, keys: Iterable[str], *, recursive: bool = False, dry_run: bool = False) -> list[SharedEntry]:
         """Delete segments for all machines. A request that reads one meanwhile computes what it does not have yet.
 
+        Copies that machines computed before and have not sent yet are not sent. What is computed later is.
+
         Args:
             keys: of the segments.
             recursive: also delete what continues their last chunks.
@@ -218,21 +222,27 @@ class SharedUpkeep:
 
     def _withdraw(self, entries: Iterable[SharedEntry]) -> None:
         try:
-            for entry in entries:
-                # (That this machine has sent it stays noted, or it would send what it has of it again.)
+            gone = list(entries)
+            now = self.catalog.now() if gone else 0.0
+            for entry in gone:
+                # (Some machine may have a copy that it has not sent yet.)
+                self.catalog.report_deletion(entry.key, now)
                 self.catalog.withdraw(entry.key)
         except OSError as error:
             raise _as_store_error(error, self.catalog) from error
 
     def collect(self, dry_run: bool = False) -> tuple[list[str], int]:
-        """Delete what no head names and a machine that died left; names, and bytes that they took up.
+        """Delete what no head names and a machine that died left, and old word of deletions.
+
+        Returns:
+            names, and bytes that they took up.
 
         Raises:
             StoreError: the shared store does not answer; or this is a tenant's, who cannot tell whose they are.
         """
         if not self._tenant.is_operator:
             raise StoreError("leftovers may be anybody's: collect them with the store that was opened without a salt")
-        engine, before = self.catalog.engine, self._now() - _YOUNG_S
+        engine, now = self.catalog.engine, self._now()
         try:
             heads = list(self.catalog.heads())
             counts = {(key, head.segment.upload) for key, head, _ in heads if head is not None}
@@ -242,11 +252,12 @@ class SharedUpkeep:
                 info
                 for folder, names in (("segments", uploaded), ("anchors", read_entry), ("damaged", _damaged))
                 for info in engine.walk(folder)
-                if info.modified < before
+                if info.modified < now - _YOUNG_S
                 and (named := names(info.name)) is not None
                 and named not in counts
                 and named[0] not in untouched
             ]
+            doomed += [info for info in engine.walk("deleted") if info.modified < now - _DELETIONS_S]
             if not dry_run:
                 engine.delete([info.name for info in doomed])
         except OSError as error:
