@@ -223,7 +223,7 @@ class CachedBlob:
         return end - begin - (0 if self._kept is None else self._kept.kept_bytes(begin, end))
 
     def first_away(self, nbytes: int) -> tuple[int, int]:
-        """The first range `(begin, end)` that is not on this machine, of at most so many bytes; empty if all is here."""
+        """The first range `(begin, end)` that is not on this machine, of at most `nbytes`; empty if all is here."""
         begin, end = (0, self.nbytes) if self._kept is None else self._kept.first_gap(0, self.nbytes)
         return begin, min(end, begin + nbytes)
 
