@@ -20,7 +20,7 @@ from .backend import SegmentBackend
 from .entries import SegmentSpan, StoredPrefix
 from .fleet.backend import FleetBackend
 from .fleet.engine import SharedEngine
-from .fleet.engines import default_folder, engine_for, is_address
+from .fleet.engines import default_folder, engine_for, is_address, within
 from .fleet.fleet import Fleet
 from .fleet.records import Records
 from .fleet.upkeep import SharedUpkeep
@@ -62,9 +62,9 @@ class PrefixStore(Upkeep):
 
     Args:
         path: the folder. Missing: it is created, for this user only. It must be a store, or empty. Or the address of a
-            store that many machines share (`s3://bucket/folder`, `gs://`, `az://`, `file://`; needs the extra
-            `object`): what others stored is found there, what this machine stores is sent there, and what it uses is
-            kept in a folder of its own.
+            store that many machines share (`s3://bucket/folder`, `gs://`, `az://`, `file://`: needs the extra
+            `object`; `mooncake://master:port/folder`: needs the extra `mooncake`): what others stored is found there,
+            what this machine stores is sent there, and what it uses is kept in a folder of its own.
         max_disk_bytes: bound on what all segments take up, those that are there already included; what is worth least
             makes room (`eviction.worth`), in the background when the store is opened. `None`: no bound.
         ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned
@@ -287,7 +287,7 @@ def _engine(
     if backend is not None:
         raise ConfigError("backend= is for a store in a folder, not for the address of a shared store")
     # (What was made with another key, or none, is of no use: each has a part of the shared store for itself.)
-    return engine_for(place if key is None else f"{place.rstrip('/')}/keyed-{key.public_name}", timeout_s)
+    return engine_for(place if key is None else within(place, f"keyed-{key.public_name}"), timeout_s)
 
 
 def _require_bound(name: str, value: object) -> None:

@@ -198,8 +198,9 @@ class SharedUpkeep:
         """Delete for all machines what none has used for so long; what was deleted.
 
         Raises:
-            StoreError: the shared store does not answer.
+            StoreError: the shared store does not answer; or its engine is volatile, and itself evicts what nobody uses.
         """
+        self._require_lasting("which prefixes nobody used")
         since = self._now() - seconds
         # (A use is noted for the whole chain, so nothing outlives what it continues.)
         found = sorted(
@@ -208,6 +209,11 @@ class SharedUpkeep:
         if not dry_run:
             self._withdraw(found)
         return found
+
+    def _require_lasting(self, what: str) -> None:
+        name = self.catalog.engine.name
+        if self.catalog.engine.is_volatile:
+            raise StoreError(f"{name} does not know {what}. It needs no such care: it evicts what is not used")
 
     def _now(self) -> float:
         # (The clock of this machine may be wrong, and what others use would be deleted.)
@@ -228,8 +234,10 @@ class SharedUpkeep:
         """Delete what no head names and a machine that died left; names, and bytes that they took up.
 
         Raises:
-            StoreError: the shared store does not answer; or this is a tenant's, who cannot tell whose they are.
+            StoreError: the shared store does not answer; or this is a tenant's, who cannot tell whose they are; or its
+                engine is volatile, and itself evicts what nobody uses.
         """
+        self._require_lasting("which leftovers are old")
         if not self._tenant.is_operator:
             raise StoreError("leftovers may be anybody's: collect them with the store that was opened without a salt")
         engine, before = self.catalog.engine, self._now() - _YOUNG_S
