@@ -136,6 +136,7 @@ $(VENV)/.eval: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.eval
 	$(PIP) -c constraints.txt -e ".[eval,dev]"
+	-$(PIP) -c constraints.txt -e ".[mooncake]"  # (Where there is no wheel of it, its tests are skipped by name.)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

@@ -62,9 +62,9 @@ class PrefixStore(Upkeep):
 
     Args:
         path: the folder. Missing: it is created, for this user only. It must be a store, or empty. Or the address of a
-            store that many machines share (`s3://bucket/folder`, `gs://`, `az://`, `file://`; needs the extra
-            `object`): what others stored is found there, what this machine stores is sent there, and what it uses is
-            kept in a folder of its own.
+            store that many machines share (`s3://bucket/folder`, `gs://`, `az://`, `file://`: needs the extra
+            `object`; `mooncake://master:port/folder`: needs the extra `mooncake`): what others stored is found there,
+            what this machine stores is sent there, and what it uses is kept in a folder of its own.
         max_disk_bytes: bound on what all segments take up, those that are there already included; what is worth least
             makes room (`eviction.worth`), in the background when the store is opened. `None`: no bound.
         ttl_s: seconds after which a segment that nobody used is not found any more, and goes at the next `gc`; pinned

@@ -13,9 +13,16 @@ pytest.importorskip("obstore", reason="obstore is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from machines import Machines
+from mooncake_server import MooncakeServer, mooncake_server
 
 from eval.network.object_server import ObjectServer, object_server, weed
 from eval.network.proxy import Proxy
+from hf_contiguouskv.errors import StoreError
+from hf_contiguouskv.store.fleet.mooncake import native
+from hf_contiguouskv.store.fleet.mooncake.engine import MooncakeStore
+
+# Seconds that Mooncake Store waits for an answer, in this process.
+_MOONCAKE_S = 1.0
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +40,25 @@ def s3(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://fleet/{secrets.token_hex(4)}/store"
+
+
+@pytest.fixture(scope="session")
+def require_mooncake() -> None:
+    """Skip where the package of Mooncake Store, or a system library of it, is missing."""
+    try:
+        native.load("tests", _MOONCAKE_S)
+    except StoreError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def mooncake(require_mooncake: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakeServer]:
+    """A Mooncake Store with another process that lends memory, for all tests of this process."""
+    with mooncake_server(tmp_path_factory.mktemp("mooncake")) as running:
+        # (The end of a client takes a second. It is kept as long as one engine uses it.)
+        engine = MooncakeStore(running.url("kept"))
+        yield running
+        engine.close()
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -12,43 +12,80 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ...errors import StoreFormatError
 from ..segment_row import is_key
 from ..strict_json import once_each
 from .computed import RESOLUTION_S, Computed, unknown
-from .engine import EngineUnavailableError, ObjectInfo, SharedEngine
+from .engine import KeyValueEngine, ListingEngine, SharedEngine
+from .keyed_index import KeyedIndex
+from .listed_index import ListedIndex
 from .names import (
-    FACTOR,
     MARKER,
     SHARED_FORMAT,
-    Match,
     SharedSegment,
-    anchors_of_prompt,
-    chosen_chain,
     damaged_name,
     deleted_name,
-    folder_of,
     head_name,
-    names_of,
     read_entry,
-    read_name,
     used_name,
 )
 
 logger = logging.getLogger("hf_contiguouskv")
 
 Record = TypeVar("Record", SharedSegment, "Description")
-# What lies below anchors: by chunk number and folder.
-Listed = dict[tuple[int, str], list[ObjectInfo]]
 
-# One answer of a listing holds so many names. A longer one, of prefixes that share very much, is read on, up to a
-# bound.
-_LISTED, _LISTED_AT_MOST = 1000, 20_000
-# Heads are read so many at once.
-_AT_ONCE = 32
+# Heads are listed, and read, so many at once.
+_LISTED, _AT_ONCE = 1000, 32
 _MAX_HEAD = 64 * 1024
+
+
+class SharedIndex(Protocol):
+    """How segments are found by the chunks of a prompt: what the engine can do decides it."""
+
+    def find(
+        self,
+        hashes: Sequence[bytes],
+        chunk_size: int,
+        have: int,
+        is_of_use: Callable[[SharedSegment], bool],
+    ) -> list[SharedSegment]:
+        """As `Catalog.find`."""
+        ...
+
+    def names(self, segment: SharedSegment, hashes: Sequence[bytes], chunk_size: int) -> list[str]:
+        """The names of a segment that its head keeps, so that they are deleted with it."""
+        ...
+
+    def add(
+        self,
+        segment: SharedSegment,
+        hashes: Sequence[bytes],
+        chunk_size: int,
+        is_sound: Callable[[SharedSegment], bool],
+    ) -> None:
+        """Make a segment, whose bytes and head are there, findable.
+
+        Args:
+            segment: what is found.
+            hashes: of the whole chunks of its prefix, up to its end at least.
+            chunk_size: tokens per chunk.
+            is_sound: asked of segments that are found in its place: whether they can be read.
+
+        Raises:
+            OSError: the engine failed.
+        """
+        ...
+
+
+def index_of(engine: SharedEngine) -> SharedIndex:
+    """The index that fits an engine."""
+    if isinstance(engine, ListingEngine):
+        return ListedIndex(engine)
+    if isinstance(engine, KeyValueEngine):
+        return KeyedIndex(engine)
+    raise TypeError(f"{engine.name}: expected a ListingEngine or a KeyValueEngine, got {type(engine).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +150,10 @@ class Catalog:
 
     def __init__(self, engine: SharedEngine) -> None:
         self.engine = engine
+        self._index = index_of(engine)
 
     def prepare(self, create: bool = True) -> None:
-        """Make the place a shared store, or check that it is one.
+        """Make the place a shared store, or check that it is one. A volatile engine is only asked whether it answers.
 
         Args:
             create: whether it may be made.
@@ -124,6 +162,11 @@ class Catalog:
             StoreFormatError: it is marked as a store of another format; or it is none, and not `create`.
             OSError: the engine failed or refused.
         """
+        if self.engine.is_volatile:
+            # (A mark could vanish as well: such an engine has the format in every name.)
+            with contextlib.suppress(FileNotFoundError):
+                self.engine.get(MARKER, 4096)
+            return
         mark = json.dumps({"format": SHARED_FORMAT}).encode()
         try:
             text = self.engine.get(MARKER, 4096)
@@ -161,25 +204,7 @@ class Catalog:
         Raises:
             OSError: the engine failed.
         """
-        # (What lies below an earlier anchor ends before the next one, so with what is at hand already.)
-        anchors = [anchor for anchor in anchors_of_prompt(len(hashes)) if anchor * FACTOR > have]
-        listed = self._list([(anchor, folder_of(hashes[anchor - 1])) for anchor in anchors], _LISTED)
-        chain, reached = chosen_chain(_matches(listed, hashes, chunk_size), have, is_of_use)
-        # What agrees with the prompt up to the next anchor is named there as well. So a long list is read on only where
-        # it may hold more than that.
-        cut = [place for place, objects in listed.items() if len(objects) >= _LISTED and place[0] * FACTOR > reached]
-        if cut and reached < len(hashes):
-            try:
-                listed |= self._list(cut, _LISTED_AT_MOST)
-            except EngineUnavailableError:
-                if not chain:
-                    raise
-            else:
-                chain, _ = chosen_chain(_matches(listed, hashes, chunk_size), have, is_of_use)
-        return chain
-
-    def _list(self, folders: Sequence[tuple[int, str]], limit: int) -> Listed:
-        return dict(zip(folders, self.engine.list_each([folder for _, folder in folders], limit), strict=True))
+        return self._index.find(hashes, chunk_size, have, is_of_use)
 
     def head(self, key: str) -> Head | None:
         """Which upload of a segment counts; `None` where there is none.
@@ -201,6 +226,28 @@ class Catalog:
             name = f"{self.engine.name}/{head_name(key)}"
             raise StoreFormatError(f"{name} makes no sense to this release; it is left alone")
         return found
+
+    def holds(self, key: str) -> bool:
+        """Whether a segment is there and can be read.
+
+        Raises:
+            StoreFormatError: its head makes no sense to this release.
+            OSError: the engine failed.
+        """
+        there = self.head(key)
+        return there is not None and self._is_usable(there.segment)
+
+    def is_sound(self, segment: SharedSegment) -> bool:
+        """Whether a segment can be read: this upload of it counts, nobody found it damaged, and its object is whole.
+
+        Raises:
+            OSError: the engine failed.
+        """
+        there = self.head(segment.key)
+        return there is not None and there.segment == segment and self._is_usable(segment)
+
+    def _is_usable(self, segment: SharedSegment) -> bool:
+        return not self._is_damaged(segment) and self._is_there(segment)
 
     def _is_there(self, segment: SharedSegment) -> bool:
         """Whether the object of a segment is there, in its full length."""
@@ -238,13 +285,13 @@ class Catalog:
         there = self.head(segment.key)
         if there is not None:
             fits = there.segment.first_chunk < there.segment.end_chunk(chunk_size) == len(hashes)
-            if fits and not self._is_damaged(there.segment) and self._is_there(there.segment):
+            if fits and self._is_usable(there.segment):
                 # (Its writer may have died before it was named.)
-                self.engine.put_many(names_of(there.segment, hashes, chunk_size))
+                self._index.add(there.segment, hashes, chunk_size, self.is_sound)
                 return Published(there.segment, False)
             lost = there
         own = replace(segment, upload=secrets.token_hex(4))
-        names = names_of(own, hashes, chunk_size)
+        names = self._index.names(own, hashes, chunk_size)
         self.engine.upload(own.object_name, path)
         text = json.dumps({"segment": asdict(own), "names": names, "about": asdict(about)}).encode()
         if lost is not None:
@@ -255,13 +302,13 @@ class Catalog:
             # (A request that was sent twice meets the head that it wrote the first time.)
             if faster is not None and faster.segment.upload != own.upload:
                 self.engine.delete([own.object_name])
-                self.engine.put_many(names_of(faster.segment, hashes, chunk_size))
+                self._index.add(faster.segment, hashes, chunk_size, self.is_sound)
                 return Published(faster.segment, False)
         if self._is_withheld(own.key, computed):
             # (Who deleted it while its bytes were sent had no head to find.)
             self.engine.delete([head_name(own.key), own.object_name])
             return Published(own, False, withheld=True)
-        self.engine.put_many(names)
+        self._index.add(own, hashes, chunk_size, self.is_sound)
         return Published(own, True)
 
     def _is_damaged(self, segment: SharedSegment) -> bool:
@@ -327,10 +374,12 @@ class Catalog:
             OSError: the engine failed.
         """
         self.engine.put("clock/now", b"")
-        return self.engine.list_each(["clock/"], 1)[0][0].modified
+        return next(iter(self.engine.walk("clock"))).modified
 
     def last_uses(self) -> dict[str, float]:
-        """When segments were last used, by key, seconds since the epoch."""
+        """When segments were last used, by key, seconds since the epoch; nothing where the engine is volatile."""
+        if self.engine.is_volatile:
+            return {}
         return {info.name.rpartition("/")[2]: info.modified for info in self.engine.walk("used")}
 
     def report_damage(self, key: str, upload: str) -> None:
@@ -338,8 +387,9 @@ class Catalog:
         self.engine.put(damaged_name(key, upload), b"")
 
     def note_use(self, keys: Sequence[str]) -> None:
-        """Leave word that segments are used now."""
-        self.engine.put_many([used_name(key) for key in keys])
+        """Leave word that segments are used now. (A volatile engine sees that itself, and decides by it what goes.)"""
+        if not self.engine.is_volatile:
+            self.engine.put_many([used_name(key) for key in keys])
 
     def withdraw(self, key: str) -> None:
         """Delete a segment: first what leads to it, then its bytes.
@@ -353,17 +403,6 @@ class Catalog:
             self.engine.delete(there.names)
             self.engine.delete([head_name(key), used_name(key)])
             self.engine.delete([there.segment.object_name])
-
-
-def _matches(listed: Listed, hashes: Sequence[bytes], chunk_size: int) -> list[Match]:
-    """What listed names say of a prompt, each name once."""
-    found = {
-        one.name: match
-        for (anchor, _), objects in listed.items()
-        for one in objects
-        if (match := read_name(one.name, anchor, hashes, chunk_size)) is not None
-    }
-    return list(found.values())
 
 
 def _parsed(text: bytes, key: str) -> Head | None:

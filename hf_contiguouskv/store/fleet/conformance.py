@@ -6,7 +6,8 @@
 
 Each check takes a callable that makes an engine on the same place each time, raises `AssertionError` with what was
 promised and what was seen, and returns nothing. Under pytest: `@pytest.mark.parametrize("check", ENGINE_CHECKS)`. What
-a check has written it deletes, if it passes. Objects are at most 12 MiB.
+a check has written it deletes, if it passes and the engine can tell what lies there. Objects are at most 12 MiB. A
+check of what an engine is not (`ListingEngine`, `KeyValueEngine`) does nothing.
 
 What cannot be checked from outside: that a writer who dies leaves nothing, that an answer comes or is given up in time,
 and that messages hold no credentials.
@@ -15,6 +16,7 @@ and that messages hold no credentials.
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import tempfile
 import threading
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..conformance.tools import refuses, require
-from .engine import SharedEngine
+from .engine import KeyValueEngine, ListingEngine, ObjectInfo, SharedEngine
 
 Make = Callable[[], SharedEngine]
 EngineCheck = Callable[[Make], None]
@@ -34,9 +36,27 @@ def _opened(make: Make) -> Iterator[tuple[SharedEngine, str]]:
     engine, folder = make(), f"check-{secrets.token_hex(8)}"
     try:
         yield engine, folder
-        engine.delete([one.name for one in engine.walk(folder)])
+        engine.delete([one.name for one in _walked(engine, folder) or []])
     finally:
         engine.close()
+
+
+def _walked(engine: SharedEngine, folder: str) -> list[ObjectInfo] | None:
+    """What lies below a folder; `None` where the engine says that it cannot tell."""
+    try:
+        return list(engine.walk(folder))
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
+
+
+def finds_names_in_some_way(make: Make) -> None:
+    """It lists names, or answers for many of them."""
+    with _opened(make) as (engine, _):
+        kinds = (isinstance(engine, ListingEngine), isinstance(engine, KeyValueEngine))
+        require(sum(kinds) == 1, f"it is a ListingEngine or a KeyValueEngine, one of the two; it is {kinds}")
+        require(type(engine.is_volatile) is bool, "is_volatile is true or false")
 
 
 def creates_once(make: Make) -> None:
@@ -84,7 +104,7 @@ def says_what_is_missing(make: Make) -> None:
         ranges = [(0, memoryview(bytearray(4)))]
         refuses(FileNotFoundError, lambda: engine.read_ranges(f"{folder}/none", ranges), "reading what is not there")
         engine.delete([f"{folder}/none"])
-        require(engine.list_each([f"{folder}/nowhere/"], 10) == [[]], "a folder that is not there holds nothing")
+        require(_walked(engine, f"{folder}/nowhere") in ([], None), "a folder that is not there holds nothing")
 
 
 def bounds_what_is_small(make: Make) -> None:
@@ -150,8 +170,10 @@ def pins_a_version(make: Make) -> None:
 
 
 def lists_folders(make: Make) -> None:
-    """`list_each` lists what lies below each folder, up to a limit; `walk` lists all."""
+    """Of an engine that lists: `list_each` lists what lies below each folder, up to a limit."""
     with _opened(make) as (engine, folder):
+        if not isinstance(engine, ListingEngine):
+            return
         engine.put_many([f"{folder}/one/{number:02d}" for number in range(12)] + [f"{folder}/one-more/x"])
         engine.put(f"{folder}/two/deep/a", b"abc")
         one, two, none = engine.list_each([f"{folder}/one/", f"{folder}/two/", f"{folder}/three/"], 100)
@@ -161,7 +183,44 @@ def lists_folders(make: Make) -> None:
         require([(info.name, info.nbytes) for info in two] == deep, f"it must list folders in folders, listed {two}")
         require(not none, f"a folder that is not there holds nothing, listed {none}")
         require(len(engine.list_each([f"{folder}/one/"], 5)[0]) == 5, "at most as many as the limit says")
-        require(len(list(engine.walk(folder))) == 14, "walk gives all objects below a folder")
+
+
+def walks(make: Make) -> None:
+    """`walk` gives all objects below a folder, with their lengths, or says that it cannot."""
+    with _opened(make) as (engine, folder):
+        engine.put_many([f"{folder}/one/{number:02d}" for number in range(12)] + [f"{folder}-more/x"])
+        engine.put(f"{folder}/two/deep/a", b"abc")
+        found = _walked(engine, folder)
+        engine.delete([f"{folder}-more/x"])
+        if found is None:
+            return
+        there = {f"{folder}/one/{number:02d}": 0 for number in range(12)} | {f"{folder}/two/deep/a": 3}
+        lengths = {info.name: info.nbytes for info in found}
+        require(lengths == there, f"walk gives all objects below a folder, gave {found}")
+        require(len(found) == len(there), f"walk gives each object once, gave {found}")
+
+
+def answers_for_many(make: Make) -> None:
+    """Of an engine that answers for many names: which exist, and what they hold."""
+    with _opened(make) as (engine, folder):
+        if not isinstance(engine, KeyValueEngine):
+            return
+        names = [f"{folder}/{number}" for number in range(2500)]
+        engine.put_each({name: name.encode() for name in names[::2]}, replace=False)
+        exist = engine.which_exist([*names, names[0]])
+        require(exist == [number % 2 == 0 for number in range(2500)] + [True], "which_exist tells which names exist")
+        require(engine.which_exist([]) == [], "of no names none exist")
+        found = engine.get_each([*names[:9], names[0]], 100)
+        wanted = [name.encode() if number % 2 == 0 else None for number, name in enumerate(names[:9])]
+        require(found == [*wanted, wanted[0]], f"get_each reads what is there, in order; read {found}")
+        require(engine.get_each(names[:1], 3) == [None], "get_each leaves out what has more bytes than allowed")
+        engine.put_each({names[0]: b"other", names[1]: b"new"}, replace=False)
+        require(engine.get_each(names[:2], 100) == [wanted[0], b"new"], "without replace, what is there stays")
+        engine.put_each({names[0]: b"other", names[3]: b""}, replace=True)
+        require(engine.get_each([names[0], names[3]], 100) == [b"other", b""], "with replace, it is replaced")
+        engine.put_each({}, replace=True)
+        engine.delete(names)
+        require(not any(engine.which_exist(names)), "what was deleted does not exist")
 
 
 def deletes(make: Make) -> None:
@@ -169,7 +228,10 @@ def deletes(make: Make) -> None:
     with _opened(make) as (engine, folder):
         engine.put_many([f"{folder}/{number}" for number in range(5)])
         engine.delete([f"{folder}/{number}" for number in range(1, 9)])
-        require([info.name for info in engine.walk(folder)] == [f"{folder}/0"], "what was deleted is gone")
+        require(engine.get(f"{folder}/0", 10) == b"", "what was not deleted stays")
+        for number in range(1, 9):
+            call = lambda name=f"{folder}/{number}": engine.get(name, 10)  # noqa: E731
+            refuses(FileNotFoundError, call, "get of what was deleted")
 
 
 def shares(make: Make) -> None:
@@ -194,6 +256,7 @@ def closes_twice(make: Make) -> None:
 
 
 ENGINE_CHECKS: tuple[EngineCheck, ...] = (
+    finds_names_in_some_way,
     creates_once,
     creates_once_among_many,
     replaces,
@@ -204,6 +267,8 @@ ENGINE_CHECKS: tuple[EngineCheck, ...] = (
     says_where_it_ends,
     pins_a_version,
     lists_folders,
+    walks,
+    answers_for_many,
     deletes,
     shares,
     closes_twice,

@@ -5,6 +5,9 @@ read, a call may never come back, and nothing can be renamed. So the protocol as
 and whole, and every answer is either right, missing or an error. Nothing above this protocol knows which engine it
 is.
 
+How a name is found differs, so it is no part of what all engines do. A `ListingEngine` lists what lies below a folder;
+a `KeyValueEngine` cannot, but says of many names at once which of them exist. An engine is one of the two.
+
 Errors: `FileNotFoundError` for an object that is not there, or not any more; `EngineUnavailableError` for an engine
 that does not answer, or not in time; `PermissionError` for credentials that are missing or not enough; `EOFError` for
 an object that ends too early; `OSError` for everything else that it refuses. No message holds credentials.
@@ -16,7 +19,7 @@ are not done by then.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -72,9 +75,12 @@ class SharedEngine(Protocol):
 
     Attributes:
         name: of the store, for messages: its URL without credentials.
+        is_volatile: whether an object may vanish at any moment, because the engine needs room or has forgotten all.
+            Then the engine evicts what nobody uses by itself, and what vanished is sent again.
     """
 
     name: str
+    is_volatile: bool
 
     def create(self, name: str, octets: bytes) -> bool:
         """Write a small object unless there is one of this name, atomically.
@@ -121,15 +127,12 @@ class SharedEngine(Protocol):
         """
         ...
 
-    def list_each(self, folders: Sequence[str], limit: int) -> list[list[ObjectInfo]]:
-        """What lies below each of these folders, at most `limit` of each: one round trip for all of them.
-
-        A folder that is not there holds nothing.
-        """
-        ...
-
     def walk(self, folder: str) -> Iterator[ObjectInfo]:
-        """All that lies below a folder."""
+        """All that lies below a folder, at whatever price.
+
+        Raises:
+            OSError: this engine cannot tell (`EOPNOTSUPP`); the message says what it needs.
+        """
         ...
 
     def delete(self, names: Iterable[str]) -> None:
@@ -138,4 +141,41 @@ class SharedEngine(Protocol):
 
     def close(self) -> None:
         """Let go of connections and threads. May be called more than once."""
+        ...
+
+
+@runtime_checkable
+class ListingEngine(SharedEngine, Protocol):
+    """An engine that lists what lies below a folder."""
+
+    def list_each(self, folders: Sequence[str], limit: int) -> list[list[ObjectInfo]]:
+        """What lies below each of these folders, at most `limit` of each: one round trip for all of them.
+
+        A folder that is not there holds nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class KeyValueEngine(SharedEngine, Protocol):
+    """An engine that has no folders, and answers for many names at once."""
+
+    def which_exist(self, names: Sequence[str]) -> list[bool]:
+        """Which of these objects exist: one round trip for every thousand of them, whatever the store's size.
+
+        Of a large object, this says that it was written; parts of it may have vanished since.
+        """
+        ...
+
+    def get_each(self, names: Sequence[str], max_bytes: int) -> list[bytes | None]:
+        """Small objects, whole; `None` for those that are not there, or have more than `max_bytes`."""
+        ...
+
+    def put_each(self, objects: Mapping[str, bytes], *, replace: bool) -> None:
+        """Write small objects, in any order.
+
+        Args:
+            objects: their contents by name.
+            replace: whether they replace those of their names. Otherwise these stay.
+        """
         ...

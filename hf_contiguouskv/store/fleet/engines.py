@@ -7,9 +7,13 @@ import os
 import re
 from pathlib import Path
 from typing import TypeGuard
+from urllib.parse import urlsplit, urlunsplit
 
+from ...errors import ConfigError
 from .engine import SharedEngine
-from .objects import ObjectStorage, shown
+from .mooncake.address import SCHEME as MOONCAKE
+from .mooncake.engine import MooncakeStore
+from .objects import SCHEMES, ObjectStorage, shown
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 # Where folders for shared stores lie by default, unless this variable names another place.
@@ -29,7 +33,19 @@ def engine_for(address: str, timeout_s: float) -> SharedEngine:
         ConfigError: there is none for it.
         StoreError: what it needs is not installed.
     """
-    return ObjectStorage(address, timeout_s)
+    scheme = urlsplit(address).scheme
+    if scheme == MOONCAKE:
+        return MooncakeStore(address, timeout_s)
+    if scheme in SCHEMES:
+        return ObjectStorage(address, timeout_s)
+    known = ", ".join((*SCHEMES, MOONCAKE))
+    raise ConfigError(f"{shown(address)}: expected an address that begins with one of {known}")
+
+
+def within(address: str, folder: str) -> str:
+    """The address of a folder in the place that an address means."""
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{folder}"))
 
 
 def address_for_key(address: str, key_name: str | None) -> str:
@@ -39,7 +55,7 @@ def address_for_key(address: str, key_name: str | None) -> str:
         address: of the shared store.
         key_name: what may be told of the key; `None`: there is none.
     """
-    return address if key_name is None else f"{address.rstrip('/')}/keyed-{key_name}"
+    return address if key_name is None else within(address, f"keyed-{key_name}")
 
 
 def default_folder(address: str) -> Path:

@@ -30,6 +30,8 @@ logger = logging.getLogger("hf_contiguouskv")
 ASK_FROM_TOKENS = 256
 # How often a machine leaves word that it uses a segment, and how often it counts what it keeps.
 _NOTE_USE_S, _SETTLE_S = 3600.0, 1.0
+# How often it looks whether a segment that it uses is still in a volatile shared store.
+_LOOK_S = 60.0
 _REMEMBERED = 10_000
 
 
@@ -167,12 +169,15 @@ class Fleet:
         return [row for row in rows if self._backend.local.identity(row.key) is not None]
 
     def note_use(self, keys: Iterable[str]) -> None:
-        """Segments were looked up: word of it is left in the shared store, at most once an hour for each."""
-        now = time.monotonic()
+        """Segments were looked up: word of it is left in the shared store, at most once an hour for each.
+
+        In a volatile one, which forgets, what this machine has of them is sent again if it is not there any more.
+        """
+        now, pause = time.monotonic(), _LOOK_S if self.engine.is_volatile else _NOTE_USE_S
         with self._lock:
             if len(self._used) > _REMEMBERED:
                 self._used.clear()
-            due = [key for key in keys if now - self._used.get(key, -_NOTE_USE_S) >= _NOTE_USE_S]
+            due = [key for key in keys if now - self._used.get(key, -pause) >= pause]
             self._used |= dict.fromkeys(due, now)
         if due:
             self._submit(lambda: self._leave_word(due))
@@ -180,8 +185,15 @@ class Fleet:
     def _leave_word(self, keys: list[str]) -> None:
         try:
             self.catalog.note_use(keys)
-        except OSError as error:
+            if self.engine.is_volatile:
+                self._send_again(keys)
+        except (OSError, StoreError) as error:
             logger.debug("no word of use was left in %s: %s", self.engine.name, error)
+
+    def _send_again(self, keys: list[str]) -> None:
+        for key in keys:
+            if self._backend.local.identity(key) is not None and not self.catalog.holds(key):
+                self._sender.submit(key)
 
     def send(self, key: str) -> None:
         """Send a segment that was just stored, in the background."""

@@ -60,7 +60,7 @@ _SECRET = re.compile(r"\?[^\s)\"']+|//[^/\s@]+@")
 
 
 class ObjectStorage:
-    """A `SharedEngine` on object storage.
+    """A `ListingEngine` on object storage.
 
     Calls run on an event loop in a thread of their own, so that one thread waits for many requests, and a call that
     never comes back is given up. Buffers are filled by the thread that waits, so what comes later fills none.
@@ -74,6 +74,8 @@ class ObjectStorage:
         ConfigError: the address is not one of these.
         StoreError: `obstore` is not installed.
     """
+
+    is_volatile = False
 
     def __init__(self, url: str, timeout_s: float = 10.0) -> None:
         if urlsplit(url).scheme not in SCHEMES:

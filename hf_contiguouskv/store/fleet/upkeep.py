@@ -202,8 +202,9 @@ class SharedUpkeep:
         """Delete for all machines what none has used for so long; what was deleted.
 
         Raises:
-            StoreError: the shared store does not answer.
+            StoreError: the shared store does not answer; or its engine is volatile, and itself evicts what nobody uses.
         """
+        self._require_lasting("which prefixes nobody used")
         since = self._now() - seconds
         # (A use is noted for the whole chain, so nothing outlives what it continues.)
         found = sorted(
@@ -212,6 +213,11 @@ class SharedUpkeep:
         if not dry_run:
             self._withdraw(found)
         return found
+
+    def _require_lasting(self, what: str) -> None:
+        name = self.catalog.engine.name
+        if self.catalog.engine.is_volatile:
+            raise StoreError(f"{name} does not know {what}. It needs no such care: it evicts what is not used")
 
     def _now(self) -> float:
         # (The clock of this machine may be wrong, and what others use would be deleted.)
@@ -223,10 +229,13 @@ class SharedUpkeep:
     def _withdraw(self, entries: Iterable[SharedEntry]) -> None:
         try:
             gone = list(entries)
-            now = self.catalog.now() if gone else 0.0
+            # (A volatile engine keeps no word, and what is in it may vanish or come again at any moment.)
+            leaves_word = bool(gone) and not self.catalog.engine.is_volatile
+            now = self.catalog.now() if leaves_word else 0.0
             for entry in gone:
                 # (Some machine may have a copy that it has not sent yet.)
-                self.catalog.report_deletion(entry.key, now)
+                if leaves_word:
+                    self.catalog.report_deletion(entry.key, now)
                 self.catalog.withdraw(entry.key)
         except OSError as error:
             raise _as_store_error(error, self.catalog) from error
@@ -238,8 +247,10 @@ class SharedUpkeep:
             names, and bytes that they took up.
 
         Raises:
-            StoreError: the shared store does not answer; or this is a tenant's, who cannot tell whose they are.
+            StoreError: the shared store does not answer; or this is a tenant's, who cannot tell whose they are; or its
+                engine is volatile, and itself evicts what nobody uses.
         """
+        self._require_lasting("which leftovers are old")
         if not self._tenant.is_operator:
             raise StoreError("leftovers may be anybody's: collect them with the store that was opened without a salt")
         engine, now = self.catalog.engine, self._now()

@@ -1,0 +1,170 @@
+"""What an engine asks the master of a Mooncake Store, with a time-out and circuit breakers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from ..breaker import CircuitBreaker
+from ..engine import EngineUnavailableError
+from .calls import Call
+from .client import MooncakeClient
+from .native import checked
+
+Result = TypeVar("Result")
+
+# More objects in one call can fill the package's queues, which then refuses some or blocks.
+AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an object of Mooncake Store lies.
+
+    Attributes:
+        owner: host and port of the machine whose memory it is.
+        nbytes: its length.
+    """
+
+    owner: str
+    nbytes: int
+
+
+class Asking:
+    """Asks for one engine.
+
+    Args:
+        client: makes the calls.
+        name: of the store, for messages.
+        timeout_s: seconds after which an answer is not waited for any more.
+
+    Attributes:
+        client, timeout_s: as passed.
+        breaker: refuses calls while the master does not answer.
+        writing: the same for calls that write: a slow write must not keep anyone from reading.
+    """
+
+    def __init__(self, client: MooncakeClient, name: str, timeout_s: float) -> None:
+        self.client, self.timeout_s = client, timeout_s
+        self.breaker = CircuitBreaker(name, timeout_s)
+        self.writing = CircuitBreaker(f"{name} (writing)", timeout_s)
+        self._closed = False
+
+    def close(self) -> None:
+        """Begin no more calls. (The client may go on for other engines.)"""
+        self._closed = True
+
+    def start(self, function: Callable[[Any], Result], release: Callable[[], object] = lambda: None) -> Call[Result]:
+        """As `MooncakeClient.start`, as long as this engine is open."""
+        if self._closed:
+            release()
+            raise EngineUnavailableError("the store was closed")
+        return self.client.start(function, release)
+
+    def ask(
+        self,
+        function: Callable[[Any], Result],
+        *,
+        breaker: CircuitBreaker | None = None,
+        seconds: float | None = None,
+        release: Callable[[], object] = lambda: None,
+    ) -> Result:
+        """Make one call and wait for it.
+
+        Args:
+            function: is given the package's store. It raises `EngineUnavailableError` for an answer that says so.
+            breaker: may refuse it, and is told its end; by default, that of the master.
+            seconds: how long to wait; by default, the time-out.
+            release: called once the call is over, if this method raises.
+
+        Raises:
+            EngineUnavailableError: there was no answer in time, or the breaker refused.
+        """
+        breaker = self.breaker if breaker is None else breaker
+        seconds = self.timeout_s if seconds is None else seconds
+        try:
+            breaker.enter()
+        except EngineUnavailableError:
+            release()
+            raise
+        try:
+            result = self.start(function, release).wait(seconds)
+        except TimeoutError:
+            breaker.failed("no answer in time")
+            raise EngineUnavailableError(f"no answer within {seconds:g} s") from None
+        except EngineUnavailableError as error:
+            breaker.failed(error.strerror)
+            raise
+        except Exception:
+            breaker.succeeded()
+            raise
+        except BaseException:
+            breaker.gave_up()  # Ctrl-C says nothing of the engine.
+            raise
+        breaker.succeeded()
+        return result
+
+    def exist(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys can be read now. (One that is still being written cannot.)"""
+        found: dict[str, bool] = {}
+        for some in batches(keys):
+            codes = self.ask(partial(_which_exist, keys=some))
+            found |= {key: code == 1 for key, code in zip(some, codes, strict=True)}
+        return [found[key] for key in keys]
+
+    def places(self, keys: Sequence[str]) -> dict[str, Place]:
+        """Where objects lie; those that are not there are left out."""
+        found: dict[str, Place] = {}
+        for some in batches(keys):
+            found |= self.ask(partial(_places, keys=some))
+        return found
+
+    def remove(self, keys: Sequence[str], *, force: bool) -> None:
+        """Remove objects; those that are not there are left out.
+
+        Args:
+            keys: of the objects.
+            force: whether others may read them just now. Who does may get bytes of something else, so this is for what
+                is checked with a checksum of its own. Otherwise those that were asked for lately stay.
+        """
+        for some in batches(keys):
+            self.ask(partial(_remove, keys=some, force=force), breaker=self.writing)
+
+
+def _which_exist(store: Any, keys: list[str]) -> list[int]:
+    return checked(store.batch_is_exist(keys))
+
+
+def _remove(store: Any, keys: list[str], force: bool) -> list[int]:
+    return checked(store.batch_remove(keys, force))
+
+
+def _places(store: Any, keys: list[str]) -> dict[str, Place]:
+    found = {}
+    for key, replicas in store.batch_get_replica_desc(keys).items():
+        for replica in replicas:
+            place = _place(replica)
+            if place is not None:
+                found[key] = place
+                break
+    left = [key for key in keys if key not in found]
+    if left:
+        # (An error of the master looks like no object at all.)
+        checked(store.batch_is_exist(left))
+    return found
+
+
+def _place(replica: Any) -> Place | None:
+    try:
+        buffer = replica.get_memory_descriptor().buffer_descriptor
+        return Place(str(buffer.transport_endpoint), int(buffer.size))
+    except (RuntimeError, ValueError, AttributeError):
+        return None  # (On a disk: not read by this engine.)
+
+
+def batches(keys: Sequence[str], most: int = AT_ONCE) -> Iterator[list[str]]:
+    """Keys, each once, so many at a time: a key that is twice in one call may be answered wrongly."""
+    distinct = list(dict.fromkeys(keys))
+    return (distinct[start : start + most] for start in range(0, len(distinct), most))
