@@ -323,7 +323,21 @@ def test_a_closed_pipe_is_no_mistake() -> None:
 
 def test_help_lists_every_command() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    of_stores = {"ls", "info", "verify", "gc", "rm", "pin", "unpin", "warm", "export", "import", "push", "pull"}
+    of_stores = {
+        "ls",
+        "info",
+        "verify",
+        "gc",
+        "rm",
+        "pin",
+        "unpin",
+        "warm",
+        "export",
+        "import",
+        "push",
+        "pull",
+        "repack",
+    }
     assert names == of_stores | {"plan"}
     for name in names:
         result = run(name, "--help")
