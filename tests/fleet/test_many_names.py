@@ -8,7 +8,7 @@ from machines import CHUNK, Machines, engine_of, found, is_right, remote
 from store_helpers import FINGERPRINT, some_tokens, write_prefix
 
 from hf_contiguouskv.store import PrefixStore
-from hf_contiguouskv.store.fleet import catalog
+from hf_contiguouskv.store.fleet import listed_index
 from hf_contiguouskv.store.fleet.engine import DeadlineError, ObjectInfo
 from hf_contiguouskv.store.fleet.names import folder_of, read_entry
 from hf_contiguouskv.store.hashing import TokenIds
@@ -24,8 +24,8 @@ QUESTION = some_tokens(300, seed=100)
 
 @pytest.fixture(autouse=True)
 def short_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_LISTED", LISTED)
-    monkeypatch.setattr(catalog, "_LISTED_AT_MOST", LISTED_AT_MOST)
+    monkeypatch.setattr(listed_index, "_LISTED", LISTED)
+    monkeypatch.setattr(listed_index, "_LISTED_AT_MOST", LISTED_AT_MOST)
 
 
 @pytest.fixture
