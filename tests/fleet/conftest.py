@@ -13,7 +13,6 @@ pytest.importorskip("obstore", reason="obstore is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from machines import Machines
-
 from mooncake_server import MooncakeServer, mooncake_server
 
 from eval.network.object_server import ObjectServer, object_server, weed

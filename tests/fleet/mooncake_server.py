@@ -96,19 +96,10 @@ class MooncakeServer:
         """Let the last owner answer nothing, as a machine that hangs."""
         self._owners[-1].send_signal(signal.SIGSTOP)
 
-    def thaw_owner(self) -> None:
-        """Undo `freeze_owner`."""
-        self._owners[-1].send_signal(signal.SIGCONT)
-
     def freeze_master(self) -> None:
         """Let the master answer nothing."""
         assert self._master is not None
         self._master.send_signal(signal.SIGSTOP)
-
-    def thaw_master(self) -> None:
-        """Undo `freeze_master`."""
-        assert self._master is not None
-        self._master.send_signal(signal.SIGCONT)
 
     def kill_master(self) -> None:
         """End the master, as a machine that loses its power."""
@@ -116,6 +107,14 @@ class MooncakeServer:
             self._master.kill()
             self._master.wait()
             self._master = None
+
+    def mend(self) -> None:
+        """Let all that is frozen go on, and start the master if it was killed."""
+        for process in (self._master, *self._owners):
+            if process is not None:
+                process.send_signal(signal.SIGCONT)
+        if self._master is None:
+            self.start_master()
 
     def keys(self, part: str) -> list[str]:
         """The keys of the master that contain `part`."""

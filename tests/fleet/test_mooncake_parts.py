@@ -14,7 +14,7 @@ from hf_contiguouskv.store.fleet.engines import default_folder, engine_for, with
 from hf_contiguouskv.store.fleet.mooncake import native
 from hf_contiguouskv.store.fleet.mooncake.address import MooncakeAddress
 from hf_contiguouskv.store.fleet.mooncake.arena import Arena
-from hf_contiguouskv.store.fleet.mooncake.calls import CallThreads
+from hf_contiguouskv.store.fleet.mooncake.calls import _HANGING, CallThreads
 from hf_contiguouskv.store.fleet.mooncake.heads import MAX_HEAD, MAX_INLINE, PIECE, ObjectHead
 
 # -- addresses ----------------------------------------------------------------------------------------------------
@@ -185,14 +185,15 @@ class TestCalls:
 
     def test_no_more_calls_are_made_where_too_many_hang(self) -> None:
         threads, go = CallThreads("test"), threading.Event()
-        while True:
-            try:
-                call = threads.start(go.wait)
-            except EngineUnavailableError as error:
-                assert "have not returned" in str(error)
-                break
+
+        def hang() -> None:
             with pytest.raises(TimeoutError):
-                call.wait(0.01)
+                threads.start(go.wait).wait(0.01)
+
+        for _ in range(_HANGING):
+            hang()
+        with pytest.raises(EngineUnavailableError, match="have not returned"):
+            hang()
         go.set()
         assert threads.close(30)
 

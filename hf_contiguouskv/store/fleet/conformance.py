@@ -6,8 +6,8 @@
 
 Each check takes a callable that makes an engine on the same place each time, raises `AssertionError` with what was
 promised and what was seen, and returns nothing. Under pytest: `@pytest.mark.parametrize("check", ENGINE_CHECKS)`. What
-a check has written it deletes, if it passes and the engine can tell what lies there. Objects are at most 12 MiB. A check
-of what an engine is not (`ListingEngine`, `KeyValueEngine`) does nothing.
+a check has written it deletes, if it passes and the engine can tell what lies there. Objects are at most 12 MiB. A
+check of what an engine is not (`ListingEngine`, `KeyValueEngine`) does nothing.
 
 What cannot be checked from outside: that a writer who dies leaves nothing, that an answer comes or is given up in time,
 and that messages hold no credentials.

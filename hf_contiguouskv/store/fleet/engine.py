@@ -5,8 +5,8 @@ read, a call may never come back, and nothing can be renamed. So the protocol as
 and whole, and every answer is either right, missing or an error. Nothing above this protocol knows which engine it
 is.
 
-How a name is found differs, so it is no part of what all engines do. A `ListingEngine` lists what lies below a folder; a
-`KeyValueEngine` cannot, but says of many names at once which of them exist. An engine is one of the two.
+How a name is found differs, so it is no part of what all engines do. A `ListingEngine` lists what lies below a folder.
+A `KeyValueEngine` cannot, but says of many names at once which of them exist. An engine is one of the two.
 
 Errors: `FileNotFoundError` for an object that is not there, or not any more; `EngineUnavailableError` for an engine
 that does not answer, or not in time; `PermissionError` for credentials that are missing or not enough; `EOFError` for
@@ -68,8 +68,8 @@ class SharedEngine(Protocol):
 
     Attributes:
         name: of the store, for messages: its URL without credentials.
-        is_volatile: whether an object may vanish at any moment, because the engine needs room or has forgotten all. Then
-            the engine evicts what nobody uses by itself, and what vanished is sent again.
+        is_volatile: whether an object may vanish at any moment, because the engine needs room or has forgotten all.
+            Then the engine evicts what nobody uses by itself, and what vanished is sent again.
     """
 
     name: str

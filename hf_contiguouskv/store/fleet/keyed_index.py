@@ -147,17 +147,27 @@ class _Pointers:
 
     def _holder(self, number: int) -> SharedSegment | None:
         """A segment that holds a chunk of the prompt, or may."""
-        found = self._holding(number)
+        found = self._holding(number) or self._ending_at(number)
         if found is None and number not in self._known:
             self._learn(number)
-            found = self._holding(number)
+            found = self._holding(number) or self._ending_at(number)
         return found or self._reaching(number)
 
     def _holding(self, number: int) -> SharedSegment | None:
-        # (A chain hash stands for all chunks before it. So what holds a later chunk of the prompt holds this one too, if
-        # it begins early enough.)
+        # (A chain hash stands for all chunks before it. So what holds a later chunk of the prompt holds this one too,
+        # if it begins early enough.)
         holding = [segment for at, segment in self._known.items() if segment and segment.first_chunk < number <= at]
         return min(holding, key=lambda segment: segment.first_chunk, default=None)
+
+    def _ending_at(self, number: int) -> SharedSegment | None:
+        # (What holds an earlier chunk of the prompt and ends with this one is what the next segment continues, or
+        # another one that ends there. Its own pointer need not be read.)
+        ending = (
+            segment
+            for at, segment in self._known.items()
+            if segment and at <= number and segment.end_chunk(self._chunk_size) == number
+        )
+        return min(ending, key=lambda segment: segment.first_chunk, default=None)
 
     def _reaching(self, number: int) -> SharedSegment | None:
         # (Where the pointer of this chunk was evicted: what holds an earlier one, and is long enough, was probably what
@@ -170,8 +180,9 @@ class _Pointers:
         return reaching[max(reaching)] if reaching else None
 
     def _learn(self, number: int) -> None:
-        """Read the pointer of a chunk, and some before it."""
-        left = [one for one in self._there if one <= number and one not in self._known]
+        """Read the pointer of a chunk, and some before it that no known segment holds."""
+        held = {one for at, segment in self._known.items() if segment for one in range(segment.first_chunk + 1, at + 1)}
+        left = [one for one in self._there if one <= number and one not in self._known and one not in held]
         if not left or self._rounds >= _ROUNDS:
             return
         self._rounds += 1

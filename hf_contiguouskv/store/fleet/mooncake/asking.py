@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from ..breaker import CircuitBreaker
@@ -109,7 +110,7 @@ class Asking:
         """Which keys can be read now. (One that is still being written cannot.)"""
         found: dict[str, bool] = {}
         for some in batches(keys):
-            codes = self.ask(lambda store, some=some: checked(store.batch_is_exist(some)))
+            codes = self.ask(partial(_exist, keys=some))
             found |= {key: code == 1 for key, code in zip(some, codes, strict=True)}
         return [found[key] for key in keys]
 
@@ -117,7 +118,7 @@ class Asking:
         """Where objects lie; those that are not there are left out."""
         found: dict[str, Place] = {}
         for some in batches(keys):
-            found |= self.ask(lambda store, some=some: _places(store, some))
+            found |= self.ask(partial(_places, keys=some))
         return found
 
     def remove(self, keys: Sequence[str], *, force: bool) -> None:
@@ -129,24 +130,31 @@ class Asking:
                 is checked with a checksum of its own. Otherwise those that were asked for lately stay.
         """
         for some in batches(keys):
-            self.ask(
-                lambda store, some=some: checked(store.batch_remove(some, force)),
-                breaker=self.writing,
-            )
+            self.ask(partial(_remove, keys=some, force=force), breaker=self.writing)
+
+
+def _exist(store: Any, keys: list[str]) -> list[int]:
+    return checked(store.batch_is_exist(keys))
+
+
+def _remove(store: Any, keys: list[str], force: bool) -> None:
+    checked(store.batch_remove(keys, force))
 
 
 def _places(store: Any, keys: list[str]) -> dict[str, Place]:
+    # (First, which are there: each one that is not would be a line in this process's output.)
+    codes = _exist(store, keys)
+    there = [key for key, code in zip(keys, codes, strict=True) if code == 1]
     found = {}
-    for key, replicas in store.batch_get_replica_desc(keys).items():
+    for key, replicas in store.batch_get_replica_desc(there).items() if there else ():
         for replica in replicas:
             place = _place(replica)
             if place is not None:
                 found[key] = place
                 break
-    left = [key for key in keys if key not in found]
-    if left:
+    if len(found) < len(there):
         # (An error of the master looks like no object at all.)
-        checked(store.batch_is_exist(left))
+        _exist(store, there)
     return found
 
 

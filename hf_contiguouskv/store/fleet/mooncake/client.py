@@ -150,8 +150,8 @@ class MooncakeClient:
         if code != 0:
             store.close()
             raise EngineUnavailableError(f"the client could not be set up ({code})")
-        # (It must not be destroyed as long as it is open: not in a child process, which has a copy of it, and not at the
-        # end of the interpreter, where calls may be under way.)
+        # (It must not be destroyed as long as it is open: not in a child process, which has a copy of it, and not at
+        # the end of the interpreter, where calls may be under way.)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
         return store
 
