@@ -86,7 +86,9 @@ def test_a_conversation_and_a_key(machines: Machines) -> None:
     assert found_tokens(machines("four"), longer) == 0
 
 
-def test_a_long_segment_lies_in_pieces_and_is_read_by_ranges(url: str, tmp_path: Path) -> None:
+def test_a_long_segment_lies_in_pieces_and_is_read_by_ranges(
+    url: str, mooncake: MooncakeServer, tmp_path: Path
+) -> None:
     engine = MooncakeStore(url)
     content = secrets.token_bytes(20 * 2**20 + 3)
     path = tmp_path / "large"
@@ -101,9 +103,14 @@ def test_a_long_segment_lies_in_pieces_and_is_read_by_ranges(url: str, tmp_path:
         )
         version = fetched.version
     assert all(into == content[at : at + length] for (at, length), into in zip(wanted, buffers, strict=True))
-    engine.delete(["segments/large"])
+    # What has lost a piece is not there, whichever bytes are asked for.
+    (last,) = mooncake.keys(f"/p/{version}/2")
+    assert mooncake.tell_owner("remove", last) == 0
     with pytest.raises(FileNotFoundError):
         engine.read_ranges("segments/large", [(0, memoryview(bytearray(1)))])
+    engine.delete(["segments/large"])
+    with pytest.raises(FileNotFoundError):
+        engine.get("segments/large", 2**30)
     engine.close()
 
 
@@ -196,8 +203,9 @@ def test_verification_cannot_be_turned_off(machines: Machines) -> None:
 
 
 def test_where_nobody_lends_memory_the_store_works_alone(
-    tmp_path: Path, require_mooncake: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, require_mooncake: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hf_contiguouskv.store.fleet.mooncake.writing._RETRY_S", 0.1)
     with mooncake_server(tmp_path, owners=0) as server, Machines(server.url("x"), tmp_path) as machines:
         one = machines("one")
         stored = write_prefix(one, IDS)

@@ -110,7 +110,7 @@ class Asking:
         """Which keys can be read now. (One that is still being written cannot.)"""
         found: dict[str, bool] = {}
         for some in batches(keys):
-            codes = self.ask(partial(_which_exist, keys=some))
+            codes = self.ask(partial(_exist, keys=some))
             found |= {key: code == 1 for key, code in zip(some, codes, strict=True)}
         return [found[key] for key in keys]
 
@@ -133,26 +133,28 @@ class Asking:
             self.ask(partial(_remove, keys=some, force=force), breaker=self.writing)
 
 
-def _which_exist(store: Any, keys: list[str]) -> list[int]:
+def _exist(store: Any, keys: list[str]) -> list[int]:
     return checked(store.batch_is_exist(keys))
 
 
-def _remove(store: Any, keys: list[str], force: bool) -> list[int]:
-    return checked(store.batch_remove(keys, force))
+def _remove(store: Any, keys: list[str], force: bool) -> None:
+    checked(store.batch_remove(keys, force))
 
 
 def _places(store: Any, keys: list[str]) -> dict[str, Place]:
+    # (First, which are there: each one that is not would be a line in this process's output.)
+    codes = _exist(store, keys)
+    there = [key for key, code in zip(keys, codes, strict=True) if code == 1]
     found = {}
-    for key, replicas in store.batch_get_replica_desc(keys).items():
+    for key, replicas in store.batch_get_replica_desc(there).items() if there else ():
         for replica in replicas:
             place = _place(replica)
             if place is not None:
                 found[key] = place
                 break
-    left = [key for key in keys if key not in found]
-    if left:
+    if len(found) < len(there):
         # (An error of the master looks like no object at all.)
-        checked(store.batch_is_exist(left))
+        _exist(store, there)
     return found
 
 
