@@ -245,7 +245,9 @@ class ReadPlan:
         for layer in full:
             leads = self.is_leader(layer)
             if layer in self.indexed_layers and (leads or self.keys_from_index):
-                found += self.keys_bytes(layer)
+                numbers = prefix.chunks * g.keys_bytes // g.itemsize
+                # (A coarse index takes 2 bits for each, and two numbers of 8 bits for every 64.)
+                found += numbers if layer in g.indexed_layers else numbers * 9 // 32
             elif leads:
                 found += prefix.chunks * (g.keys_bytes if layer in self._leader_layers else g.extent_bytes)
         if self.reads_whole_layers:

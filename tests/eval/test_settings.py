@@ -39,7 +39,7 @@ def test_unknown_systems_and_options_and_budgets_of_exact_ones_are_refused() -> 
     with pytest.raises(ValueError, match="of systems that choose"):
         RunConfig(tasks=("sst2",), systems=("in_memory@0.1",))
     with pytest.raises(
-        ValueError, match=r"contiguouskv has no option 'overlap': its options are \['exact', 'reselect'\]"
+        ValueError, match=r"contiguouskv has no option 'overlap': its options are \['exact', 'compact', 'reselect'\]"
     ):
         RunConfig(tasks=("sst2",), systems=("contiguouskv+overlap",))
 
