@@ -36,6 +36,7 @@ class System:
         budget: share of the prefix that attention uses; `None`: all of it, and nothing is chosen.
         request: makes its request.
         stores: what it keeps on disk: `""` (nothing), `"kv"` (K and V alone) or `"segment"` (this library's format).
+        index_bits: of the key index in this library's format.
     """
 
     name: str
@@ -43,6 +44,7 @@ class System:
     budget: float | None
     request: Callable[[Case], RequestSteps]
     stores: str = "kv"
+    index_bits: int = 8
 
     def timing(self, case: Case) -> Timing:
         """How long its request takes."""
@@ -119,8 +121,12 @@ def systems(
     ]
     exact = partial(chunk_request, config=ContiguousKVConfig(budget=1.0))
     if ours.budget < 1.0:
-        chosen = partial(chunk_request, config=ours)
-        found.append(System("contiguouskv", "this library", float(ours.budget), chosen, "segment"))
+        for name, title, config in (
+            ("contiguouskv", "this library", ours),
+            ("contiguouskv+compact", "this library, 2-bit index", replace(ours, index_bits=2)),
+        ):
+            chosen = partial(chunk_request, config=config)
+            found.append(System(name, title, float(ours.budget), chosen, "segment", config.index_bits))
     return [*found, System("contiguouskv@1", "this library, exact", 1.0, exact, "segment")]
 
 
@@ -221,7 +227,7 @@ def _disk_bytes(system: System, case: Case) -> int:
         return 0
     if system.stores == "kv":
         return case.model.kv_bytes_per_token * case.prefix_tokens
-    geometry = case.model.geometry(ContiguousKVConfig().chunk_size)
+    geometry = case.model.geometry(ContiguousKVConfig().chunk_size, system.index_bits)
     return unwritten_header(geometry, case.prefix_tokens).nbytes
 
 

@@ -20,6 +20,10 @@ Chunks = npt.NDArray[np.int64]
 SlotMemory = Callable[[int, int], memoryview]
 
 
+# Forms in few bits, in the order in which they are preferred, and which list of the geometry says that a layer has it.
+_IN_FEW_BITS: tuple[tuple[Form, str], ...] = (("compact", "compact_layers"), ("packed", "packed_layers"))
+
+
 class ExtentChecks(Sequence[tuple[int, int, int]]):
     """The checksums of a run of extents, looked up when a reader thread compares them.
 
@@ -92,9 +96,11 @@ class AttachedPrefix:
 
     def in_few_bits(self, layers: Collection[int]) -> AttachedPrefix:
         """The same prefix, read in a form in few bits that every segment has of all these layers; if none, exactly."""
-        if self.layers_with("compact_layers").issuperset(layers):
-            return replace(self, form="compact")
-        return replace(self, form="packed") if self.layers_with("packed_layers").issuperset(layers) else self
+        for form, kind in _IN_FEW_BITS:
+            # (Most chains are long and of one form: the first segment answers for the other one.)
+            if all(set(layers).issubset(getattr(span.segment.geometry, kind)) for span in self.spans):
+                return replace(self, form=form)
+        return self
 
     def layers_with(self, *kinds: str) -> frozenset[int]:
         """Layers in one of these lists of every segment's geometry (`leader_layers`, say)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -44,10 +45,11 @@ def chunks_alone(patch: pytest.MonkeyPatch) -> None:
 
 def geometries(store: Any) -> list[KVGeometry]:
     """Of all stored segments, from the beginning of the prefix on."""
-    return [
-        store.inner.opener(store.backend.open(entry.key)).geometry
-        for entry in sorted(store.entries(), key=lambda entry: entry.tokens)
-    ]
+    found = []
+    for entry in sorted(store.entries(), key=lambda entry: entry.tokens):
+        with closing(store.inner.opener(store.backend.open(entry.key))) as segment:
+            found.append(segment.geometry)
+    return found
 
 
 # ---- what attention gets ----
@@ -152,21 +154,6 @@ def test_its_reads_are_counted(tiny_model, store_path, monkeypatch):
         assert 4 * 3 * CHUNK <= cache.stats.bytes_read - cache.stats.bytes_identified <= 4 * 3 * 2 * 4096
         # Indexes of small layers are read together, with what lies between them.
         assert 4 * (INDEX + LEVELS_AND_SCALES) <= cache.stats.bytes_identified <= 4 * (INDEX + LEVELS_AND_SCALES + 4096)
-
-
-def test_what_is_in_memory_gives_the_same_answer_and_is_not_read_again(tiny_model, store_path):
-    model = tiny_model("llama")
-    write_prefix(model, PREFIX, store_path, config=COMPACT)
-    with PrefixStore(store_path) as store:
-        answers, read = [], []
-        for _ in range(3):
-            with ContiguousKVCache(model, PREFIX, store=store, config=COMPACT) as cache:
-                answers.append(forward(model, SUFFIX, cache))
-                read.append(cache.stats.bytes_read)
-        assert torch.equal(answers[0], answers[1])
-        assert torch.equal(answers[0], answers[2])
-        assert read[0] > 0
-        assert read[1:] == [0, 0]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

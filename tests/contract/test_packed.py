@@ -78,21 +78,22 @@ def test_layers_that_share_a_selection_have_their_own_keys(tiny_model, store_pat
         assert_as_rounded(logits, rounded_reference(model, cache).forward(SUFFIX))
 
 
-def test_what_is_in_memory_gives_the_same_answer_and_is_not_read_again(tiny_model, store_path):
+@pytest.mark.parametrize("settings", [PACKED, dataclasses.replace(PACKED, index_bits=2)], ids=["packed", "compact"])
+def test_what_is_in_memory_gives_the_same_answer_and_is_not_read_again(tiny_model, store_path, settings):
     model = tiny_model("llama")
-    write_prefix(model, PREFIX, store_path)
+    write_prefix(model, PREFIX, store_path, config=settings)
     with PrefixStore(store_path) as store:
         answers, read = [], []
         for _ in range(3):
-            with ContiguousKVCache(model, PREFIX, store=store, config=PACKED) as cache:
+            with ContiguousKVCache(model, PREFIX, store=store, config=settings) as cache:
                 answers.append(forward(model, SUFFIX, cache))
                 read.append(cache.stats.bytes_read)
         assert torch.equal(answers[0], answers[1])
         assert torch.equal(answers[0], answers[2])
         assert read[0] > 0
         assert read[1:] == [0, 0]
-        # Exact chunks are other bytes than packed ones.
-        exact = dataclasses.replace(PACKED, payload="exact")
+        # Exact chunks are other bytes than those in few bits.
+        exact = dataclasses.replace(settings, payload="exact")
         with ContiguousKVCache(model, PREFIX, store=store, config=exact) as cache:
             assert not torch.equal(forward(model, SUFFIX, cache), answers[0])
             assert cache.stats.bytes_read > 0

@@ -158,6 +158,7 @@ GEOMETRIES = (
     geometry(num_layers=5, layers_per_group=2, dtype=torch.bfloat16, leader_layers=(0,), indexed_layers=(0, 1)),
     geometry(num_layers=2, kv_heads=1, head_dim=64, chunk_size=16, leader_layers=(), indexed_layers=()),
     geometry(num_layers=6, kv_heads=4, head_dim=32, dtype=torch.float16, chunk_size=8, indexed_layers=(0, 5)),
+    geometry(num_layers=3, dtype=torch.bfloat16, indexed_layers=(0,), packed_layers=(0,), compact_layers=(1, 2)),
 )
 
 

@@ -24,8 +24,8 @@ from .damage import flip, kind_of, regions, segment_files, segment_path
 from .scale import REPRODUCIBLE, scaled
 
 GEOMETRIES = {
-    "one layer per group": {"packed_layers": (1,)},
-    "two layers per group": {"packed_layers": (1,), "layers_per_group": 2},
+    "one layer per group": {"packed_layers": (1,), "compact_layers": (2,)},
+    "two layers per group": {"packed_layers": (1,), "compact_layers": (2,), "layers_per_group": 2},
 }
 
 
@@ -84,9 +84,10 @@ def test_a_flip_in_any_kind_of_byte_is_found(store: PrefixStore) -> None:
                 assert all(problem.problem for problem in problems)
                 flip(path, byte, bit)
             found.add(kind_of(region))
-    payload = {"payload", "leader_keys", "key_index", "key_scale", "values4", "token_ids", "padding"}
-    sums = {"checksums.payload", "checksums.values4", "checksums.tensors"}
-    assert found == payload | sums | {"length", "json", "spaces"}
+    payload = {"payload", "leader_keys", "token_ids", "padding"}
+    copies = {"key_index", "coarse_index", "coarse_levels", "key_scale", "values4", "compact"}
+    sums = {"checksums.payload", "checksums.values4", "checksums.compact", "checksums.tensors"}
+    assert found == payload | copies | sums | {"length", "json", "spaces"}
     assert store.verify() == []  # What was turned back is sound again: nothing was moved or changed.
 
 
@@ -123,7 +124,7 @@ def layers_per_group(header: dict) -> int:
 def test_the_command_ends_with_status_1_and_names_the_segment(store: PrefixStore) -> None:
     key, path = next(iter(segment_files(store.path).items()))
     kinds = {kind_of(region): place for region, place in regions(path).items()}
-    assert len(kinds) == 13
+    assert len(kinds) == 17
     for kind, (start, _) in kinds.items():
         flip(path, start, 4)
         for arguments in (["verify", store.path], ["verify", store.path, key]):

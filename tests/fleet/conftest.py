@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -59,6 +61,23 @@ def mooncake(require_mooncake: None, tmp_path_factory: pytest.TempPathFactory) -
         engine = MooncakeStore(running.url("kept"))
         yield running
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def model() -> LlamaForCausalLM:
+    """A model of four layers with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from machines import Machines, found, found_tokens, is_right, remote
 from store_helpers import some_tokens, write_prefix
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from eval.network.object_server import SECRET, ObjectServer
 from eval.network.proxy import Proxy
@@ -200,22 +200,6 @@ def test_damage_is_not_found_where_nothing_can_be_read(machines: Machines, proxy
 
 
 # -- whole requests ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def answer(model: LlamaForCausalLM, ids: torch.Tensor, cache: object) -> torch.Tensor:

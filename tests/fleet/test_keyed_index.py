@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from machines import CHUNK, Machines, engine_of, found, found_tokens, is_right, remote
 from memory_engine import MemoryEngine, Objects
+from scenarios import IDS, branch_off, converse, damage_and_replace
 from store_helpers import some_tokens, write_prefix
 
 from hf_contiguouskv.errors import StoreError
@@ -18,8 +19,6 @@ from hf_contiguouskv.store.fleet.catalog import Catalog
 from hf_contiguouskv.store.fleet.conformance import ENGINE_CHECKS, EngineCheck
 from hf_contiguouskv.store.fleet.keyed_index import KeyedIndex, pointer_name
 from hf_contiguouskv.store.fleet.names import SharedSegment
-
-IDS = some_tokens(1001)
 
 
 @pytest.fixture
@@ -57,32 +56,11 @@ def test_another_machine_finds_what_was_stored(machines: Machines) -> None:
 
 @pytest.mark.parametrize("shared", [300, 640, 999])
 def test_a_prompt_that_branches_off_finds_what_it_shares(machines: Machines, shared: int) -> None:
-    write_prefix(machines("one"), IDS)
-    machines("one").flush()
-    prompt = np.concatenate([IDS[:shared], some_tokens(500, seed=2) + 1000])
-    two = machines("two")
-    stored = found(two, prompt)
-    assert stored is not None
-    assert stored.tokens == shared
-    assert is_right(two, stored, prompt)
+    branch_off(machines, shared)
 
 
 def test_a_conversation_that_went_from_machine_to_machine(machines: Machines) -> None:
-    one, two, three = machines("one"), machines("two"), machines("three")
-    turns = [IDS]
-    write_prefix(one, IDS)
-    one.flush()
-    for number, store in enumerate((two, one, two), 1):
-        before = turns[-1]
-        turns.append(np.concatenate([before, some_tokens(300 + number, seed=number)]))
-        assert found_tokens(store, turns[-1]) >= len(before) // CHUNK * CHUNK
-        write_prefix(store, turns[-1], first_chunk=len(before) // CHUNK)
-        store.flush()
-    stored = found(three, turns[-1])
-    assert stored is not None
-    assert stored.tokens == len(turns[-1])
-    assert len(stored.spans) == len(turns)
-    assert is_right(three, stored, turns[-1])
+    converse(machines)
 
 
 def test_what_vanished_is_stored_again_by_who_computes_it(machines: Machines, objects: Objects) -> None:
@@ -132,29 +110,13 @@ def test_a_machine_that_publishes_what_is_there_helps_to_find_it(machines: Machi
 
 
 def test_damage_there_is_replaced_by_who_has_it_right(machines: Machines, objects: Objects) -> None:
-    one = machines("one")
-    write_prefix(one, IDS)
-    one.flush()
-    (name,) = [name for name in objects if name.startswith("segments/")]
-    octets = bytearray(objects[name][0])
-    octets[len(octets) // 2] ^= 1
-    objects[name] = (bytes(octets), *objects[name][1:])
-    two = machines("two")
-    stored = found(two, IDS)
-    assert stored is not None
-    with pytest.raises(StoreError, match="checksum"):
-        is_right(two, stored, IDS)
-    two.inner.discard(stored.spans[0].segment, "its bytes were wrong")
-    two.flush()
-    assert remote(two)["damaged"] == 1
-    assert found_tokens(two, IDS) == 0
-    three = machines("three")
-    write_prefix(three, IDS)
-    three.flush()
-    assert remote(three)["published"] == 1
-    stored = found(two, IDS)
-    assert stored is not None
-    assert is_right(two, stored, IDS)
+    def damage() -> None:
+        (name,) = [name for name in objects if name.startswith("segments/")]
+        octets = bytearray(objects[name][0])
+        octets[len(octets) // 2] ^= 1
+        objects[name] = (bytes(octets), *objects[name][1:])
+
+    damage_and_replace(machines, damage)
 
 
 def test_pointers_that_lie_stop_nothing(machines: Machines, objects: Objects) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from machines import CHUNK, Machines, engine_of, found, found_tokens, is_right, remote
+from machines import Machines, engine_of, found, found_tokens, is_right, remote
+from scenarios import IDS, branch_off, converse, damage_and_replace
 from store_helpers import FINGERPRINT, geometry, some_tokens, write_prefix
 
 from hf_contiguouskv import metrics
@@ -22,8 +23,6 @@ from hf_contiguouskv.store.fleet.names import MARKER
 from hf_contiguouskv.store.fleet.objects import ObjectStorage
 from hf_contiguouskv.store.fleet.records import Records
 from hf_contiguouskv.store.local_disk import LocalDisk
-
-IDS = some_tokens(1001)
 
 
 def test_another_machine_finds_what_was_stored_after_it_was_opened(machines: Machines) -> None:
@@ -84,33 +83,12 @@ def test_only_what_is_asked_for_crosses_the_network(machines: Machines) -> None:
 
 @pytest.mark.parametrize("shared", [300, 640, 999])
 def test_a_prompt_that_branches_off_finds_what_it_shares(machines: Machines, shared: int) -> None:
-    write_prefix(machines("one"), IDS)
-    machines("one").flush()
-    prompt = np.concatenate([IDS[:shared], some_tokens(500, seed=2) + 1000])
-    two = machines("two")
-    stored = found(two, prompt)
-    assert stored is not None
-    assert stored.tokens == shared
-    assert is_right(two, stored, prompt)
+    branch_off(machines, shared)
 
 
 def test_a_conversation_that_went_from_machine_to_machine(machines: Machines) -> None:
-    one, two, three = machines("one"), machines("two"), machines("three")
-    turns = [IDS]
-    write_prefix(one, IDS)
-    one.flush()
-    for number, store in enumerate((two, one, two), 1):
-        before = turns[-1]
-        turns.append(np.concatenate([before, some_tokens(300 + number, seed=number)]))
-        assert found_tokens(store, turns[-1]) >= len(before) // CHUNK * CHUNK
-        write_prefix(store, turns[-1], first_chunk=len(before) // CHUNK)
-        store.flush()
-    stored = found(three, turns[-1])
-    assert stored is not None
-    assert stored.tokens == len(turns[-1])
-    assert len(stored.spans) == len(turns)
-    assert is_right(three, stored, turns[-1])
-    assert remote(three)["asked"] == 1
+    converse(machines)
+    assert remote(machines("three"))["asked"] == 1
 
 
 def test_match_asks_the_other_machines(folder_machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,36 +207,20 @@ def test_damage_here_is_told_from_damage_there(machines: Machines) -> None:
 
 
 def test_damage_there_is_replaced_by_who_has_it_right(machines: Machines) -> None:
-    one = machines("one")
-    key = write_prefix(one, IDS).spans[0].segment.key
-    one.flush()
-    engine = engine_of(one)
-    (info,) = engine.walk("segments")
-    octets = bytearray(info.nbytes)
-    engine.read_ranges(info.name, [(0, memoryview(octets))])
-    octets[len(octets) // 2] ^= 1
-    engine.put(info.name, bytes(octets))
-    two = machines("two")
-    stored = found(two, IDS)
-    assert stored is not None
-    with pytest.raises(StoreError, match="checksum"):
-        is_right(two, stored, IDS)
-    two.inner.discard(stored.spans[0].segment, "its bytes were wrong")
-    two.flush()
-    assert remote(two)["damaged"] == 1
-    assert found_tokens(two, IDS) == 0
-    # Another machine that computes it puts a sound one in its place.
-    three = machines("three")
-    write_prefix(three, IDS)
-    three.flush()
-    assert remote(three)["published"] == 1
+    engine, before = engine_of(machines("one")), []
+
+    def damage() -> None:
+        (info,) = engine.walk("segments")
+        octets = bytearray(info.nbytes)
+        engine.read_ranges(info.name, [(0, memoryview(octets))])
+        octets[len(octets) // 2] ^= 1
+        engine.put(info.name, bytes(octets))
+        before.append(info.name)
+
+    damage_and_replace(machines, damage)
     names = [info.name for info in engine.walk("segments")]
     assert len(names) == 1
-    assert names[0] != info.name
-    stored = found(two, IDS)
-    assert stored is not None
-    assert stored.spans[0].segment.key == key
-    assert is_right(two, stored, IDS)
+    assert names != before
 
 
 def test_an_object_that_lies_is_not_used(machines: Machines) -> None:

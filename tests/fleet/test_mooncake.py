@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 from machines import Machines, engine_of, found, found_tokens, is_right, remote
 from mooncake_server import MooncakeServer, mooncake_server
+from scenarios import IDS, damage_and_replace
 from store_helpers import some_tokens, write_prefix
 from test_commands import run, run_json
 
-from hf_contiguouskv.errors import ConfigError, StoreError
+from hf_contiguouskv.errors import ConfigError
 from hf_contiguouskv.session.arguments import opened_store
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.fleet import fleet
 from hf_contiguouskv.store.fleet.conformance import ENGINE_CHECKS, EngineCheck
 from hf_contiguouskv.store.fleet.engine import EngineUnavailableError, KeyValueEngine
 from hf_contiguouskv.store.fleet.mooncake.engine import MooncakeStore
-
-IDS = some_tokens(1001)
 
 
 @pytest.fixture
@@ -154,31 +153,17 @@ def test_two_machines_that_store_the_same_keep_one_copy(machines: Machines, moon
 
 
 def test_a_stranger_who_writes_into_a_segment_is_noticed(machines: Machines, mooncake: MooncakeServer) -> None:
-    one = machines("one")
-    write_prefix(one, IDS)
-    one.flush()
-    (info,) = engine_of(one).walk("segments")
-    octets = bytearray(info.nbytes)
-    version = engine_of(one).read_ranges(info.name, [(0, memoryview(octets))]).version
-    octets[len(octets) // 2] ^= 1
-    (piece,) = mooncake.keys(f"/p/{version}/")
-    assert mooncake.tell_owner("replace", piece, octets.hex()) == 0
-    two = machines("two")
-    stored = found(two, IDS)
-    assert stored is not None
-    with pytest.raises(StoreError, match="checksum"):
-        is_right(two, stored, IDS)
-    two.inner.discard(stored.spans[0].segment, "its bytes were wrong")
-    two.flush()
-    assert remote(two)["damaged"] == 1
-    assert found_tokens(two, IDS) == 0
-    # Another machine that computes it puts a sound one in its place.
-    three = machines("three")
-    write_prefix(three, IDS)
-    three.flush()
-    stored = found(two, IDS)
-    assert stored is not None
-    assert is_right(two, stored, IDS)
+    engine = engine_of(machines("one"))
+
+    def damage() -> None:
+        (info,) = engine.walk("segments")
+        octets = bytearray(info.nbytes)
+        version = engine.read_ranges(info.name, [(0, memoryview(octets))]).version
+        octets[len(octets) // 2] ^= 1
+        (piece,) = mooncake.keys(f"/p/{version}/")
+        assert mooncake.tell_owner("replace", piece, octets.hex()) == 0
+
+    damage_and_replace(machines, damage)
 
 
 @pytest.mark.parametrize("octets", ["00", "ff" * 200, "ff" * 100_000])

@@ -12,7 +12,7 @@ import torch
 from machines import Machines, engine_of, found, found_tokens, is_right, remote
 from mooncake_server import MooncakeServer, mooncake_server
 from store_helpers import some_tokens, write_prefix
-from test_faults import answer, model
+from test_faults import answer
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_contiguouskv import ContiguousKVCache
@@ -20,8 +20,6 @@ from hf_contiguouskv.errors import SegmentReadError, StoreError
 from hf_contiguouskv.store.fleet import breaker
 from hf_contiguouskv.store.fleet.engine import EngineUnavailableError
 from hf_contiguouskv.store.fleet.mooncake.engine import MooncakeStore
-
-__all__ = ["model"]
 
 IDS = some_tokens(1001)
 # Seconds that an answer is waited for, and that a request may take then, on a busy machine.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from clock import Clock
 from machines import Machines, engine_of
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
 from hf_contiguouskv.model.fingerprint import model_fingerprint
@@ -97,22 +97,6 @@ class TestLinkMeter:
         meter.note(1000, 0.1)
         meter.note(1_000_000, 0.1)
         assert meter.estimate() == Link(pytest.approx(1e8), 0.1)
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def crafted(g: KVGeometry, ids: TokenIds, first_chunk: int = 0, kv: Array | None
                 "leaders": ",".join(map(str, g.leader_layers)),
                 "indexed": ",".join(map(str, g.indexed_layers)),
                 "packed": ",".join(map(str, g.packed_layers)),
+                "compact": ",".join(map(str, g.compact_layers)),
                 "fingerprint": FINGERPRINT,
             }
             | told

@@ -15,7 +15,7 @@ from unit import format_by_document
 from unit.format_by_document import Array
 from unit.store_helpers import FINGERPRINT, expected_kv, geometry, read_back, some_tokens, write_prefix
 
-from hf_contiguouskv import ContiguousKVCache
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
 from hf_contiguouskv.errors import SegmentCorruptError, StoreError
 from hf_contiguouskv.store import KVGeometry, PrefixStore
 from hf_contiguouskv.store.bundle import export_bundle, import_bundle
@@ -26,8 +26,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 
 
-def packed_geometry(dtype: torch.dtype = torch.float32) -> KVGeometry:
-    return geometry(dtype=dtype, indexed_layers=(0, 1), packed_layers=(1,))
+def every_form(dtype: torch.dtype = torch.float32) -> KVGeometry:
+    """A geometry of which one layer is packed and one is compact."""
+    return geometry(dtype=dtype, indexed_layers=(0, 1), packed_layers=(1,), compact_layers=(2,))
 
 
 def bits_of(number: float, dtype: torch.dtype) -> Any:
@@ -38,7 +39,7 @@ def bits_of(number: float, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("number", NOT_FINITE)
 def test_they_are_not_published(store_path: Path, dtype: torch.dtype, number: float, attacks: Figures) -> None:
-    g, ids = packed_geometry(dtype), some_tokens(10)
+    g, ids = every_form(dtype), some_tokens(10)
     with PrefixStore(store_path) as store:
         for layer in range(g.num_layers):
             kv = expected_kv(g, ids, layer)
@@ -57,7 +58,7 @@ def test_they_are_not_published(store_path: Path, dtype: torch.dtype, number: fl
 def test_they_are_refused_when_they_are_read_and_by_verify(
     store_path: Path, tmp_path: Path, dtype: torch.dtype, number: float, attacks: Figures
 ) -> None:
-    g, ids = packed_geometry(dtype), some_tokens(10)
+    g, ids = every_form(dtype), some_tokens(10)
     with PrefixStore(store_path) as store:
         key = write_prefix(store, ids, g=g).spans[0].segment.key
         export_bundle(store, [key], tmp_path / "bundle")
@@ -106,6 +107,11 @@ CHANGES: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "leader keys of another chunk": ("leader_keys.0", lambda tensor: tensor[::-1].copy()),
     "packed values of zero": ("values4.1", np.zeros_like),
     "one code of the packed values": ("values4.1", lambda tensor: with_change(tensor, 1)),
+    "codes of a coarse index": ("coarse_index.2", np.zeros_like),
+    "levels of a coarse index": ("coarse_levels.2", lambda tensor: -tensor),
+    "scales of a coarse index": ("key_scale.2", lambda tensor: tensor * 2),
+    "compact chunks of zero": ("compact.2", np.zeros_like),
+    "one key of the compact chunks": ("compact.2", lambda tensor: with_change(tensor[:, ::-1], 1)[:, ::-1]),
 }
 INFINITE: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "scales that are no numbers": ("key_scale.1", lambda tensor: np.full_like(tensor, np.nan)),
@@ -115,6 +121,9 @@ INFINITE: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "scales that no product of is finite": ("key_scale.1", lambda tensor: np.full_like(tensor, 3e38)),
     "a scale that is too large": ("key_scale.0", lambda tensor: with_change(tensor, 1e37)),
     "packed values of 2**121": ("values4.1", lambda tensor: np.full_like(tensor, 0x7C)),
+    "a scale of a coarse index that is no number": ("key_scale.2", lambda tensor: with_change(tensor, np.nan)),
+    "compact chunks that are no numbers": ("compact.2", lambda tensor: np.full_like(tensor, 0x7F)),
+    "compact chunks of 2**121": ("compact.2", lambda tensor: np.full_like(tensor, 0x7C)),
 }
 
 
@@ -126,15 +135,16 @@ def with_change(tensor: Array, number: float) -> Array:
 
 def tampered(g: KVGeometry, ids: Array, name: str, change: Callable[[Array], Array], monkeypatch: Any) -> bytes:
     """A segment in which one tensor was changed before its checksums were made."""
-    made = format_by_document.packed_values
+    maker = {"values4": "packed_values", "compact": "compact_chunks"}.get(name.partition(".")[0])
     with monkeypatch.context() as patch:
-        if name.startswith("values4"):
-            patch.setattr(format_by_document, "packed_values", lambda values: change(made(values)))
+        if maker is not None:
+            made = getattr(format_by_document, maker)
+            patch.setattr(format_by_document, maker, lambda *states: np.ascontiguousarray(change(made(*states))))
         contents = format_by_document.contents
 
         def change_and_sum(meta: Any, kv: Array, own: Array, digests: Any) -> dict[str, Array]:
             tensors = contents(meta, kv, own, digests)
-            if not name.startswith("values4"):
+            if maker is None:
                 tensors[name] = change(np.ascontiguousarray(tensors[name]))
             kinds = [key for key in tensors if not key.startswith("checksums")]
             return tensors | {
@@ -149,7 +159,7 @@ def tampered(g: KVGeometry, ids: Array, name: str, change: Callable[[Array], Arr
 def test_what_approximates_is_made_again_by_import_and_verify(
     store_path: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch, attacks: Figures
 ) -> None:
-    g, ids = packed_geometry(), some_tokens(10)
+    g, ids = every_form(), some_tokens(10)
     with PrefixStore(store_path) as store:
         key = write_prefix(store, ids, g=g).spans[0].segment.key
         export_bundle(store, [key], tmp_path / "bundle")
@@ -175,7 +185,7 @@ def test_what_approximates_is_made_again_by_import_and_verify(
 def test_scales_that_are_not_finite_are_refused_by_every_reader(
     store_path: Path, change: str, monkeypatch: pytest.MonkeyPatch, attacks: Figures
 ) -> None:
-    g, ids = packed_geometry(), some_tokens(10)
+    g, ids = every_form(), some_tokens(10)
     with PrefixStore(store_path) as store:
         key = write_prefix(store, ids, g=g).spans[0].segment.key
     name, make = INFINITE[change]
@@ -191,7 +201,7 @@ def test_scales_that_are_not_finite_are_refused_by_every_reader(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_finite_numbers_are_told_from_others_by_their_bits(store_path: Path, dtype: torch.dtype) -> None:
-    g, ids = packed_geometry(dtype), some_tokens(10)
+    g, ids = every_form(dtype), some_tokens(10)
     with PrefixStore(store_path) as store:
         segment = write_prefix(store, ids, g=g).spans[0].segment
         offset, _ = segment.tensor_extent("payload.0")
@@ -209,7 +219,7 @@ class TestRequests:
     """A request whose chunks hold such numbers answers as if they had not been stored."""
 
     @pytest.mark.parametrize("budget", [0.3, 1.0])
-    @pytest.mark.parametrize("tensor", ["payload.1", "payload.3", "values4.2", "key_scale.1"])
+    @pytest.mark.parametrize("tensor", ["payload.1", "payload.3", "values4.2", "compact.2", "key_scale.1"])
     @pytest.mark.parametrize(
         ("octet", "dtype"), [(0xFF, "float32"), (0x7C, "float32"), (0x7C, "bfloat16"), (0x7B, "float16")]
     )
@@ -221,8 +231,10 @@ class TestRequests:
         model = build("llama").to(getattr(torch, dtype))
         ids = torch.from_numpy(some_tokens(120) % model.config.vocab_size)[None]
 
+        config = ContiguousKVConfig(budget=budget, index_bits=2 if tensor.startswith("compact") else 8)
+
         def answer(store: PrefixStore) -> torch.Tensor:
-            cache = ContiguousKVCache(model, ids[:, :112], store=store, budget=budget)
+            cache = ContiguousKVCache(model, ids[:, :112], store=store, config=config)
             logits = model(ids[:, 112:], cache=cache).logits
             cache.close()
             return logits
@@ -254,9 +266,10 @@ def spoiled(path: Path, name: str, octet: int) -> bytes:
     changed = {key: array.copy() for key, array in tensors.items()}
     changed[name].view("|u1")[...] = octet
     layer = int(name.rpartition(".")[2])
-    kind = "payload" if name.startswith("payload") else "values4"
-    if name.startswith(kind):
-        row = layer if kind == "payload" else format_by_document.layer_list(meta["packed_layers"]).index(layer)
+    kind = name.partition(".")[0]
+    if kind in ("payload", "values4", "compact"):
+        lists = {"values4": "packed_layers", "compact": "compact_layers"}
+        row = layer if kind == "payload" else format_by_document.layer_list(meta[lists[kind]]).index(layer)
         for chunk, extent in enumerate(changed[name]):
             changed[f"checksums.{kind}"][row, chunk] = digests.of(extent.tobytes())
     names = [key for key, *_ in format_by_document.expected_tensors(meta) if not key.startswith("checksums")]

@@ -6,7 +6,7 @@ import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
 
-from hf_contiguouskv import ContiguousKVCache, PrefixStore
+from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.errors import ConfigError, InputError, UnsupportedModelError
 from hf_contiguouskv.model.configured_model import ConfiguredModel, configured_model, model_from_configuration
 from hf_contiguouskv.model.served_model import ServedModel
@@ -144,26 +144,42 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, torch.Tensor,
 def test_bytes_on_disk_are_those_of_the_written_segment(
     model: ConfiguredModel, served: tuple[Any, torch.Tensor, Path]
 ) -> None:
-    (segment,) = served[2].glob("segments/*/*.safetensors")
+    real, ids, path = served
+    compact = path.parent / "compact"
+    with PrefixStore(compact) as store:
+        ContiguousKVCache(real, ids[:, :TOKENS], store=store, config=ContiguousKVConfig(index_bits=2)).close()
     for found in forecasts(model, cpu(), TOKENS, 24):
         if found.system.startswith("contiguouskv"):
+            (segment,) = (compact if "compact" in found.system else path).glob("segments/*/*.safetensors")
             assert found.disk_bytes == segment.stat().st_size
         elif found.disk_bytes:
             assert found.disk_bytes == 2 * 3 * 2 * 8 * 4 * TOKENS
 
 
-@pytest.mark.parametrize("budget", [0.25, 1.0])
+@pytest.mark.parametrize(
+    ("name", "budget", "index_bits"),
+    [("contiguouskv", 0.25, 8), ("contiguouskv+compact", 0.25, 2), ("contiguouskv@1", 1.0, 8)],
+)
 def test_bytes_of_a_request_are_those_that_a_real_one_reads(
-    model: ConfiguredModel, served: tuple[Any, torch.Tensor, Path], budget: float
+    model: ConfiguredModel,
+    served: tuple[Any, torch.Tensor, Path],
+    tmp_path: Path,
+    name: str,
+    budget: float,
+    index_bits: Literal[8, 2],
 ) -> None:
     real, ids, path = served
+    config = ContiguousKVConfig(budget=budget, index_bits=index_bits)
+    if index_bits == 2:
+        path = tmp_path / "compact"
+        with PrefixStore(path) as store:
+            ContiguousKVCache(real, ids[:, :TOKENS], store=store, config=config).close()
     with (
         PrefixStore(path, host_bytes=2**22) as store,
-        ContiguousKVCache(real, ids[:, :TOKENS], store=store, budget=budget) as cache,
+        ContiguousKVCache(real, ids[:, :TOKENS], store=store, config=config) as cache,
     ):
         real.generate(ids, cache=cache, max_new_tokens=1, min_new_tokens=1, do_sample=False)
         read = cache.stats.bytes_read
-    name = "contiguouskv" if budget < 1 else "contiguouskv@1"
     (found,) = forecasts(model, cpu(), TOKENS, 24, [one for one in systems(budget) if one.name == name])
     # Direct reads begin and end at pages; these tensors are a few pages long.
     assert found.read_bytes <= read <= 1.1 * found.read_bytes

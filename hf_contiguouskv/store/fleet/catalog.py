@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ...errors import StoreFormatError
 from ..segment_row import is_key
 from ..strict_json import once_each
 from .computed import RESOLUTION_S, Computed, unknown
-from .engine import KeyValueEngine, ListingEngine, SharedEngine
-from .keyed_index import KeyedIndex
-from .listed_index import ListedIndex
+from .engine import SharedEngine
 from .names import (
     MARKER,
     SHARED_FORMAT,
@@ -31,6 +29,7 @@ from .names import (
     read_entry,
     used_name,
 )
+from .shared_index import index_of
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -39,53 +38,6 @@ Record = TypeVar("Record", SharedSegment, "Description")
 # Heads are listed, and read, so many at once.
 _LISTED, _AT_ONCE = 1000, 32
 _MAX_HEAD = 64 * 1024
-
-
-class SharedIndex(Protocol):
-    """How segments are found by the chunks of a prompt: what the engine can do decides it."""
-
-    def find(
-        self,
-        hashes: Sequence[bytes],
-        chunk_size: int,
-        have: int,
-        is_of_use: Callable[[SharedSegment], bool],
-    ) -> list[SharedSegment]:
-        """As `Catalog.find`."""
-        ...
-
-    def names(self, segment: SharedSegment, hashes: Sequence[bytes], chunk_size: int) -> list[str]:
-        """The names of a segment that its head keeps, so that they are deleted with it."""
-        ...
-
-    def add(
-        self,
-        segment: SharedSegment,
-        hashes: Sequence[bytes],
-        chunk_size: int,
-        is_sound: Callable[[SharedSegment], bool],
-    ) -> None:
-        """Make a segment, whose bytes and head are there, findable.
-
-        Args:
-            segment: what is found.
-            hashes: of the whole chunks of its prefix, up to its end at least.
-            chunk_size: tokens per chunk.
-            is_sound: asked of segments that are found in its place: whether they can be read.
-
-        Raises:
-            OSError: the engine failed.
-        """
-        ...
-
-
-def index_of(engine: SharedEngine) -> SharedIndex:
-    """The index that fits an engine."""
-    if isinstance(engine, ListingEngine):
-        return ListedIndex(engine)
-    if isinstance(engine, KeyValueEngine):
-        return KeyedIndex(engine)
-    raise TypeError(f"{engine.name}: expected a ListingEngine or a KeyValueEngine, got {type(engine).__name__}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def pointer_name(chunk_hash: bytes) -> str:
 
 
 class KeyedIndex:
-    """A `catalog.SharedIndex` of pointers that are asked for.
+    """A `shared_index.SharedIndex` of pointers that are asked for.
 
     Args:
         engine: holds them.

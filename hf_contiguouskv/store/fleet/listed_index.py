@@ -16,7 +16,7 @@ _LISTED, _LISTED_AT_MOST = 1000, 20_000
 
 
 class ListedIndex:
-    """A `catalog.SharedIndex` of names that are listed.
+    """A `shared_index.SharedIndex` of names that are listed.
 
     Args:
         engine: holds them.

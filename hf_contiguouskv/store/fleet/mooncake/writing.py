@@ -1,7 +1,7 @@
 """Writing objects into a Mooncake Store.
 
 A 0 from it says nothing: it is also the answer where the key exists, where another writer has begun, and for 30 s after
-one died. So whoever writes asks afterwards what is there.
+one died. So a writer asks afterwards what is there.
 """
 
 from __future__ import annotations
