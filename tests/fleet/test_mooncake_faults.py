@@ -18,7 +18,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hf_contiguouskv import ContiguousKVCache
 from hf_contiguouskv.errors import SegmentReadError, StoreError
 from hf_contiguouskv.store.fleet import breaker
-from hf_contiguouskv.store.fleet.engine import EngineUnavailableError
+from hf_contiguouskv.store.fleet.deadline import Deadline
+from hf_contiguouskv.store.fleet.engine import DeadlineError, EngineUnavailableError
 from hf_contiguouskv.store.fleet.mooncake.engine import MooncakeStore
 
 IDS = some_tokens(1001)
@@ -212,6 +213,22 @@ def test_objects_that_are_removed_while_they_are_read_are_never_taken_for_right(
     assert outcome[0] is True
     assert False not in outcome
     assert isinstance(outcome[-1], StoreError) or outcome[-1] == "missed"
+
+
+@pytest.mark.parametrize("frozen", ["master", "owner"])
+def test_a_deadline_ends_a_call_and_is_held_against_nobody(server: MooncakeServer, frozen: str) -> None:
+    engine, content = MooncakeStore(server.url("z"), 10.0), bytes(300_000)
+    engine.put("a", content)
+    version = engine.read_ranges("a", [(0, memoryview(bytearray(1)))]).version
+    (server.freeze_master if frozen == "master" else server.freeze_owner)()
+    ranges = [(0, memoryview(bytearray(len(content))))]
+    for seconds in (0.2, 0.0):
+        with Deadline(seconds).applied(), pytest.raises(DeadlineError):
+            engine.read_ranges("a", ranges, version)
+    server.mend()
+    assert not engine._asking.breaker.is_open
+    assert engine.read_ranges("a", ranges, version).size == len(content)
+    engine.close()
 
 
 def test_a_client_whose_call_hangs_is_left_at_its_end(server: MooncakeServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
+# A call that the deadline ends tells that the engine is down if it was given this share of its time-out.
+TELLING = 0.5
+TIME_IS_OVER = "the time of this look-up is over"
+
 _current: ContextVar[Deadline | None] = ContextVar("contiguouskv_deadline", default=None)
 
 

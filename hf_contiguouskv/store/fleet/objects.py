@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from ...errors import ConfigError, StoreError
 from .breaker import CircuitBreaker
-from .deadline import seconds_left
+from .deadline import TELLING, TIME_IS_OVER, seconds_left
 from .engine import DeadlineError, EngineUnavailableError, Fetched, ObjectInfo, Range
 from .merging import Joined, join_ranges
 
@@ -48,9 +48,6 @@ _UPLOAD_S_PER_MIB = 1.0
 _LARGE, _SMALL_AT_ONCE, _LARGE_AT_ONCE = 256 * 1024, 64, 8
 # Small objects that are written or deleted at once.
 _AT_ONCE = 64
-# A call that its look-up's deadline ends tells that the engine is down if it was given this share of the time-out.
-_TELLING = 0.5
-_TIME_IS_OVER = "the time of this look-up is over"
 # How long closing waits for what is given up.
 _CLOSE_S = 10.0
 # What servers and file systems say of a range that begins behind the end.
@@ -267,7 +264,7 @@ class ObjectStorage:
         breaker = breaker or self.breaker
         left = seconds_left()
         if left <= 0:
-            raise DeadlineError(f"{self.name}: {_TIME_IS_OVER}")
+            raise DeadlineError(f"{self.name}: {TIME_IS_OVER}")
         breaker.enter(left)
         allowed = self._timeout_s if seconds is not None and seconds < 0 else seconds
         bounded = left < (math.inf if allowed is None else allowed)
@@ -278,7 +275,7 @@ class ObjectStorage:
             raised = self._explained(error)
             if bounded and isinstance(error, TimeoutError) and self._is_alive(began, left):
                 breaker.gave_up()
-                raised = DeadlineError(f"{self.name}: {_TIME_IS_OVER}")
+                raised = DeadlineError(f"{self.name}: {TIME_IS_OVER}")
             elif isinstance(raised, EngineUnavailableError):
                 breaker.failed(raised.strerror)
             elif isinstance(raised, Exception):
@@ -297,7 +294,7 @@ class ObjectStorage:
             waited_s: how long it was waited for.
         """
         # (A look-up's first call has nearly all of the time. If nothing is heard until then, the engine is down.)
-        return waited_s < _TELLING * self._timeout_s or self._fetched_s >= began
+        return waited_s < TELLING * self._timeout_s or self._fetched_s >= began
 
     def _explained(self, error: BaseException) -> BaseException:
         errors = self._errors

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..breaker import CircuitBreaker
-from ..engine import EngineUnavailableError
+from ..deadline import TELLING, TIME_IS_OVER, seconds_left
+from ..engine import DeadlineError, EngineUnavailableError
 from .calls import Call
 from .client import MooncakeClient
 from .native import checked
@@ -32,6 +33,18 @@ class Place:
     nbytes: int
 
 
+class Patience(NamedTuple):
+    """How long a call may be waited for.
+
+    Attributes:
+        seconds: until it is given up.
+        tells_nothing: whether the look-up's deadline ends it so early that it says nothing of the engine.
+    """
+
+    seconds: float
+    tells_nothing: bool
+
+
 class Asking:
     """Asks for one engine.
 
@@ -41,13 +54,13 @@ class Asking:
         timeout_s: seconds after which an answer is not waited for any more.
 
     Attributes:
-        client, timeout_s: as passed.
+        client, name, timeout_s: as passed.
         breaker: refuses calls while the master does not answer.
         writing: the same for calls that write: a slow write must not keep anyone from reading.
     """
 
     def __init__(self, client: MooncakeClient, name: str, timeout_s: float) -> None:
-        self.client, self.timeout_s = client, timeout_s
+        self.client, self.name, self.timeout_s = client, name, timeout_s
         self.breaker = CircuitBreaker(name, timeout_s)
         self.writing = CircuitBreaker(f"{name} (writing)", timeout_s)
         self._closed = False
@@ -62,6 +75,20 @@ class Asking:
             release()
             raise EngineUnavailableError("the store was closed")
         return self.client.start(function, release)
+
+    def patience(self, seconds: float | None = None) -> Patience:
+        """How long a call may be waited for.
+
+        Args:
+            seconds: without a look-up's deadline; by default, the time-out.
+
+        Raises:
+            DeadlineError: the deadline has passed.
+        """
+        own, left = self.timeout_s if seconds is None else seconds, seconds_left()
+        if left <= 0:
+            raise DeadlineError(f"{self.name}: {TIME_IS_OVER}")
+        return Patience(min(own, left), left < own and left < TELLING * self.timeout_s)
 
     def ask(
         self,
@@ -81,19 +108,23 @@ class Asking:
 
         Raises:
             EngineUnavailableError: there was no answer in time, or the breaker refused.
+            DeadlineError: the deadline of the look-up has passed.
         """
         breaker = self.breaker if breaker is None else breaker
-        seconds = self.timeout_s if seconds is None else seconds
         try:
-            breaker.enter()
+            patience = self.patience(seconds)
+            breaker.enter(patience.seconds)
         except EngineUnavailableError:
             release()
             raise
         try:
-            result = self.start(function, release).wait(seconds)
+            result = self.start(function, release).wait(patience.seconds)
         except TimeoutError:
+            if patience.tells_nothing:
+                breaker.gave_up()
+                raise DeadlineError(f"{self.name}: {TIME_IS_OVER}") from None
             breaker.failed("no answer in time")
-            raise EngineUnavailableError(f"no answer within {seconds:g} s") from None
+            raise EngineUnavailableError(f"no answer within {patience.seconds:g} s") from None
         except EngineUnavailableError as error:
             breaker.failed(error.strerror)
             raise

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine import EngineUnavailableError
+from ..deadline import TIME_IS_OVER
+from ..engine import DeadlineError, EngineUnavailableError
 from .arena import Slot
 from .asking import Asking, Place
 from .calls import Call
@@ -61,6 +62,7 @@ class RangeReader:
 
         Raises:
             EngineUnavailableError: an owner, or the master, does not answer, or not in time.
+            DeadlineError: the deadline of the look-up has passed.
         """
         codes = [MISSING] * len(parts)
         there = [number for number, part in enumerate(parts) if part.key in places]
@@ -97,15 +99,21 @@ class RangeReader:
         under_way: list[tuple[str, Slot, Call[list[int]]]] = []
         failed: EngineUnavailableError | None = None
         try:
+            patience = self._asking.patience()
             for owner, part in owners.items():
-                self._client.owner(owner).enter()
+                self._client.owner(owner).enter(patience.seconds)
                 entered.append(owner)
                 slot, call = self._start([Part(part.key, part.offset, part.into[:1])], canary=True)
                 under_way.append((owner, slot, call))
-            until = time.monotonic() + self._asking.timeout_s
+            until = time.monotonic() + patience.seconds
             while under_way:
                 owner, slot, call = under_way.pop()
-                why = self._came(slot, call, until - time.monotonic())
+                try:
+                    why = self._came(slot, call, until - time.monotonic())
+                except TimeoutError:
+                    if patience.tells_nothing:
+                        raise DeadlineError(f"{self._asking.name}: {TIME_IS_OVER}") from None
+                    why = "no answer in time"
                 entered.remove(owner)
                 if why is None:
                     self._client.owner(owner).succeeded()
@@ -121,11 +129,12 @@ class RangeReader:
             raise failed
 
     def _came(self, slot: Slot, call: Call[list[int]], seconds: float) -> str | None:
-        """Why a byte did not come; `None` if its owner answered."""
-        try:
-            (code,) = call.wait(max(0.0, seconds))
-        except TimeoutError:
-            return "no answer in time"
+        """Why a byte did not come; `None` if its owner answered.
+
+        Raises:
+            TimeoutError: there was no answer in time.
+        """
+        (code,) = call.wait(max(0.0, seconds))
         self._client.canaries.give_back(slot)
         return text_of(code) if code == TRANSFER_FAILED else None
 
@@ -133,12 +142,19 @@ class RangeReader:
         """One call: lengths or negative answers."""
         slot, call = self._start(parts)
         try:
-            codes = call.wait(self._asking.timeout_s)
+            patience = self._asking.patience()
+        except DeadlineError:
+            call.give_up()
+            raise
+        try:
+            codes = call.wait(patience.seconds)
         except TimeoutError:
+            if patience.tells_nothing:
+                raise DeadlineError(f"{self._asking.name}: {TIME_IS_OVER}") from None
             # (Which of them it was cannot be told.)
             for owner in set(owners):
                 self._client.owner(owner).failed("no answer in time")
-            raise EngineUnavailableError(f"no answer within {self._asking.timeout_s:g} s") from None
+            raise EngineUnavailableError(f"no answer within {patience.seconds:g} s") from None
         try:
             at = 0
             for part, code in zip(parts, codes, strict=True):
@@ -157,7 +173,7 @@ class RangeReader:
     def _start(self, parts: Sequence[Part], *, canary: bool = False) -> tuple[Slot, Call[list[int]]]:
         """Begin to fill a slot with parts, one after the other. The slot is given back by who takes the result."""
         slots = self._client.canaries if canary else self._client.reads
-        slot = slots.take(self._asking.timeout_s)
+        slot = slots.take(self._asking.patience().seconds)
         call = self._asking.start(lambda store: _get(store, slot.address, parts), lambda: slots.give_back(slot))
         return slot, call
 
