@@ -444,7 +444,7 @@ def test_a_chain_of_different_layouts_is_read_as_each_segment_lies(tiny_model, s
         for first, end, group in ((0, 64, 1), (4, 143, 2)):
             ids, grouped = LONGER[0, :end].numpy(), replace(geometry, layers_per_group=group)
             with store.inner.begin_segment(model_fingerprint(model), grouped, ids, first) as writer:
-                feed = SegmentFeed(writer, grouped, first, end)
+                feed = SegmentFeed(writer, first, end)
                 for layer, states in enumerate(made.layers):
                     feed.feed(layer, states.keys[0, :, :end], states.values[0, :, :end], 0)
                 writer.commit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -266,8 +267,10 @@ def test_no_bundle_and_newer_bundles(bundle: tuple[Path, str, str], target: Pref
 def test_a_segment_of_a_newer_format_is_refused(bundle: tuple[Path, str, str], target: PrefixStore) -> None:
     folder, root, _ = bundle
     path = folder / "segments" / f"{root}.safetensors"
-    octets = path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"%d"' % (FORMAT_VERSION + 1))
-    path.write_bytes(octets)
+    octets = path.read_bytes()
+    newer = re.sub(rb'"version":"[0-9]"', b'"version":"%d"' % (FORMAT_VERSION + 1), octets, count=1)
+    assert newer != octets
+    path.write_bytes(newer)
     report = import_bundle(target, folder)
     assert "Update it" in {refused.key: refused.reason for refused in report.refused}[root]
     assert target.entries() == []
