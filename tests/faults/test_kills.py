@@ -39,7 +39,7 @@ Work = Callable[[Link, Callable[[], None]], object]
 
 # Kills of each kind: in all, more than 200 in the middle of a write.
 TIMED_STORES, TIMED_KILLS = 4, scaled(26)
-STEPPED_KILLS, KILLS_PER_STORE = 21 * scaled(7), 21
+STEPPED_KILLS, KILLS_PER_STORE = 21 * scaled(8), 21
 KILLS_PER_TASK, KILLS_OF_REQUESTS = scaled(10), scaled(6)
 
 # ---- steps of a process, at one of which it kills itself ----

@@ -119,7 +119,7 @@ def test_approximations_that_are_wrong_are_not_exported(tmp_path: Path, store_pa
         spoil_key_index(store, key)
     with PrefixStore(store_path) as store:
         assert store.verify() == []
-        with pytest.raises(SegmentCorruptError, match=r"key_index\.1: not the payload's keys"):
+        with pytest.raises(SegmentCorruptError, match=r"key_index\.1: not that of the payload's keys"):
             export_bundle(store, [key], tmp_path / "bundle")
     assert not list(tmp_path.glob("bundle*"))
     attacks.add("wrong approximation not exported")
