@@ -62,13 +62,31 @@ class Selection:
 class IndexedKeys(Selection):
     """Score chunks with the resident index of all keys, and reward concentrated attention. The default.
 
-    The fields are those of `Selection`; every layer leads its own period of one.
+    The other fields are those of `Selection`; every layer leads its own period of one.
+
+    Args:
+        single_tokens: part of the budget, from 0 to 1, that is spent on single tokens of other chunks, each chosen by
+            its own score. Whole chunks find an answer whose tokens stand side by side; single tokens find what counts
+            one by one, as the labels of many examples do. Eight chunks are kept whole before single tokens get any of
+            the budget. Attention sees as many tokens as without. Needs
+            `payload="packed"` and prefixes with an index in 8 bits; where there is none of these, and with
+            `reselect_every`, chunks alone are chosen.
+
+    Raises:
+        ConfigError: a field is out of its range.
     """
 
     queries: int | None = 16
     concentration: float = 2.0
     keep_first: int = 1
     keep_last: int = 1
+    single_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.single_tokens
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
+            raise ConfigError(f"single_tokens is a part of the budget and must be from 0 to 1, got {share!r}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -119,22 +120,33 @@ class Simulation:
         seen[:, whole * CHUNK :] = True
         if v.hot:
             seen = seen | self._hot(layer, round(keep * v.hot) * CHUNK, scaling)
-        singles = round(keep * (1 - v.hot) * (1.0 if v.unit == "token" else v.singles)) * CHUNK
-        # Chunks first: single tokens are then chosen among the others.
-        shares = {CHUNK: round(keep * (1 - v.hot)) - singles // CHUNK, 1: singles}
+        singles = 0 if v.unit == "token" else round(keep * (1 - v.hot) * v.singles)
+        singles = max(0, min(singles, round(keep * (1 - v.hot)) - v.least_chunks))
+        chunks = round(keep * (1 - v.hot)) - singles
+        few = replace(v, voters=v.single_voters, power=v.single_power)
+        few_voters = voting_queries(visible[0], few.voters, min(v.recent, few.voters or v.recent))
         for own, heads in zip(seen, groups * (len(seen) // len(groups)), strict=True):
             own_queries = queries.unflatten(1, (kv_heads, -1))[:, heads]
             own_queries = own_queries.mean(2) if v.grouped else own_queries.flatten(1, 2)
             inputs = SelectionInput(own_queries, suffix_keys[:, heads], [voters], visible, scaling)
-            for size, count in shares.items():
-                if count:
-                    importance = self._importance(layer, size, heads, inputs, count)
-                    if size == 1 and shares[CHUNK]:
-                        importance = importance.masked_fill(own[: importance.shape[1]], -1.0)
-                    # (Both ends are kept once.)
-                    ends = v.ends * CHUNK // size if size == CHUNK or not shares[CHUNK] else 0
-                    chosen = choose_chunks(importance, count, ends, ends)[0]
-                    own[(chosen[:, None] * size + torch.arange(size)).flatten()] = True
+            size = 1 if v.unit == "token" else CHUNK
+            importance = self._importance(layer, size, heads, inputs, max(1, chunks * CHUNK // size))
+            if chunks:
+                ends = v.ends * CHUNK // size
+                _see(own, choose_chunks(importance, chunks * CHUNK // size, ends, ends)[0], size)
+            if singles:
+                # Chunks first: small pieces are then chosen among the others.
+                count, inputs = singles * CHUNK // v.single_tokens, replace(inputs, voters=[few_voters])
+                nominees = min(whole, max(keep, round(keep * v.nominees))) if v.nominees else whole
+                places = choose_chunks(importance, nominees, v.ends, v.ends)[0]
+                pieces = (
+                    places[:, None] * (CHUNK // v.single_tokens) + torch.arange(CHUNK // v.single_tokens)
+                ).flatten()
+                found = self._of_pieces(layer, heads, pieces, few)(inputs).importance
+                found = found.masked_fill(own[pieces * v.single_tokens], -1.0)
+                # (Both ends are kept once.)
+                ends = 0 if chunks else v.ends * CHUNK // v.single_tokens
+                _see(own, pieces[choose_chunks(found, count, ends, ends)[0]], v.single_tokens)
         return seen
 
     def _importance(self, layer: int, size: int, heads: slice, inputs: SelectionInput, count: int) -> torch.Tensor:
@@ -151,6 +163,19 @@ class Simulation:
         nominees = found[0].topk(max(count, round(v.nominated * found.shape[1]))).indices
         exact = self._scorer(layer, size, heads)(inputs).importance[:, :whole]
         return torch.full_like(found, -1.0).scatter_(1, nominees[None], exact[:, nominees])
+
+    def _of_pieces(self, layer: int, heads: slice, pieces: torch.Tensor, v: Variant) -> IndexedKeysScorer:
+        """Scores only these pieces of `v.single_tokens` tokens, int64 `(n,)`, from the same index as whole chunks."""
+        known = ("pieces", v.index_coarse, layer, heads.start, heads.stop)
+        if known not in self._scorers:
+            part = (CoarseIndex if v.index_coarse else KeyIndex).of(self._kv[layer][0][heads], CHUNK)
+            ((_, numbers),) = part.pieces(None)
+            # `(kv_heads, tokens, head_dim)`, in the order of the text.
+            self._scorers[known] = part.scored(numbers, 2).transpose(1, 2).flatten(1, 2), part.scale
+        numbers, scale = self._scorers[known]
+        tokens = (pieces[:, None] * v.single_tokens + torch.arange(v.single_tokens)).flatten()
+        some = numbers[:, tokens].unflatten(1, (-1, v.single_tokens)).transpose(1, 2).contiguous()
+        return IndexedKeysScorer([KeyIndex(some, scale)], len(pieces), v.power)
 
     def _hot(self, layer: int, count: int, scaling: float) -> torch.Tensor:
         """The tokens of each KV head to which the prefix's own last ones attend most, bool `(kv_heads, tokens)`."""
@@ -206,6 +231,11 @@ class Simulation:
     ) -> None:
         _running.pop()
         self._model.config._attn_implementation_internal = self._before
+
+
+def _see(seen: torch.Tensor, chosen: torch.Tensor, size: int) -> None:
+    """Attention sees these pieces of `size` tokens, int64 `(n,)`."""
+    seen[(chosen[:, None] * size + torch.arange(size)).flatten()] = True
 
 
 _running: list[Simulation] = []

@@ -19,7 +19,12 @@ class Variant:
         recent: number of voters that are the last queries; the others are spread evenly over the earlier queries.
         period: number of layers that share the selection of the first of them.
         unit: `"chunk"`, or `"token"`: single tokens are scored and kept, as many as the chunks would have.
-        singles: part of the share that is spent on single tokens, scored as tokens; chunks get the rest.
+        singles: part of the share that is spent on small pieces, scored by themselves; chunks get the rest.
+        single_tokens: tokens of a small piece: 1, 2, 4 or 8, neighbours in one chunk.
+        single_power: `power` of small pieces.
+        single_voters: `voters` for small pieces.
+        least_chunks: at least so many chunks are kept whole, whatever `singles` says.
+        nominees: small pieces come from the best chunks, this many times as many as the share keeps; 0: from all.
         per_head: whether each KV head keeps chunks of its own.
         hot: part of the share that is spent on tokens to which the prefix's own last tokens attend most, of each KV
             head; chunks get the rest.
@@ -46,6 +51,11 @@ class Variant:
     period: int = 1
     unit: str = "chunk"
     singles: float = 0.0
+    single_tokens: int = 1
+    single_power: float = 2.0
+    single_voters: int | None = 16
+    least_chunks: int = 0
+    nominees: float = 0.0
     per_head: bool = False
     hot: float = 0.0
     grouped: bool = False
@@ -159,6 +169,38 @@ SETS: dict[str, list[Variant]] = {
     "singles": [
         *(at(_of_packed(f"{part:.0%} on single tokens", singles=part), 0.25) for part in (0.0, 0.25, 0.5, 0.75, 1.0)),
         at(_of_packed("half on single tokens, per KV head", singles=0.5, per_head=True), 0.25),
+    ],
+    # How much of a share goes to small pieces, how large they are, and from which chunks they come.
+    "pieces": [
+        at(_of_packed(name, **changes), share)
+        for share in (0.05, 0.10, 0.25)
+        for name, changes in (
+            ("ours", {}),
+            ("half on single tokens", {"singles": 0.5}),
+            ("three quarters on single tokens", {"singles": 0.75}),
+            ("three quarters on pairs", {"singles": 0.75, "single_tokens": 2}),
+            ("three quarters on fours", {"singles": 0.75, "single_tokens": 4}),
+            ("all on fours", {"singles": 1.0, "single_tokens": 4}),
+            ("three quarters on tokens of twice as many chunks", {"singles": 0.75, "nominees": 2.0}),
+            ("three quarters on tokens of three times as many chunks", {"singles": 0.75, "nominees": 3.0}),
+        )
+    ],
+    "whole chunks": [
+        at(_of_packed(f"three quarters on single tokens, {least} whole chunks{more}", **changes), share)
+        for share, leasts in ((0.05, (5, 6)), (0.10, (5, 6, 8, 10)), (0.25, (6, 8, 12)))
+        for least in leasts
+        for more, nominees in (("", 0.0), (", twice as many nominees", 2.0))
+        for changes in ({"singles": 1.0 if share == 0.25 else 0.75, "least_chunks": least, "nominees": nominees},)
+    ],
+    "piece rule": [
+        at(_of_packed(name, singles=0.75, **changes), 0.10)
+        for name, changes in (
+            ("three quarters on single tokens, power 1", {"single_power": 1.0}),
+            ("three quarters on single tokens, power 8", {"single_power": 8.0}),
+            ("three quarters on single tokens, 8 voters", {"single_voters": 8}),
+            ("three quarters on single tokens, coarse index", {"index_coarse": True}),
+            ("three quarters on single tokens, per KV head", {"per_head": True}),
+        )
     ],
     "summary": [
         at(_of_packed(name, **changes), 0.25)

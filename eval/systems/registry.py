@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_contiguouskv import AttentionMass, ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVConfig, IndexedKeys
 from hf_contiguouskv.errors import ConfigError
 
 from .attentionstore import AttentionStore
@@ -114,6 +114,8 @@ def _ours(model: Any, folder: Path, budget: float, options: Options, **store_opt
     more: dict[str, Any] = {"payload": "exact"} if "exact" in options else {}
     if "compact" in options:
         more["index_bits"] = 2
+    if "singles" in options:
+        more["selection"] = IndexedKeys(single_tokens=float(options["singles"]))
     every = int(options["reselect"]) if "reselect" in options else None
     config = ContiguousKVConfig(budget=budget, timeline=True, reselect_every=every, **more)
     place = folder / ("chunks-compact" if "compact" in options else "chunks")
@@ -231,6 +233,7 @@ SYSTEMS: dict[str, SystemKind] = {
             OptionKind("exact", changes_answers=True),
             OptionKind("compact", changes_answers=True),
             OptionKind("reselect", changes_answers=True, value="count"),
+            OptionKind("singles", changes_answers=True, value="share"),
         ),
     ),
 }

@@ -123,6 +123,10 @@ class TokenStrategy(ABC):
         """See `Strategy`: chunks are not what is chosen."""
         return None
 
+    def single_tokens(self, layer: int) -> torch.Tensor | None:
+        """See `Strategy`: which tokens are chosen is not kept."""
+        return None
+
     def count(self, layer: int, arrived: Sequence[Arrival]) -> None:
         """See `Strategy`. Units were counted when they were taken; attention uses only some tokens of each."""
         self.stats.bytes_used += self.kept_tokens * self.prefix.token_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..model.forward_hooks import ForwardHook, ListeningCache
 from ..model.peft_adapters import require_no_virtual_tokens
 from ..model.served_model import ServedModel
 from ..planning.auto_budget import BudgetChoice
+from ..request.prefix_request import PrefixRequest
 from ..request.strategy import ServingMethod
 from ..session.arguments import checked_ids, configured, opened_store
 from ..session.prefix_session import PrefixSession
@@ -136,13 +138,24 @@ class ContiguousKVCache(ListeningCache):
         """Whole chunks that a full-attention layer uses now, int64 `(batch, kept)`, ascending.
 
         `None` before the first suffix token, and for sliding-window layers. A partial last chunk is always kept and not
-        listed.
+        listed; `single_tokens` lists what is used of other chunks.
         """
+        return self._chosen(layer_idx, PrefixRequest.selected_chunks)
+
+    def single_tokens(self, layer_idx: int) -> torch.Tensor | None:
+        """Prefix tokens that a full-attention layer uses beside whole chunks, int64 `(batch, n)`, ascending.
+
+        `None` where single tokens are not chosen (`IndexedKeys.single_tokens`), and before the first suffix token.
+        """
+        return self._chosen(layer_idx, PrefixRequest.single_tokens)
+
+    def _chosen(self, layer_idx: int, of: Callable[[PrefixRequest, int], torch.Tensor | None]) -> torch.Tensor | None:
+        """What the request has chosen for a layer, for each batch row."""
         layer = self.layers[layer_idx]
         request = None if self.session is None else self.session.request
         if request is None or not isinstance(layer, ContiguousLayer) or layer.row_of is None:
             return None
-        chosen = request.selected_chunks(layer_idx)
+        chosen = of(request, layer_idx)
         return None if chosen is None else chosen[layer.row_of.cpu()]
 
     # -- the transformers contract ------------------------------------------------------------------------------------

@@ -188,13 +188,7 @@ def place_chunk_keys(
 
 def _place_keys_of_segment(part: KeyIndex, chunks: Chunks, destination: torch.Tensor) -> None:
     """Keys of `chunks` of one segment into `(kv_heads, n, c, head_dim)`."""
-    index, scale = part
-    where = send(torch.from_numpy(chunks), index.device)
-    if index.shape[-1] % 8 == 0:
-        # Eight channels at a time: a GPU copies element by element.
-        found = index.view(torch.int64).index_select(2, where).view(torch.int8)
-    else:
-        found = index.index_select(2, where)
+    found = part.of_chunks(send(torch.from_numpy(chunks), part.numbers.device))
     # Two steps in the dtype of the destination, which are several times as fast as one product of mixed dtypes.
     destination.copy_(found.transpose(1, 2))
-    destination.mul_(scale.to(destination.dtype)[:, None, None])
+    destination.mul_(part.scale.to(destination.dtype)[:, None, None])

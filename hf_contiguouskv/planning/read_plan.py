@@ -27,6 +27,12 @@ WHOLE_LAYER_BYTES = 2 * 2**20
 # computes: the same storage delivers them in a millisecond, and asking for each costs a fifth of that
 # (docs/research.md).
 TOGETHER_BYTES = 2 * 2**20
+# Single tokens come from this many times as many chunks as the budget keeps: their keys are scored once more, and where
+# chunks are read by name, all of these may be read (docs/research.md).
+NOMINEES = 2
+# So many chunks are kept whole before single tokens get anything: with fewer, half of the needles are lost
+# (docs/research.md).
+LEAST_WHOLE_CHUNKS = 8
 # Number of leader layers whose keys are read ahead if every layer is a leader. In a longer period there is time to read
 # the next leader's keys after using this one's.
 KEYS_AHEAD = 3
@@ -57,7 +63,7 @@ class ReadPlan:
     Attributes:
         prefix: the prefix in exact form, which sliding-window layers use.
         served: the same prefix in the form that full-attention layers use.
-        keep: number of whole chunks that each full-attention layer uses.
+        keep: number of whole chunks that each full-attention layer uses, or would use instead of single tokens.
         layers: the model's layers.
         config: the configuration; its budget is a number.
     """
@@ -104,14 +110,35 @@ class ReadPlan:
         return self.served.form == "packed"
 
     @cached_property
+    def single_tokens(self) -> int:
+        """How many tokens of each full-attention layer are chosen one by one, instead of as many in whole chunks."""
+        rule = self.config.selection
+        if self.keeps_all or not self.keys_from_index or self.config.reselect_every is not None:
+            return 0
+        share = rule.single_tokens if isinstance(rule, IndexedKeys) else 0.0
+        # (Chunks at both ends are kept as a whole.)
+        others = max(0, self.keep - max(LEAST_WHOLE_CHUNKS, rule.keep_first + rule.keep_last))
+        return min(others, round(self.keep * share)) * self.prefix.geometry.chunk_size
+
+    @property
+    def chosen_chunks(self) -> int:
+        """Number of chunks that a full-attention layer uses as a whole; the `single_tokens` come from others."""
+        return self.keep - self.single_tokens // self.prefix.geometry.chunk_size
+
+    @property
+    def nominees(self) -> int:
+        """Number of chunks, the best, that a full-attention layer may take tokens from."""
+        return min(self.prefix.whole_chunks, NOMINEES * self.keep) if self.single_tokens else self.keep
+
+    @cached_property
     def reads_whole_layers(self) -> bool:
-        """Whether reading all chunks of a layer costs no more time than reading the `keep` selected ones.
+        """Whether reading all chunks of a layer costs no more time than reading the selected ones.
 
         Reads then need not wait for a selection: each layer is read ahead in one piece.
         """
         layer_bytes = self.served.whole_chunks * self.served.extent_bytes
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
-        return self.in_few_bits and layer_bytes <= max(small, self.keep * WORTH_READING_BYTES)
+        return self.in_few_bits and layer_bytes <= max(small, self.nominees * WORTH_READING_BYTES)
 
     def layers_together(self, accelerated: bool) -> int:
         """Whole layers that are read as one; one at a time if the store serves an accelerator (`accelerated`)."""
@@ -252,4 +279,4 @@ class ReadPlan:
                 found += prefix.chunks * (g.keys_bytes if layer in self._leader_layers else g.extent_bytes)
         if self.reads_whole_layers:
             return found + len(full) * prefix.chunks * served.extent_bytes
-        return found + len(full) * self.keep * max(per_read, -(-served.extent_bytes // PAGE) * PAGE)
+        return found + len(full) * self.nominees * max(per_read, -(-served.extent_bytes // PAGE) * PAGE)

@@ -21,8 +21,17 @@ from ..loading.chunk_loader import ChunkLoader
 from ..loading.key_loader import KeyLoader
 from ..loading.placement import assemble, copy_in_order, place_keys
 from ..loading.replacement import Exchange, NewChunks
+from ..loading.token_placement import place_token_keys, place_tokens
 from ..memory.blocks import among
-from ..selection import ChunkScorer, ChunkScores, SelectionInput, choose_chunks, device_product
+from ..selection import (
+    ChunkScorer,
+    ChunkScores,
+    IndexedKeysScorer,
+    SelectionInput,
+    choose_chunks,
+    choose_tokens,
+    device_product,
+)
 from ..store.attached_prefix import Chunks
 from .choosing_again import LaterChoice
 from .strategy import LayerInput, RequestContext
@@ -44,8 +53,10 @@ class ChunkStrategy:
         self._plan = plan = context.plan
         self._make_scorer = make_scorer
         self.loader = ChunkLoader.of(plan, context.store, context.stats, timeline=context.timeline, usage=context.usage)
-        # Per layer, the chunks that its rows use, int64 `(distinct rows, keep)`, and those that it reads for them.
+        # Per layer, the whole chunks that its rows use, int64 `(distinct rows, n)`, the single tokens beside them, if
+        # any, int64 `(distinct rows, n)`, and the chunks that it reads for both.
         self._selected: dict[int, torch.Tensor] = {}
+        self._tokens: dict[int, torch.Tensor] = {}
         self._wanted: dict[int, Chunks] = {}
         # While decoding: the chunks that rows have had since the choice before this one.
         self._before: dict[int, torch.Tensor] = {}
@@ -65,6 +76,7 @@ class ChunkStrategy:
     def copy_for(self, context: RequestContext) -> ChunkStrategy:
         other = ChunkStrategy(context, self._make_scorer)
         other._selected, other._wanted = dict(self._selected), dict(self._wanted)
+        other._tokens = dict(self._tokens)
         other._before, other._replaced = dict(self._before), set(self._replaced)
         return other
 
@@ -91,10 +103,10 @@ class ChunkStrategy:
                 whole.append(layer)
                 if len(whole) == together:
                     # Where memory has as many chunks as a request uses, the others are asked for by name, if at all.
-                    loader.want_whole_layers_later(whole, plan.keep)
+                    loader.want_whole_layers_later(whole, plan.nominees)
                     whole = []
         if whole:
-            loader.want_whole_layers_later(whole, plan.keep)
+            loader.want_whole_layers_later(whole, plan.nominees)
         loader.start_queued()
 
     def _speculate(self, layer: int) -> None:
@@ -121,13 +133,18 @@ class ChunkStrategy:
         scorer = self._make_scorer(loader.keys, layer)
         began = perf_counter()
         scores = self._scores(layer, scorer(inputs))
-        selected = self._best(scores.importance)
+        selected = self._best(scores.importance, plan.chosen_chunks)
+        members = plan.period_of(layer)
+        wanted: Chunks = selected[0].numpy() if selected.shape[0] == 1 else np.unique(selected.numpy())
+        if plan.single_tokens:
+            assert isinstance(scorer, IndexedKeysScorer)
+            tokens = self._best_tokens(scorer, inputs, layer, scores.importance, selected)
+            self._tokens.update(dict.fromkeys(members, tokens))
+            wanted = np.union1d(wanted, tokens.numpy() // plan.prefix.geometry.chunk_size)
         mass = scores.mass.detach().numpy().sum(0)
         self._context.timeline.add("identify", layer, began, perf_counter())
-        wanted: Chunks = selected[0].numpy() if selected.shape[0] == 1 else np.unique(selected.numpy())
         if plan.prefix.tail_tokens:
             wanted = np.append(wanted, plan.prefix.whole_chunks)
-        members = plan.period_of(layer)
         loader.accounts.note_importance(members, mass)
         self._want(members, selected, wanted, mass)
 
@@ -137,9 +154,29 @@ class ChunkStrategy:
             self.loader.keys.release(layer)
         return self._on_host(layer, scores)
 
-    def _best(self, importance: torch.Tensor) -> torch.Tensor:
+    def _best(self, importance: torch.Tensor, keep: int) -> torch.Tensor:
         rule = self._plan.config.selection
-        return choose_chunks(importance, self._plan.keep, rule.keep_first, rule.keep_last)
+        return choose_chunks(importance, keep, rule.keep_first, rule.keep_last)
+
+    def _best_tokens(
+        self,
+        scorer: IndexedKeysScorer,
+        inputs: SelectionInput,
+        layer: int,
+        importance: torch.Tensor,
+        selected: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of each row, the best tokens of the best chunks but those of `selected`, int64 `(rows, single_tokens)`."""
+        plan = self._plan
+        found = []
+        for row, chosen in enumerate(selected.numpy()):
+            nominees = self._best(importance[row : row + 1], plan.nominees)[0].numpy()
+            of_tokens, tokens = scorer.of_tokens(nominees)
+            scores = self._on_host(layer, of_tokens(inputs.row(row)))
+            found.append(
+                choose_tokens(scores.importance[0], tokens, plan.prefix.geometry.chunk_size, chosen, plan.single_tokens)
+            )
+        return torch.from_numpy(np.stack(found))
 
     def _want(self, members: list[int], selected: torch.Tensor, wanted: Chunks, mass: npt.NDArray[np.float32]) -> None:
         """The first of `members` has selected for all of them: ask for the chunks."""
@@ -163,6 +200,9 @@ class ChunkStrategy:
     def selected_chunks(self, layer: int) -> torch.Tensor | None:
         return self._selected.get(layer)
 
+    def single_tokens(self, layer: int) -> torch.Tensor | None:
+        return self._tokens.get(layer)
+
     # -- how to place -------------------------------------------------------------------------------------------------
 
     def load(self, asked: LayerInput, destination: torch.Tensor) -> Sequence[Arrival]:
@@ -176,28 +216,44 @@ class ChunkStrategy:
             self._speculate(layer)
         wanted, found = self._wanted[layer], self._selected.get(layer)
         selected = None if found is None else [row.numpy() for row in found]
+        tokens = [row.numpy() for row in self._tokens.get(layer, ())]
+        # Whole chunks and a partial last one come first, then single tokens.
+        keep = plan.keep if found is None else found.shape[1]
+        of_chunks = destination[:, :, :, : keep * plan.prefix.geometry.chunk_size + plan.prefix.tail_tokens]
+        of_tokens = destination[:, :, :, of_chunks.shape[3] :]
         if plan.keys_from_index:
             assert selected is not None
-            self._place_keys(layer, selected, destination[0])
+            self._place_keys(layer, selected, of_chunks[0], tokens, of_tokens[0])
         # If exactly the wanted chunks were asked for, as is usual, there is nothing to sort out.
         exactly = loader.asked(layer) == len(wanted)
         arrived = []
         with closing(loader.take(layer)) as parts:
             for part in parts:
                 began = perf_counter()
-                alike = exactly and destination.shape[1] == 1
-                assemble(plan.served, part, selected, plan.keep, destination, selected_only=alike)
+                alike = exactly and destination.shape[1] == 1 and not tokens
+                assemble(plan.served, part, selected, keep, of_chunks, selected_only=alike)
+                for row, own in enumerate(tokens):
+                    place_tokens(plan.served, part, own, of_tokens[:, row])
                 self._context.timeline.add("copy", layer, began, perf_counter())
                 arrived.append(Arrival.of(part))
         if not exactly and not among(wanted, _chunks_of(arrived)).all():
             raise InputError(f"layer {layer} was loaded before: a forward was interrupted; call reset()")
         return arrived
 
-    def _place_keys(self, layer: int, selected: Sequence[Chunks], destination: torch.Tensor) -> None:
+    def _place_keys(
+        self,
+        layer: int,
+        selected: Sequence[Chunks],
+        of_chunks: torch.Tensor,
+        tokens: Sequence[Chunks],
+        of_tokens: torch.Tensor,
+    ) -> None:
         """Keys of a packed prefix come from the index. Values may be under way meanwhile."""
         parts = self.loader.keys.index(layer)
         began = perf_counter()
-        place_keys(self._plan.served, parts, selected, destination)
+        place_keys(self._plan.served, parts, selected, of_chunks)
+        for row, own in enumerate(tokens):
+            place_token_keys(self._plan.served, parts, own, of_tokens[row])
         self.loader.keys.release(layer)
         self.loader.read_on(layer)
         self._context.timeline.add("copy", layer, began, perf_counter())
@@ -281,7 +337,7 @@ class ChunkStrategy:
         scores = self._scores(layer, scorer(inputs))
         # Rows that share their chunks (beams) vote together: scores are sums over queries.
         shared = scores.importance.new_zeros(len(before), scores.importance.shape[1])
-        selected = self._best(shared.index_add(0, choice.of_batch, scores.importance.detach()))
+        selected = self._best(shared.index_add(0, choice.of_batch, scores.importance.detach()), self._plan.keep)
         used = torch.unique(choice.of_batch)
         unused = torch.ones(len(before), dtype=torch.bool).index_fill(0, used, False)
         selected[unused] = before[unused]
@@ -309,8 +365,10 @@ class ChunkStrategy:
             stats.bytes_used += len(wanted) * size
             return
         self.loader.accounts.note_used(layer, wanted)
-        whole = len(wanted) - (1 if tail else 0)
-        stats.bytes_used += whole * size + tail * plan.served.token_bytes()
+        whole, single = len(wanted) - (1 if tail else 0), 0
+        if layer in self._tokens:
+            whole, single = len(np.unique(self._selected[layer].numpy())), len(np.unique(self._tokens[layer].numpy()))
+        stats.bytes_used += whole * size + (single + tail) * plan.served.token_bytes()
         stats.chunks_used.append(plan.keep + (1 if tail else 0))
 
 

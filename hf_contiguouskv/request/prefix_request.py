@@ -198,6 +198,10 @@ class PrefixRequest:
             return torch.arange(self.plan.keep).expand(1 if self.rows is None else len(self.rows.representatives), -1)
         return self._strategy.selected_chunks(layer)
 
+    def single_tokens(self, layer: int) -> torch.Tensor | None:
+        """Single tokens beside them, int64 `(distinct rows, n)` on the CPU, ascending; `None`: there are none."""
+        return self._strategy.single_tokens(layer)
+
     # -- choosing again -----------------------------------------------------------------------------------------------
 
     def go_on(self, tokens: NextTokens) -> None:

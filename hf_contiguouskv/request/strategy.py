@@ -106,6 +106,11 @@ class Strategy(Protocol):
         """
         ...
 
+    def single_tokens(self, layer: int) -> torch.Tensor | None:
+        """Single prefix tokens that a full-attention layer uses beside whole chunks, int64 `(distinct rows, n)` on the
+        CPU, ascending; `None`: there are none."""
+        ...
+
     def count(self, layer: int, arrived: Sequence[Arrival]) -> None:
         """Count what `load` returned for `layer`. The request calls this when no layer waits."""
         ...

@@ -6,6 +6,7 @@ from .device_products import device_product
 from .index_parts import CoarseIndex, KeyIndex
 from .indexed_keys import IndexedKeysScorer
 from .integer_products import Scratch, chosen_products
+from .single_tokens import choose_tokens
 
 __all__ = [
     "AttentionMassScorer",
@@ -17,6 +18,7 @@ __all__ = [
     "Scratch",
     "SelectionInput",
     "choose_chunks",
+    "choose_tokens",
     "chosen_products",
     "device_product",
     "voting_queries",

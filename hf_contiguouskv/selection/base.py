@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,6 +35,19 @@ class SelectionInput:
     scaling: float
     softcap: float | None = None
     positions: torch.Tensor | None = None
+
+    def row(self, row: int) -> SelectionInput:
+        """What belongs to one row."""
+        if self.queries.shape[0] == 1:
+            return self
+        some = slice(row, row + 1)
+        return replace(
+            self,
+            queries=self.queries[some],
+            suffix_keys=self.suffix_keys[some],
+            voters=self.voters[some],
+            visible=self.visible[some],
+        )
 
 
 class ChunkScores(NamedTuple):
@@ -85,16 +98,16 @@ def choose_chunks(importance: torch.Tensor, keep: int, keep_first: int, keep_las
     if keep_last:
         costs[:, -keep_last:] = -_LARGEST
     costs[:, :keep_first] = -np.inf
-    chosen = [_cheapest(row, keep) for row in costs]
+    chosen = [cheapest(row, keep) for row in costs]
     return torch.from_numpy(chosen[0][None] if len(chosen) == 1 else np.stack(chosen))
 
 
-def _cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64]:
+def cheapest(costs: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64]:
     """Positions of the `keep` lowest costs, ascending. Ties go to the earlier position; NaN counts as the highest
     cost."""
     limit = np.partition(costs, keep - 1)[keep - 1]
     if np.isnan(limit):
-        return _cheapest(np.where(np.isnan(costs), np.float32(np.inf), costs), keep)
+        return cheapest(np.where(np.isnan(costs), np.float32(np.inf), costs), keep)
     chosen = costs < limit
     chosen[np.flatnonzero(costs == limit)[: keep - np.count_nonzero(chosen)]] = True
     return np.flatnonzero(chosen)

@@ -63,6 +63,13 @@ class KeyIndex(NamedTuple):
         """That of keys `(kv_heads, tokens, head_dim)`."""
         return cls(*build_key_index(keys, chunk_size))
 
+    def of_chunks(self, chunks: torch.Tensor) -> torch.Tensor:
+        """The numbers of some chunks, int64 `(n,)` on their device: int8 `(kv_heads, c, n, head_dim)`, a copy."""
+        if self.numbers.shape[-1] % 8 == 0:
+            # Eight channels at a time: a GPU copies element by element.
+            return self.numbers.view(torch.int64).index_select(2, chunks).view(torch.int8)
+        return self.numbers.index_select(2, chunks)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """See `IndexPart`."""

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..hardware.accelerator import send
 from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
 from .device_products import device_product
-from .index_parts import IndexPart
+from .index_parts import IndexPart, KeyIndex
 from .integer_products import IntegerProduct, Scratch, fastest_product
 
 Floats = npt.NDArray[np.float32]
@@ -52,6 +53,36 @@ class IndexedKeysScorer:
         self._scratch = Scratch() if scratch is None else scratch
         self._expanded = Scratch() if expanded is None else expanded
         self._on_device = parts[0].scale.device.type != "cpu" if on_device is None else on_device
+
+    def of_tokens(self, chunks: npt.NDArray[np.int64]) -> tuple[IndexedKeysScorer, npt.NDArray[np.int64]]:
+        """A scorer of single tokens, as if each were a chunk, and which tokens these are.
+
+        Args:
+            chunks: whose tokens, int64 `(n,)`, ascending. All parts must be in 8 bits.
+
+        Returns:
+            the scorer, and its tokens, int64 `(n * c,)`, in the order of its scores.
+        """
+        parts: list[IndexPart] = []
+        tokens: list[npt.NDArray[np.int64]] = []
+        begin = first = 0
+        for part in self.parts:
+            if not isinstance(part, KeyIndex):
+                raise TypeError(f"single tokens are scored from a key index in 8 bits, not from {type(part).__name__}")
+            c, end = part.numbers.shape[1], begin + part.shape[1]
+            last = int(np.searchsorted(chunks, end))
+            own = chunks[first:last]
+            if len(own):
+                numbers = part.of_chunks(send(torch.from_numpy(own - begin), part.numbers.device))
+                # A copy of the keys lies by position in the chunk, and so do the tokens.
+                parts.append(KeyIndex(numbers.flatten(1, 2)[:, None], part.scale))
+                tokens.append((own * c + np.arange(c)[:, None]).ravel())
+            begin, first = end, last
+        every = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+        scorer = IndexedKeysScorer(
+            parts, len(every), self.concentration, self._scratch, self._expanded, self._on_device
+        )
+        return scorer, every
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
         """Importance and mass per chunk; the mass is its strongest token's share among all chunks' strongest tokens."""

@@ -121,6 +121,31 @@ def _unpack_values(codes: torch.Tensor, numbers: torch.Tensor, g: KVGeometry, ou
     half, scales = g.head_dim // 2, g.head_dim // channels_per_scale(g.head_dim)
     codes = codes.unflatten(1, (g.kv_heads, g.chunk_size, half))
     pairs = numbers.contiguous().view(torch.bfloat16).view(-1, 2, g.kv_heads, g.chunk_size, scales)
+    _values(codes, pairs, out)
+
+
+def unpack_values_of_tokens(
+    extents: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, geometry: KVGeometry, out: torch.Tensor
+) -> None:
+    """The values of single tokens, into `out`: the same numbers as `unpack_values` gives.
+
+    Args:
+        extents: uint8 `(chunks, packed_bytes)`, rows contiguous.
+        rows, places: of each token, int64 `(n,)`: its row of `extents`, and its position in the chunk.
+        geometry: whose they are.
+        out: `(n, kv_heads, head_dim)`, any float dtype, any strides, on the same device.
+    """
+    g = geometry
+    half, scales = g.head_dim // 2, g.head_dim // channels_per_scale(g.head_dim)
+    count = g.kv_heads * g.chunk_size * half
+    codes = extents[:, :count].unflatten(1, (g.kv_heads, g.chunk_size, half))[rows, :, places]
+    octets = extents[:, count:].unflatten(1, (2, g.kv_heads, g.chunk_size, 2 * scales))[rows, :, :, places]
+    _values(codes, octets.view(torch.bfloat16), out)
+
+
+def _values(codes: torch.Tensor, pairs: torch.Tensor, out: torch.Tensor) -> None:
+    """Values from their codes, `(n, ..., head_dim / 2)`, and the lowest values and steps, `(n, 2, ..., scales)`."""
+    half, scales = codes.shape[-1], pairs.shape[-1]
     lowest, step = pairs.to(out.dtype)[..., None].unbind(1)
     out[..., :half].copy_(codes & _LARGEST_CODE)
     out[..., half:].copy_(codes >> 4)

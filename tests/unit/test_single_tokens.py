@@ -1,0 +1,153 @@
+"""Single tokens: choosing the best, scoring them one by one, and placing them as whole chunks are placed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_contiguouskv.loading.placement import put
+from hf_contiguouskv.loading.token_placement import place_token_keys, place_tokens
+from hf_contiguouskv.model.kv_geometry import KVGeometry
+from hf_contiguouskv.selection import CoarseIndex, IndexedKeysScorer, KeyIndex, SelectionInput, choose_tokens
+from hf_contiguouskv.store.attached_prefix import AttachedPrefix, Chunks
+from hf_contiguouskv.store.extents import Form
+from hf_contiguouskv.store.packing import pack_chunks, pack_values
+
+C = 4
+
+
+@given(st.data())
+def test_the_best_outside_of_whole_chunks_are_chosen(data: st.DataObject) -> None:
+    chunks = data.draw(st.integers(1, 12))
+    chosen = sorted(data.draw(st.sets(st.integers(0, chunks - 1), max_size=chunks - 1)))
+    candidates = [t for t in range(chunks * C) if data.draw(st.booleans()) or t // C not in chosen]
+    tokens = data.draw(st.permutations(candidates))
+    importance = [data.draw(st.floats(0, 1, width=32)) for _ in tokens]
+    others = [(score, token) for score, token in zip(importance, tokens, strict=True) if token // C not in chosen]
+    keep = data.draw(st.integers(1, len(others)))
+    found = choose_tokens(torch.tensor(importance), np.array(tokens), C, np.array(chosen, dtype=np.int64), keep)
+    assert found.tolist() == sorted(set(found.tolist()))
+    assert len(found) == keep
+    assert not {token // C for token in found.tolist()} & set(chosen)
+    score = dict(zip(tokens, importance, strict=True))
+    expected = sorted((score for score, _ in others), reverse=True)[:keep]
+    assert sorted((score[token] for token in found.tolist()), reverse=True) == expected
+
+
+def test_numbers_that_are_not_finite_come_last() -> None:
+    importance = torch.tensor([float("nan"), 0.5, 0.25, float("nan")])
+    found = choose_tokens(importance, np.arange(4), C, np.array([7]), 2)
+    assert found.tolist() == [1, 2]
+
+
+def some_keys(tokens: int, seed: int) -> torch.Tensor:
+    return torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_tokens_are_scored_as_chunks_of_one(on_device: bool, softcap: float | None) -> None:
+    """Of two segments, the second one with keys of another size."""
+    segments = [some_keys(20, 1), 3 * some_keys(17, 2)]
+    parts = [KeyIndex.of(keys, C) for keys in segments]
+    scorer = IndexedKeysScorer(parts, 9, 2.0, on_device=on_device)
+    chunks = np.array([0, 3, 4, 5, 8])
+    queries = torch.randn(1, 6, 5, 8, generator=torch.Generator().manual_seed(3))
+    voters = torch.tensor([1, 2, 4])
+    inputs = SelectionInput(
+        queries, torch.zeros(1, 2, 5, 8), [voters], torch.ones(1, 5, dtype=torch.bool), 0.3, softcap
+    )
+    of_tokens, tokens = scorer.of_tokens(chunks)
+    assert sorted(tokens.tolist()) == [token for chunk in chunks for token in range(chunk * C, chunk * C + C)]
+    found = of_tokens(inputs).importance[0]
+    keys = torch.cat(
+        [
+            (part.numbers.float() * part.scale[:, None, None]).transpose(1, 2).flatten(1, 2)[:, : len(kv[0])]
+            for part, kv in zip(parts, segments, strict=True)
+        ],
+        dim=1,
+    )[:, tokens]
+    logits = torch.einsum("hgqd,htd->hgqt", queries[0][:, voters].unflatten(0, (2, 3)), keys) * 0.3
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = logits.softmax(-1).square().sum((0, 1, 2))
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02)
+    assert set(found.topk(5).indices.tolist()) <= set(expected.topk(7).indices.tolist())
+
+
+def test_an_index_in_two_bits_is_refused() -> None:
+    scorer = IndexedKeysScorer([CoarseIndex.of(some_keys(64, 1), 16)], 4, 2.0)
+    with pytest.raises(TypeError, match="8 bits, not from CoarseIndex"):
+        scorer.of_tokens(np.array([0]))
+
+
+@dataclass
+class Part:
+    """Chunks that have arrived."""
+
+    chunks: Chunks
+    octets: torch.Tensor
+
+    def extents(self, take: Chunks | None) -> torch.Tensor:
+        return self.octets if take is None else self.octets[torch.from_numpy(take)]
+
+
+@dataclass
+class Span:
+    """Where a segment lies in a prefix."""
+
+    first_chunk: int
+    chunks: int
+
+
+def prefix_of(form: Form, chunks: int, spans: tuple[Span, ...] = ()) -> AttachedPrefix:
+    g = KVGeometry(num_layers=1, kv_heads=2, head_dim=8, dtype=torch.float32, chunk_size=C)
+    return AttachedPrefix(chunks * C, spans, g, form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["exact", "packed", "compact"])
+def test_tokens_are_placed_as_their_chunks_are(form: Form) -> None:
+    """In two parts, in any order, of which one has a chunk that nothing is taken from."""
+    prefix, chunks = prefix_of(form, 10), np.array([7, 2, 9, 4, 0])
+    kv = torch.randn(5, 2, 2, C, 8, generator=torch.Generator().manual_seed(4))
+    octets = {
+        "exact": kv.flatten(1).view(torch.uint8),
+        "packed": pack_values(kv[:, 1]),
+        "compact": pack_chunks("compact", kv),
+    }[form]
+    whole = torch.zeros(2, 1, 2, 5, C, 8)
+    put(prefix, octets, np.array([3, 1, 4, 2, 0]), whole)  # (Scattered, so in the order of the text.)
+    tokens = np.array([0, 3, 9, 10, 18, 29, 30, 31])
+    found = torch.zeros(2, 2, len(tokens), 8)
+    for some in ([0, 1, 4], [2, 3]):
+        place_tokens(prefix, Part(chunks[some], octets[some]), tokens, found)  # type: ignore[arg-type]
+    order = {0: 0, 2: 1, 4: 2, 7: 3, 9: 4}
+    for place, token in enumerate(tokens.tolist()):
+        assert torch.equal(found[:, :, place], whole[:, 0, :, order[token // C], token % C])
+    assert bool(found[0].any()) == (form != "packed")
+
+
+def test_tokens_of_other_chunks_are_left_alone() -> None:
+    prefix = prefix_of("packed", 10)
+    octets = pack_values(torch.randn(1, 2, C, 8))
+    found = torch.full((2, 2, 2, 8), 7.0)
+    place_tokens(prefix, Part(np.array([5]), octets), np.array([3, 39]), found)  # type: ignore[arg-type]
+    assert bool((found == 7.0).all())
+
+
+@pytest.mark.parametrize("head_dim", [8, 6])
+def test_keys_come_from_the_index_of_their_segment(head_dim: int) -> None:
+    keys = torch.randn(2, 37, head_dim, generator=torch.Generator().manual_seed(5))
+    parts = [KeyIndex.of(keys[:, :20], C), KeyIndex.of(5 * keys[:, 20:], C)]
+    prefix = prefix_of("packed", 9, (Span(0, 5), Span(5, 5)))
+    tokens = np.array([0, 1, 7, 19, 20, 22, 35])
+    found = torch.empty(2, len(tokens), head_dim)
+    place_token_keys(prefix, parts, tokens, found)
+    for place, token in enumerate(tokens.tolist()):
+        part, own = (parts[0], token) if token < 20 else (parts[1], token - 20)
+        assert torch.equal(found[:, place], part.numbers[:, own % C, own // C] * part.scale)
