@@ -142,8 +142,16 @@ class Simulation:
                 pieces = (
                     places[:, None] * (CHUNK // v.single_tokens) + torch.arange(CHUNK // v.single_tokens)
                 ).flatten()
-                found = self._of_pieces(layer, heads, pieces, few)(inputs).importance
-                found = found.masked_fill(own[pieces * v.single_tokens], -1.0)
+                if v.beside_chunks:
+                    scorer = self._scorer(layer, CHUNK, heads)
+                    scorer(inputs)
+                    of_tokens, order = scorer.of_tokens(inputs, 0, places.numpy())
+                    found = torch.empty(1, len(order)).scatter_(
+                        1, torch.from_numpy(order).argsort().argsort()[None], of_tokens[None]
+                    )
+                else:
+                    found = self._of_pieces(layer, heads, pieces, few)(inputs).importance
+                found = found.masked_fill(own[pieces * v.single_tokens], float("-inf"))
                 # (Both ends are kept once.)
                 ends = 0 if chunks else v.ends * CHUNK // v.single_tokens
                 _see(own, pieces[choose_chunks(found, count, ends, ends)[0]], v.single_tokens)

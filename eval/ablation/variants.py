@@ -24,6 +24,7 @@ class Variant:
         single_power: `power` of small pieces.
         single_voters: `voters` for small pieces.
         least_chunks: at least so many chunks are kept whole, whatever `singles` says.
+        beside_chunks: single tokens are scored beside chunks, as the library does it, instead of among themselves.
         nominees: small pieces come from the best chunks, this many times as many as the share keeps; 0: from all.
         per_head: whether each KV head keeps chunks of its own.
         hot: part of the share that is spent on tokens to which the prefix's own last tokens attend most, of each KV
@@ -55,6 +56,7 @@ class Variant:
     single_power: float = 2.0
     single_voters: int | None = 16
     least_chunks: int = 0
+    beside_chunks: bool = False
     nominees: float = 0.0
     per_head: bool = False
     hot: float = 0.0
@@ -191,6 +193,16 @@ SETS: dict[str, list[Variant]] = {
         for least in leasts
         for more, nominees in (("", 0.0), (", twice as many nominees", 2.0))
         for changes in ({"singles": 1.0 if share == 0.25 else 0.75, "least_chunks": least, "nominees": nominees},)
+    ],
+    "beside chunks": [
+        at(
+            _of_packed(
+                f"three quarters on single tokens, {name}", singles=0.75, least_chunks=8, nominees=2.0, **changes
+            ),
+            share,
+        )
+        for share in (0.05, 0.10, 0.25)
+        for name, changes in (("among themselves", {}), ("beside chunks", {"beside_chunks": True}))
     ],
     "piece rule": [
         at(_of_packed(name, singles=0.75, **changes), 0.10)

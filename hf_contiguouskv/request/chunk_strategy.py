@@ -140,7 +140,10 @@ class ChunkStrategy:
             assert isinstance(scorer, IndexedKeysScorer)
             tokens = self._best_tokens(scorer, inputs, layer, scores.importance, selected)
             self._tokens.update(dict.fromkeys(members, tokens))
-            wanted = np.union1d(wanted, tokens.numpy() // plan.prefix.geometry.chunk_size)
+            used = np.zeros(plan.prefix.whole_chunks, dtype=bool)
+            used[wanted] = True
+            used[tokens.numpy() // plan.prefix.geometry.chunk_size] = True
+            wanted = np.flatnonzero(used)
         mass = scores.mass.detach().numpy().sum(0)
         self._context.timeline.add("identify", layer, began, perf_counter())
         if plan.prefix.tail_tokens:
@@ -171,11 +174,9 @@ class ChunkStrategy:
         found = []
         for row, chosen in enumerate(selected.numpy()):
             nominees = self._best(importance[row : row + 1], plan.nominees)[0].numpy()
-            of_tokens, tokens = scorer.of_tokens(nominees)
-            scores = self._on_host(layer, of_tokens(inputs.row(row)))
-            found.append(
-                choose_tokens(scores.importance[0], tokens, plan.prefix.geometry.chunk_size, chosen, plan.single_tokens)
-            )
+            of_tokens, tokens = scorer.of_tokens(inputs, row, nominees)
+            of_tokens = self._on_host(layer, ChunkScores(of_tokens, of_tokens)).importance
+            found.append(choose_tokens(of_tokens, tokens, plan.prefix.geometry.chunk_size, chosen, plan.single_tokens))
         return torch.from_numpy(np.stack(found))
 
     def _want(self, members: list[int], selected: torch.Tensor, wanted: Chunks, mass: npt.NDArray[np.float32]) -> None:
@@ -367,7 +368,7 @@ class ChunkStrategy:
         self.loader.accounts.note_used(layer, wanted)
         whole, single = len(wanted) - (1 if tail else 0), 0
         if layer in self._tokens:
-            whole, single = len(np.unique(self._selected[layer].numpy())), len(np.unique(self._tokens[layer].numpy()))
+            whole, single = _distinct(self._selected[layer]), _distinct(self._tokens[layer])
         stats.bytes_used += whole * size + (single + tail) * plan.served.token_bytes()
         stats.chunks_used.append(plan.keep + (1 if tail else 0))
 
@@ -376,6 +377,11 @@ def _missing(before: torch.Tensor, after: torch.Tensor) -> Chunks:
     """The chunks of `after` that a row does not have, ascending; both are int64 `(rows, keep)`."""
     pairs = zip(before.numpy(), after.numpy(), strict=True)
     return np.unique(np.concatenate([Exchange.between(*pair).missing for pair in pairs]))
+
+
+def _distinct(chosen: torch.Tensor) -> int:
+    """How many different numbers there are in int64 `(rows, n)`, of which each row has none twice."""
+    return chosen.shape[1] if len(chosen) == 1 else len(torch.unique(chosen))
 
 
 def _chunks_of(arrived: Sequence[Arrival]) -> Chunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,19 +35,6 @@ class SelectionInput:
     scaling: float
     softcap: float | None = None
     positions: torch.Tensor | None = None
-
-    def row(self, row: int) -> SelectionInput:
-        """What belongs to one row."""
-        if self.queries.shape[0] == 1:
-            return self
-        some = slice(row, row + 1)
-        return replace(
-            self,
-            queries=self.queries[some],
-            suffix_keys=self.suffix_keys[some],
-            voters=self.voters[some],
-            visible=self.visible[some],
-        )
 
 
 class ChunkScores(NamedTuple):

@@ -8,6 +8,7 @@ maximum is taken over whole rows, not over 16 neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,21 @@ from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
 from .device_products import device_product
 from .index_parts import IndexPart, KeyIndex
-from .integer_products import IntegerProduct, Scratch, fastest_product
+from .integer_products import SCRATCH_BYTES, IntegerProduct, Scratch, fastest_product
 
 Floats = npt.NDArray[np.float32]
+
+
+class Rounded(NamedTuple):
+    """Queries in 8 bits, for one part of the index.
+
+    Attributes:
+        numbers: int8 `(kv_heads, n, head_dim)`.
+        factor: float32 `(kv_heads, n, 1)`; a logit is the product of a key's and a query's numbers times this.
+    """
+
+    numbers: torch.Tensor
+    factor: torch.Tensor
 
 
 class IndexedKeysScorer:
@@ -52,37 +65,53 @@ class IndexedKeysScorer:
         self.concentration = concentration
         self._scratch = Scratch() if scratch is None else scratch
         self._expanded = Scratch() if expanded is None else expanded
+        # Of the last call, per row: on a CPU the logarithm of the sum of exponentials, `(kv_heads, n)`, on a device the
+        # logits, `(kv_heads, n, chunks)`; and the queries for each part.
+        self._last: dict[int, tuple[torch.Tensor, list[Rounded]]] = {}
         self._on_device = parts[0].scale.device.type != "cpu" if on_device is None else on_device
 
-    def of_tokens(self, chunks: npt.NDArray[np.int64]) -> tuple[IndexedKeysScorer, npt.NDArray[np.int64]]:
-        """A scorer of single tokens, as if each were a chunk, and which tokens these are.
+    def of_tokens(
+        self, inputs: SelectionInput, row: int, chunks: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+        """How important single tokens of some chunks are: the largest share of any head and query.
+
+        A token's share is what its chunk would have, if the chunk had no stronger token. (Sums over heads and queries,
+        as of chunks, choose as well, and take longer.)
 
         Args:
-            chunks: whose tokens, int64 `(n,)`, ascending. All parts must be in 8 bits.
+            inputs: of the last call.
+            row: which of its rows.
+            chunks: int64 `(n,)`, ascending. All parts must be in 8 bits.
 
         Returns:
-            the scorer, and its tokens, int64 `(n * c,)`, in the order of its scores.
+            logarithms of shares, float32 `(n * c,)`, and the tokens' positions in the prefix, int64 `(n * c,)`, in the
+            same order.
         """
-        parts: list[IndexPart] = []
+        totals, queries = self._last[row]
+        if self._on_device:
+            totals = totals.logsumexp(-1)
+        found: list[torch.Tensor] = []
         tokens: list[npt.NDArray[np.int64]] = []
         begin = first = 0
-        for part in self.parts:
+        for part, of_part in zip(self.parts, queries, strict=True):
             if not isinstance(part, KeyIndex):
                 raise TypeError(f"single tokens are scored from a key index in 8 bits, not from {type(part).__name__}")
-            c, end = part.numbers.shape[1], begin + part.shape[1]
+            end = begin + part.shape[1]
             last = int(np.searchsorted(chunks, end))
-            own = chunks[first:last]
-            if len(own):
-                numbers = part.of_chunks(send(torch.from_numpy(own - begin), part.numbers.device))
-                # A copy of the keys lies by position in the chunk, and so do the tokens.
-                parts.append(KeyIndex(numbers.flatten(1, 2)[:, None], part.scale))
+            if last > first:
+                own = chunks[first:last]
+                # They lie by position in the chunk.
+                numbers = part.of_chunks(send(torch.from_numpy(own - begin), part.numbers.device)).flatten(1, 2)
+                if self._on_device:
+                    found.append(_tokens_on_device(of_part, numbers, totals, inputs.softcap))
+                else:
+                    found.append(_tokens_on_cpu(of_part, numbers, totals, inputs.softcap, self._scratch))
+                c = part.numbers.shape[1]
                 tokens.append((own * c + np.arange(c)[:, None]).ravel())
             begin, first = end, last
-        every = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
-        scorer = IndexedKeysScorer(
-            parts, len(every), self.concentration, self._scratch, self._expanded, self._on_device
-        )
-        return scorer, every
+        if len(found) == 1:
+            return found[0], tokens[0]
+        return torch.cat(found), np.concatenate(tokens)
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
         """Importance and mass per chunk; the mass is its strongest token's share among all chunks' strongest tokens."""
@@ -98,17 +127,20 @@ class IndexedKeysScorer:
         queries = voting.numpy().reshape(kv_heads, -1, head_dim)
         chunks = sum(part.shape[1] for part in self.parts)
         peaks = np.empty((chunks, kv_heads, queries.shape[1]), dtype=np.float32)
-        begin = 0
+        begin, rounded = 0, []
         for part in self.parts:
             end = begin + part.shape[1]
-            peaks_on_cpu(queries, part, inputs.scaling, self._scratch, self._expanded, peaks[begin:end])
+            rounded.append(peaks_on_cpu(queries, part, inputs.scaling, self._scratch, self._expanded, peaks[begin:end]))
             begin = end
         best = peaks[: self.whole_chunks].reshape(self.whole_chunks, -1)
         if inputs.softcap is not None:
             best = squash(torch.from_numpy(best), inputs.softcap).numpy()
-        best -= best.max(axis=0)
+        largest = best.max(axis=0)
+        best -= largest
         unnormalised = np.exp(best, out=best)
-        per_share = 1.0 / unnormalised.sum(axis=0, dtype=np.float32)
+        total = unnormalised.sum(axis=0, dtype=np.float32)
+        self._last[row] = torch.from_numpy(largest + np.log(total)).view(kv_heads, -1), rounded
+        per_share = 1.0 / total
         # Not numpy's product: for a large matrix its threads compete with torch's.
         mass = torch.mv(
             torch.from_numpy(unnormalised), torch.from_numpy(per_share / np.float32(inputs.queries.shape[1]))
@@ -122,9 +154,11 @@ class IndexedKeysScorer:
     def _row_on_device(self, inputs: SelectionInput, row: int) -> ChunkScores:
         kv_heads, _, head_dim = self.parts[0].shape
         queries = inputs.queries[row][:, inputs.voters[row]].detach().float().reshape(kv_heads, -1, head_dim)
-        peaks = [peaks_on_device(queries, part, inputs.scaling) for part in self.parts]
+        peaks, rounded = zip(*(peaks_on_device(queries, part, inputs.scaling) for part in self.parts), strict=True)
         best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
-        share = torch.softmax(squash(best[..., : self.whole_chunks], inputs.softcap), dim=-1).flatten(0, 1)
+        logits = squash(best[..., : self.whole_chunks], inputs.softcap)
+        self._last[row] = logits, list(rounded)
+        share = torch.softmax(logits, dim=-1).flatten(0, 1)
         mass = share.sum(0) / inputs.queries.shape[1]
         if self.concentration == 1.0:
             return ChunkScores(mass, mass)
@@ -148,7 +182,7 @@ def peaks_on_cpu(
     expanded: Scratch,
     out: Floats,
     product: IntegerProduct | None = None,
-) -> None:
+) -> Rounded:
     """The largest `q . k` in each chunk, by an integer product.
 
     Args:
@@ -159,6 +193,9 @@ def peaks_on_cpu(
         expanded: memory for an index that is expanded.
         out: float32 `(chunks, kv_heads, n)`, is filled.
         product: how to multiply keys and queries; `None` for the fastest way. All give the same numbers.
+
+    Returns:
+        the queries as they were multiplied.
     """
     kv_heads, _, head_dim = part.shape
     rows = queries.shape[1]
@@ -177,9 +214,30 @@ def peaks_on_cpu(
     np.multiply(
         part.scored(best, 1).numpy().transpose(1, 0, 2), peak[:, :, 0], out=out, dtype=np.float32, casting="unsafe"
     )
+    return Rounded(rounded, torch.from_numpy(peak))
 
 
-def peaks_on_device(queries: torch.Tensor, part: IndexPart, scaling: float) -> torch.Tensor:
+def _tokens_on_cpu(
+    queries: Rounded, numbers: torch.Tensor, totals: torch.Tensor, softcap: float | None, scratch: Scratch
+) -> torch.Tensor:
+    """Shares of the tokens of an index, int8 `(kv_heads, tokens, head_dim)`: float32 `(tokens,)`."""
+    kv_heads, count, head_dim = numbers.shape
+    rows = queries.numbers.shape[1]
+    product = fastest_product(head_dim, rows)
+    factor, subtrahend = queries.factor.mT, totals.neg()[:, None]
+    found = []
+    step = max(1, SCRATCH_BYTES // (8 * kv_heads * rows))
+    for begin in range(0, count, step):
+        logits = product.products(numbers[:, begin : begin + step], queries.numbers, scratch)
+        if softcap is None:
+            torch.addcmul(subtrahend, logits, factor, out=logits)
+        else:
+            logits = squash(logits.mul_(factor), softcap).add_(subtrahend)
+        found.append(logits.amax(2).amax(0))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def peaks_on_device(queries: torch.Tensor, part: IndexPart, scaling: float) -> tuple[torch.Tensor, Rounded]:
     """The largest `q . k` in each chunk, by an integer product: same operations and numbers as `peaks_on_cpu`.
 
     Args:
@@ -188,7 +246,7 @@ def peaks_on_device(queries: torch.Tensor, part: IndexPart, scaling: float) -> t
         scaling: factor on every product.
 
     Returns:
-        float32 `(kv_heads, n, chunks)`.
+        float32 `(kv_heads, n, chunks)`, and the queries as they were multiplied.
     """
     ((_, index),) = part.pieces(None)
     scaled = queries * part.scale[:, None]
@@ -196,4 +254,13 @@ def peaks_on_device(queries: torch.Tensor, part: IndexPart, scaling: float) -> t
     # (Not `127.0 / peak`, which torch computes as a product with a reciprocal.)
     rounded = scaled.mul_(torch.full_like(peak, 127.0).div_(peak)).round_().to(torch.int8)
     best = device_product(index.device, index.shape[-1]).maxima(index, rounded)
-    return part.scored(best, 2).float().mul_(peak.mul_(float(np.float32(scaling / 127.0))))
+    peak.mul_(float(np.float32(scaling / 127.0)))
+    return part.scored(best, 2).float().mul_(peak), Rounded(rounded, peak)
+
+
+def _tokens_on_device(
+    queries: Rounded, numbers: torch.Tensor, totals: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """As `_tokens_on_cpu`. A product with chunks of one token is that of every token."""
+    products = device_product(numbers.device, numbers.shape[-1]).maxima(numbers[:, None], queries.numbers)
+    return squash(products.float().mul_(queries.factor), softcap).sub(totals[..., None]).amax((0, 1))

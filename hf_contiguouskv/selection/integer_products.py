@@ -70,6 +70,19 @@ class IntegerProduct(Protocol):
         """
         ...
 
+    def products(self, keys: torch.Tensor, queries: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """Every product.
+
+        Args:
+            keys: int8 `(kv_heads, tokens, head_dim)`, tokens contiguous, values from -127 to 127.
+            queries: int8 `(kv_heads, n, head_dim)`, contiguous, values from -127 to 127.
+            scratch: memory for the products.
+
+        Returns:
+            float32 `(kv_heads, tokens, n)`, contiguous, in `scratch`: may be overwritten.
+        """
+        ...
+
 
 class Int8Product:
     """`torch._int_mm`: the fastest method if the processor has instructions for it."""
@@ -94,6 +107,14 @@ class Int8Product:
                     torch.amax(block, 0, out=place)
                 else:
                     torch.maximum(place, torch.amax(block, 0, out=more), out=place)
+
+    def products(self, keys: torch.Tensor, queries: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """Read the keys in place."""
+        integers, floats = scratch.of(2, *keys.shape[:2], queries.shape[1], dtype=self.dtype)
+        for some, query, place in zip(keys.unbind(0), queries.mT.unbind(0), integers.unbind(0), strict=True):
+            torch._int_mm(some, query, out=place)
+        logits: torch.Tensor = floats.view(torch.float32).copy_(integers)
+        return logits
 
 
 class FloatProduct:
@@ -128,6 +149,16 @@ class FloatProduct:
                 products = memory[size : size + c * len(best) * rows].view(-1, rows)
                 torch.mm(converted.view(-1, head_dim), query, out=products)
                 torch.amax(products.view(c, -1, rows), 0, out=best)
+
+    def products(self, keys: torch.Tensor, queries: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """Convert the keys first."""
+        shape = *keys.shape[:2], queries.shape[1]
+        memory = scratch.of(keys.numel() + math.prod(shape), dtype=self.dtype)
+        converted = memory[: keys.numel()].view(keys.shape).copy_(keys)
+        products = memory[keys.numel() :].view(shape)
+        for some, query, place in zip(converted, queries.to(self.dtype).mT, products, strict=True):
+            torch.mm(some, query, out=place)
+        return products.float()
 
 
 INT8, FLOAT32, FLOAT64 = Int8Product(), FloatProduct(torch.float32), FloatProduct(torch.float64)

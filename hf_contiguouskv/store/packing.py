@@ -138,9 +138,15 @@ def unpack_values_of_tokens(
     g = geometry
     half, scales = g.head_dim // 2, g.head_dim // channels_per_scale(g.head_dim)
     count = g.kv_heads * g.chunk_size * half
-    codes = extents[:, :count].unflatten(1, (g.kv_heads, g.chunk_size, half))[rows, :, places]
+    # Eight bytes at a time, where there are so many: they are copied one by one.
+    wide = (
+        torch.int64
+        if half % 8 == 0 and extents.stride(0) % 8 == 0 and extents.storage_offset() % 8 == 0
+        else torch.uint8
+    )
+    codes = extents[:, :count].view(wide).unflatten(1, (g.kv_heads, g.chunk_size, -1))[rows, :, places]
     octets = extents[:, count:].unflatten(1, (2, g.kv_heads, g.chunk_size, 2 * scales))[rows, :, :, places]
-    _values(codes, octets.view(torch.bfloat16), out)
+    _values(codes.view(torch.uint8), octets.view(torch.bfloat16), out)
 
 
 def _values(codes: torch.Tensor, pairs: torch.Tensor, out: torch.Tensor) -> None:

@@ -203,14 +203,14 @@ def test_the_best_tokens_of_the_best_chunks_are_chosen(tiny_model, store_path):
     logits = torch.einsum("hqd,htd->hqt", queries, keys.repeat_interleave(len(queries) // len(keys), 0))
     logits = logits * queries.shape[-1] ** -0.5
 
-    def importance(of: torch.Tensor) -> list[float]:
-        return of.softmax(-1).square().sum((0, 1)).tolist()
+    strongest = logits.unflatten(-1, (20, 16)).amax(-1)
+    totals = strongest.logsumexp(-1, keepdim=True)
 
-    by_chunk = importance(logits.unflatten(-1, (20, 16)).amax(-1))
+    by_chunk = (strongest - totals).exp().square().sum((0, 1)).tolist()
     ranked = sorted(range(20), key=lambda chunk: -by_chunk[chunk])
     assert chunks == sorted(ranked[:4])
     nominees = [token for chunk in ranked[:16] for token in range(16 * chunk, 16 * chunk + 16)]
-    score = dict(zip(nominees, importance(logits[..., nominees]), strict=True))
+    score = dict(zip(nominees, (logits - totals)[..., nominees].amax((0, 1)).tolist(), strict=True))
     others = [token for token in nominees if token // 16 not in chunks]
     best = sorted(others, key=lambda token: -score[token])
     # (Queries are rounded to 8 bits for the product, so what is nearly alike may change places.)
