@@ -194,6 +194,8 @@ SETS: dict[str, list[Variant]] = {
         for more, nominees in (("", 0.0), (", twice as many nominees", 2.0))
         for changes in ({"singles": 1.0 if share == 0.25 else 0.75, "least_chunks": least, "nominees": nominees},)
     ],
+    # Beside more chunks, which take as long to choose and attend to.
+    "more chunks": [at(_of_packed("chunks alone"), share) for share in (0.25, 0.40, 0.60)],
     "beside chunks": [
         at(
             _of_packed(
