@@ -68,9 +68,9 @@ class IndexedKeys(Selection):
         single_tokens: part of the budget, from 0 to 1, that is spent on single tokens of other chunks, each chosen by
             its own score. Whole chunks find an answer whose tokens stand side by side; single tokens find what counts
             one by one, as the labels of many examples do. Eight chunks are kept whole before single tokens get any of
-            the budget. Attention sees as many tokens as without. Needs
-            `payload="packed"` and prefixes with an index in 8 bits; where there is none of these, and with
-            `reselect_every`, chunks alone are chosen.
+            the budget. Attention sees as many tokens as without. Needs `payload="packed"`; of prefixes with an index in
+            2 bits chunks alone are chosen. It costs time (docs/research.md, section 12), which `budget="auto"` does not
+            know.
 
     Raises:
         ConfigError: a field is out of its range.
@@ -208,6 +208,11 @@ class ContiguousKVConfig:
                 f"payload='packed' takes keys from the key index, which {type(self.selection).__name__} does not read: "
                 "pass payload='exact' with it, or selection=IndexedKeys(...)"
             )
+        if isinstance(self.selection, IndexedKeys) and self.selection.single_tokens:
+            if self.payload == "exact":
+                raise ConfigError("single_tokens needs payload='packed': chunks that are exact are used as a whole")
+            if self.reselect_every is not None:
+                raise ConfigError("single_tokens and reselect_every do not go together: only chunks are chosen again")
         if not isinstance(self.reading, ReadOptions):
             raise ConfigError(f"reading must be ReadOptions(...), got {self.reading!r}")
         _require_integer(self, "prefill_block", self.chunk_size, 2**20)

@@ -70,6 +70,9 @@ _REMOTE = (
     ("published_by_others", "contiguouskv_remote_published_by_others", "Segments that another machine had sent."),
     ("withheld", "contiguouskv_remote_withheld", "Segments that were not sent: deleted for all machines before."),
     ("send_failures", "contiguouskv_remote_send_failures", "Segments that could not be sent."),
+    ("gets", "contiguouskv_remote_gets", "Requests to object storage that read."),
+    ("lists", "contiguouskv_remote_lists", "Requests to object storage that list."),
+    ("puts", "contiguouskv_remote_puts", "Requests to object storage that write."),
 )
 _TIERS = (("disk_bytes", "disk"), ("host_bytes", "host"), ("device_bytes", "device"))
 

@@ -20,7 +20,8 @@ class RequestStats:
         tokens_from_store: prefix tokens that were found in the store.
         tokens_prefilled: prefix tokens that the model had to compute.
         chunks_total: chunks of the prefix (a partial last chunk counts as one).
-        chunks_used: chunks that attention uses, per full-attention layer (the largest row of a batch).
+        chunks_used: chunks that attention uses, per full-attention layer and row; 16 (`chunk_size`) single tokens count
+            as one.
         bytes_read: bytes of this prefix that came from storage, page rounding included.
         bytes_used: bytes of the prefix's K and V that attention uses; of a packed prefix, bytes of its packed values.
         bytes_identified: bytes of keys (or of their index) read from storage to choose chunks; part of `bytes_read`.
@@ -88,6 +89,9 @@ REMOTE_COUNTS = (
     "published_by_others",
     "withheld",
     "send_failures",
+    "gets",
+    "lists",
+    "puts",
 )
 
 
@@ -123,7 +127,8 @@ class StoreStats:
             more), `asked_us` (microseconds that look-ups took), `failures` (those that were not answered); `reads`,
             `bytes_read` and `read_us` (over the network); `missing` and `damaged` (segments that were gone, or wrong);
             `published`, `published_by_others` (another machine was faster), `withheld` (deleted for all machines after
-            this one computed it) and `send_failures`. Empty for a folder.
+            this one computed it) and `send_failures`; `gets`, `lists` and `puts` (requests that object storage charges
+            for). Empty for a folder.
     """
 
     segments: int = 0

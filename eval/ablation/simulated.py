@@ -136,25 +136,21 @@ class Simulation:
                 _see(own, choose_chunks(importance, chunks * CHUNK // size, ends, ends)[0], size)
             if singles:
                 # Chunks first: small pieces are then chosen among the others.
-                count, inputs = singles * CHUNK // v.single_tokens, replace(inputs, voters=[few_voters])
+                count, inputs = singles * CHUNK // v.piece_tokens, replace(inputs, voters=[few_voters])
                 nominees = min(whole, max(keep, round(keep * v.nominees))) if v.nominees else whole
                 places = choose_chunks(importance, nominees, v.ends, v.ends)[0]
-                pieces = (
-                    places[:, None] * (CHUNK // v.single_tokens) + torch.arange(CHUNK // v.single_tokens)
-                ).flatten()
+                pieces = (places[:, None] * (CHUNK // v.piece_tokens) + torch.arange(CHUNK // v.piece_tokens)).flatten()
                 if v.beside_chunks:
                     scorer = self._scorer(layer, CHUNK, heads)
                     scorer(inputs)
-                    of_tokens, order = scorer.of_tokens(inputs, 0, places.numpy())
-                    found = torch.empty(1, len(order)).scatter_(
-                        1, torch.from_numpy(order).argsort().argsort()[None], of_tokens[None]
-                    )
+                    of_tokens, order = scorer.of_tokens(0, places.numpy())
+                    found = of_tokens[torch.from_numpy(order.argsort())][None]
                 else:
                     found = self._of_pieces(layer, heads, pieces, few)(inputs).importance
-                found = found.masked_fill(own[pieces * v.single_tokens], float("-inf"))
+                found = found.masked_fill(own[pieces * v.piece_tokens], float("-inf"))
                 # (Both ends are kept once.)
-                ends = 0 if chunks else v.ends * CHUNK // v.single_tokens
-                _see(own, pieces[choose_chunks(found, count, ends, ends)[0]], v.single_tokens)
+                ends = 0 if chunks else v.ends * CHUNK // v.piece_tokens
+                _see(own, pieces[choose_chunks(found, count, ends, ends)[0]], v.piece_tokens)
         return seen
 
     def _importance(self, layer: int, size: int, heads: slice, inputs: SelectionInput, count: int) -> torch.Tensor:
@@ -173,7 +169,7 @@ class Simulation:
         return torch.full_like(found, -1.0).scatter_(1, nominees[None], exact[:, nominees])
 
     def _of_pieces(self, layer: int, heads: slice, pieces: torch.Tensor, v: Variant) -> IndexedKeysScorer:
-        """Scores only these pieces of `v.single_tokens` tokens, int64 `(n,)`, from the same index as whole chunks."""
+        """Scores only these pieces of `v.piece_tokens` tokens, int64 `(n,)`, from the same index as whole chunks."""
         known = ("pieces", v.index_coarse, layer, heads.start, heads.stop)
         if known not in self._scorers:
             part = (CoarseIndex if v.index_coarse else KeyIndex).of(self._kv[layer][0][heads], CHUNK)
@@ -181,8 +177,8 @@ class Simulation:
             # `(kv_heads, tokens, head_dim)`, in the order of the text.
             self._scorers[known] = part.scored(numbers, 2).transpose(1, 2).flatten(1, 2), part.scale
         numbers, scale = self._scorers[known]
-        tokens = (pieces[:, None] * v.single_tokens + torch.arange(v.single_tokens)).flatten()
-        some = numbers[:, tokens].unflatten(1, (-1, v.single_tokens)).transpose(1, 2).contiguous()
+        tokens = (pieces[:, None] * v.piece_tokens + torch.arange(v.piece_tokens)).flatten()
+        some = numbers[:, tokens].unflatten(1, (-1, v.piece_tokens)).transpose(1, 2).contiguous()
         return IndexedKeysScorer([KeyIndex(some, scale)], len(pieces), v.power)
 
     def _hot(self, layer: int, count: int, scaling: float) -> torch.Tensor:
@@ -199,7 +195,7 @@ class Simulation:
 
     def _scorer(self, layer: int, size: int, heads: slice) -> Any:
         v = self._variant
-        index = (v.index_bits, v.index_spread, v.index_coarse, v.key_group)
+        index = (v.index_bits, v.index_spread, v.index_coarse, v.key_group, v.beside_chunks)
         known = (v.rule, v.power, *index, layer, size, heads.start, heads.stop)
         if known not in self._scorers:
             keys = self._kv[layer][0][heads]
@@ -215,7 +211,9 @@ class Simulation:
                 self._scorers[known] = SummaryScorer(keys, size, v.power, "every")
             else:
                 parts = [(CoarseIndex if v.index_coarse else KeyIndex).of(keys, size)]
-                self._scorers[known] = IndexedKeysScorer(parts, self._tokens // size, v.power)
+                self._scorers[known] = IndexedKeysScorer(
+                    parts, self._tokens // size, v.power, keeps_queries=v.beside_chunks
+                )
         return self._scorers[known]
 
     def _stored(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,11 +20,12 @@ class Variant:
         period: number of layers that share the selection of the first of them.
         unit: `"chunk"`, or `"token"`: single tokens are scored and kept, as many as the chunks would have.
         singles: part of the share that is spent on small pieces, scored by themselves; chunks get the rest.
-        single_tokens: tokens of a small piece: 1, 2, 4 or 8, neighbours in one chunk.
+        piece_tokens: tokens of a small piece: 1, 2, 4 or 8, neighbours in one chunk.
         single_power: `power` of small pieces.
         single_voters: `voters` for small pieces.
         least_chunks: at least so many chunks are kept whole, whatever `singles` says.
-        beside_chunks: single tokens are scored beside chunks, as the library does it, instead of among themselves.
+        beside_chunks: pieces of one token are scored beside chunks, by their largest share, as the library does it;
+            otherwise among themselves, as chunks are.
         nominees: small pieces come from the best chunks, this many times as many as the share keeps; 0: from all.
         per_head: whether each KV head keeps chunks of its own.
         hot: part of the share that is spent on tokens to which the prefix's own last tokens attend most, of each KV
@@ -52,7 +53,7 @@ class Variant:
     period: int = 1
     unit: str = "chunk"
     singles: float = 0.0
-    single_tokens: int = 1
+    piece_tokens: int = 1
     single_power: float = 2.0
     single_voters: int | None = 16
     least_chunks: int = 0
@@ -180,9 +181,9 @@ SETS: dict[str, list[Variant]] = {
             ("ours", {}),
             ("half on single tokens", {"singles": 0.5}),
             ("three quarters on single tokens", {"singles": 0.75}),
-            ("three quarters on pairs", {"singles": 0.75, "single_tokens": 2}),
-            ("three quarters on fours", {"singles": 0.75, "single_tokens": 4}),
-            ("all on fours", {"singles": 1.0, "single_tokens": 4}),
+            ("three quarters on pairs", {"singles": 0.75, "piece_tokens": 2}),
+            ("three quarters on fours", {"singles": 0.75, "piece_tokens": 4}),
+            ("all on fours", {"singles": 1.0, "piece_tokens": 4}),
             ("three quarters on tokens of twice as many chunks", {"singles": 0.75, "nominees": 2.0}),
             ("three quarters on tokens of three times as many chunks", {"singles": 0.75, "nominees": 3.0}),
         )

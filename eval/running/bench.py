@@ -10,6 +10,7 @@ from typing import Any
 
 from ..random_models import random_states
 from ..systems import InMemory, Setting, System
+from ..systems.layer_system import LayerSystem
 from ..tasks import Request
 from .readings import WholeCaches, has_windows
 
@@ -32,6 +33,12 @@ class Bench:
         states = None if request.computed else random_states(self._model, len(request.prefix_ids))
         for system in self.systems.values():
             system.store(request.prefix_ids, states)
+
+    def keep_shares(self, request: Request) -> None:
+        """Have in memory what systems keep there of the prefix of a request by rule, as far as there is room."""
+        for system in self.systems.values():
+            if isinstance(system, LayerSystem):
+                system.keep_shares(request.prefix_ids, must=False)
 
 
 @contextmanager

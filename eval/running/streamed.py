@@ -63,6 +63,7 @@ class StreamRun:
         ):
             for request in self._requests:
                 bench.store(request)
+                bench.keep_shares(request)
                 judge = known.judge(request)
                 for case in process.chance.sample(self._cases, len(self._cases)):
                     bar.set_description(f"{self._name} {request.number} {case.label}")
@@ -80,6 +81,7 @@ class StreamRun:
         with bench_in(process.work, process.model, settings, **process.store_options) as bench:
             with process.forecast.seen("stream store", tokens):
                 bench.store(request)
+            bench.keep_shares(request)
             for case in self._cases:
                 process.measured(bench.systems[case.setting], request, case, None)
                 with process.forecast.seen(case, tokens):

@@ -81,22 +81,31 @@ class FlexGen(LayerSystem):
     def parts(self, tokens: int, align: int) -> tuple[int, ...]:
         return tuple(own for _, own in self._cut(tokens, align)) or (tokens,)
 
-    def keep_shares(self, prefix_ids: torch.Tensor) -> None:
-        """Read the shares of a prefix.
+    def keep_shares(self, prefix_ids: torch.Tensor, *, must: bool = True) -> None:
+        """Read the shares of a prefix, unless they are there. What it grew from is dropped.
 
         Raises:
-            StateError: memory has no room for them.
+            StateError: memory has no room for them, and they must be there.
         """
+        key = key_of(prefix_ids)
+        if key in self._resident:
+            return
+        for before in [one for one in self._resident if key.startswith(one)]:
+            del self._resident[before]
         file, tiers = self._file(prefix_ids), self.opened()
         shape, kept = file.shape, {}
         cut = self._cut(shape.tokens, shape.align)
         held = {"host": 0, "device": 0}
+        for share in (share for kept in self._resident.values() for share in kept.values()):
+            held["device" if share.on_device else "host"] += share.states.nbytes
         for part, (tier, _) in enumerate(cut):
             if tier != "disk":
                 held[tier] += shape.layers * shape.part_bytes(part)
         limits = {"host": self._host_bytes, "device": sum(tier.max_bytes for tier in tiers.on.values())}
         for tier, nbytes in held.items():
             if nbytes > limits[tier]:
+                if not must:
+                    return
                 raise StateError(f"open: there is no room for {nbytes:,} bytes in {tier} ({limits[tier]:,} bytes)")
         for layer, place in enumerate(self._places):
             for part, (tier, tokens) in enumerate(cut):
@@ -114,7 +123,7 @@ class FlexGen(LayerSystem):
                     opened.uses(there)
                     states = there.view(shape.torch_dtype).view(states.shape)
                 kept[layer, part] = Share(states[:, :, :, :tokens], tier == "device")
-        self._resident[key_of(prefix_ids)] = kept
+        self._resident[key] = kept
 
     def resident(self, prefix_ids: torch.Tensor) -> Resident:
         return self._resident.get(key_of(prefix_ids), {})

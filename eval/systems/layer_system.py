@@ -220,8 +220,13 @@ class LayerSystem:
             self._warm(state, prefix_ids)
         drop_page_cache(self.files())
 
-    def keep_shares(self, prefix_ids: torch.Tensor) -> None:
-        """The system is open: have in memory what stays there of a prefix."""
+    def keep_shares(self, prefix_ids: torch.Tensor, *, must: bool = True) -> None:
+        """The system is open: have in memory what stays there of a stored prefix, whatever is asked for.
+
+        Args:
+            prefix_ids: int64 `(n,)`.
+            must: whether it is an error if memory has no room for it.
+        """
 
     def resident(self, prefix_ids: torch.Tensor) -> Resident:
         """What stays in memory of a prefix."""

@@ -122,6 +122,12 @@ def _ours(model: Any, folder: Path, budget: float, options: Options, **store_opt
     return ContiguousKV(_label("contiguouskv", options), model, place, config, **store_options)
 
 
+def _require_ours(budget: float, options: Options) -> None:
+    others = [name for name in ("exact", "compact", "reselect") if name in options]
+    if "singles" in options and others:
+        raise ValueError(f"singles and {others[0]} do not go together: only chunks would be chosen")
+
+
 def _published_config(budget: float, options: Options) -> ContiguousKVConfig:
     fields = {name: int(options[name]) for name in ("period", "subperiod") if name in options}
     chunk = {"chunk_size": int(options["chunk"])} if "chunk" in options else {}
@@ -235,6 +241,7 @@ SYSTEMS: dict[str, SystemKind] = {
             OptionKind("reselect", changes_answers=True, value="count"),
             OptionKind("singles", changes_answers=True, value="share"),
         ),
+        require=_require_ours,
     ),
 }
 

@@ -213,7 +213,15 @@ class KeyLoader:
         if layer in self._plan.indexed_layers:
             on_device = self._memory.on(device) is not None
             parts, whole = self._index(layer), self._prefix.whole_chunks
-            return IndexedKeysScorer(parts, whole, concentration, self._scratch, self._expanded, on_device)
+            return IndexedKeysScorer(
+                parts,
+                whole,
+                concentration,
+                self._scratch,
+                self._expanded,
+                on_device,
+                keeps_queries=self._plan.single_tokens > 0,
+            )
         self._collect(layer, device)
         return AttentionMassScorer(self._leader_keys(layer, device), g.chunk_size, concentration)
 

@@ -68,16 +68,8 @@ def place_token_keys(
     for span, part in zip(prefix.spans, parts, strict=True):
         end = int(np.searchsorted(tokens, (span.first_chunk + span.chunks) * c))
         if end > begin:
-            own = tokens[begin:end]
-            numbers = part.numbers
-            # `(kv_heads, c * chunks, head_dim)`: by position in the chunk.
-            places = own % c * numbers.shape[2] + own // c - span.first_chunk
-            where, flat = send(torch.from_numpy(places), numbers.device), numbers.flatten(1, 2)
-            if flat.shape[-1] % 8 == 0:
-                found = flat.view(torch.int64).index_select(1, where).view(torch.int8)
-            else:
-                found = flat.index_select(1, where)
+            own = send(torch.from_numpy(tokens[begin:end] - span.first_chunk * c), part.numbers.device)
             some = destination[:, begin:end]
-            some.copy_(found)
+            some.copy_(part.of_tokens(own))
             some.mul_(part.scale.to(some.dtype)[:, None])
         begin = end

@@ -110,7 +110,7 @@ def _estimated(
     speeds: ComputeSpeeds,
     storage: _Storage,
 ) -> BudgetChoice:
-    reads = ReadPlan.of(prefix, replace(config, budget=budget), plan)
+    reads = ReadPlan.of(prefix, replace(config, budget=budget), plan, storage.worth_reading)
     compute = speeds.forward_s + reads.kept_tokens * speeds.used_s
     if not reads.keeps_all:
         compute += speeds.choosing_s + prefix.tokens * speeds.considered_s
@@ -130,6 +130,11 @@ class _Storage:
         self._network = network
         # (Whatever the budget, a prefix is read in one of two forms.)
         self._away: dict[tuple[str, bool], float] = {}
+
+    @property
+    def worth_reading(self) -> int | None:
+        """See `ReadPlan`."""
+        return None if self._network is None else self._network.worth_reading_bytes
 
     def seconds(self, reads: ReadPlan) -> float:
         """Seconds in which a cold request reads: what is on the disk, and then what is not on this machine."""

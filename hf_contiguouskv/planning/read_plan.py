@@ -21,7 +21,7 @@ from ..store.tensor_places import index_tensors
 WORTH_READING_BYTES = DEFAULT_GAP
 # If a CPU computes, packed layers up to this size are read whole, ahead of the model: the same storage delivers them in
 # less time than a layer takes to compute, and reading chunks by name costs extra processor time (docs/research.md). On
-# storage that is many times slower, this costs time.
+# a disk that is many times slower, this costs time.
 WHOLE_LAYER_BYTES = 2 * 2**20
 # Keys of neighbouring layers, and small layers that are read whole, are read together up to this size, if a CPU
 # computes: the same storage delivers them in a millisecond, and asking for each costs a fifth of that
@@ -66,6 +66,7 @@ class ReadPlan:
         keep: number of whole chunks that each full-attention layer uses, or would use instead of single tokens.
         layers: the model's layers.
         config: the configuration; its budget is a number.
+        worth_reading: bytes that storage delivers in the time that one more read costs; `None`: as a local disk does.
     """
 
     prefix: AttachedPrefix
@@ -73,9 +74,12 @@ class ReadPlan:
     keep: int
     layers: LayerPlan
     config: ContiguousKVConfig
+    worth_reading: int | None = None
 
     @classmethod
-    def of(cls, prefix: AttachedPrefix, config: ContiguousKVConfig, layers: LayerPlan) -> ReadPlan:
+    def of(
+        cls, prefix: AttachedPrefix, config: ContiguousKVConfig, layers: LayerPlan, worth_reading: int | None = None
+    ) -> ReadPlan:
         """The plan for `prefix`.
 
         Raises:
@@ -83,11 +87,11 @@ class ReadPlan:
         """
         keep, full = chunks_kept(config.budget, prefix.whole_chunks), layers.full_layers
         packs = config.payload == "packed" and keep < prefix.whole_chunks and bool(full)
-        return cls(prefix, prefix.in_few_bits(full) if packs else prefix, keep, layers, config)
+        return cls(prefix, prefix.in_few_bits(full) if packs else prefix, keep, layers, config, worth_reading)
 
     def on(self, prefix: AttachedPrefix) -> ReadPlan:
         """The same plan for another prefix of the same tokens."""
-        return ReadPlan.of(prefix, self.config, self.layers)
+        return ReadPlan.of(prefix, self.config, self.layers, self.worth_reading)
 
     @property
     def keeps_all(self) -> bool:
@@ -113,7 +117,7 @@ class ReadPlan:
     def single_tokens(self) -> int:
         """How many tokens of each full-attention layer are chosen one by one, instead of as many in whole chunks."""
         rule = self.config.selection
-        if self.keeps_all or not self.keys_from_index or self.config.reselect_every is not None:
+        if self.keeps_all or not self.keys_from_index:
             return 0
         share = rule.single_tokens if isinstance(rule, IndexedKeys) else 0.0
         # (Chunks at both ends are kept as a whole.)
@@ -137,6 +141,8 @@ class ReadPlan:
         Reads then need not wait for a selection: each layer is read ahead in one piece.
         """
         layer_bytes = self.served.whole_chunks * self.served.extent_bytes
+        if self.worth_reading is not None:
+            return self.in_few_bits and layer_bytes <= self.nominees * self.worth_reading
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
         return self.in_few_bits and layer_bytes <= max(small, self.nominees * WORTH_READING_BYTES)
 

@@ -135,10 +135,10 @@ class ChunkStrategy:
         scores = self._scores(layer, scorer(inputs))
         selected = self._best(scores.importance, plan.chosen_chunks)
         members = plan.period_of(layer)
-        wanted: Chunks = selected[0].numpy() if selected.shape[0] == 1 else np.unique(selected.numpy())
+        wanted = _distinct(selected)
         if plan.single_tokens:
             assert isinstance(scorer, IndexedKeysScorer)
-            tokens = self._best_tokens(scorer, inputs, layer, scores.importance, selected)
+            tokens = self._best_tokens(scorer, layer, scores.importance, selected)
             self._tokens.update(dict.fromkeys(members, tokens))
             used = np.zeros(plan.prefix.whole_chunks, dtype=bool)
             used[wanted] = True
@@ -162,22 +162,18 @@ class ChunkStrategy:
         return choose_chunks(importance, keep, rule.keep_first, rule.keep_last)
 
     def _best_tokens(
-        self,
-        scorer: IndexedKeysScorer,
-        inputs: SelectionInput,
-        layer: int,
-        importance: torch.Tensor,
-        selected: torch.Tensor,
+        self, scorer: IndexedKeysScorer, layer: int, importance: torch.Tensor, selected: torch.Tensor
     ) -> torch.Tensor:
         """Of each row, the best tokens of the best chunks but those of `selected`, int64 `(rows, single_tokens)`."""
-        plan = self._plan
-        found = []
-        for row, chosen in enumerate(selected.numpy()):
-            nominees = self._best(importance[row : row + 1], plan.nominees)[0].numpy()
-            of_tokens, tokens = scorer.of_tokens(inputs, row, nominees)
-            of_tokens = self._on_host(layer, ChunkScores(of_tokens, of_tokens)).importance
-            found.append(choose_tokens(of_tokens, tokens, plan.prefix.geometry.chunk_size, chosen, plan.single_tokens))
-        return torch.from_numpy(np.stack(found))
+        nominees = self._best(importance, self._plan.nominees).numpy()
+        asked = [
+            scorer.of_tokens(row, some[~among(some, chosen)])
+            for row, (some, chosen) in enumerate(zip(nominees, selected.numpy(), strict=True))
+        ]
+        scores = self._fetched(layer, torch.stack([found for found, _ in asked]))
+        keep = self._plan.single_tokens
+        chosen = [choose_tokens(own, tokens, keep) for own, (_, tokens) in zip(scores, asked, strict=True)]
+        return torch.from_numpy(np.stack(chosen))
 
     def _want(self, members: list[int], selected: torch.Tensor, wanted: Chunks, mass: npt.NDArray[np.float32]) -> None:
         """The first of `members` has selected for all of them: ask for the chunks."""
@@ -191,12 +187,14 @@ class ChunkStrategy:
 
     def _on_host(self, layer: int, scores: ChunkScores) -> ChunkScores:
         """The choice is made on the host, where reads are issued. One copy, one wait."""
+        if scores.mass is scores.importance:
+            both = self._fetched(layer, scores.mass)
+            return ChunkScores(both, both)
+        return ChunkScores(*self._fetched(layer, torch.stack(scores)))
+
+    def _fetched(self, layer: int, values: torch.Tensor) -> torch.Tensor:
         tier = self._context.store.memory.on(self._plan.layers.devices[layer])
-        if tier is None:
-            return scores
-        alone = scores.mass is scores.importance
-        both = tier.device.fetch(scores.mass[None] if alone else torch.stack(scores))
-        return ChunkScores(both[0], both[-1])
+        return values if tier is None else tier.device.fetch(values)
 
     def selected_chunks(self, layer: int) -> torch.Tensor | None:
         return self._selected.get(layer)
@@ -368,20 +366,23 @@ class ChunkStrategy:
         self.loader.accounts.note_used(layer, wanted)
         whole, single = len(wanted) - (1 if tail else 0), 0
         if layer in self._tokens:
-            whole, single = _distinct(self._selected[layer]), _distinct(self._tokens[layer])
+            chunks, of_tokens = _distinct(self._selected[layer]), _distinct(self._tokens[layer])
+            # (What one row uses as a whole, another one may take tokens from.)
+            single = int(np.count_nonzero(~among(of_tokens // plan.prefix.geometry.chunk_size, chunks)))
+            whole = len(chunks)
         stats.bytes_used += whole * size + (single + tail) * plan.served.token_bytes()
         stats.chunks_used.append(plan.keep + (1 if tail else 0))
+
+
+def _distinct(chosen: torch.Tensor) -> Chunks:
+    """The different numbers in int64 `(rows, n)`, ascending, of which each row has each once, ascending."""
+    return chosen[0].numpy() if len(chosen) == 1 else np.unique(chosen.numpy())
 
 
 def _missing(before: torch.Tensor, after: torch.Tensor) -> Chunks:
     """The chunks of `after` that a row does not have, ascending; both are int64 `(rows, keep)`."""
     pairs = zip(before.numpy(), after.numpy(), strict=True)
     return np.unique(np.concatenate([Exchange.between(*pair).missing for pair in pairs]))
-
-
-def _distinct(chosen: torch.Tensor) -> int:
-    """How many different numbers there are in int64 `(rows, n)`, of which each row has none twice."""
-    return chosen.shape[1] if len(chosen) == 1 else len(torch.unique(chosen))
 
 
 def _chunks_of(arrived: Sequence[Arrival]) -> Chunks:

@@ -70,6 +70,15 @@ class KeyIndex(NamedTuple):
             return self.numbers.view(torch.int64).index_select(2, chunks).view(torch.int8)
         return self.numbers.index_select(2, chunks)
 
+    def of_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The numbers of some tokens, int64 `(n,)` on their device: int8 `(kv_heads, n, head_dim)`, a copy."""
+        c, chunks, head_dim = self.numbers.shape[1:]
+        # (They lie by position in the chunk.)
+        flat, places = self.numbers.flatten(1, 2), tokens % c * chunks + tokens // c
+        if head_dim % 8 == 0:
+            return flat.view(torch.int64).index_select(1, places).view(torch.int8)
+        return flat.index_select(1, places)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """See `IndexPart`."""

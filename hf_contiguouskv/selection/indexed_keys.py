@@ -17,7 +17,7 @@ import torch
 from ..hardware.accelerator import send
 from .attention_mass import squash
 from .base import ChunkScores, SelectionInput, scores_of_rows
-from .device_products import device_product
+from .device_products import BYTES_AT_ONCE, device_product
 from .index_parts import IndexPart, KeyIndex
 from .integer_products import SCRATCH_BYTES, IntegerProduct, Scratch, fastest_product
 
@@ -36,6 +36,20 @@ class Rounded(NamedTuple):
     factor: torch.Tensor
 
 
+class LastQueries(NamedTuple):
+    """Of one row of a call: what single tokens are scored with.
+
+    Attributes:
+        queries: for each part of the index.
+        totals: logarithm of the sum of the chunks' exponentials, float32 `(kv_heads, n)`.
+        softcap: see `SelectionInput`.
+    """
+
+    queries: Sequence[Rounded]
+    totals: torch.Tensor
+    softcap: float | None
+
+
 class IndexedKeysScorer:
     """Softmax over the chunks' best logits, raised to `concentration`, summed over queries and heads.
 
@@ -49,6 +63,7 @@ class IndexedKeysScorer:
         scratch, expanded: memory shared by the layers of a request, on a CPU: for products, and for an index that is
             expanded.
         on_device: whether to use the accelerator's code path; by default, if the parts are on an accelerator.
+        keeps_queries: whether each call keeps what `of_tokens` needs.
     """
 
     def __init__(
@@ -59,62 +74,60 @@ class IndexedKeysScorer:
         scratch: Scratch | None = None,
         expanded: Scratch | None = None,
         on_device: bool | None = None,
+        *,
+        keeps_queries: bool = False,
     ) -> None:
         self.parts = parts
         self.whole_chunks = whole_chunks
         self.concentration = concentration
         self._scratch = Scratch() if scratch is None else scratch
         self._expanded = Scratch() if expanded is None else expanded
-        # Of the last call, per row: on a CPU the logarithm of the sum of exponentials, `(kv_heads, n)`, on a device the
-        # logits, `(kv_heads, n, chunks)`; and the queries for each part.
-        self._last: dict[int, tuple[torch.Tensor, list[Rounded]]] = {}
+        self._last: list[LastQueries] | None = [] if keeps_queries else None
         self._on_device = parts[0].scale.device.type != "cpu" if on_device is None else on_device
 
-    def of_tokens(
-        self, inputs: SelectionInput, row: int, chunks: npt.NDArray[np.int64]
-    ) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
-        """How important single tokens of some chunks are: the largest share of any head and query.
+    def of_tokens(self, row: int, chunks: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+        """How important single tokens of some chunks are, for the inputs of the last call (`keeps_queries`).
 
-        A token's share is what its chunk would have, if the chunk had no stronger token. (Sums over heads and queries,
-        as of chunks, choose as well, and take longer.)
+        A token's share is what its chunk would have, if the chunk had no stronger token; its importance is the largest
+        share of any head and query. (Sums of squares, as of chunks, choose a little better and take twice as long.)
 
         Args:
-            inputs: of the last call.
-            row: which of its rows.
+            row: of the inputs.
             chunks: int64 `(n,)`, ascending. All parts must be in 8 bits.
 
         Returns:
             logarithms of shares, float32 `(n * c,)`, and the tokens' positions in the prefix, int64 `(n * c,)`, in the
             same order.
         """
-        totals, queries = self._last[row]
-        if self._on_device:
-            totals = totals.logsumexp(-1)
+        assert self._last is not None
+        last = self._last[row]
         found: list[torch.Tensor] = []
         tokens: list[npt.NDArray[np.int64]] = []
         begin = first = 0
-        for part, of_part in zip(self.parts, queries, strict=True):
+        for part, queries in zip(self.parts, last.queries, strict=True):
             if not isinstance(part, KeyIndex):
                 raise TypeError(f"single tokens are scored from a key index in 8 bits, not from {type(part).__name__}")
             end = begin + part.shape[1]
-            last = int(np.searchsorted(chunks, end))
-            if last > first:
-                own = chunks[first:last]
+            behind = int(np.searchsorted(chunks, end))
+            if behind > first:
+                own = chunks[first:behind]
                 # They lie by position in the chunk.
                 numbers = part.of_chunks(send(torch.from_numpy(own - begin), part.numbers.device)).flatten(1, 2)
                 if self._on_device:
-                    found.append(_tokens_on_device(of_part, numbers, totals, inputs.softcap))
+                    found.append(_tokens_on_device(queries, numbers, last))
                 else:
-                    found.append(_tokens_on_cpu(of_part, numbers, totals, inputs.softcap, self._scratch))
+                    found.append(_tokens_on_cpu(queries, numbers, last, self._scratch))
                 c = part.numbers.shape[1]
                 tokens.append((own * c + np.arange(c)[:, None]).ravel())
-            begin, first = end, last
+            begin, first = end, behind
         if len(found) == 1:
             return found[0], tokens[0]
         return torch.cat(found), np.concatenate(tokens)
 
     def __call__(self, inputs: SelectionInput) -> ChunkScores:
         """Importance and mass per chunk; the mass is its strongest token's share among all chunks' strongest tokens."""
+        if self._last is not None:
+            self._last.clear()
         score = self._row_on_device if self._on_device else self._row_on_cpu
         return scores_of_rows([score(inputs, row) for row in range(inputs.queries.shape[0])])
 
@@ -139,7 +152,9 @@ class IndexedKeysScorer:
         best -= largest
         unnormalised = np.exp(best, out=best)
         total = unnormalised.sum(axis=0, dtype=np.float32)
-        self._last[row] = torch.from_numpy(largest + np.log(total)).view(kv_heads, -1), rounded
+        if self._last is not None:
+            totals = torch.from_numpy(largest + np.log(total)).view(kv_heads, -1)
+            self._last.append(LastQueries(rounded, totals, inputs.softcap))
         per_share = 1.0 / total
         # Not numpy's product: for a large matrix its threads compete with torch's.
         mass = torch.mv(
@@ -157,7 +172,8 @@ class IndexedKeysScorer:
         peaks, rounded = zip(*(peaks_on_device(queries, part, inputs.scaling) for part in self.parts), strict=True)
         best = peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=-1)
         logits = squash(best[..., : self.whole_chunks], inputs.softcap)
-        self._last[row] = logits, list(rounded)
+        if self._last is not None:
+            self._last.append(LastQueries(rounded, logits.logsumexp(-1), inputs.softcap))
         share = torch.softmax(logits, dim=-1).flatten(0, 1)
         mass = share.sum(0) / inputs.queries.shape[1]
         if self.concentration == 1.0:
@@ -217,22 +233,20 @@ def peaks_on_cpu(
     return Rounded(rounded, torch.from_numpy(peak))
 
 
-def _tokens_on_cpu(
-    queries: Rounded, numbers: torch.Tensor, totals: torch.Tensor, softcap: float | None, scratch: Scratch
-) -> torch.Tensor:
-    """Shares of the tokens of an index, int8 `(kv_heads, tokens, head_dim)`: float32 `(tokens,)`."""
+def _tokens_on_cpu(queries: Rounded, numbers: torch.Tensor, last: LastQueries, scratch: Scratch) -> torch.Tensor:
+    """Logarithms of the largest shares of tokens, int8 `(kv_heads, tokens, head_dim)`: float32 `(tokens,)`."""
     kv_heads, count, head_dim = numbers.shape
     rows = queries.numbers.shape[1]
     product = fastest_product(head_dim, rows)
-    factor, subtrahend = queries.factor.mT, totals.neg()[:, None]
+    factor, subtrahend = queries.factor.mT, last.totals.neg()[:, None]
     found = []
-    step = max(1, SCRATCH_BYTES // (8 * kv_heads * rows))
+    step = max(1, SCRATCH_BYTES // (4 * kv_heads * (2 * rows + head_dim)))
     for begin in range(0, count, step):
         logits = product.products(numbers[:, begin : begin + step], queries.numbers, scratch)
-        if softcap is None:
+        if last.softcap is None:
             torch.addcmul(subtrahend, logits, factor, out=logits)
         else:
-            logits = squash(logits.mul_(factor), softcap).add_(subtrahend)
+            logits = squash(logits.mul_(factor), last.softcap).add_(subtrahend)
         found.append(logits.amax(2).amax(0))
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -258,9 +272,14 @@ def peaks_on_device(queries: torch.Tensor, part: IndexPart, scaling: float) -> t
     return part.scored(best, 2).float().mul_(peak), Rounded(rounded, peak)
 
 
-def _tokens_on_device(
-    queries: Rounded, numbers: torch.Tensor, totals: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
+def _tokens_on_device(queries: Rounded, numbers: torch.Tensor, last: LastQueries) -> torch.Tensor:
     """As `_tokens_on_cpu`. A product with chunks of one token is that of every token."""
-    products = device_product(numbers.device, numbers.shape[-1]).maxima(numbers[:, None], queries.numbers)
-    return squash(products.float().mul_(queries.factor), softcap).sub(totals[..., None]).amax((0, 1))
+    product = device_product(numbers.device, numbers.shape[-1])
+    step = max(1, BYTES_AT_ONCE // (8 * queries.factor.numel()))
+    found = []
+    for some in numbers.split(step, 1):
+        logits = squash(
+            product.maxima(some[:, None].contiguous(), queries.numbers).float().mul_(queries.factor), last.softcap
+        )
+        found.append(logits.sub_(last.totals[..., None]).amax((0, 1)))
+    return found[0] if len(found) == 1 else torch.cat(found)

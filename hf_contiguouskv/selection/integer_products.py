@@ -76,7 +76,7 @@ class IntegerProduct(Protocol):
         Args:
             keys: int8 `(kv_heads, tokens, head_dim)`, tokens contiguous, values from -127 to 127.
             queries: int8 `(kv_heads, n, head_dim)`, contiguous, values from -127 to 127.
-            scratch: memory for the products.
+            scratch: memory for keys and products.
 
         Returns:
             float32 `(kv_heads, tokens, n)`, contiguous, in `scratch`: may be overwritten.

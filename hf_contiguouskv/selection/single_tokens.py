@@ -14,24 +14,15 @@ import torch
 from .base import cheapest
 
 
-def choose_tokens(
-    importance: torch.Tensor, tokens: npt.NDArray[np.int64], chunk_size: int, chosen: npt.NDArray[np.int64], keep: int
-) -> npt.NDArray[np.int64]:
-    """The `keep` best tokens outside of the chunks that are kept as a whole.
+def choose_tokens(importance: torch.Tensor, tokens: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.int64]:
+    """The `keep` best of some tokens.
 
     Args:
         importance: float `(n,)` on the CPU, of each of `tokens`, higher = keep.
         tokens: int64 `(n,)`, positions in the prefix, each once, in any order.
-        chunk_size: tokens per chunk.
-        chosen: the chunks that are kept as a whole, int64. There are at least `keep` tokens outside of them.
-        keep: how many tokens to keep.
+        keep: how many tokens to keep, `<= n`.
 
     Returns:
         int64 `(keep,)`, ascending.
     """
-    costs = -importance.detach().float().numpy()
-    chunks = tokens // chunk_size
-    kept = np.zeros(int(max(chunks.max(), chosen.max(initial=0))) + 1, dtype=bool)
-    kept[chosen] = True
-    costs[kept[chunks]] = np.inf
-    return np.sort(tokens[cheapest(costs, keep)])
+    return np.sort(tokens[cheapest(-importance.detach().float().numpy(), keep)])

@@ -253,7 +253,7 @@ class Upkeep:
             stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.inner.parts.folder)
             stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
         if self.inner.fleet is not None:
-            stats.remote = dict.fromkeys(REMOTE_COUNTS, 0)
+            stats.remote = dict.fromkeys(REMOTE_COUNTS, 0) | dict(self.inner.fleet.engine.requests)
         self.inner.counters.put_into(stats)
         return stats
 

@@ -20,7 +20,15 @@ from hf_contiguouskv.planning.read_plan import chunks_kept
 
 from .device_helpers import MEBIBYTE, assert_idle
 from .models import PAD, full_attention_layers, token_ids
-from .references import PrunedReference, assert_close, forward, generate, visible_tokens
+from .references import (
+    PrunedReference,
+    assert_close,
+    forward,
+    generate,
+    keys_in_8_bits,
+    prefilled,
+    visible_tokens,
+)
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
 from .test_recovery import damage, files
 
@@ -30,7 +38,7 @@ PREFIX = token_ids(325, seed=2701)
 SUFFIX = token_ids(9, seed=2702)
 HALF = ContiguousKVConfig(budget=0.4, selection=IndexedKeys(single_tokens=0.5))
 """Of 20 whole chunks 8 are kept: 4 of them as a whole, and 64 single tokens."""
-CHUNKS_ALONE = dataclasses.replace(HALF, selection=IndexedKeys())
+WITHOUT = dataclasses.replace(HALF, selection=IndexedKeys())
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +47,7 @@ def _few_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "LEAST_WHOLE_CHUNKS", 0)
 
 
-def chunks_alone(patch: pytest.MonkeyPatch) -> None:
+def by_name(patch: pytest.MonkeyPatch) -> None:
     """No layer is read as a whole from now on."""
     patch.setattr(needs, "WORTH_READING_BYTES", 0)
     patch.setattr(needs, "WHOLE_LAYER_BYTES", 0)
@@ -74,7 +82,7 @@ def assert_as_rounded(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox", "qwen3"])
 def test_they_are_as_good_as_masked(tiny_model, store_path, family, tokens, alone, monkeypatch):
     if alone:
-        chunks_alone(monkeypatch)
+        by_name(monkeypatch)
     model, prefix = tiny_model(family), PREFIX[:, :tokens]
     with prefix_from_disk(model, prefix, store_path, config=HALF) as cache:
         logits = forward(model, SUFFIX, cache)
@@ -114,12 +122,22 @@ def test_some_chunks_stay_whole_before_single_tokens_get_anything(tiny_model, st
         assert (0 if single is None else single.shape[1]) == (8 - whole) * 16
 
 
-def test_rows_choose_their_own(tiny_model, store_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["whole layers", "by name"])
+def test_rows_choose_their_own(tiny_model, store_path, alone, monkeypatch):
+    if alone:
+        by_name(monkeypatch)
     model, suffixes = tiny_model("llama"), token_ids(9, seed=2703, rows=3)
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         logits = forward(model, suffixes, cache)
         assert len({tuple(row.tolist()) for row in cache.single_tokens(0)}) > 1
         assert_as_rounded(logits, reference(model, cache, rows=3).forward(suffixes))
+        used = 0
+        for layer in range(4):
+            whole = set(cache.selected_chunks(layer).flatten().tolist())
+            # (What one row uses as a whole, another one may take tokens from.)
+            single = {token for token in cache.single_tokens(layer).flatten().tolist() if token // 16 not in whole}
+            used += 16 * len(whole) + len(single) + 5
+        assert cache.stats.bytes_used == used * 2 * (16 // 2 + 4)
 
 
 def test_a_padded_row_chooses_as_alone(tiny_model, store_path):
@@ -151,17 +169,24 @@ def test_generation_follows_the_masked_reference(tiny_model, store_path, beams):
             assert output.sequences[0, -8:].tolist() == tokens
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["whole layers", "by name"])
 @pytest.mark.parametrize("period", [2, 3])
-def test_layers_of_a_period_share_them(tiny_model, store_path, period):
+def test_layers_of_a_period_share_them(tiny_model, store_path, period, alone, monkeypatch):
+    if alone:
+        by_name(monkeypatch)  # The chunks of single tokens are read ahead for the next period as well.
     model = tiny_model("llama", layers=5)
     rule = IndexedKeys(period=period, subperiod=period - 1, single_tokens=0.5)
     with prefix_from_disk(model, PREFIX, store_path, config=dataclasses.replace(HALF, selection=rule)) as cache:
         logits = forward(model, SUFFIX, cache)
         assert torch.equal(cache.single_tokens(0), cache.single_tokens(1))
         assert_as_rounded(logits, reference(model, cache).forward(SUFFIX))
+        assert not alone or cache.stats.prefetch_hits > 0
 
 
-def test_they_may_lie_in_several_segments(tiny_model, store_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["whole layers", "by name"])
+def test_they_may_lie_in_several_segments(tiny_model, store_path, alone, monkeypatch):
+    if alone:
+        by_name(monkeypatch)
     model = tiny_model("llama")
     with PrefixStore(store_path) as store:
         for end in (100, 213, 325):
@@ -175,6 +200,20 @@ def test_they_may_lie_in_several_segments(tiny_model, store_path):
     # (Each segment has key scales of its own, so the reference, which has one, is not quite the same.)
     with prefix_from_disk(model, PREFIX, store_path / "one", config=HALF) as cache:
         assert_close(logits, forward(model, SUFFIX, cache), relative=0.1, absolute=0.05)
+
+
+def test_of_the_beginning_of_a_stored_prefix(tiny_model, store_path):
+    model, beginning = tiny_model("llama"), PREFIX[:, :200]
+    write_prefix(model, PREFIX, store_path, config=HALF)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, beginning, store=store, config=HALF) as cache:
+        assert cache.stats.tokens_prefilled == 0
+        logits = forward(model, SUFFIX, cache)
+        assert int(cache.single_tokens(0).max()) < 192
+        masked = reference(model, cache, beginning)
+        # The scales of its keys are those of all that is stored.
+        for layer, stored in enumerate(prefilled(model, PREFIX).layers):
+            masked.cache.layers[layer].keys = keys_in_8_bits(stored.keys)[:, :, :200]
+        assert_as_rounded(logits, masked.forward(SUFFIX))
 
 
 # ---- which tokens ----
@@ -222,7 +261,7 @@ def test_the_best_tokens_of_the_best_chunks_are_chosen(tiny_model, store_path):
 
 
 def test_nothing_more_is_read_than_their_chunks(tiny_model, store_path, monkeypatch):
-    chunks_alone(monkeypatch)
+    by_name(monkeypatch)
     model, extent = tiny_model("llama"), 2 * 16 * (16 // 2 + 4)
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         forward(model, SUFFIX, cache)
@@ -240,7 +279,7 @@ def test_nothing_more_is_read_than_their_chunks(tiny_model, store_path, monkeypa
 
 @pytest.mark.parametrize("limit", [0, 40_000])
 def test_little_memory_changes_no_answer(tiny_model, store_path, limit, monkeypatch):
-    chunks_alone(monkeypatch)
+    by_name(monkeypatch)
     model = tiny_model("llama")
     write_prefix(model, PREFIX, store_path, config=HALF)
     found = []
@@ -266,7 +305,7 @@ def test_a_copy_and_a_reset_cache_answer_alike(tiny_model, store_path):
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_damage_in_mid_request_is_computed_again(tiny_model, store_path, layer, monkeypatch):
-    chunks_alone(monkeypatch)
+    by_name(monkeypatch)
     model = tiny_model("llama")
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         expected = forward(model, SUFFIX, cache)
@@ -279,8 +318,36 @@ def test_damage_in_mid_request_is_computed_again(tiny_model, store_path, layer, 
         assert store.stats.recovered == 1
 
 
+def test_damage_may_change_the_form_of_the_chunks_in_mid_request(tiny_model, store_path, monkeypatch):
+    """What is computed again is stored as the configuration says: single tokens that were chosen come from that."""
+    by_name(monkeypatch)
+    model, compact = tiny_model("llama"), dataclasses.replace(HALF, index_bits=2)
+    with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
+        forward(model, SUFFIX, cache)
+        tokens = [cache.single_tokens(layer) for layer in (0, 1)]
+    (path,) = files(store_path).values()
+    damage(path, "values4.1", int(tokens[1][0, 10]) // 16 * 2 * 16 * (16 // 2 + 4) + 3)
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, PREFIX, store=store, config=compact) as cache:
+        logits = forward(model, SUFFIX, cache)
+        assert cache.session.request.plan.served.form == "compact"
+        seen = {}
+        for layer in range(4):
+            if layer < 2:
+                assert torch.equal(cache.single_tokens(layer), tokens[layer])
+                seen[layer] = visible(cache, layer, 325)
+            else:
+                assert cache.single_tokens(layer) is None
+                seen[layer] = visible_tokens(cache.selected_chunks(layer), 325)
+    masked = PrunedReference(model, PREFIX, visible=seen, packed=True, scale_per_chunk=True)
+    masked.cache.layers[0].keys = keys_in_8_bits(prefilled(model, PREFIX).layers[0].keys)
+    assert_as_rounded(logits, masked.forward(SUFFIX))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["whole layers", "by name"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_an_accelerator_chooses_and_answers_alike(tiny_model, store_path, schedule):
+def test_an_accelerator_chooses_and_answers_alike(tiny_model, store_path, schedule, alone, monkeypatch):
+    if alone:
+        by_name(monkeypatch)
     model = tiny_model("llama")
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         expected = forward(model, SUFFIX, cache)
@@ -313,21 +380,26 @@ def test_the_smallest_memory_of_an_accelerator_still_answers(tiny_model, store_p
 # ---- where there are none ----
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"budget": 1.0}, {"payload": "exact"}, {"index_bits": 2}, {"reselect_every": 4}],
-    ids=["the whole prefix", "exact chunks", "2 bits", "choosing again"],
-)
+@pytest.mark.parametrize("changes", [{"budget": 1.0}, {"index_bits": 2}], ids=["the whole prefix", "2 bits"])
 def test_elsewhere_chunks_alone_are_chosen(tiny_model, store_path, changes):
     model = tiny_model("llama")
     answers = []
-    for name, config in (("with", HALF), ("without", CHUNKS_ALONE)):
+    for name, config in (("with", HALF), ("without", WITHOUT)):
         config = dataclasses.replace(config, **changes)
         with prefix_from_disk(model, PREFIX, store_path / name, config=config) as cache:
             answers.append(forward(model, SUFFIX, cache))
             assert cache.single_tokens(0) is None
             assert cache.selected_chunks(0).shape == (1, chunks_kept(config.budget, 20))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"payload": "exact"}, "payload='packed'"), ({"reselect_every": 4}, "reselect_every")]
+)
+def test_what_cannot_work_together_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(HALF, **changes)
+    dataclasses.replace(WITHOUT, **changes)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half", None])

@@ -83,3 +83,36 @@ def test_a_system_keeps_no_more_of_a_stream_than_its_share(
         chat = row["about"]["conversation"]
         longest[chat] = max(longest.get(chat, 0), row["prefix_bytes"])
     assert bounds == [0, 0, sum(longest.values()) // 4]
+
+
+@pytest.mark.parametrize("stream", ["shared_documents", "conversations"])
+def test_flexgen_has_its_share_of_memory_in_a_stream(tmp_path: Path, loaded: tuple[Any, Any], stream: str) -> None:
+    config = config_of(
+        tasks=(),
+        streams=(stream,),
+        systems=("flexgen", "flexgen+host=0.5", "flexgen+host=0.9"),
+        stream_requests=6,
+        documents=2,
+        memory_share=0.5,
+        judged_share=0.5,
+    )
+    rows = rows_of(run(config, tmp_path, progress=False, loaded=loaded))
+    read = {
+        name: [
+            row["stats"]["bytes_read"] / row["prefix_bytes"]
+            for row in sorted(rows, key=lambda row: row["number"])
+            if label(row) == name
+        ]
+        for name in ("flexgen", "flexgen+host=0.5", "flexgen+host=0.9")
+    }
+    assert [len(own) for own in read.values()] == [6, 6, 6]
+    assert min(read["flexgen"]) > 0.95
+    # (Shares are of whole pages, and prefixes of tests are short.)
+    assert all(
+        with_share < 0.85 * none for with_share, none in zip(read["flexgen+host=0.5"], read["flexgen"], strict=True)
+    )
+    # With more than there is room for, the first text has its share, and others have none.
+    if stream == "shared_documents":
+        assert min(read["flexgen+host=0.9"]) < 0.4
+        assert max(read["flexgen+host=0.9"]) > 0.95
+    assert all(abs(row["kl_answer"]) < 1e-4 for row in rows if row["kl_answer"] is not None)

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from hf_contiguouskv.store.fleet.engine import EngineUnavailableError, Fetched, ObjectInfo, Range
 
@@ -25,6 +26,7 @@ class MemoryEngine:
     """
 
     is_volatile = True
+    requests: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, objects: Objects) -> None:
         self.name = "memory://tests"

@@ -20,7 +20,7 @@ from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.planning import auto_budget, measured_speeds, network
 from hf_contiguouskv.planning.auto_budget import BudgetChoice, choose_budget
 from hf_contiguouskv.planning.measured_speeds import UNKNOWN_DISK, ComputeSpeeds, read_speed
-from hf_contiguouskv.planning.network import Network, away_share, network_to
+from hf_contiguouskv.planning.network import USUAL, Network, away_share, network_to, worth_reading
 from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, ReadPlan
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
@@ -130,9 +130,10 @@ def all_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_without_round_trips_is_as_good_as_a_disk_of_its_speed(
-    prefix: tuple[AttachedPrefix, LayerPlan], all_away: None
+    prefix: tuple[AttachedPrefix, LayerPlan], all_away: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budgets = set()
+    monkeypatch.setattr(Network, "worth_reading_bytes", WORTH_READING_BYTES)  # (Requests cost as much as reads.)
     for bytes_per_s in (1e4, 1e6, 1e7, 1e8, 1e12):
         over, on_disk = chosen(prefix, Network(bytes_per_s)), chosen(prefix, None, bytes_per_s)
         assert (over.budget, over.recompute) == (on_disk.budget, on_disk.recompute)
@@ -152,7 +153,7 @@ def test_round_trips_speak_against_choosing(prefix: tuple[AttachedPrefix, LayerP
     assert (far.budget, far.read_s > 0.5) == (1.0, True)
     reads = ReadPlan.of(prefix[0], replace(by_name, budget=0.05), prefix[1])
     assert plan(prefix, 1.0).waits == 1 < reads.waits
-    assert Network(1e7, 0.5).worth_reading_bytes > Network(1e7).worth_reading_bytes == WORTH_READING_BYTES
+    assert Network(1e7, 0.5).worth_reading_bytes > Network(1e7).worth_reading_bytes > 0
 
 
 def test_only_what_is_not_here_crosses(prefix: tuple[AttachedPrefix, LayerPlan]) -> None:
@@ -240,6 +241,38 @@ def test_what_was_read_once_does_not_wait_for_the_network(
         assert away_share(plan(found, 0.05)) > 0.5
         assert cache.budget_choice is not None
         assert (cache.budget_choice.budget, cache.budget_choice.recompute) == (1.0, False)
+
+
+def test_whether_layers_are_read_whole_depends_on_the_network(
+    model: LlamaForCausalLM, reader: PrefixStore, folder_machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bytes cross fast, few requests; where they cross slowly, few bytes. The answer is the same."""
+    machines = {"fast": Link(1e9, 0.001), "slow": Link(1e5, 0.001)}
+    asked, answers = {}, []
+    for name, link in machines.items():
+        store = folder_machines(name)
+        assert store.inner.fleet is not None
+        monkeypatch.setattr(store.inner.fleet.link, "estimate", lambda link=link: link)
+        with ContiguousKVCache(model, PREFIX, store=store, budget=0.1) as cache:
+            assert cache.session.request.plan.reads_whole_layers == (name == "fast")
+            answers.append(answer(model, cache))
+        asked[name] = store.stats.remote
+    assert torch.equal(*answers)
+    assert asked["fast"]["gets"] < asked["slow"]["gets"]
+    assert asked["fast"]["bytes_read"] > asked["slow"]["bytes_read"]
+
+
+def test_what_is_on_this_machine_is_read_as_from_a_disk(
+    model: LlamaForCausalLM, reader: PrefixStore, prefix: tuple[AttachedPrefix, LayerPlan]
+) -> None:
+    assert worth_reading(reader.inner, prefix[0]) == Network(USUAL.bytes_per_s, USUAL.round_trip_s).worth_reading_bytes
+    with ContiguousKVCache(model, PREFIX, store=reader, budget=0.1) as cache:
+        answer(model, cache)
+        # Not all of it is here, so what is missing may have to cross.
+        assert worth_reading(reader.inner, cache.session.request.prefix) is not None
+    for span in prefix[0].spans:
+        span.segment.blob.read_into([(0, memoryview(bytearray(span.segment.blob.nbytes)))])
+    assert worth_reading(reader.inner, prefix[0]) is None
 
 
 def test_a_machine_that_stored_it_knows_no_network(model: LlamaForCausalLM, folder_machines: Machines) -> None:

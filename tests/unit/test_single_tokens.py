@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from hf_contiguouskv.loading.placement import put
 from hf_contiguouskv.loading.token_placement import place_token_keys, place_tokens
 from hf_contiguouskv.model.kv_geometry import KVGeometry
-from hf_contiguouskv.selection import CoarseIndex, IndexedKeysScorer, KeyIndex, SelectionInput, choose_tokens
+from hf_contiguouskv.selection import (
+    CoarseIndex,
+    IndexedKeysScorer,
+    KeyIndex,
+    SelectionInput,
+    choose_tokens,
+    indexed_keys,
+)
+from hf_contiguouskv.selection.integer_products import FLOAT32, FLOAT64, INT8, IntegerProduct, Scratch
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix, Chunks
 from hf_contiguouskv.store.extents import Form
 from hf_contiguouskv.store.packing import pack_chunks, pack_values
@@ -22,40 +30,39 @@ C = 4
 
 
 @given(st.data())
-def test_the_best_outside_of_whole_chunks_are_chosen(data: st.DataObject) -> None:
-    chunks = data.draw(st.integers(1, 12))
-    chosen = sorted(data.draw(st.sets(st.integers(0, chunks - 1), max_size=chunks - 1)))
-    candidates = [t for t in range(chunks * C) if data.draw(st.booleans()) or t // C not in chosen]
-    tokens = data.draw(st.permutations(candidates))
-    importance = [data.draw(st.floats(0, 1, width=32)) for _ in tokens]
-    others = [(score, token) for score, token in zip(importance, tokens, strict=True) if token // C not in chosen]
-    keep = data.draw(st.integers(1, len(others)))
-    found = choose_tokens(torch.tensor(importance), np.array(tokens), C, np.array(chosen, dtype=np.int64), keep)
-    assert found.tolist() == sorted(set(found.tolist()))
+def test_the_best_tokens_are_chosen(data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, 1000), min_size=1, max_size=50, unique=True))
+    importance = [data.draw(st.floats(-20, 0, width=32)) for _ in tokens]
+    keep = data.draw(st.integers(1, len(tokens)))
+    found = choose_tokens(torch.tensor(importance), np.array(tokens), keep).tolist()
+    assert found == sorted(set(found))
     assert len(found) == keep
-    assert not {token // C for token in found.tolist()} & set(chosen)
     score = dict(zip(tokens, importance, strict=True))
-    expected = sorted((score for score, _ in others), reverse=True)[:keep]
-    assert sorted((score[token] for token in found.tolist()), reverse=True) == expected
+    assert sorted((score[token] for token in found), reverse=True) == sorted(importance, reverse=True)[:keep]
 
 
 def test_numbers_that_are_not_finite_come_last() -> None:
     importance = torch.tensor([float("nan"), 0.5, 0.25, float("nan")])
-    found = choose_tokens(importance, np.arange(4), C, np.array([7]), 2)
-    assert found.tolist() == [1, 2]
+    assert choose_tokens(importance, np.arange(4), 2).tolist() == [1, 2]
 
 
 def some_keys(tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_tokens_are_scored_beside_chunks(on_device: bool, softcap: float | None) -> None:
-    """Of two segments, the second one with keys of another size."""
+def test_tokens_are_scored_beside_chunks(
+    on_device: bool, softcap: float | None, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two segments, the second one with keys of another size; at once and in pieces of a few tokens."""
+    if pieces:
+        monkeypatch.setattr(indexed_keys, "SCRATCH_BYTES", 500)
+        monkeypatch.setattr(indexed_keys, "BYTES_AT_ONCE", 500)
     segments = [some_keys(20, 1), 3 * some_keys(17, 2)]
     parts = [KeyIndex.of(keys, C) for keys in segments]
-    scorer = IndexedKeysScorer(parts, 9, 2.0, on_device=on_device)
+    scorer = IndexedKeysScorer(parts, 9, 2.0, on_device=on_device, keeps_queries=True)
     chunks = np.array([0, 3, 4, 5, 8])
     queries = torch.randn(1, 6, 5, 8, generator=torch.Generator().manual_seed(3))
     voters = torch.tensor([1, 2, 4])
@@ -63,7 +70,7 @@ def test_tokens_are_scored_beside_chunks(on_device: bool, softcap: float | None)
         queries, torch.zeros(1, 2, 5, 8), [voters], torch.ones(1, 5, dtype=torch.bool), 0.3, softcap
     )
     scorer(inputs)
-    found, tokens = scorer.of_tokens(inputs, 0, chunks)
+    found, tokens = scorer.of_tokens(0, chunks)
     assert sorted(tokens.tolist()) == [token for chunk in chunks for token in range(chunk * C, chunk * C + C)]
     keys = torch.cat(
         [
@@ -84,23 +91,33 @@ def test_tokens_are_scored_beside_chunks(on_device: bool, softcap: float | None)
 
 def test_a_tokens_share_is_that_of_its_chunk() -> None:
     """With one token in each chunk, and one head and query."""
-    scorer = IndexedKeysScorer([KeyIndex.of(some_keys(30, 1)[:1], 1)], 30, 1.0)
+    scorer = IndexedKeysScorer([KeyIndex.of(some_keys(30, 1)[:1], 1)], 30, 1.0, keeps_queries=True)
     inputs = SelectionInput(
         torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 1, 8), [torch.arange(1)], torch.ones(1, 1, dtype=torch.bool), 0.3
     )
     of_chunks = scorer(inputs).importance[0]
-    of_tokens, tokens = scorer.of_tokens(inputs, 0, np.arange(30))
+    of_tokens, tokens = scorer.of_tokens(0, np.arange(30))
     assert tokens.tolist() == list(range(30))
     torch.testing.assert_close(of_tokens.exp(), of_chunks)
 
 
 def test_an_index_in_two_bits_is_refused() -> None:
-    scorer = IndexedKeysScorer([CoarseIndex.of(some_keys(64, 1), 16)], 4, 2.0)
+    scorer = IndexedKeysScorer([CoarseIndex.of(some_keys(64, 1), 16)], 4, 2.0, keeps_queries=True)
     ones = torch.ones(1, 5, dtype=torch.bool)
     inputs = SelectionInput(torch.randn(1, 6, 5, 8), torch.zeros(1, 2, 5, 8), [torch.arange(5)], ones, 0.3)
     scorer(inputs)
     with pytest.raises(TypeError, match="8 bits, not from CoarseIndex"):
-        scorer.of_tokens(inputs, 0, np.array([0]))
+        scorer.of_tokens(0, np.array([0]))
+
+
+@pytest.mark.parametrize("product", [INT8, FLOAT32, FLOAT64], ids=lambda product: product.name)
+def test_every_way_to_multiply_gives_the_same_products(product: IntegerProduct) -> None:
+    generator = torch.Generator().manual_seed(6)
+    keys = torch.randint(-127, 128, (2, 40, 64), dtype=torch.int8, generator=generator)
+    queries = torch.randint(-127, 128, (2, 7, 64), dtype=torch.int8, generator=generator)
+    for some in (keys, keys[:, 3:20]):  # (Some tokens of all heads.)
+        found = product.products(some, queries, Scratch())
+        assert torch.equal(found.long(), some.long() @ queries.long().mT)
 
 
 @dataclass

@@ -59,6 +59,25 @@ def finds_names_in_some_way(make: Make) -> None:
         require(type(engine.is_volatile) is bool, "is_volatile is true or false")
 
 
+def counts_what_is_charged_for(make: Make) -> None:
+    """Its counts of requests have known names, and grow by at least one for each kind of call."""
+    with _opened(make) as (engine, folder):
+        if not engine.requests:
+            return
+        require(set(engine.requests) == {"gets", "lists", "puts"}, f"requests are {sorted(engine.requests)}")
+        before = dict(engine.requests)
+        engine.put(f"{folder}/a", b"abc")
+        engine.get(f"{folder}/a", 100)
+        engine.read_ranges(f"{folder}/a", [(0, memoryview(bytearray(3)))])
+        if isinstance(engine, ListingEngine):
+            engine.list_each([folder, f"{folder}-other"], 10)
+        grown = {kind: engine.requests[kind] - before[kind] for kind in before}
+        least = {"gets": 2, "lists": 2 if isinstance(engine, ListingEngine) else 0, "puts": 1}
+        require(
+            all(grown[kind] >= least[kind] for kind in least), f"requests grew by {grown}, at least {least} were sent"
+        )
+
+
 def creates_once(make: Make) -> None:
     """`create` writes an object that is not there, and leaves one that is."""
     with _opened(make) as (engine, folder):
@@ -257,6 +276,7 @@ def closes_twice(make: Make) -> None:
 
 ENGINE_CHECKS: tuple[EngineCheck, ...] = (
     finds_names_in_some_way,
+    counts_what_is_charged_for,
     creates_once,
     creates_once_among_many,
     replaces,

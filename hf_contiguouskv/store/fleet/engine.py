@@ -77,10 +77,14 @@ class SharedEngine(Protocol):
         name: of the store, for messages: its URL without credentials.
         is_volatile: whether an object may vanish at any moment, because the engine needs room or has forgotten all.
             Then the engine evicts what nobody uses by itself, and what vanished is sent again.
+        requests: how many requests of each kind that is charged for it has sent: `gets`, `lists` and `puts`, to which
+            an object store counts each page of a listing and each part of an upload. Requests that a library below
+            sent again by itself are not counted. Empty where nothing is charged for.
     """
 
     name: str
     is_volatile: bool
+    requests: Mapping[str, int]
 
     def create(self, name: str, octets: bytes) -> bool:
         """Write a small object unless there is one of this name, atomically.

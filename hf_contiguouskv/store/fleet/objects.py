@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from datetime import timedelta
 from pathlib import Path
@@ -89,6 +89,8 @@ class ObjectStorage:
         # (A slow upload must not keep anyone from reading.)
         self.breaker = CircuitBreaker(self.name, timeout_s)
         self._writing = CircuitBreaker(f"{self.name} (writing)", timeout_s)
+        self._sent = {"gets": 0, "lists": 0, "puts": 0}
+        self.requests: Mapping[str, int] = self._sent
         self._timeout_s = timeout_s
         self._obstore = obstore
         self._errors = exceptions
@@ -111,24 +113,25 @@ class ObjectStorage:
 
     def create(self, name: str, octets: bytes) -> bool:
         try:
-            self._write(lambda: self._obstore.put_async(self._store, name, octets, mode="create"))
+            self._write(lambda: self._put(name, octets, mode="create"))
         except FileExistsError:
             return False
         return True
 
     def put(self, name: str, octets: bytes) -> None:
-        self._write(lambda: self._obstore.put_async(self._store, name, octets))
+        self._write(lambda: self._put(name, octets))
 
     def put_many(self, names: Sequence[str]) -> None:
         for some in _batches(names):
 
             async def put(some: Sequence[str] = some) -> None:
-                await asyncio.gather(*(self._obstore.put_async(self._store, name, b"") for name in some))
+                await asyncio.gather(*(self._put(name, b"") for name in some))
 
             self._write(put)
 
     def get(self, name: str, max_bytes: int) -> bytes:
         async def get() -> bytes:
+            self._sent["gets"] += 1
             found = await self._obstore.get_async(self._store, name)
             if found.meta["size"] > max_bytes:
                 raise OSError(errno.EFBIG, f"it has more than the {max_bytes} bytes that such an object may have", name)
@@ -140,7 +143,11 @@ class ObjectStorage:
 
     def upload(self, name: str, path: Path) -> None:
         seconds = self._timeout_s + _UPLOAD_S_PER_MIB * path.stat().st_size / 2**20
-        self._write(lambda: self._obstore.put_async(self._store, name, path, chunk_size=_UPLOAD_PART), seconds)
+        # (Beside its parts, an upload in parts is begun and completed.)
+        parts = -(-path.stat().st_size // _UPLOAD_PART)
+        self._write(
+            lambda: self._put(name, path, requests=1 if parts == 1 else parts + 2, chunk_size=_UPLOAD_PART), seconds
+        )
 
     def read_ranges(self, name: str, ranges: Sequence[Range], version: str | None = None) -> Fetched:
         joined = join_ranges(ranges)
@@ -190,6 +197,7 @@ class ObjectStorage:
         if version is not None:
             options["if_match"] = version
         async with self._large if part.end - part.begin > _LARGE else self._small:
+            self._sent["gets"] += 1
             try:
                 found = await self._obstore.get_async(self._store, name, options=options)
                 octets = await found.bytes_async()
@@ -205,8 +213,11 @@ class ObjectStorage:
     def list_each(self, folders: Sequence[str], limit: int) -> list[list[ObjectInfo]]:
         async def first(folder: str) -> list[ObjectInfo]:
             found: list[ObjectInfo] = []
+            # (What is listed tells whether another page was asked for: each but the last one is full.)
+            self._sent["lists"] += 1
             async for page in self._obstore.list(self._store, folder, chunk_size=min(limit, _PAGE)):
                 found += map(_info, page)
+                self._sent["lists"] += len(page) == _PAGE
                 if len(found) >= limit:
                     break
             return found[:limit]
@@ -220,6 +231,7 @@ class ObjectStorage:
         stream = aiter(self._obstore.list(self._store, folder, chunk_size=_PAGE))
 
         async def page() -> list[ObjectInfo] | None:
+            self._sent["lists"] += 1
             try:
                 return [_info(meta) for meta in await anext(stream)]
             except StopAsyncIteration:
@@ -244,6 +256,10 @@ class ObjectStorage:
         self._loop.close()
 
     # -- calls --------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, content: bytes | Path, requests: int = 1, **options: Any) -> Awaitable[Any]:
+        self._sent["puts"] += requests
+        return self._obstore.put_async(self._store, name, content, **options)
 
     def _write(self, call: Callable[[], Awaitable[Result]], seconds: float | None = -1.0) -> Result:
         return self._run(call, seconds, self._writing)

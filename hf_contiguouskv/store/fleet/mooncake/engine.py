@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from ..engine import Fetched, ObjectInfo, Range
 from ..merging import join_ranges
@@ -48,6 +49,7 @@ class MooncakeStore:
     """
 
     is_volatile = True
+    requests: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, url: str, timeout_s: float = 10.0) -> None:
         self.name = shown(url)
