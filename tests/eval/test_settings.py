@@ -39,7 +39,8 @@ def test_unknown_systems_and_options_and_budgets_of_exact_ones_are_refused() -> 
     with pytest.raises(ValueError, match="of systems that choose"):
         RunConfig(tasks=("sst2",), systems=("in_memory@0.1",))
     with pytest.raises(
-        ValueError, match=r"contiguouskv has no option 'overlap': its options are \['exact', 'compact', 'reselect'\]"
+        ValueError,
+        match=r"contiguouskv has no option 'overlap': its options are \['exact', 'compact', 'reselect', 'singles'\]",
     ):
         RunConfig(tasks=("sst2",), systems=("contiguouskv+overlap",))
 
@@ -131,3 +132,11 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, monkeypatch
     assert f"{tmp_path.name}/nothing" in without_frame(result.output)
     listed = CliRunner().invoke(app, ["list"]).output
     assert all(name in listed for name in (*SYSTEMS, "longbench_qasper", "ruler_vt", "conversations", "rouge_l"))
+
+
+@pytest.mark.parametrize("other", ["exact", "compact", "reselect=8"])
+def test_single_tokens_and_what_chooses_chunks_alone_are_refused(other: str) -> None:
+    with pytest.raises(ValueError, match=f"singles and {other.partition('=')[0]} do not go together"):
+        Setting.parse(f"contiguouskv@0.25+singles=0.75+{other}", ())
+    Setting.parse("contiguouskv@0.25+singles=0.75", ())
+    Setting.parse(f"contiguouskv@0.25+{other}", ())
