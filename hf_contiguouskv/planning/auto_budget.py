@@ -15,7 +15,7 @@ from ..store.attached_prefix import AttachedPrefix
 from ..store.inner import StoreInner
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
 from .network import Network, away_share, network_to
-from .read_plan import WORTH_READING_BYTES, ReadPlan
+from .read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -110,7 +110,7 @@ def _estimated(
     speeds: ComputeSpeeds,
     storage: _Storage,
 ) -> BudgetChoice:
-    reads = ReadPlan.of(prefix, replace(config, budget=budget), plan, storage.worth_reading)
+    reads = ReadPlan.of(prefix, replace(config, budget=budget), plan, storage.choosing)
     compute = speeds.forward_s + reads.kept_tokens * speeds.used_s
     if not reads.keeps_all:
         compute += speeds.choosing_s + prefix.tokens * speeds.considered_s
@@ -132,9 +132,9 @@ class _Storage:
         self._away: dict[tuple[str, bool], float] = {}
 
     @property
-    def worth_reading(self) -> int | None:
+    def choosing(self) -> ChoosingCost | None:
         """See `ReadPlan`."""
-        return None if self._network is None else self._network.worth_reading_bytes
+        return None if self._network is None else self._network.choosing
 
     def seconds(self, reads: ReadPlan) -> float:
         """Seconds in which a cold request reads: what is on the disk, and then what is not on this machine."""

@@ -11,17 +11,20 @@ from ..store.fleet.cached_blob import CachedBlob
 from ..store.fleet.fleet import Fleet
 from ..store.fleet.link import Link
 from ..store.inner import StoreInner
-from .read_plan import ReadPlan
+from .read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 
 # Where nothing was read yet, so much is read to find out, and then more while that takes hardly any time.
 FIRST_READS, QUICK_S = (256 * 1024, 2 * 2**20, 8 * 2**20), 0.05
 # A link that is slow rather than fast: assumed where so little is not on this machine that nothing can be measured.
 SLOW = Link(10e6, 0.05)
-# A usual link, in the size of one between machines of a data centre: assumed for what to read until something was read.
-USUAL = Link(125e6, 0.005)
+# A usual link between machines of a data centre: assumed for what to read until so many bytes have told more. (The
+# first reads of a connection say little.)
+USUAL, TELLING_BYTES = Link(125e6, 0.005), 8 * 2**20
 # Short reads that are under way at once (`store.fleet.cached_blob`), and seconds of processor time that each takes here
 # (measured: docs/fleet.md).
 SIDE_BY_SIDE, REQUEST_S = 64, 0.001
+# Requests for each chosen chunk: neighbours are read together (measured: docs/fleet.md).
+REQUESTS_PER_CHUNK = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,13 @@ class Network:
     @property
     def worth_reading_bytes(self) -> int:
         """Bytes that cross in the time that one more read costs: many reads share a round trip."""
-        return int(self.bytes_per_s * (REQUEST_S + self.round_trip_s / SIDE_BY_SIDE))
+        return max(WORTH_READING_BYTES, int(self.bytes_per_s * self.round_trip_s / SIDE_BY_SIDE))
+
+    @property
+    def choosing(self) -> ChoosingCost:
+        """See `ReadPlan`."""
+        per_chunk = self.bytes_per_s * REQUEST_S * REQUESTS_PER_CHUNK
+        return ChoosingCost(int(per_chunk), int(self.bytes_per_s * self.round_trip_s))
 
     def seconds(self, reads: ReadPlan, away: float) -> float:
         """Seconds that a request waits for the network.
@@ -104,13 +113,13 @@ def network_to(store: StoreInner, prefix: AttachedPrefix) -> Network | None:
     return Network(link.bytes_per_s, link.round_trip_s)
 
 
-def worth_reading(store: StoreInner, prefix: AttachedPrefix) -> int | None:
-    """Bytes that cross the network in the time that one more read costs, by what is known of it; `None`: all of the
-    prefix is on this machine."""
+def choosing_cost(store: StoreInner, prefix: AttachedPrefix) -> ChoosingCost | None:
+    """What chunks by name cost over the network, by what is known of it; `None`: all of the prefix is on this
+    machine."""
     if store.fleet is None or not is_away(prefix):
         return None
-    link = store.fleet.link.estimate() or USUAL
-    return Network(link.bytes_per_s, link.round_trip_s).worth_reading_bytes
+    link = store.fleet.link.estimate(TELLING_BYTES) or USUAL
+    return Network(link.bytes_per_s, link.round_trip_s).choosing
 
 
 def _first_estimate(fleet: Fleet, prefix: AttachedPrefix) -> Link:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,18 @@ def chunks_kept(budget: float | str, whole_chunks: int) -> int:
     return min(whole_chunks, max(1, math.ceil(whole_chunks * budget - 1e-9)))
 
 
+class ChoosingCost(NamedTuple):
+    """What it costs to read chosen chunks by name, in bytes that storage delivers in that time.
+
+    Attributes:
+        per_chunk: for one more chunk.
+        per_layer: for waiting once more, where a layer has chosen.
+    """
+
+    per_chunk: int
+    per_layer: int
+
+
 @dataclass(frozen=True)
 class ReadPlan:
     """What one request uses of its prefix, and how to read it.
@@ -66,7 +79,7 @@ class ReadPlan:
         keep: number of whole chunks that each full-attention layer uses, or would use instead of single tokens.
         layers: the model's layers.
         config: the configuration; its budget is a number.
-        worth_reading: bytes that storage delivers in the time that one more read costs; `None`: as a local disk does.
+        choosing: what chunks by name cost; `None`: what they cost on a local disk.
     """
 
     prefix: AttachedPrefix
@@ -74,11 +87,15 @@ class ReadPlan:
     keep: int
     layers: LayerPlan
     config: ContiguousKVConfig
-    worth_reading: int | None = None
+    choosing: ChoosingCost | None = None
 
     @classmethod
     def of(
-        cls, prefix: AttachedPrefix, config: ContiguousKVConfig, layers: LayerPlan, worth_reading: int | None = None
+        cls,
+        prefix: AttachedPrefix,
+        config: ContiguousKVConfig,
+        layers: LayerPlan,
+        choosing: ChoosingCost | None = None,
     ) -> ReadPlan:
         """The plan for `prefix`.
 
@@ -87,11 +104,11 @@ class ReadPlan:
         """
         keep, full = chunks_kept(config.budget, prefix.whole_chunks), layers.full_layers
         packs = config.payload == "packed" and keep < prefix.whole_chunks and bool(full)
-        return cls(prefix, prefix.in_few_bits(full) if packs else prefix, keep, layers, config, worth_reading)
+        return cls(prefix, prefix.in_few_bits(full) if packs else prefix, keep, layers, config, choosing)
 
     def on(self, prefix: AttachedPrefix) -> ReadPlan:
         """The same plan for another prefix of the same tokens."""
-        return ReadPlan.of(prefix, self.config, self.layers, self.worth_reading)
+        return ReadPlan.of(prefix, self.config, self.layers, self.choosing)
 
     @property
     def keeps_all(self) -> bool:
@@ -141,8 +158,9 @@ class ReadPlan:
         Reads then need not wait for a selection: each layer is read ahead in one piece.
         """
         layer_bytes = self.served.whole_chunks * self.served.extent_bytes
-        if self.worth_reading is not None:
-            return self.in_few_bits and layer_bytes <= self.nominees * self.worth_reading
+        if self.choosing is not None:
+            spared = layer_bytes - self.nominees * self.served.extent_bytes
+            return self.in_few_bits and spared <= self.nominees * self.choosing.per_chunk + self.choosing.per_layer
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
         return self.in_few_bits and layer_bytes <= max(small, self.nominees * WORTH_READING_BYTES)
 

@@ -74,5 +74,7 @@ def is_right(store: PrefixStore, stored: StoredPrefix, ids: TokenIds) -> bool:
 
 
 def remote(store: PrefixStore) -> dict[str, int]:
-    """The counters of the shared store, those that are not zero."""
-    return {name: count for name, count in store.stats.remote.items() if count}
+    """The counters of the shared store, those that are not zero, without single requests."""
+    return {
+        name: count for name, count in store.stats.remote.items() if count and name not in engine_of(store).requests
+    }

@@ -20,8 +20,8 @@ from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.planning import auto_budget, measured_speeds, network
 from hf_contiguouskv.planning.auto_budget import BudgetChoice, choose_budget
 from hf_contiguouskv.planning.measured_speeds import UNKNOWN_DISK, ComputeSpeeds, read_speed
-from hf_contiguouskv.planning.network import USUAL, Network, away_share, network_to, worth_reading
-from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, ReadPlan
+from hf_contiguouskv.planning.network import USUAL, Network, away_share, choosing_cost, network_to
+from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
 from hf_contiguouskv.store.fleet.deadline import seconds_left
@@ -133,7 +133,8 @@ def test_a_network_without_round_trips_is_as_good_as_a_disk_of_its_speed(
     prefix: tuple[AttachedPrefix, LayerPlan], all_away: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budgets = set()
-    monkeypatch.setattr(Network, "worth_reading_bytes", WORTH_READING_BYTES)  # (Requests cost as much as reads.)
+    # (Requests cost as much as reads.)
+    monkeypatch.setattr(Network, "choosing", ChoosingCost(WORTH_READING_BYTES, 0))
     for bytes_per_s in (1e4, 1e6, 1e7, 1e8, 1e12):
         over, on_disk = chosen(prefix, Network(bytes_per_s)), chosen(prefix, None, bytes_per_s)
         assert (over.budget, over.recompute) == (on_disk.budget, on_disk.recompute)
@@ -153,7 +154,7 @@ def test_round_trips_speak_against_choosing(prefix: tuple[AttachedPrefix, LayerP
     assert (far.budget, far.read_s > 0.5) == (1.0, True)
     reads = ReadPlan.of(prefix[0], replace(by_name, budget=0.05), prefix[1])
     assert plan(prefix, 1.0).waits == 1 < reads.waits
-    assert Network(1e7, 0.5).worth_reading_bytes > Network(1e7).worth_reading_bytes > 0
+    assert Network(1e7, 0.5).worth_reading_bytes > Network(1e7).worth_reading_bytes == WORTH_READING_BYTES
 
 
 def test_only_what_is_not_here_crosses(prefix: tuple[AttachedPrefix, LayerPlan]) -> None:
@@ -181,7 +182,7 @@ def set_speeds(monkeypatch: pytest.MonkeyPatch, store: PrefixStore, bytes_per_s:
     assert store.inner.fleet is not None
     monkeypatch.setattr(auto_budget, "compute_speeds", lambda model, config: replace(SPEEDS, prefill_s=prefill_s))
     monkeypatch.setattr(auto_budget, "read_speed", lambda store, prefix: FAST_DISK)
-    monkeypatch.setattr(store.inner.fleet.link, "estimate", lambda: Link(bytes_per_s, 0.0))
+    monkeypatch.setattr(store.inner.fleet.link, "estimate", lambda least_bytes=1: Link(bytes_per_s, 0.0))
 
 
 def answer(model: LlamaForCausalLM, cache: object) -> torch.Tensor:
@@ -252,7 +253,7 @@ def test_whether_layers_are_read_whole_depends_on_the_network(
     for name, link in machines.items():
         store = folder_machines(name)
         assert store.inner.fleet is not None
-        monkeypatch.setattr(store.inner.fleet.link, "estimate", lambda link=link: link)
+        monkeypatch.setattr(store.inner.fleet.link, "estimate", lambda least_bytes=1, link=link: link)
         with ContiguousKVCache(model, PREFIX, store=store, budget=0.1) as cache:
             assert cache.session.request.plan.reads_whole_layers == (name == "fast")
             answers.append(answer(model, cache))
@@ -265,14 +266,15 @@ def test_whether_layers_are_read_whole_depends_on_the_network(
 def test_what_is_on_this_machine_is_read_as_from_a_disk(
     model: LlamaForCausalLM, reader: PrefixStore, prefix: tuple[AttachedPrefix, LayerPlan]
 ) -> None:
-    assert worth_reading(reader.inner, prefix[0]) == Network(USUAL.bytes_per_s, USUAL.round_trip_s).worth_reading_bytes
+    # (Nothing was read that tells how fast the network is.)
+    assert choosing_cost(reader.inner, prefix[0]) == Network(USUAL.bytes_per_s, USUAL.round_trip_s).choosing
     with ContiguousKVCache(model, PREFIX, store=reader, budget=0.1) as cache:
         answer(model, cache)
         # Not all of it is here, so what is missing may have to cross.
-        assert worth_reading(reader.inner, cache.session.request.prefix) is not None
+        assert choosing_cost(reader.inner, cache.session.request.prefix) is not None
     for span in prefix[0].spans:
         span.segment.blob.read_into([(0, memoryview(bytearray(span.segment.blob.nbytes)))])
-    assert worth_reading(reader.inner, prefix[0]) is None
+    assert choosing_cost(reader.inner, prefix[0]) is None
 
 
 def test_a_machine_that_stored_it_knows_no_network(model: LlamaForCausalLM, folder_machines: Machines) -> None:

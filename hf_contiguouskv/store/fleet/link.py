@@ -107,10 +107,14 @@ class LinkMeter:
         self._seconds += seconds
         self._count += 1
 
-    def estimate(self) -> Link | None:
-        """Speeds by what was counted; `None`: too little was read to tell."""
+    def estimate(self, least_bytes: int = 1) -> Link | None:
+        """Speeds by what was counted; `None`: too little was read to tell.
+
+        Args:
+            least_bytes: of long reads that must have been counted.
+        """
         with self._lock:
-            if not self._bytes:
+            if self._bytes < least_bytes:
                 return None
             trip = min(self._trips, default=0.0)
             transfer = max(self._seconds - self._count * trip, _LEAST_SHARE * self._seconds, 1e-9)
