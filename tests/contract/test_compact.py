@@ -13,7 +13,6 @@ from unit.fake_device import EARLY, LATE, SCHEDULES, accelerated
 from hf_contiguouskv import ContiguousKVConfig, IndexedKeys
 from hf_contiguouskv.errors import ConfigError
 from hf_contiguouskv.model.kv_geometry import KVGeometry
-from hf_contiguouskv.planning import read_plan as needs
 from hf_contiguouskv.planning.read_plan import chunks_kept
 from hf_contiguouskv.selection import CoarseIndex
 
@@ -21,6 +20,7 @@ from .device_helpers import MEBIBYTE, assert_idle
 from .models import full_attention_layers, token_ids
 from .references import PrunedReference, assert_close, forward, generate, prefilled, visible_tokens
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
+from .test_packed import chunks_alone
 from .test_pruned import assert_as_masked, masked_reference
 from .test_recovery import damage, files
 
@@ -35,12 +35,6 @@ CHUNK = 2 * (16 * (16 // 2 + 4) + (16 + 2) * 16)
 INDEX = 2 * 4 * (4 * 3) * 16
 """Bytes of the codes of a layer: two heads, a quarter of 16 positions, 12 chunks in three blocks, 16 channels."""
 LEVELS_AND_SCALES = 2 * 2 * 3 * 16 + 4 * 2 * 16
-
-
-def chunks_alone(patch: pytest.MonkeyPatch) -> None:
-    """No layer is read as a whole from now on."""
-    patch.setattr(needs, "WORTH_READING_BYTES", 0)
-    patch.setattr(needs, "WHOLE_LAYER_BYTES", 0)
 
 
 def geometries(store: Any) -> list[KVGeometry]:

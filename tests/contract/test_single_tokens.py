@@ -30,6 +30,7 @@ from .references import (
     visible_tokens,
 )
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
+from .test_packed import chunks_alone
 from .test_recovery import damage, files
 
 pytestmark = pytest.mark.needs_library
@@ -45,12 +46,6 @@ WITHOUT = dataclasses.replace(HALF, selection=IndexedKeys())
 def _few_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefixes of tests are short."""
     monkeypatch.setattr(needs, "LEAST_WHOLE_CHUNKS", 0)
-
-
-def by_name(patch: pytest.MonkeyPatch) -> None:
-    """No layer is read as a whole from now on."""
-    patch.setattr(needs, "WORTH_READING_BYTES", 0)
-    patch.setattr(needs, "WHOLE_LAYER_BYTES", 0)
 
 
 def visible(cache: Any, layer: int, tokens: int) -> torch.Tensor:
@@ -82,7 +77,7 @@ def assert_as_rounded(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox", "qwen3"])
 def test_they_are_as_good_as_masked(tiny_model, store_path, family, tokens, alone, monkeypatch):
     if alone:
-        by_name(monkeypatch)
+        chunks_alone(monkeypatch)
     model, prefix = tiny_model(family), PREFIX[:, :tokens]
     with prefix_from_disk(model, prefix, store_path, config=HALF) as cache:
         logits = forward(model, SUFFIX, cache)
@@ -125,7 +120,7 @@ def test_some_chunks_stay_whole_before_single_tokens_get_anything(tiny_model, st
 @pytest.mark.parametrize("alone", [False, True], ids=["whole layers", "by name"])
 def test_rows_choose_their_own(tiny_model, store_path, alone, monkeypatch):
     if alone:
-        by_name(monkeypatch)
+        chunks_alone(monkeypatch)
     model, suffixes = tiny_model("llama"), token_ids(9, seed=2703, rows=3)
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         logits = forward(model, suffixes, cache)
@@ -173,7 +168,7 @@ def test_generation_follows_the_masked_reference(tiny_model, store_path, beams):
 @pytest.mark.parametrize("period", [2, 3])
 def test_layers_of_a_period_share_them(tiny_model, store_path, period, alone, monkeypatch):
     if alone:
-        by_name(monkeypatch)  # The chunks of single tokens are read ahead for the next period as well.
+        chunks_alone(monkeypatch)  # The chunks of single tokens are read ahead for the next period as well.
     model = tiny_model("llama", layers=5)
     rule = IndexedKeys(period=period, subperiod=period - 1, single_tokens=0.5)
     with prefix_from_disk(model, PREFIX, store_path, config=dataclasses.replace(HALF, selection=rule)) as cache:
@@ -186,7 +181,7 @@ def test_layers_of_a_period_share_them(tiny_model, store_path, period, alone, mo
 @pytest.mark.parametrize("alone", [False, True], ids=["whole layers", "by name"])
 def test_they_may_lie_in_several_segments(tiny_model, store_path, alone, monkeypatch):
     if alone:
-        by_name(monkeypatch)
+        chunks_alone(monkeypatch)
     model = tiny_model("llama")
     with PrefixStore(store_path) as store:
         for end in (100, 213, 325):
@@ -261,7 +256,7 @@ def test_the_best_tokens_of_the_best_chunks_are_chosen(tiny_model, store_path):
 
 
 def test_nothing_more_is_read_than_their_chunks(tiny_model, store_path, monkeypatch):
-    by_name(monkeypatch)
+    chunks_alone(monkeypatch)
     model, extent = tiny_model("llama"), 2 * 16 * (16 // 2 + 4)
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         forward(model, SUFFIX, cache)
@@ -279,7 +274,7 @@ def test_nothing_more_is_read_than_their_chunks(tiny_model, store_path, monkeypa
 
 @pytest.mark.parametrize("limit", [0, 40_000])
 def test_little_memory_changes_no_answer(tiny_model, store_path, limit, monkeypatch):
-    by_name(monkeypatch)
+    chunks_alone(monkeypatch)
     model = tiny_model("llama")
     write_prefix(model, PREFIX, store_path, config=HALF)
     found = []
@@ -305,7 +300,7 @@ def test_a_copy_and_a_reset_cache_answer_alike(tiny_model, store_path):
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_damage_in_mid_request_is_computed_again(tiny_model, store_path, layer, monkeypatch):
-    by_name(monkeypatch)
+    chunks_alone(monkeypatch)
     model = tiny_model("llama")
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         expected = forward(model, SUFFIX, cache)
@@ -320,7 +315,7 @@ def test_damage_in_mid_request_is_computed_again(tiny_model, store_path, layer, 
 
 def test_damage_may_change_the_form_of_the_chunks_in_mid_request(tiny_model, store_path, monkeypatch):
     """What is computed again is stored as the configuration says: single tokens that were chosen come from that."""
-    by_name(monkeypatch)
+    chunks_alone(monkeypatch)
     model, compact = tiny_model("llama"), dataclasses.replace(HALF, index_bits=2)
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         forward(model, SUFFIX, cache)
@@ -347,7 +342,7 @@ def test_damage_may_change_the_form_of_the_chunks_in_mid_request(tiny_model, sto
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_an_accelerator_chooses_and_answers_alike(tiny_model, store_path, schedule, alone, monkeypatch):
     if alone:
-        by_name(monkeypatch)
+        chunks_alone(monkeypatch)
     model = tiny_model("llama")
     with prefix_from_disk(model, PREFIX, store_path, config=HALF) as cache:
         expected = forward(model, SUFFIX, cache)

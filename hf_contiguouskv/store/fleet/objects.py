@@ -146,7 +146,7 @@ class ObjectStorage:
         # (Beside its parts, an upload in parts is begun and completed.)
         parts = -(-path.stat().st_size // _UPLOAD_PART)
         self._write(
-            lambda: self._put(name, path, requests=1 if parts == 1 else parts + 2, chunk_size=_UPLOAD_PART), seconds
+            lambda: self._put(name, path, requests=1 if parts <= 1 else parts + 2, chunk_size=_UPLOAD_PART), seconds
         )
 
     def read_ranges(self, name: str, ranges: Sequence[Range], version: str | None = None) -> Fetched:
