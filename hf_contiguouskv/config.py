@@ -142,6 +142,9 @@ class ContiguousKVConfig:
             quarter of the KV in 16 bits, and attention gets its keys from it. 2: the index takes a 14th, in the store
             and in memory, and chosen chunks bring their keys along, in 8 bits; needs a `chunk_size` of 4 or more. A
             prefix that continues a stored one takes its form, and stored prefixes are served in their own.
+        layers_per_group: consecutive layers whose exact chunks lie side by side in prefixes that are stored from now on.
+            With `payload="exact"` and as many layers in a period of the selection, a chunk is one read for all of them:
+            worth it over a network. Packed chunks lie layer by layer all the same.
         selection: how chunks are scored: `IndexedKeys(...)` or `AttentionMass(...)`.
         reading: how bytes are read.
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less
@@ -162,6 +165,7 @@ class ContiguousKVConfig:
     chunk_size: int = 16
     payload: Payload = "packed"
     index_bits: IndexBits = 8
+    layers_per_group: int = 1
     selection: Selection = field(default_factory=IndexedKeys)
     reading: ReadOptions = field(default_factory=ReadOptions)
     prefill_block: int = 8192
@@ -201,6 +205,7 @@ class ContiguousKVConfig:
             raise ConfigError(f"index_bits must be one of {get_args(IndexBits)}, got {self.index_bits!r}")
         if self.index_bits == 2 and self.chunk_size < 4:
             raise ConfigError(f"index_bits=2 needs a chunk_size of 4 or more, got {self.chunk_size}")
+        _require_integer(self, "layers_per_group", 1, 4096)
         if not isinstance(self.selection, Selection):
             raise ConfigError(f"selection must be IndexedKeys(...) or AttentionMass(...), got {self.selection!r}")
         if self.payload == "packed" and not isinstance(self.selection, IndexedKeys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,21 @@ SUFFIX_TOKENS = 32
 # Seconds that an answer may take: the slowest link needs some for all of a long prefix.
 _PATIENCE_S = 60.0
 
-# What a request does, by the name of its system. "recompute" has no store.
-SYSTEMS: dict[str, Callable[[], dict[str, Any]] | None] = {
+
+# How a request is served, by the name of its system; `None`: computed, without a store.
+SYSTEMS: dict[str, ContiguousKVConfig | None] = {
     "recompute": None,
-    "exact": lambda: {"budget": 1.0},
-    "published, 5%": lambda: {"config": ContiguousKVConfig.paper(budget=0.05)},
-    "default, 25%": lambda: {"budget": 0.25},
+    "exact": ContiguousKVConfig(budget=1.0),
+    "published, 5%": ContiguousKVConfig.paper(budget=0.05),
+    "published, 5%, layers in groups": ContiguousKVConfig.paper(budget=0.05, layers_per_group=8),
+    "default, 25%": ContiguousKVConfig(budget=0.25),
+    "2-bit index, 25%": ContiguousKVConfig(budget=0.25, index_bits=2),
 }
+
+
+def _url(config: ContiguousKVConfig) -> str:
+    """Where the prefixes of a system lie: a store for each form in which they are stored."""
+    return f"s3://fleet/index{config.index_bits}-groups{config.layers_per_group}"
 
 
 @contextmanager
@@ -70,12 +78,13 @@ def measure(model: Any, tokenizer: Any, lengths: Sequence[int], links: Sequence[
     rows: list[dict[str, Any]] = []
     try:
         with object_server(place) as server, Proxy(server.port) as proxy, _environment(server.environment(proxy.port)):
-            url = "s3://fleet/measured"
             prefixes = {tokens: document_ids(tokenizer, tokens) for tokens in lengths}
-            with PrefixStore(url, cache=place / "writer", remote_timeout_s=_PATIENCE_S) as store:
-                for ids in prefixes.values():
-                    ContiguousKVCache(model, ids, store=store).close()
-                store.flush()
+            for url, config in {_url(config): config for config in SYSTEMS.values() if config is not None}.items():
+                with PrefixStore(url, cache=place / "writer", remote_timeout_s=_PATIENCE_S) as store:
+                    for ids in prefixes.values():
+                        ContiguousKVCache(model, ids, store=store, config=config).close()
+                    store.flush()
+                shutil.rmtree(place / "writer")
             suffix = document_ids(tokenizer, SUFFIX_TOKENS, begin=300_000)
             cases = [
                 (system, tokens, link)
@@ -87,7 +96,7 @@ def measure(model: Any, tokenizer: Any, lengths: Sequence[int], links: Sequence[
                 system, tokens, link = case
                 rows.append(
                     {"system": system, "tokens": tokens, "link": link, "round": number}
-                    | _request(model, prefixes[tokens], suffix, case, url, place, proxy)
+                    | _request(model, prefixes[tokens], suffix, case, place, proxy)
                 )
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -106,20 +115,19 @@ def _request(
     prefix: torch.Tensor,
     suffix: torch.Tensor,
     case: tuple[str, int, str],
-    url: str,
     place: Path,
     proxy: Proxy,
 ) -> dict[str, Any]:
     system, tokens, link = case
-    options = SYSTEMS[system]
+    served_by = SYSTEMS[system]
     folder = place / "reader"
     opened: list[PrefixStore] = []
 
     def make_cache() -> Any:
-        if options is None:
+        if served_by is None:
             return None
-        opened.append(PrefixStore(url, cache=folder, remote_timeout_s=_PATIENCE_S))
-        return ContiguousKVCache(model, prefix, store=opened[0], **options())
+        opened.append(PrefixStore(_url(served_by), cache=folder, remote_timeout_s=_PATIENCE_S))
+        return ContiguousKVCache(model, prefix, store=opened[0], config=served_by)
 
     proxy.delay_s = LINKS[link].delay_ms / 1000
     proxy.bytes_per_s = LINKS[link].gbps * 1e9 / 8
@@ -132,8 +140,8 @@ def _request(
     with torch.no_grad():
         seconds, token, cache = time_to_first_token(model, ids, make_cache)
     crossed = proxy.answered - before
-    found = cache.stats.tokens_from_store if options is not None else 0
-    if options is not None and found != tokens:
+    found = cache.stats.tokens_from_store if served_by is not None else 0
+    if served_by is not None and found != tokens:
         raise RuntimeError(f"{system} over {link} found {found} of {tokens} tokens")
     for store in opened:
         sent = {kind: store.stats.remote[kind] for kind in sent}

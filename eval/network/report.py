@@ -9,7 +9,14 @@ import numpy as np
 
 from ..timing import median_spread
 
-_COLOURS = {"recompute": "#8a8a8a", "exact": "#5b8db8", "published, 5%": "#d08a2e", "default, 25%": "#2a7f4f"}
+_COLOURS = {
+    "recompute": "#8a8a8a",
+    "exact": "#5b8db8",
+    "published, 5%": "#d08a2e",
+    "published, 5%, layers in groups": "#e8bf7d",
+    "default, 25%": "#2a7f4f",
+    "2-bit index, 25%": "#8fc7a5",
+}
 
 
 def _figures(rows: list[dict[str, Any]], system: str, tokens: int, link: str) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 # Of everything that requests touch; at the last ones only hits are counted.
 SIZES = (1 / 16, 1 / 8, 1 / 4)
 MORE_SIZES = (1 / 2,)
+# The same, of a device and of the host.
+TIERS = ((1 / 16, 1 / 16), (1 / 16, 1 / 4), (1 / 8, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 1 / 4))
 
 Folder = Annotated[
     Path | None, typer.Option(help="Where trace, store and results lie, on a real disk; default: the cache folder.")
@@ -104,6 +106,44 @@ def replay(
     path = place / "replay.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"{len(results['rows'])} replays: {path}")
+
+
+@app.command()
+def tiers(
+    folder: Folder = None,
+    policy: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all.")] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEVICE:HOST", help="Memory of both as shares of all that is touched; may be repeated."),
+    ] = None,
+    requests: Annotated[int, typer.Option(help="In each replay.")] = Workload.requests,
+    exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = Workload.exponent,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    warm_up: Annotated[int, typer.Option(help="Requests that are not counted.")] = 500,
+    into: Annotated[Path, typer.Option(help="Folder for tiers.md and .json.")] = Path("docs/results"),
+) -> None:
+    """Replay what was recorded with memory of an imitated device above the host's: hit rates alone."""
+    from hf_contiguouskv.memory import POLICIES
+
+    from .compare import run_tiers
+    from .replay import fill_store
+    from .report import write_tiers
+
+    place = folder_of(folder)
+    store = fill_store(place, Trace.load(place / "trace.npz"))
+    pairs = [_pair(one) for one in share] if share else list(TIERS)
+    load = Workload(requests, exponent, 0.0, seed=seed)
+    found = run_tiers(place / "trace.npz", store, load, policy or list(POLICIES), pairs, warm_up)
+    for path in write_tiers(found, into):
+        print(path)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        device, host = map(float, text.split(":"))
+    except ValueError:
+        raise typer.BadParameter(f"expected DEVICE:HOST, two shares, got {text!r}") from None
+    return device, host
 
 
 @app.command()

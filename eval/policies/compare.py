@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..timing import machine
+from .imitated_device import imitated_device
 from .replay import Outcome, Replay, footprint, replay, replay_together
 from .trace import Trace, Workload
 
@@ -102,13 +103,68 @@ def run_replays(
     }
 
 
+def _of_both_tiers(
+    trace: Path, store: Path, warm_up: int, load: Workload, policy: str, sizes: tuple[int, int]
+) -> Outcome:
+    """As `_hits_only`, with memory of an imitated device above the host's."""
+    torch.set_num_threads(1)
+    found = Trace.load(trace)
+    with imitated_device() as device:
+        return replay(found, load.draw(found), store, policy, sizes[1], device, sizes[0], warm_up=warm_up)
+
+
+def run_tiers(
+    path: Path,
+    store: Path,
+    load: Workload,
+    policies: list[str],
+    shares: list[tuple[float, float]],
+    warm_up: int,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Hit rates of the trace at `path` where a device and the host bound what they keep; ready for JSON.
+
+    Args:
+        path, store: the trace, and the store that it is replayed on.
+        load: the requests.
+        policies: names.
+        shares: of everything that the requests touch, of the device and of the host.
+        warm_up: requests that are not counted.
+        progress: whether to show a bar.
+    """
+    trace = Trace.load(path)
+    whole = footprint(trace, load.draw(trace))
+    variants = [(policy, pair) for pair in shares for policy in policies]
+    sizes = [tuple(int(share * sum(whole.values())) for share in pair) for _, pair in variants]
+    rows = []
+    with _processes() as pool:
+        found = pool.map(
+            partial(_of_both_tiers, path, store, warm_up), [load] * len(variants), [name for name, _ in variants], sizes
+        )
+        bar = tqdm(found, "both tiers", len(variants), disable=not progress, leave=False)
+        for (policy, pair), (device, host), outcome in zip(variants, sizes, bar, strict=True):
+            about = {"policy": policy, "shares": pair, "device_bytes": device, "host_bytes": host}
+            rows.append(about | outcome.as_dict())
+    return {
+        "about": trace.about,
+        "workload": asdict(load),
+        "footprint": whole,
+        "warm_up": warm_up,
+        "machine": machine(),
+        "rows": rows,
+    }
+
+
 def _variants(policies: list[str], shares: list[float], whole: int) -> list[tuple[str, float, int]]:
     return [(policy, share, int(share * whole)) for policy in policies for share in shares]
 
 
-def _in_processes(run: Any, untimed: list[tuple[Workload, tuple[str, float, int]]]) -> Iterator[Outcome]:
+def _processes() -> ProcessPoolExecutor:
     # Started, not forked: a fork would inherit the threads of torch without their stacks.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+
+
+def _in_processes(run: Any, untimed: list[tuple[Workload, tuple[str, float, int]]]) -> Iterator[Outcome]:
+    with _processes() as pool:
         loads = [load for load, _ in untimed]
         yield from pool.map(run, loads, [policy for _, (policy, _, _) in untimed], [size for _, (*_, size) in untimed])

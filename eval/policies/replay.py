@@ -170,7 +170,8 @@ class Outcome:
         ttft_s: seconds to the first token of each timed request, in order.
         bytes_read: per timed request, from disk, page rounding included.
         io_wait_s: per timed request.
-        peak_bytes: most that the tier ever held.
+        peak_bytes: most that the host's tier ever held.
+        device_hit_rate: chunks found on the device / chunks used.
     """
 
     chunk_hit_rate: float
@@ -180,6 +181,7 @@ class Outcome:
     bytes_read: float
     io_wait_s: float
     peak_bytes: int
+    device_hit_rate: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -193,16 +195,25 @@ class Replay:
         trace: where requests come from.
         path: of the store (`fill_store`).
         policy, host_bytes: of the store.
+        device, device_bytes: where chunks are used, and how much of them stays there; the CPU has no tier of its own.
     """
 
-    def __init__(self, trace: Trace, path: Path, policy: str | EvictionPolicy, host_bytes: int) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        path: Path,
+        policy: str | EvictionPolicy,
+        host_bytes: int,
+        device: torch.device = CPU,
+        device_bytes: int = 0,
+    ) -> None:
         self._trace = trace
         self._geometry = g = geometry_of(trace)
         self._config = ContiguousKVConfig(budget=trace.about["budget"], chunk_size=g.chunk_size, payload="exact")
-        self._layers = LayerPlan((None,) * g.num_layers, (CPU,) * g.num_layers)
+        self._layers = LayerPlan((None,) * g.num_layers, (device,) * g.num_layers)
         self._attached: dict[int, AttachedPrefix] = {}
         self._rows: list[tuple[float, ...]] = []
-        self._store = PrefixStore(path, host_bytes=host_bytes, eviction=policy)
+        self._store = PrefixStore(path, host_bytes=host_bytes, device_bytes=device_bytes, eviction=policy)
 
     def __enter__(self) -> Replay:
         return self
@@ -233,9 +244,11 @@ class Replay:
         plan = ReadPlan.of(self._prefix(prefix), self._config, self._layers)
         request = PrefixRequest(plan, store, stats, method=method)
         seconds = method.run(request, torch.empty((2, 1, g.kv_heads, request.kept_tokens, g.head_dim), dtype=g.dtype))
+        request.settle()  # What stays on a device is put into its slots now.
         request.close()
-        keys, hits, misses = keys_bytes(pool, g), stats.hits["host"], stats.hits["disk"]
-        self._rows.append((hits, misses, keys, method.keys_read, stats.bytes_read, seconds, stats.io_wait_s))
+        keys, found = keys_bytes(pool, g), stats.hits
+        hits = found["device"], found["host"], found["disk"]
+        self._rows.append((*hits, keys, method.keys_read, stats.bytes_read, seconds, stats.io_wait_s))
 
     def outcome(self, warm_up: int, timed: int) -> Outcome:
         """Without the first `warm_up` requests; reads and TTFT of the last `timed`."""
@@ -281,26 +294,30 @@ def replay(
     path: Path,
     policy: str | EvictionPolicy,
     host_bytes: int,
+    device: torch.device = CPU,
+    device_bytes: int = 0,
     *,
     warm_up: int = 500,
     timed: int = 0,
     pace: float = 0.0,
 ) -> Outcome:
     """Make all requests in one replay; see `Replay` and `replay_together`."""
-    with Replay(trace, path, policy, host_bytes) as one:
+    with Replay(trace, path, policy, host_bytes, device, device_bytes) as one:
         return replay_together([one], drawn, warm_up=warm_up, timed=timed, pace=pace)[0]
 
 
 def _outcome(rows: np.ndarray, extent_bytes: int, warm_up: int, timed: int, peak: int) -> Outcome:
     counted = rows[warm_up:] if len(rows) > warm_up else rows
-    hits, misses, keys, keys_read, *_ = counted.sum(0)
+    on_device, on_host, misses, keys, keys_read, *_ = counted.sum(0)
+    used, hits = on_device + on_host + misses, on_device + on_host
     *_, bytes_read, seconds, waits = rows[len(rows) - timed :].T
     return Outcome(
-        float(hits / (hits + misses)),
-        float(1 - (misses * extent_bytes + keys_read) / ((hits + misses) * extent_bytes + keys)),
+        float(hits / used),
+        float(1 - (misses * extent_bytes + keys_read) / (used * extent_bytes + keys)),
         float(1 - keys_read / keys),
         [round(float(one), 6) for one in seconds],
         float(bytes_read.mean()) if timed else 0.0,
         float(waits.mean()) if timed else 0.0,
         int(peak),
+        float(on_device / used),
     )

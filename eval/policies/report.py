@@ -116,6 +116,28 @@ def scenario_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tiers_table(results: dict[str, Any]) -> str:
+    """Markdown: hit rates with a device and the host both bounded, policies side by side."""
+    rows = results["rows"]
+    policies = [name for name in NAMES if _select(rows, policy=name)]
+    lines = [
+        "| device | host | " + " | ".join(NAMES[name] for name in policies) + " |",
+        "|---" * (2 + len(policies)) + "|",
+    ]
+    for device, host in sorted(_unique((row["device_bytes"], row["host_bytes"]) for row in rows)):
+        here = _select(rows, device_bytes=device, host_bytes=host)
+        cells = [
+            " / ".join(_percent(here, name, field) for field in ("device_hit_rate", "chunk_hit_rate", "byte_hit_rate"))
+            for name in policies
+        ]
+        shares = [
+            f"{size / 2**20:.0f} MiB ({share:.0%})"
+            for size, share in zip((device, host), here[0]["shares"], strict=True)
+        ]
+        lines.append(f"| {' | '.join(shares + cells)} |")
+    return "\n".join(lines)
+
+
 def picture(results: dict[str, Any], path: Path) -> None:
     """Hit rates, mean and P95 TTFT by memory size, one line for each policy."""
     import matplotlib
@@ -165,21 +187,46 @@ def picture(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(results: dict[str, Any], folder: Path) -> list[Path]:
-    """`policies.md`, `.png` and `.json` in `folder`; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"policies.{ending}" for ending in ("md", "png", "json")]
+def _about(results: dict[str, Any]) -> str:
     about, load = results["about"], results["workload"]
     whole = sum(results["footprint"].values())
-    drift = max(row["drift"] for row in results["rows"])
-    text = f"""# Which chunks to keep
-
-`make policies`. {len(about["prefix_tokens"])} prefixes of real text ({about["text"]}), {min(about["prefix_tokens"])} to
+    return f"""{len(about["prefix_tokens"])} prefixes of real text ({about["text"]}), {min(about["prefix_tokens"])} to
 {max(about["prefix_tokens"])} tokens; {about["recorded_requests"]} requests recorded with {about["model"]}, default
 configuration, budget {about["budget"]:.0%}. Replayed without the model, through the real store, reader and memory
 tiers: {load["requests"]} requests, of which the first {results["warm_up"]} are not counted; popularity follows Zipf's
 law (exponent {load["exponent"]}). All that a replay touches is {whole / 2**20:.0f} MiB
-({results["footprint"]["keys"] / whole:.0%} of it key index); shares are of that.
+({results["footprint"]["keys"] / whole:.0%} of it key index); shares are of that."""
+
+
+def write_tiers(results: dict[str, Any], folder: Path) -> list[Path]:
+    """`tiers.md` and `.json` in `folder`; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"tiers.{ending}" for ending in ("md", "json")]
+    text = f"""# Which chunks to keep, on a device and on the host
+
+`python -m eval.policies tiers`. {_about(results)}
+
+Memory of an accelerator lies above the host's, and both are bounded. The device is imitated by host memory: what each
+tier holds is what it would hold on an accelerator, and no time is measured. Chunks found on the device / found on either /
+bytes found on either, keys included:
+
+{tiers_table(results)}
+
+Machine: {results["machine"]}.
+"""
+    paths[0].write_text(text)
+    paths[1].write_text(json.dumps(results, indent=2) + "\n")
+    return paths
+
+
+def write(results: dict[str, Any], folder: Path) -> list[Path]:
+    """`policies.md`, `.png` and `.json` in `folder`; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"policies.{ending}" for ending in ("md", "png", "json")]
+    load, drift = results["workload"], max(row["drift"] for row in results["rows"])
+    text = f"""# Which chunks to keep
+
+`make policies`. {_about(results)}
 
 Time to first token is from the request's start until the last layer is through, over the last {results["timed"]}
 requests: these read from disk (`O_DIRECT`), with recorded compute times (times {results["pace"]}) slept where the model

@@ -130,9 +130,10 @@ def _require_ours(budget: float, options: Options) -> None:
 
 def _published_config(budget: float, options: Options) -> ContiguousKVConfig:
     fields = {name: int(options[name]) for name in ("period", "subperiod") if name in options}
-    chunk = {"chunk_size": int(options["chunk"])} if "chunk" in options else {}
+    of_config = {"chunk": "chunk_size", "grouped": "layers_per_group"}
+    stored = {field: int(options[name]) for name, field in of_config.items() if name in options}
     try:
-        return ContiguousKVConfig.paper(budget, timeline=True, selection=AttentionMass(**fields), **chunk)
+        return ContiguousKVConfig.paper(budget, timeline=True, selection=AttentionMass(**fields), **stored)
     except ConfigError as error:
         raise ValueError(f"{_label('contiguouskv_paper', options)}: {error}") from error
 
@@ -140,11 +141,13 @@ def _published_config(budget: float, options: Options) -> ContiguousKVConfig:
 def _published(model: Any, folder: Path, budget: float, options: Options, **store_options: Any) -> System:
     """Its segments have what ours needs too, so both share a folder.
 
-    With other chunks or periods it has segments of its own: they have keys apart for the layers that choose.
+    With other chunks or periods it has segments of its own: they have keys apart for the layers that choose. So it has
+    with layers side by side.
     """
     config = _published_config(budget, options)
-    own = "chunk" in options or "period" in options
-    place = folder / (f"chunks-{config.chunk_size}-{config.selection.period}" if own else "chunks")
+    own = {"chunk", "period", "grouped"} & options.keys()
+    name = f"chunks-{config.chunk_size}-{config.selection.period}-{config.layers_per_group}"
+    place = folder / (name if own else "chunks")
     label = _label("contiguouskv_paper", options)
     return ContiguousKV(label, model, place, config, **{"eviction": "published"} | store_options)
 
@@ -230,6 +233,7 @@ SYSTEMS: dict[str, SystemKind] = {
             OptionKind("chunk", changes_answers=True, value="count"),
             OptionKind("period", changes_answers=True, value="count"),
             OptionKind("subperiod", value="count"),
+            OptionKind("grouped", value="count"),
         ),
         require=_published_config,
     ),

@@ -97,7 +97,8 @@ class Stored:
 
     def _store_states(self, prefix_ids: torch.Tensor, states: DynamicCache, store: PrefixStore) -> None:
         served = ServedModel(self._model)
-        geometry = served.geometry(self._config.chunk_size, self._config.index_bits)
+        config = self._config
+        geometry = served.geometry(config.chunk_size, config.index_bits, config.layers_per_group)
         require_states(states, len(prefix_ids), geometry)
         layers = [(layer.keys[0], layer.values[0], 0) for layer in states.layers]
         persist_rows([(prefix_ids.numpy().astype(np.int64), layers)], store.inner, served.fingerprint(), geometry)

@@ -102,7 +102,7 @@ class TokenStrategy(ABC):
     def start(self, loaded: Collection[int]) -> None:
         if self._overlap:
             for layer in range(len(self.devices)):
-                self.loader.want_later(self.layout.keys_of(layer), self.nodes.keys_apart())
+                self.loader.want_later([self.layout.keys_of(layer)], self.nodes.keys_apart())
             self.loader.start_queued()
 
     def load(self, asked: LayerInput, destination: torch.Tensor) -> Sequence[Arrival]:

@@ -64,6 +64,9 @@ def warm(
     index_bits: Annotated[
         int, typer.Option(metavar="8|2", help="Bits per number of the key index (see ContiguousKVConfig).")
     ] = 8,
+    layers_per_group: Annotated[
+        int, typer.Option(help="Layers whose exact chunks lie side by side (see ContiguousKVConfig).")
+    ] = 1,
     cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +75,9 @@ def warm(
     The prefix is the tokenizer's encoding of the file: special tokens included, line ends as they are. A file that is
     missing, empty, not UTF-8 or too long is reported, the others are stored, and the exit status is 1.
     """
-    config = ContiguousKVConfig(chunk_size=chunk_size, index_bits=cast(IndexBits, index_bits))
+    config = ContiguousKVConfig(
+        chunk_size=chunk_size, index_bits=cast(IndexBits, index_bits), layers_per_group=layers_per_group
+    )
     texts, refused = _read(files)  # Before the model, which takes longer to load.
     found: dict[str, Any] = {"files": []}
     if texts:

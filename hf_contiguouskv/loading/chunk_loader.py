@@ -11,7 +11,7 @@ Three kinds of reads, all through the store's one reader, first come first serve
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -124,10 +124,19 @@ class ChunkLoader:
             some = list(group)
             self._reads[some[0]].ask(some, chunks, device, speculative)
 
-    def want_later(self, layer: int, chunks: Chunks) -> None:
-        """Queue `chunks` (int64, ascending) of a layer behind the reads that were queued before."""
-        start = partial(self._reads[layer].start, layer, chunks, self._devices[layer])
-        self._ahead.add(layer, len(chunks) * self._prefixes[layer].extent_bytes, start)
+    def want_later(self, layers: Sequence[int], chunks: Chunks) -> None:
+        """Queue `chunks` (int64, ascending) of each of `layers` (ascending) behind the reads that were queued before.
+        Layers that lie side by side in the file are read together."""
+        for _, group in groupby(layers, key=self._lies_in):
+            some = list(group)
+            first = some[0]
+            start = partial(self._reads[first].start, some, chunks, self._devices[first])
+            self._ahead.add(first, len(some) * len(chunks) * self._prefixes[first].extent_bytes, start, some[1:])
+
+    def _lies_in(self, layer: int) -> Hashable:
+        """Differs between layers that are not read together."""
+        prefix = self._prefixes[layer]
+        return self._devices[layer], prefix.form, layer // prefix.layers_per_group
 
     def want_whole_layers_later(self, layers: Sequence[int], enough: int) -> None:
         """Queue all chunks of layers (ascending, of one form and device), speculatively, to be read together.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ..memory import Buffer, MemoryTiers
 from ..memory.blocks import neighbours
 from ..memory.device_tier import DeviceTier
 from ..store.attached_prefix import AttachedPrefix, Chunks
-from ..store.reader import ExtentReader, Ticket
+from ..store.reader import ExtentReader, Read, Ticket
 from .prefix_tables import PrefixTables
 from .residency import PIECE_BYTES, LoadedChunks
 
@@ -253,13 +254,7 @@ class DeviceResidency:
     def find_or_read(
         self, layer: int, chunks: Chunks, *, speculative: bool = False, alone: bool = True
     ) -> tuple[list[LoadedChunks], Chunks]:
-        size = self._prefix.extent_bytes
-        slots = self._tables.find(self._tier, layer, chunks)
-        there = slots >= 0
-        parts: list[LoadedChunks] = []
-        if there.any():
-            parts.append(ChunksInDeviceSlots(chunks[there], slots[there], self._tier, size, speculative))
-        missing = chunks[~there]
+        parts, missing = self._on_device(layer, chunks, speculative)
         if len(missing):
             try:
                 crossing = self.start_crossing(layer, missing, speculative, alone, must=False)
@@ -284,8 +279,51 @@ class DeviceResidency:
     def settle(self) -> None:
         self.arrivals.settle()
 
-    def find_or_read_together(self, layers: Sequence[int], chunks: Chunks) -> list[list[LoadedChunks]]:
-        return [self.find_or_read(layer, chunks, speculative=True)[0] for layer in layers]
+    def find_or_read_together(
+        self, asked: Sequence[tuple[int, Chunks]], *, speculative: bool
+    ) -> list[tuple[list[LoadedChunks], Chunks]]:
+        if self._prefix.layers_per_group == 1:
+            # Layers lie apart: each crosses as soon as it has been read.
+            return [self.find_or_read(layer, chunks, speculative=speculative) for layer, chunks in asked]
+        found: list[tuple[list[LoadedChunks], Chunks]] = []
+        loading: list[CrossingChunks] = []
+        reads: list[Read] = []
+        try:
+            for layer, chunks in asked:
+                parts, missing = self._on_device(layer, chunks, speculative)
+                found.append((parts, missing))
+                gathered = self._gather(layer, missing, speculative, must=False) if len(missing) else None
+                if gathered is None:
+                    continue
+                crossing, some = gathered
+                parts.append(crossing)
+                found[-1] = parts, missing[:0]
+                if some:
+                    loading.append(crossing)
+                    reads += some
+                else:
+                    crossing.start_copy()
+            if reads:
+                ticket = self._reader.submit(
+                    self._prefix.in_file_order(reads), then=partial(_start_copies, loading), joins=True
+                )
+                for crossing in loading:
+                    crossing.ticket = ticket
+        except BaseException:
+            for parts, _ in found:
+                for part in parts:
+                    part.release()
+            raise
+        return found
+
+    def _on_device(self, layer: int, chunks: Chunks, speculative: bool) -> tuple[list[LoadedChunks], Chunks]:
+        """Those of `chunks` that the device has, and the others."""
+        slots = self._tables.find(self._tier, layer, chunks)
+        there = slots >= 0
+        if not there.any():
+            return [], chunks
+        size = self._prefix.extent_bytes
+        return [ChunksInDeviceSlots(chunks[there], slots[there], self._tier, size, speculative)], chunks[~there]
 
     def start_crossing(
         self, layer: int, chunks: Chunks, speculative: bool, alone: bool, must: bool
@@ -294,6 +332,27 @@ class DeviceResidency:
 
         `None`: the tiers have no room for the buffers. With `must`, they are allocated beside the limits.
         """
+        gathered = self._gather(layer, chunks, speculative, must)
+        if gathered is None:
+            return None
+        crossing, reads = gathered
+        try:
+            if reads:
+                crossing.ticket = self._reader.submit(
+                    reads, threads=None if alone else 1, then=crossing.start_copy, joins=True
+                )
+            else:
+                crossing.start_copy()
+        except BaseException:
+            crossing.release()
+            raise
+        return crossing
+
+    def _gather(
+        self, layer: int, chunks: Chunks, speculative: bool, must: bool
+    ) -> tuple[CrossingChunks, list[Read]] | None:
+        """Take both buffers, copy what the host's tier has into the first, and the reads of the rest. `None` and `must`:
+        as of `start_crossing`."""
         size, host = self._prefix.extent_bytes, self._memory.host
         source = host.lease(len(chunks) * size, must=must)
         if source is None:
@@ -328,21 +387,20 @@ class DeviceResidency:
                     rows.copy_(host.blocks(size).select(slots[packed]))
                 finally:
                     host.release(slots[packed], size)
-            if len(rest):
-                octets = as_memoryview(source.data)
+            if not len(rest):
+                return crossing, []
+            octets = as_memoryview(source.data)
 
-                def into(first: int, count: int) -> memoryview:
-                    return octets[first * size : (first + count) * size]
+            def into(first: int, count: int) -> memoryview:
+                return octets[first * size : (first + count) * size]
 
-                order = np.arange(len(packed), len(chunks))
-                reads = self._prefix.reads(layer, chunks[rest], order, into, self._verify)
-                crossing.ticket = self._reader.submit(
-                    reads, threads=None if alone else 1, then=crossing.start_copy, joins=True
-                )
-            else:
-                crossing.start_copy()
+            order = np.arange(len(packed), len(chunks))
+            return crossing, self._prefix.reads(layer, chunks[rest], order, into, self._verify)
         except BaseException:
-            self._tier.give_back(target)
-            host.give_back(source)
+            crossing.release()
             raise
-        return crossing
+
+
+def _start_copies(loading: Sequence[CrossingChunks]) -> None:
+    for crossing in loading:
+        crossing.start_copy()

@@ -122,24 +122,28 @@ class HostResidency:
             raise
         return parts, missing
 
-    def find_or_read_together(self, layers: Sequence[int], chunks: Chunks) -> list[list[LoadedChunks]]:
+    def find_or_read_together(
+        self, asked: Sequence[tuple[int, Chunks]], *, speculative: bool
+    ) -> list[tuple[list[LoadedChunks], Chunks]]:
         found: list[list[LoadedChunks]] = []
+        left: list[Chunks] = []
         loading: list[ChunksInHostSlots] = []
         reads: list[Read] = []
         try:
-            for layer in layers:
-                parts, missing = self._found(layer, chunks, True)
+            for layer, chunks in asked:
+                parts, missing = self._found(layer, chunks, speculative)
                 found.append(parts)
-                own, some, _ = self._room(layer, missing, True)
+                own, some, rest = self._room(layer, missing, speculative)
+                left.append(rest)
                 parts += own
                 loading += own
                 reads += some
-            self._read(loading, reads, None)
+            self._read(loading, self._prefix.in_file_order(reads), None)
         except BaseException:
             for parts in found:
                 _release(parts)
             raise
-        return found
+        return list(zip(found, left, strict=True))
 
     def _found(self, layer: int, chunks: Chunks, speculative: bool) -> tuple[list[LoadedChunks], Chunks]:
         """Those of `chunks` that memory has, and the others."""

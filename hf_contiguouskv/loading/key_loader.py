@@ -140,7 +140,7 @@ class KeyLoader:
         """
         device = self._plan.layers.devices[layer]
         if self._plan.scored_from_payload(layer):
-            return self._payload.start(layer, np.arange(self._prefix.chunks), device, must)
+            return self._payload.start([layer], np.arange(self._prefix.chunks), device, must)
         there = self._memory.on(device)
         begun: list[HeldRun] = []
         for number, held in self._held_by(layer):

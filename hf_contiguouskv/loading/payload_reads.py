@@ -150,24 +150,33 @@ class _Asked:
     ) -> None:
         """Start bringing those of `chunks` that have not been asked for."""
         for layer in layers:
-            reads = self.layers.setdefault(layer, _LayerReads(device))
-            before = reads.asked()
-            missing = chunks[~among(chunks, np.concatenate(before))] if before else chunks
-            if not len(missing):
-                continue
-            parts, left = self.residency(device).find_or_read(layer, missing, speculative=speculative, alone=alone)
-            reads.parts += parts
-            if len(left) and not speculative:
-                reads.left = np.union1d(reads.left, left)
+            missing = self._not_asked(layer, chunks, device)
+            if len(missing):
+                place = self.residency(device)
+                self._note(layer, place.find_or_read(layer, missing, speculative=speculative, alone=alone), speculative)
 
-    def issue_together(self, layers: Sequence[int], chunks: Chunks, device: torch.device) -> None:
-        """As `issue`, speculatively, with one ticket for the reads of all layers, if none of them was asked before."""
-        if len(layers) == 1 or any(layer in self.layers for layer in layers):
-            self.issue(layers, chunks, device, speculative=True, alone=len(layers) == 1)
+    def issue_together(
+        self, layers: Sequence[int], chunks: Chunks, device: torch.device, speculative: bool = True
+    ) -> None:
+        """As `issue`, with one ticket for the reads of all layers."""
+        if len(layers) == 1:
+            self.issue(layers, chunks, device, speculative, alone=True)
             return
-        found = self.residency(device).find_or_read_together(layers, chunks)
-        for layer, parts in zip(layers, found, strict=True):
-            self.layers[layer] = _LayerReads(device, parts)
+        asked = [(layer, self._not_asked(layer, chunks, device)) for layer in layers]
+        asked = [(layer, missing) for layer, missing in asked if len(missing)]
+        found = self.residency(device).find_or_read_together(asked, speculative=speculative)
+        for (layer, _), parts in zip(asked, found, strict=True):
+            self._note(layer, parts, speculative)
+
+    def _not_asked(self, layer: int, chunks: Chunks, device: torch.device) -> Chunks:
+        before = self.layers.setdefault(layer, _LayerReads(device)).asked()
+        return chunks[~among(chunks, np.concatenate(before))] if before else chunks
+
+    def _note(self, layer: int, found: tuple[list[LoadedChunks], Chunks], speculative: bool) -> None:
+        reads, (parts, left) = self.layers[layer], found
+        reads.parts += parts
+        if len(left) and not speculative:
+            reads.left = np.union1d(reads.left, left)
 
 
 class PayloadReads:
@@ -206,21 +215,29 @@ class PayloadReads:
         """Start bringing, in each of `layers`, those of `chunks` (int64, ascending) that have not been asked for.
 
         The model waits for the first layer, so its reads are issued at once (unless they are speculative). A reader
-        thread works out those of the other layers while the model computes.
+        thread works out those of the other layers while the model computes. Layers that lie side by side in the file
+        are read together.
         """
         for layer in layers:
             self._settle(layer)
         self._asked.residency(device)
+        together = self._prefix.layers_per_group > 1 and len(layers) > 1
+        if together and not speculative:
+            self._asked.issue_together(layers, chunks, device, speculative)
+            return
         now, later = (layers[:0], layers) if speculative else (layers[:1], layers[1:])
         if now:
             self._asked.issue(now, chunks, device, speculative, len(layers) == 1)
         if later:
-            task = self._reader.run(partial(self._asked.issue, later, chunks, device, speculative, False))
-            self._tasks.update(dict.fromkeys(later, task))
+            if together:
+                work = partial(self._asked.issue_together, later, chunks, device, speculative)
+            else:
+                work = partial(self._asked.issue, later, chunks, device, speculative, False)
+            self._tasks.update(dict.fromkeys(later, self._reader.run(work)))
 
-    def start(self, layer: int, chunks: Chunks, device: torch.device, must: bool) -> bool:
-        """`ask` for one layer, as a `Start`: chunks that memory has no room for are read by `take`."""
-        self.ask([layer], chunks, device)
+    def start(self, layers: Sequence[int], chunks: Chunks, device: torch.device, must: bool) -> bool:
+        """`ask`, as a `Start`: chunks that memory has no room for are read by `take`."""
+        self.ask(layers, chunks, device)
         return True
 
     def start_unless_resident(

@@ -77,8 +77,13 @@ class Residency(Protocol):
         """
         ...
 
-    def find_or_read_together(self, layers: Sequence[int], chunks: Chunks) -> list[list[LoadedChunks]]:
-        """As `find_or_read`, speculatively, for several layers, whose reads may be one ticket; the parts of each."""
+    def find_or_read_together(
+        self, asked: Sequence[tuple[int, Chunks]], *, speculative: bool
+    ) -> list[tuple[list[LoadedChunks], Chunks]]:
+        """As `find_or_read`, for several layers and chunks of each, whose reads may be one ticket.
+
+        Reads of neighbouring bytes are joined, whichever layers they belong to.
+        """
         ...
 
     def read_piece(self, layer: int, chunks: Chunks) -> tuple[LoadedChunks, Chunks]:

@@ -26,7 +26,7 @@ from .trial_forward import KVShape, try_forward
 LEADER_PERIOD = 8
 
 
-def stored_geometry(shape: KVShape, chunk_size: int, index_bits: int = 8) -> KVGeometry:
+def stored_geometry(shape: KVShape, chunk_size: int, index_bits: int = 8, layers_per_group: int = 1) -> KVGeometry:
     """The stored form of a model's KV: K and V exactly; a key index and chunks in few bits of every full-attention
     layer; exact keys of every eighth of these layers (the published leader layers).
 
@@ -34,6 +34,7 @@ def stored_geometry(shape: KVShape, chunk_size: int, index_bits: int = 8) -> KVG
         shape: of the model's K and V.
         chunk_size: tokens per chunk.
         index_bits: of the key index, 8 or 2 (see `ContiguousKVConfig`); 8 if `head_dim` is odd.
+        layers_per_group: consecutive layers whose exact chunks lie side by side; all layers if there are fewer.
     """
     full = shape.layers.full_layers
     exact = KVGeometry(
@@ -42,6 +43,7 @@ def stored_geometry(shape: KVShape, chunk_size: int, index_bits: int = 8) -> KVG
         head_dim=shape.head_dim,
         dtype=shape.dtype,
         chunk_size=chunk_size,
+        layers_per_group=min(layers_per_group, len(shape.layers.windows)),
         leader_layers=tuple(full[::LEADER_PERIOD]),
     )
     return exact.with_index(tuple(full), index_bits)
@@ -126,9 +128,9 @@ class ServedModel:
         """Windows and devices of the layers."""
         return self.shape.layers
 
-    def geometry(self, chunk_size: int, index_bits: int = 8) -> KVGeometry:
+    def geometry(self, chunk_size: int, index_bits: int = 8, layers_per_group: int = 1) -> KVGeometry:
         """The stored form of the model's KV (`stored_geometry`)."""
-        return stored_geometry(self.shape, chunk_size, index_bits)
+        return stored_geometry(self.shape, chunk_size, index_bits, layers_per_group)
 
     def fingerprint(self) -> str:
         """The model's fingerprint: changes with weights, adapters and configuration

@@ -239,8 +239,7 @@ def load_exactly(prefix: AttachedPrefix, store: StoreInner, layers: LayerPlan, c
     loader = ChunkLoader(store, [prefix] * len(devices), devices, lookahead_bytes=ReadOptions().lookahead_bytes)
     chunks = np.arange(prefix.chunks)
     try:
-        for layer in range(len(devices)):
-            loader.want_later(layer, chunks)
+        loader.want_later(range(len(devices)), chunks)
         loader.start_queued()
         for layer, device in enumerate(devices):
             kv = torch.empty(2, g.kv_heads, len(chunks), g.chunk_size, g.head_dim, dtype=g.dtype, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
+from itertools import groupby
 from time import perf_counter
 
 import numpy as np
@@ -84,16 +85,16 @@ class ChunkStrategy:
 
     def start(self, loaded: Collection[int]) -> None:
         plan, loader = self._plan, self.loader
+        if plan.keeps_all:
+            self._start_all(loaded)
+            return
         whole: list[int] = []
         together = plan.layers_together(loader.accelerated)
         for layer, window in enumerate(plan.layers.windows):
             if layer in loaded:
                 continue
             if window is not None:
-                loader.want_later(layer, plan.tail_chunks(window))
-                continue
-            if plan.keeps_all:
-                loader.want_later(layer, np.arange(plan.prefix.chunks))
+                loader.want_later([layer], plan.tail_chunks(window))
                 continue
             if plan.keys_from_index or (plan.is_leader(layer) and layer not in self._wanted):
                 loader.keys.want(layer)
@@ -107,6 +108,16 @@ class ChunkStrategy:
                     whole = []
         if whole:
             loader.want_whole_layers_later(whole, plan.nominees)
+        loader.start_queued()
+
+    def _start_all(self, loaded: Collection[int]) -> None:
+        """As `start`, if every chunk is used."""
+        plan, loader = self._plan, self.loader
+        missing = (layer for layer in range(len(plan.layers.windows)) if layer not in loaded)
+        for window, layers in groupby(missing, key=lambda layer: plan.layers.windows[layer]):
+            loader.want_later(
+                list(layers), np.arange(plan.prefix.chunks) if window is None else plan.tail_chunks(window)
+            )
         loader.start_queued()
 
     def _speculate(self, layer: int) -> None:

@@ -150,8 +150,7 @@ class AutomaticPrefix:
 
     def _persisting(self, rows: list[tuple[np.ndarray, list[LayerStates]]], seconds: float) -> Callable[[], None]:
         """The function with which the background thread stores `rows`. It keeps neither cache nor session alive."""
-        store, fingerprint = self._source.store, self._source.fingerprint
-        geometry = self._source.model.geometry(self._config.chunk_size, self._config.index_bits)
+        store, fingerprint, geometry = self._source.store, self._source.fingerprint, self._source.geometry
         follow = after_this(states for _, layers in rows for keys, values, _ in layers for states in (keys, values))
 
         def persist() -> None:

@@ -70,8 +70,7 @@ class PrefixSlot:
         """
         source = self.source
         if self._method is not None:
-            geometry = source.model.geometry(source.config.chunk_size, source.config.index_bits)
-            self.ids, self.whole = ids, self._method.attach(ids, geometry)
+            self.ids, self.whole = ids, self._method.attach(ids, source.geometry)
             self.attach(self.whole)
         else:
             found = source.complete(ids)

@@ -47,6 +47,7 @@ class PrefixSource:
 
     Attributes:
         model, store, config: as passed.
+        geometry: what is stored from now on.
         fingerprint, layers: of the model, at the last `refresh`.
 
     Raises:
@@ -61,10 +62,11 @@ class PrefixSource:
 
     def refresh(self) -> None:
         """Read the model's state again, because its weights, adapters, dtype or devices may have changed."""
-        geometry, inside = self.model.geometry(self.config.chunk_size, self.config.index_bits), self.store.inner
+        config, inside = self.config, self.store.inner
+        self.geometry = self.model.geometry(config.chunk_size, config.index_bits, config.layers_per_group)
         self.layers = self.model.layers
         self.fingerprint = self.model.fingerprint()
-        self._prefill = Prefill(self.model, self.fingerprint, geometry, inside, self.config.prefill_block)
+        self._prefill = Prefill(self.model, self.fingerprint, self.geometry, inside, config.prefill_block)
         self._auto_budget = AutoBudget(self.model, inside, self.config) if self.config.budget == "auto" else None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,21 @@ class AttachedPrefix:
         return frozenset.intersection(
             *(frozenset().union(*(getattr(span.segment.geometry, kind) for kind in kinds)) for span in self.spans)
         )
+
+    @cached_property
+    def layers_per_group(self) -> int:
+        """Consecutive layers whose chunks lie side by side in a segment, in the form in which they are read (1: none do).
+        Where segments differ, the most."""
+        if self.form != "exact":
+            return 1
+        return max(span.segment.geometry.layers_per_group for span in self.spans)
+
+    def in_file_order(self, reads: list[Read]) -> list[Read]:
+        """Reads of several layers, so that neighbours in a file follow each other."""
+        if self.layers_per_group == 1:
+            return reads
+        order = {id(span.segment): place for place, span in enumerate(self.spans)}
+        return sorted(reads, key=lambda read: (order[id(read.segment)], read.offset))
 
     @property
     def extent_bytes(self) -> int:

@@ -22,7 +22,7 @@ __all__ = ["ContiguousKVCache", "PrefixStore", "prefix_from_disk", "write_prefix
 
 def written_for(config: ContiguousKVConfig) -> ContiguousKVConfig:
     """The default, in the form in which `config` stores a prefix."""
-    return ContiguousKVConfig(index_bits=config.index_bits)
+    return ContiguousKVConfig(index_bits=config.index_bits, layers_per_group=config.layers_per_group)
 
 
 def write_prefix(model: Any, prefix_ids: torch.Tensor, path: Path, **options: Any) -> None:

@@ -12,14 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from eval.policies.__main__ import app
-from eval.policies.compare import plan, run_replays
+from eval.policies.compare import plan, run_replays, run_tiers
+from eval.policies.imitated_device import imitated_device
 from eval.policies.record import record
 from eval.policies.replay import Replay, fill_store, footprint, geometry_of, keys_bytes, replay, replay_together
-from eval.policies.report import mean_time, ratio_of_times, tail_time, write
+from eval.policies.report import mean_time, ratio_of_times, tail_time, write, write_tiers
 from eval.policies.texts import Document
 from eval.policies.trace import Pool, Trace, Workload
 from hf_contiguouskv import ContiguousKVConfig
-from hf_contiguouskv.memory import POLICIES
+from hf_contiguouskv.hardware.accelerator import opened_devices
+from hf_contiguouskv.memory import POLICIES, blocks
 from hf_contiguouskv.planning.read_plan import chunks_kept
 
 LAYERS, CHUNK = 3, 16
@@ -153,6 +155,66 @@ def test_without_memory_everything_is_read_each_time(tmp_path: Path) -> None:
     small = made_up([[0, 1, 9], [0, 1, 9]])
     outcome = replay(small, [(0, 0), (0, 1)], fill_store(tmp_path, small), "lru", 0, warm_up=0)
     assert (outcome.chunk_hit_rate, outcome.key_hit_rate, outcome.byte_hit_rate) == (0.0, 0.0, 0.0)
+
+
+def test_what_a_device_keeps_is_counted_apart_from_what_the_host_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_SMALLEST_PIECE", 4096)  # Memory of a device is taken in pieces.
+    small = made_up([[0, 1, 9], [0, 1, 9], [0, 2, 9], [0, 1, 9]])
+    store, drawn = fill_store(tmp_path, small), [(0, number) for number in range(4)]
+    with imitated_device() as device:
+        on_device = replay(small, drawn, store, "lru", 2**22, device, 2**22, warm_up=1)
+        assert on_device.device_hit_rate == on_device.chunk_hit_rate == pytest.approx(8 / 9)
+        # No room on the device: the host keeps what was read.
+        on_host = replay(small, drawn, store, "lru", 2**22, device, 0, warm_up=1)
+        assert (on_host.device_hit_rate, on_host.chunk_hit_rate) == (0.0, pytest.approx(8 / 9))
+        nowhere = replay(small, drawn, store, "lru", 0, device, 0, warm_up=1)
+        assert (nowhere.device_hit_rate, nowhere.chunk_hit_rate) == (0.0, 0.0)
+    assert device not in opened_devices
+    # On a CPU, device memory is none.
+    alone = replay(small, drawn, store, "lru", 2**22, device_bytes=2**22, warm_up=1)
+    assert (alone.device_hit_rate, alone.chunk_hit_rate) == (0.0, pytest.approx(8 / 9))
+
+
+def test_a_larger_device_finds_more_and_the_host_finds_the_rest(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_SMALLEST_PIECE", 4096)
+    store, drawn = fill_store(tmp_path, trace), Workload(40, drift=0.0).draw(trace)
+    whole = sum(footprint(trace, drawn).values())
+    with imitated_device() as device:
+        found = [
+            replay(trace, drawn, store, "expected-use", int(0.4 * whole), device, int(share * whole), warm_up=5)
+            for share in (0.0, 0.3, 0.6, 2.0)
+        ]
+    on_device = [one.device_hit_rate for one in found]
+    assert on_device[0] == 0.0
+    assert on_device == sorted(on_device)
+    assert on_device[1] < on_device[2] < on_device[3]
+    assert all(one.device_hit_rate <= one.chunk_hit_rate < 1.0 for one in found)
+    assert found[0].chunk_hit_rate < found[-1].chunk_hit_rate
+
+
+def test_replays_of_both_tiers_end_in_a_table_and_json(trace: Trace, tmp_path: Path) -> None:
+    trace.about["text"] = "random"
+    trace.save(tmp_path / "trace.npz")
+    store, load = fill_store(tmp_path, trace), Workload(20, drift=0.0)
+    shares = [(0.0, 0.3), (0.5, 0.3)]
+    results = run_tiers(tmp_path / "trace.npz", store, load, ["expected-use"], shares, 5, progress=False)
+    page, numbers = write_tiers(results, tmp_path / "out")
+    assert json.loads(numbers.read_text())["rows"] == json.loads(json.dumps(results["rows"]))
+    for row in results["rows"]:
+        cells = " / ".join(f"**{row[name]:.1%}**" for name in ("device_hit_rate", "chunk_hit_rate", "byte_hit_rate"))
+        assert f"| {cells} |" in page.read_text()
+
+
+@pytest.mark.parametrize("share", ["0.1", "0.1:0.2:0.3", "a:b"])
+def test_shares_of_both_tiers_are_two_numbers(trace: Trace, tmp_path: Path, share: str) -> None:
+    trace.save(tmp_path / "trace.npz")
+    found = CliRunner().invoke(app, ["tiers", "--folder", str(tmp_path), "--share", share])
+    assert found.exit_code == 2
+    assert "DEVICE:HOST" in found.output
 
 
 def test_recorded_compute_is_slept_where_time_is_taken(tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def test_slots_of_all_layers_are_given_back_if_layers_cannot_be_read_together(
 ) -> None:
     batches, _ = place.residency.find_or_read(1, places(0, 1, 2))
     place.finish(batches)
+    asked = [(layer, np.arange(8)) for layer in range(3)]
     calls = 0
 
     def refuse_the_second(*args: object, **kwargs: object) -> object:
@@ -220,10 +221,10 @@ def test_slots_of_all_layers_are_given_back_if_layers_cannot_be_read_together(
         original = getattr(where, broken)
         patched.setattr(where, broken, refuse_the_second)
         with pytest.raises(RuntimeError, match="no more reads"):
-            place.residency.find_or_read_together([0, 1, 2], np.arange(8))
+            place.residency.find_or_read_together(asked, speculative=True)
     place.check()
     assert here(place.tier, place.table) == [16, 17, 18]
-    found = place.residency.find_or_read_together([0, 1, 2], np.arange(8))
+    found = [parts for parts, _ in place.residency.find_or_read_together(asked, speculative=True)]
     assert [[(part.from_host, part.from_disk) for part in parts] for parts in found] == [
         [(0, 8)],
         [(3, 0), (0, 5)],
