@@ -142,9 +142,9 @@ class ContiguousKVConfig:
             quarter of the KV in 16 bits, and attention gets its keys from it. 2: the index takes a 14th, in the store
             and in memory, and chosen chunks bring their keys along, in 8 bits; needs a `chunk_size` of 4 or more. A
             prefix that continues a stored one takes its form, and stored prefixes are served in their own.
-        layers_per_group: consecutive layers whose exact chunks lie side by side in prefixes that are stored from now on.
-            With `payload="exact"` and as many layers in a period of the selection, a chunk is one read for all of them:
-            worth it over a network. Packed chunks lie layer by layer all the same.
+        layers_per_group: so many consecutive layers have their exact chunks side by side in prefixes that are stored
+            from now on. With `payload="exact"`, and as many layers in a period of the selection, one read brings a
+            chunk for all of them: worth it over a network. Packed chunks lie layer by layer all the same.
         selection: how chunks are scored: `IndexedKeys(...)` or `AttentionMass(...)`.
         reading: how bytes are read.
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less

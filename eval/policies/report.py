@@ -207,8 +207,8 @@ def write_tiers(results: dict[str, Any], folder: Path) -> list[Path]:
 `python -m eval.policies tiers`. {_about(results)}
 
 Memory of an accelerator lies above the host's, and both are bounded. The device is imitated by host memory: what each
-tier holds is what it would hold on an accelerator, and no time is measured. Chunks found on the device / found on either /
-bytes found on either, keys included:
+tier holds is what it would hold on an accelerator, and no time is measured. Chunks found on the device / found on
+either / bytes found on either, keys included:
 
 {tiers_table(results)}
 

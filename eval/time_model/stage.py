@@ -45,7 +45,7 @@ class Stage:
     def __enter__(self) -> Stage:
         patch = self._patch
         patch(reader, "ReaderThreads", lambda original: self._inline_threads)
-        self._stack.enter_context(mock.patch.object(reader.ReadTotals, "note_speed"))
+        self._stack.enter_context(mock.patch.multiple(reader.ReadTotals, begins=mock.DEFAULT, ends=mock.DEFAULT))
         patch(reader.ExtentReader, "submit", lambda original: self._bound("submitted", original))
         patch(reader.ExtentReader, "run", lambda original: self._bound("queued", original))
         patch(reader.Ticket, "wait", lambda original: self._bound("waited", original))

@@ -351,8 +351,10 @@ class DeviceResidency:
     def _gather(
         self, layer: int, chunks: Chunks, speculative: bool, must: bool
     ) -> tuple[CrossingChunks, list[Read]] | None:
-        """Take both buffers, copy what the host's tier has into the first, and the reads of the rest. `None` and `must`:
-        as of `start_crossing`."""
+        """Take both buffers, and copy what the host's tier has into the first; also the reads of the rest.
+
+        `None` and `must` are as in `start_crossing`.
+        """
         size, host = self._prefix.extent_bytes, self._memory.host
         source = host.lease(len(chunks) * size, must=must)
         if source is None:

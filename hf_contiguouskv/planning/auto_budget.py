@@ -13,6 +13,7 @@ from ..model.layer_plan import LayerPlan
 from ..model.served_model import ServedModel
 from ..store.attached_prefix import AttachedPrefix
 from ..store.inner import StoreInner
+from .choosing import disk_cost
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
 from .network import Network, away_share, network_to
 from .read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
@@ -74,7 +75,7 @@ def choose_budget(
         speeds, bytes_per_s: measured speeds of the model and of the disk.
         network: that what is not on this machine must cross; `None`: all of the prefix is on its disk.
     """
-    storage = _Storage(bytes_per_s, network)
+    storage = _Storage(bytes_per_s, network, all(device.type == "cpu" for device in plan.devices))
     estimates = [
         _estimated(prefix, budget, config, plan, speeds, storage) for budget in _candidates(config.least_budget)
     ]
@@ -123,10 +124,12 @@ class _Storage:
     Args:
         disk_bytes_per_s: of the disk.
         network: that what is not on this machine must cross, if anything is not.
+        on_cpu: whether a CPU computes.
     """
 
-    def __init__(self, disk_bytes_per_s: float, network: Network | None) -> None:
+    def __init__(self, disk_bytes_per_s: float, network: Network | None, on_cpu: bool) -> None:
         self._disk_s = disk_bytes_per_s
+        self._on_cpu = on_cpu
         self._network = network
         # (Whatever the budget, a prefix is read in one of two forms.)
         self._away: dict[tuple[str, bool], float] = {}
@@ -134,7 +137,9 @@ class _Storage:
     @property
     def choosing(self) -> ChoosingCost | None:
         """See `ReadPlan`."""
-        return None if self._network is None else self._network.choosing
+        if self._network is not None:
+            return self._network.choosing
+        return disk_cost(self._disk_s) if self._on_cpu else None
 
     def seconds(self, reads: ReadPlan) -> float:
         """Seconds in which a cold request reads: what is on the disk, and then what is not on this machine."""

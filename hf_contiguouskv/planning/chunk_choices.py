@@ -8,9 +8,11 @@ import torch
 from ..config import ContiguousKVConfig
 from ..model.layer_plan import LayerPlan
 from ..store.reads import gap_worth_reading
+from .choosing import disk_cost
 from .costs import Case, HostWork
+from .network import Network
 from .pipeline import Ask, LayerStep, RequestSteps
-from .read_plan import TOGETHER_BYTES, ReadPlan
+from .read_plan import TOGETHER_BYTES, ChoosingCost, ReadPlan
 from .unwritten import unwritten_prefix
 from .volumes import JOINED_BYTES, Volume, in_a_row, scattered
 
@@ -47,10 +49,16 @@ class _ChunkRequest:
         self._crosses = case.machine.has_accelerator
         device = torch.device("cuda" if self._crosses else "cpu")
         prefix = unwritten_prefix(case.model.geometry(config.chunk_size, config.index_bits), case.prefix_tokens)
-        self._plan = ReadPlan.of(prefix, config, LayerPlan(windows, (device,) * len(windows)))
+        self._plan = ReadPlan.of(prefix, config, LayerPlan(windows, (device,) * len(windows)), self._choosing())
         self._published = config.selection.period > 1
         self._selection = config.selection
         self._config = config
+
+    def _choosing(self) -> ChoosingCost | None:
+        storage = self._case.machine.storage
+        if storage.link_s is not None:
+            return Network(storage.bytes_s, storage.latency_s).choosing
+        return None if self._crosses else disk_cost(storage.disk_s)
 
     def steps(self) -> RequestSteps:
         """The request, layer by layer."""

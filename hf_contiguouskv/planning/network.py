@@ -113,7 +113,7 @@ def network_to(store: StoreInner, prefix: AttachedPrefix) -> Network | None:
     return Network(link.bytes_per_s, link.round_trip_s)
 
 
-def choosing_cost(store: StoreInner, prefix: AttachedPrefix) -> ChoosingCost | None:
+def network_cost(store: StoreInner, prefix: AttachedPrefix) -> ChoosingCost | None:
     """What chunks by name cost over the network, by what is known of it; `None`: all of the prefix is on this
     machine."""
     if store.fleet is None or not is_away(prefix):

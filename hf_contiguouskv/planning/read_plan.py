@@ -21,8 +21,8 @@ from ..store.tensor_places import index_tensors
 # Storage delivers this many bytes in the time that one more read costs (measured: 1.7 GB/s, 10 us of processor time).
 WORTH_READING_BYTES = DEFAULT_GAP
 # If a CPU computes, packed layers up to this size are read whole, ahead of the model: the same storage delivers them in
-# less time than a layer takes to compute, and reading chunks by name costs extra processor time (docs/research.md). On
-# a disk that is many times slower, this costs time.
+# less time than a layer takes to compute, and reading chunks by name costs extra processor time (docs/research.md). So
+# it is where the speed of the disk is not known yet.
 WHOLE_LAYER_BYTES = 2 * 2**20
 # Keys of neighbouring layers, and small layers that are read whole, are read together up to this size, if a CPU
 # computes: the same storage delivers them in a millisecond, and asking for each costs a fifth of that
@@ -61,10 +61,21 @@ class ChoosingCost(NamedTuple):
     Attributes:
         per_chunk: for one more chunk.
         per_layer: for waiting once more, where a layer has chosen.
+        rounding: bytes that are read beside a chunk that is read by name.
+        most: larger layers are read by name, unless most of their chunks are chosen.
     """
 
     per_chunk: int
     per_layer: int
+    rounding: int = 0
+    most: int | None = None
+
+    def outweighs(self, chunks: int, chosen: int, extent_bytes: int) -> bool:
+        """Whether reading `chosen` of a layer's `chunks` by name costs as much as reading all of them."""
+        whole = chunks * extent_bytes
+        spared = whole - chosen * (extent_bytes + self.rounding)
+        small = self.most is None or whole <= max(self.most, chosen * WORTH_READING_BYTES)
+        return small and spared <= chosen * self.per_chunk + self.per_layer
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class ReadPlan:
         keep: number of whole chunks that each full-attention layer uses, or would use instead of single tokens.
         layers: the model's layers.
         config: the configuration; its budget is a number.
-        choosing: what chunks by name cost; `None`: what they cost on a local disk.
+        choosing: what chunks by name cost; `None`: what they cost on a usual disk.
     """
 
     prefix: AttachedPrefix
@@ -157,10 +168,10 @@ class ReadPlan:
 
         Reads then need not wait for a selection: each layer is read ahead in one piece.
         """
-        layer_bytes = self.served.whole_chunks * self.served.extent_bytes
+        served = self.served
         if self.choosing is not None:
-            spared = layer_bytes - self.nominees * self.served.extent_bytes
-            return self.in_few_bits and spared <= self.nominees * self.choosing.per_chunk + self.choosing.per_layer
+            return self.in_few_bits and self.choosing.outweighs(served.whole_chunks, self.nominees, served.extent_bytes)
+        layer_bytes = served.whole_chunks * served.extent_bytes
         small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
         return self.in_few_bits and layer_bytes <= max(small, self.nominees * WORTH_READING_BYTES)
 

@@ -11,7 +11,7 @@ import torch
 
 from ..config import ContiguousKVConfig
 from ..planning.auto_budget import BudgetChoice
-from ..planning.network import choosing_cost
+from ..planning.choosing import choosing_cost
 from ..planning.read_plan import ReadPlan
 from ..request.prefix_request import PrefixRequest
 from ..request.strategy import ServingMethod
@@ -92,7 +92,7 @@ class PrefixSlot:
         choice = source.choose_budget(prefix, config)
         if choice is not None:
             config = replace(config, budget=choice.budget)
-        plan = ReadPlan.of(prefix, config, source.layers, choosing_cost(source.store.inner, prefix))
+        plan = ReadPlan.of(prefix, config, source.layers, choosing_cost(source.store.inner, prefix, source.layers))
         # (From here on nothing of the earlier request is left.)
         self._end_request()
         self.budget_choice = choice or kept

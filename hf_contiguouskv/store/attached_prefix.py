@@ -111,8 +111,8 @@ class AttachedPrefix:
 
     @cached_property
     def layers_per_group(self) -> int:
-        """Consecutive layers whose chunks lie side by side in a segment, in the form in which they are read (1: none do).
-        Where segments differ, the most."""
+        """So many consecutive layers have their chunks side by side in a segment, in the form in which they are read;
+        the most, where segments differ."""
         if self.form != "exact":
             return 1
         return max(span.segment.geometry.layers_per_group for span in self.spans)

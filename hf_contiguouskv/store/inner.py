@@ -13,6 +13,7 @@ from ..errors import InputError, StoreClosedError, StoreError
 from ..memory import MemoryTiers
 from ..stats import StoreCounters
 from .background import Background
+from .disk_speed import note_speed, noted_speed
 from .entries import StoredPrefix
 from .finding import Finder, Found
 from .fleet.deadline import Deadline
@@ -265,7 +266,13 @@ class StoreInner:
             self.require_open()
             if self._reader is None:
                 self._reader = ExtentReader(self._reader_threads)
+                self._reader.totals.bytes_per_second = noted_speed(self.parts.index)
             return self._reader
+
+    @property
+    def disk_bytes_per_s(self) -> float | None:
+        """How fast the disk is, by what was read so far, in this process or an earlier one; `None`: not known."""
+        return self.reader.totals.bytes_per_second
 
     @property
     def bytes_read(self) -> int:
@@ -285,6 +292,7 @@ class StoreInner:
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
+            note_speed(self.parts.index, reader.totals.bytes_per_second)
         if self.fleet is not None:
             self.fleet.close()
         self.parts.opened.close()

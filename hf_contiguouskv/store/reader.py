@@ -152,7 +152,9 @@ class ExtentReader:
             StoreClosedError: the reader is closed.
         """
         parts: list[Read | Part] = []
+        nbytes = 0
         for read in reads:
+            nbytes += read.nbytes
             if read.into.nbytes != read.nbytes:
                 raise InputError(f"buffer of {read.into.nbytes} bytes for a read of {read.nbytes} bytes")
             if read.nbytes <= MAX_PART:
@@ -161,7 +163,9 @@ class ExtentReader:
                 parts.extend(cut(read))
         batched = any(part.segment.blob.extents_per_read > 1 for part in parts)
         gap = self.gap_bytes if joins else 0
-        ticket = Ticket(ReadBatch.grouped(parts, gap) if batched else ReadBatch.joined(parts, gap), then)
+        joined = ReadBatch.grouped(parts, gap) if batched else ReadBatch.joined(parts, gap)
+        # (What other backends bring, over a network perhaps, says nothing of the disk.)
+        ticket = Ticket(joined, then, 0 if batched else nbytes)
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")

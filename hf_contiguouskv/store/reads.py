@@ -21,8 +21,8 @@ Check = tuple[int, int, int]
 SECONDS_PER_READ, DEFAULT_GAP, MAX_GAP = 10e-6, 16 * 1024, 128 * 1024
 # Numbers are looked at when there are so many bytes of them: they are still in the core's own cache then.
 _TOGETHER_BYTES = 2**17
-# From this size on a ticket says something of the disk's speed.
-TELLING_BYTES = 2**20
+# From this size on a ticket says something of the disk's speed; and so much at a time, where it reads without a pause.
+TELLING_BYTES, MOST_TOLD_BYTES = 2**20, 2**26
 
 
 def gap_worth_reading(bytes_s: float | None) -> int:
@@ -221,21 +221,42 @@ class FiniteCheck:
 
 
 class ReadTotals:
-    """Bytes read by all tickets of a reader, and how fast (`None`: no ticket was long enough to tell)."""
+    """Bytes read by all tickets of a reader, and how fast.
 
-    __slots__ = ("_lock", "bytes_per_second", "nbytes")
+    Only long tickets tell how fast storage is. Time in which several of them are under way counts once.
+
+    Attributes:
+        nbytes: bytes read.
+        bytes_per_second: a running estimate; `None`: no ticket was long enough to tell.
+    """
+
+    __slots__ = ("_bytes", "_lock", "_since", "_under_way", "bytes_per_second", "nbytes")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.nbytes = 0
         self.bytes_per_second: float | None = None
+        # Long tickets that are being read, what those that have ended meanwhile read, and since when.
+        self._under_way = self._bytes = 0
+        self._since = 0.0
 
-    def note_speed(self, nbytes: int, seconds: float) -> None:
-        if nbytes >= TELLING_BYTES and seconds > 0:
-            with self._lock:
-                known = self.bytes_per_second
-                now = nbytes / seconds
-                self.bytes_per_second = now if known is None else known + (now - known) / 4
+    def begins(self, now: float) -> None:
+        """The first read of a long ticket begins, at `now` (seconds on `time.perf_counter`)."""
+        with self._lock:
+            if not self._under_way:
+                self._bytes, self._since = 0, now
+            self._under_way += 1
+
+    def ends(self, now: float, nbytes: int) -> None:
+        """A long ticket has ended, well or badly, after reading `nbytes`."""
+        with self._lock:
+            self._under_way -= 1
+            self._bytes += nbytes
+            if self._bytes < TELLING_BYTES or (self._under_way and self._bytes < MOST_TOLD_BYTES):
+                return
+            found, known = self._bytes / max(1e-9, now - self._since), self.bytes_per_second
+            self.bytes_per_second = found if known is None else known + (found - known) / 4
+            self._bytes, self._since = 0, now
 
     def add(self, nbytes: int) -> None:
         with self._lock:
@@ -244,6 +265,11 @@ class ReadTotals:
 
 class Ticket:
     """The reads of one `submit`, to wait for.
+
+    Args:
+        parts: what threads share out.
+        then: see `ExtentReader.submit`.
+        nbytes: that are wanted in all.
 
     Attributes:
         bytes_read: bytes that storage was asked for, page rounding included; complete once `done`.
@@ -255,6 +281,7 @@ class Ticket:
         "_error",
         "_gate",
         "_lock",
+        "_long",
         "_missing",
         "_next",
         "_parts",
@@ -264,8 +291,11 @@ class Ticket:
         "started",
     )
 
-    def __init__(self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None, nbytes: int = 0
+    ) -> None:
         self.bytes_read = 0
+        self._long = nbytes >= TELLING_BYTES
         self._counted = 0
         self.started = self.ended = 0.0
         self._then = then
@@ -324,6 +354,8 @@ class Ticket:
             position = next(order)
             if position >= count:
                 break
+            if position == 0 and self._long:
+                total.begins(began)
             served += 1
             if self._error is not None:
                 continue
@@ -361,7 +393,8 @@ class Ticket:
                 self._error = error
         self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
         self.ended = time.perf_counter()
-        total.note_speed(self.bytes_read, self.ended - self.started)
+        if self._long:
+            total.ends(self.ended, self.bytes_read)
         self._missing = 0
         self._gate.release()
 

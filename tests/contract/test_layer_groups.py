@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_one_read_brings_a_chunk_for_its_whole_period(tiny_model, store_path, mo
         found = reads.of_chunks(cache)
     assert sum(map(len, found)) == 4 * len(chunks)
     # Each chunk with all four of its layers in one read; neighbours with each other.
-    runs = 1 + sum(after - before != 1 for before, after in zip(chunks, chunks[1:], strict=False))
+    runs = 1 + sum(after - before != 1 for before, after in itertools.pairwise(chunks))
     assert len(found) == runs < len(chunks) * 4
     for names in found:
         assert len(names) % 4 == 0

@@ -20,7 +20,7 @@ from hf_contiguouskv.model.transformers_internals import cache_argument
 from hf_contiguouskv.planning import auto_budget, measured_speeds, network
 from hf_contiguouskv.planning.auto_budget import BudgetChoice, choose_budget
 from hf_contiguouskv.planning.measured_speeds import UNKNOWN_DISK, ComputeSpeeds, read_speed
-from hf_contiguouskv.planning.network import USUAL, Network, away_share, choosing_cost, network_to
+from hf_contiguouskv.planning.network import USUAL, Network, away_share, network_cost, network_to
 from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.attached_prefix import AttachedPrefix
@@ -267,14 +267,14 @@ def test_what_is_on_this_machine_is_read_as_from_a_disk(
     model: LlamaForCausalLM, reader: PrefixStore, prefix: tuple[AttachedPrefix, LayerPlan]
 ) -> None:
     # (Nothing was read that tells how fast the network is.)
-    assert choosing_cost(reader.inner, prefix[0]) == Network(USUAL.bytes_per_s, USUAL.round_trip_s).choosing
+    assert network_cost(reader.inner, prefix[0]) == Network(USUAL.bytes_per_s, USUAL.round_trip_s).choosing
     with ContiguousKVCache(model, PREFIX, store=reader, budget=0.1) as cache:
         answer(model, cache)
         # Not all of it is here, so what is missing may have to cross.
-        assert choosing_cost(reader.inner, cache.session.request.prefix) is not None
+        assert network_cost(reader.inner, cache.session.request.prefix) is not None
     for span in prefix[0].spans:
         span.segment.blob.read_into([(0, memoryview(bytearray(span.segment.blob.nbytes)))])
-    assert choosing_cost(reader.inner, prefix[0]) is None
+    assert network_cost(reader.inner, prefix[0]) is None
 
 
 def test_a_machine_that_stored_it_knows_no_network(model: LlamaForCausalLM, folder_machines: Machines) -> None:

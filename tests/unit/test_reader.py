@@ -19,7 +19,7 @@ from store_helpers import geometry, open_segment, path_of, some_tokens, write_pr
 from hf_contiguouskv.errors import InputError, SegmentCorruptError, StoreError
 from hf_contiguouskv.hardware.aligned_memory import PAGE
 from hf_contiguouskv.store import PrefixStore
-from hf_contiguouskv.store.reader import ExtentReader, Read, aligned_buffer, as_memoryview
+from hf_contiguouskv.store.reader import ExtentReader, Read, ReadTotals, aligned_buffer, as_memoryview
 from hf_contiguouskv.store.segment import Segment
 
 
@@ -267,17 +267,58 @@ def test_reads_that_are_far_apart_stay_apart(file: Path, reader: ExtentReader, m
 def test_how_much_lies_between_joined_reads_goes_by_the_speed_of_the_disk() -> None:
     with ExtentReader(threads=1) as reader:
         total = reader.totals
-        total.note_speed(1000, 1.0)  # Too short to tell.
+
+        def read(nbytes: int, bytes_s: float) -> None:
+            total.begins(1.0)
+            total.ends(1.0 + nbytes / bytes_s, nbytes)
+
+        read(1000, 1000.0)  # Too short to tell.
         assert reader.gap_bytes == 16 * 1024
-        total.note_speed(2**20, 2**20 / 1e9)
-        assert reader.gap_bytes == 10_000
+        read(2**20, 1e9)
+        assert reader.gap_bytes == pytest.approx(10_000, abs=1)
         for _ in range(50):
-            total.note_speed(2**24, 2**24 / 7e9)
-        assert 69_000 < reader.gap_bytes <= 70_000
-        total.note_speed(2**20, 0.0)
+            read(2**24, 7e9)
+        assert 69_000 < reader.gap_bytes <= 70_001
         for _ in range(50):
-            total.note_speed(2**24, 2**24 / 100e9)
+            read(2**24, 100e9)
         assert reader.gap_bytes == 128 * 1024
+
+
+def test_time_in_which_several_long_reads_are_under_way_counts_once() -> None:
+    total, third = ReadTotals(), 2**22
+    for began in (0.0, 0.1, 0.2):
+        total.begins(began)
+    total.ends(0.5, third)
+    assert total.bytes_per_second is None, "others are under way, and may have read some"
+    total.ends(0.9, third)
+    total.ends(1.0, third)
+    assert total.bytes_per_second == pytest.approx(3 * third)
+    # A pause between two reads is no time of reading.
+    total.begins(50.0)
+    total.ends(51.0, 3 * third)
+    assert total.bytes_per_second == pytest.approx(3 * third)
+
+
+def test_reads_without_a_pause_tell_their_speed_now_and_then() -> None:
+    total, some = ReadTotals(), 2**25
+    total.begins(0.0)
+    for second in range(1, 5):
+        total.begins(second - 0.5)  # There is always one under way.
+        total.ends(float(second), some)
+        assert (total.bytes_per_second is None) == (second == 1)
+    assert total.bytes_per_second == pytest.approx(some)
+
+
+def test_a_long_read_that_fails_is_not_under_way_for_ever(file: Path) -> None:
+    segment = open_segment(file)
+    with ExtentReader(threads=2) as reader:
+        buffer = aligned_buffer(2 * 2**20)
+        with pytest.raises(SegmentCorruptError):
+            reader.submit([Read(segment, 2**40, 2 * 2**20, as_memoryview(buffer))]).wait()
+        assert reader.totals.bytes_per_second is None
+        reader.submit([Read(segment, 0, 2 * 2**20, as_memoryview(buffer))]).wait()
+        assert reader.totals.bytes_per_second is not None
+    segment.close()
 
 
 def test_a_long_read_tells_how_fast_the_disk_is(file: Path) -> None:
