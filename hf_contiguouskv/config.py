@@ -144,7 +144,9 @@ class ContiguousKVConfig:
             prefix that continues a stored one takes its form, and stored prefixes are served in their own.
         layers_per_group: so many consecutive layers have their exact chunks side by side in prefixes that are stored
             from now on. With `payload="exact"`, and as many layers in a period of the selection, one read brings a
-            chunk for all of them: worth it over a network. Packed chunks lie layer by layer all the same.
+            chunk for all of them: worth it over a network (docs/fleet.md). What is read of single layers takes more
+            reads then: layers with a sliding window, leader layers of other periods than 8. Packed chunks lie layer
+            by layer all the same.
         selection: how chunks are scored: `IndexedKeys(...)` or `AttentionMass(...)`.
         reading: how bytes are read.
         prefill_block: tokens per forward when a prefix that is not stored yet is prefilled. Smaller blocks need less

@@ -1,4 +1,4 @@
-"""`python -m eval.policies record|replay|report`: which eviction policy keeps the right chunks."""
+"""`python -m eval.policies record|replay|report|tiers`: which eviction policy keeps the right chunks."""
 
 from __future__ import annotations
 
@@ -143,6 +143,8 @@ def _pair(text: str) -> tuple[float, float]:
         device, host = map(float, text.split(":"))
     except ValueError:
         raise typer.BadParameter(f"expected DEVICE:HOST, two shares, got {text!r}") from None
+    if not (0.0 <= device < float("inf") and 0.0 <= host < float("inf")):
+        raise typer.BadParameter(f"DEVICE:HOST are shares of 0 or more, got {text!r}")
     return device, host
 
 

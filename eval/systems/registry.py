@@ -146,7 +146,8 @@ def _published(model: Any, folder: Path, budget: float, options: Options, **stor
     """
     config = _published_config(budget, options)
     own = {"chunk", "period", "grouped"} & options.keys()
-    name = f"chunks-{config.chunk_size}-{config.selection.period}-{config.layers_per_group}"
+    name = f"chunks-{config.chunk_size}-{config.selection.period}"
+    name += f"-{config.layers_per_group}" if "grouped" in options else ""
     place = folder / (name if own else "chunks")
     label = _label("contiguouskv_paper", options)
     return ContiguousKV(label, model, place, config, **{"eviction": "published"} | store_options)

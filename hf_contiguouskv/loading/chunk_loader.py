@@ -131,12 +131,12 @@ class ChunkLoader:
             some = list(group)
             first = some[0]
             start = partial(self._reads[first].start, some, chunks, self._devices[first])
-            self._ahead.add(first, len(some) * len(chunks) * self._prefixes[first].extent_bytes, start, some[1:])
+            self._ahead.add(some, len(some) * len(chunks) * self._prefixes[first].extent_bytes, start)
 
     def _lies_in(self, layer: int) -> Hashable:
         """Differs between layers that are not read together."""
         prefix = self._prefixes[layer]
-        return self._devices[layer], prefix.form, layer // prefix.layers_per_group
+        return self._devices[layer], prefix.form, prefix.group_of(layer)
 
     def want_whole_layers_later(self, layers: Sequence[int], enough: int) -> None:
         """Queue all chunks of layers (ascending, of one form and device), speculatively, to be read together.
@@ -146,7 +146,7 @@ class ChunkLoader:
         first, prefix = layers[0], self._prefixes[layers[0]]
         chunks = np.arange(prefix.chunks)
         start = partial(self._reads[first].start_unless_resident, layers, chunks, self._devices[first], enough)
-        self._ahead.add(first, len(layers) * len(chunks) * prefix.extent_bytes, start, layers[1:])
+        self._ahead.add(layers, len(layers) * len(chunks) * prefix.extent_bytes, start)
 
     def start_queued(self) -> None:
         """Start queued reads, as far as the limit allows."""

@@ -282,9 +282,6 @@ class DeviceResidency:
     def find_or_read_together(
         self, asked: Sequence[tuple[int, Chunks]], *, speculative: bool
     ) -> list[tuple[list[LoadedChunks], Chunks]]:
-        if self._prefix.layers_per_group == 1:
-            # Layers lie apart: each crosses as soon as it has been read.
-            return [self.find_or_read(layer, chunks, speculative=speculative) for layer, chunks in asked]
         found: list[tuple[list[LoadedChunks], Chunks]] = []
         loading: list[CrossingChunks] = []
         reads: list[Read] = []
@@ -293,6 +290,8 @@ class DeviceResidency:
                 parts, missing = self._on_device(layer, chunks, speculative)
                 found.append((parts, missing))
                 gathered = self._gather(layer, missing, speculative, must=False) if len(missing) else None
+                if gathered is None and len(missing) and self.arrivals.settle():
+                    gathered = self._gather(layer, missing, speculative, must=False)
                 if gathered is None:
                     continue
                 crossing, some = gathered

@@ -177,7 +177,8 @@ class HostResidency:
     def _read(self, loading: Sequence[ChunksInHostSlots], reads: Sequence[Read], threads: int | None) -> None:
         """Start the reads that fill the slots of `loading`."""
         if reads:
-            ticket = self._reader.submit(reads, threads=threads, joins=len(loading) > 1)
+            joins = len(loading) > 1 or self._prefix.layers_per_group > 1
+            ticket = self._reader.submit(reads, threads=threads, joins=joins)
             for part in loading:
                 part.read_by(ticket)
 

@@ -112,7 +112,7 @@ class KeyLoader:
                     held = self._held[number, run.first] = HeldRun(span, run)
                     nbytes += 0 if near.has_keys(self._key(number, run)) else run.nbytes
                 held.layers.add(layer)
-        self._ahead.add(layer, nbytes, partial(_bring, weakref.ref(self), layer))
+        self._ahead.add([layer], nbytes, partial(_bring, weakref.ref(self), layer))
 
     def start(self, layer: int) -> None:
         """Start bringing the keys of a layer now. They must have been wanted."""
@@ -124,8 +124,10 @@ class KeyLoader:
         return all(near.has_keys(self._key(number, runs[layer])) for number, runs in enumerate(self._runs))
 
     def bytes_arriving(self, layer: int) -> int:
-        """Bytes of keys that are on their way now with those of this layer: for measuring."""
-        arriving = [held.run for held in self._holding(layer) if held.pending is not None]
+        """Bytes of keys that are being read now with those of this layer: for measuring."""
+        arriving = [
+            held.run for held in self._holding(layer) if held.pending is not None and held.pending.ticket is not None
+        ]
         return sum(place.nbytes for run in arriving for places in run.places.values() for place in places)
 
     def bring(self, layer: int, must: bool) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ Start = Callable[[bool], bool]
 
 class Lookahead:
     """Starts reads in order while at most `limit` bytes are under way or unused. At least one read always is started.
+    The bytes of a read that serves several layers count until the last of them has used its own.
 
     Args:
         limit: bytes.
@@ -38,38 +40,39 @@ class Lookahead:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._waiting: deque[tuple[int, int, Start, Collection[int]]] = deque()
+        # Layers, ascending; bytes; what starts the read.
+        self._waiting: deque[tuple[Sequence[int], int, Start]] = deque()
         self._open: dict[int, int] = {}
 
-    def add(self, key: int, nbytes: int, start: Start, also: Collection[int] = ()) -> None:
-        """Queue a read of `nbytes` for `key` (a layer index), which serves the layers `also` as well."""
-        self._waiting.append((key, nbytes, start, also))
+    def add(self, layers: Sequence[int], nbytes: int, start: Start) -> None:
+        """Queue a read of `nbytes` for `layers` (ascending)."""
+        self._waiting.append((layers, nbytes, start))
 
     def pump(self) -> None:
         """Start the reads that fit."""
         while self._waiting:
-            key, nbytes, start, _ = self._waiting[0]
+            layers, nbytes, start = self._waiting[0]
             if self._open and sum(self._open.values()) + nbytes > self.limit:
                 return
             if not start(False):
                 return
             self._waiting.popleft()
-            self._open[key] = self._open.get(key, 0) + nbytes
+            self._open[layers[-1]] = self._open.get(layers[-1], 0) + nbytes
 
-    def need(self, key: int) -> None:
-        """Start the reads for `key` now, whatever the limit is (layers may run in any order)."""
+    def need(self, layer: int) -> None:
+        """Start the reads for `layer` now, whatever the limit is (layers may run in any order)."""
         if not self._waiting:
             return
-        mine = [entry for entry in self._waiting if entry[0] == key or key in entry[3]]
+        mine = [entry for entry in self._waiting if layer in entry[0]]
         for entry in mine:
             self._waiting.remove(entry)
-            first, nbytes, start, _ = entry
-            self._open[first] = self._open.get(first, 0) + nbytes
+            layers, nbytes, start = entry
+            self._open[layers[-1]] = self._open.get(layers[-1], 0) + nbytes
             start(True)
 
-    def used(self, key: int) -> None:
-        """The bytes of `key` have been used: start the reads that fit now."""
-        self._open.pop(key, None)
+    def used(self, layer: int) -> None:
+        """The bytes of `layer` have been used: start the reads that fit now."""
+        self._open.pop(layer, None)
         self.pump()
 
 
@@ -221,23 +224,33 @@ class PayloadReads:
         for layer in layers:
             self._settle(layer)
         self._asked.residency(device)
-        together = self._prefix.layers_per_group > 1 and len(layers) > 1
-        if together and not speculative:
-            self._asked.issue_together(layers, chunks, device, speculative)
+        if self._prefix.layers_per_group > 1:
+            groups = [list(some) for _, some in groupby(layers, key=self._prefix.group_of)]
+            if not speculative:
+                self._asked.issue_together(groups[0], chunks, device, speculative)
+            for group in groups if speculative else groups[1:]:
+                self._later(group, partial(self._asked.issue_together, group, chunks, device, speculative))
             return
         now, later = (layers[:0], layers) if speculative else (layers[:1], layers[1:])
         if now:
             self._asked.issue(now, chunks, device, speculative, len(layers) == 1)
         if later:
-            if together:
-                work = partial(self._asked.issue_together, later, chunks, device, speculative)
-            else:
-                work = partial(self._asked.issue, later, chunks, device, speculative, False)
-            self._tasks.update(dict.fromkeys(later, self._reader.run(work)))
+            self._later(later, partial(self._asked.issue, later, chunks, device, speculative, False))
+
+    def _later(self, layers: Sequence[int], issue: Callable[[], None]) -> None:
+        """Have a reader thread issue the reads of `layers`."""
+        self._tasks.update(dict.fromkeys(layers, self._reader.run(issue)))
 
     def start(self, layers: Sequence[int], chunks: Chunks, device: torch.device, must: bool) -> bool:
-        """`ask`, as a `Start`: chunks that memory has no room for are read by `take`."""
-        self.ask(layers, chunks, device)
+        """As `ask`, for layers that are read together, as a `Start`: chunks that memory has no room for are read by
+        `take`."""
+        if len(layers) == 1:
+            self.ask(layers, chunks, device)
+            return True
+        for layer in layers:
+            self._settle(layer)
+        self._asked.residency(device)
+        self._later(layers, partial(self._asked.issue_together, layers, chunks, device, False))
         return True
 
     def start_unless_resident(
@@ -252,8 +265,7 @@ class PayloadReads:
             for layer in missing:
                 self._settle(layer)
             self._asked.residency(device)
-            task = self._reader.run(partial(self._asked.issue_together, missing, chunks, device))
-            self._tasks.update(dict.fromkeys(missing, task))
+            self._later(missing, partial(self._asked.issue_together, missing, chunks, device))
         return True
 
     def _settle(self, layer: int) -> None:

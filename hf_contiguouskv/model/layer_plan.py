@@ -20,6 +20,11 @@ class LayerPlan:
     devices: tuple[torch.device, ...]
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU computes all of them."""
+        return all(device.type == "cpu" for device in self.devices)
+
+    @property
     def full_layers(self) -> list[int]:
         """Layers with full attention, to which budgets apply."""
         return [layer for layer, window in enumerate(self.windows) if window is None]

@@ -13,7 +13,7 @@ from ..model.layer_plan import LayerPlan
 from ..model.served_model import ServedModel
 from ..store.attached_prefix import AttachedPrefix
 from ..store.inner import StoreInner
-from .choosing import disk_cost
+from .choosing import choosing_cost
 from .measured_speeds import SUFFIX_TOKENS, ComputeSpeeds, compute_speeds, read_speed
 from .network import Network, away_share, network_to
 from .read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
@@ -65,6 +65,7 @@ def choose_budget(
     speeds: ComputeSpeeds,
     bytes_per_s: float,
     network: Network | None = None,
+    choosing: ChoosingCost | None = None,
 ) -> BudgetChoice:
     """Choose a budget from measured speeds.
 
@@ -74,8 +75,9 @@ def choose_budget(
         plan: the model's layers.
         speeds, bytes_per_s: measured speeds of the model and of the disk.
         network: that what is not on this machine must cross; `None`: all of the prefix is on its disk.
+        choosing: what chunks by name cost, for the request as well (`choosing_cost`).
     """
-    storage = _Storage(bytes_per_s, network, all(device.type == "cpu" for device in plan.devices))
+    storage = _Storage(bytes_per_s, network, choosing)
     estimates = [
         _estimated(prefix, budget, config, plan, speeds, storage) for budget in _candidates(config.least_budget)
     ]
@@ -124,22 +126,15 @@ class _Storage:
     Args:
         disk_bytes_per_s: of the disk.
         network: that what is not on this machine must cross, if anything is not.
-        on_cpu: whether a CPU computes.
+        choosing: see `ReadPlan`.
     """
 
-    def __init__(self, disk_bytes_per_s: float, network: Network | None, on_cpu: bool) -> None:
+    def __init__(self, disk_bytes_per_s: float, network: Network | None, choosing: ChoosingCost | None) -> None:
         self._disk_s = disk_bytes_per_s
-        self._on_cpu = on_cpu
+        self.choosing = choosing
         self._network = network
         # (Whatever the budget, a prefix is read in one of two forms.)
         self._away: dict[tuple[str, bool], float] = {}
-
-    @property
-    def choosing(self) -> ChoosingCost | None:
-        """See `ReadPlan`."""
-        if self._network is not None:
-            return self._network.choosing
-        return disk_cost(self._disk_s) if self._on_cpu else None
 
     def seconds(self, reads: ReadPlan) -> float:
         """Seconds in which a cold request reads: what is on the disk, and then what is not on this machine."""
@@ -207,7 +202,8 @@ class AutoBudget:
             try:
                 speed = read_speed(self._store, prefix)
                 network = network_to(self._store, prefix)
-                return choose_budget(prefix, self._config, self._plan, self._speeds, speed, network)
+                choosing = choosing_cost(self._store, prefix, self._plan)
+                return choose_budget(prefix, self._config, self._plan, self._speeds, speed, network, choosing)
             except StoreError as error:
                 # The request will meet the same error and recover from it.
                 problem = f"the store cannot be read ({error})"

@@ -9,7 +9,7 @@ from ..store.attached_prefix import AttachedPrefix
 from ..store.entries import SegmentSpan
 from ..store.fleet.cached_blob import CachedBlob
 from ..store.fleet.fleet import Fleet
-from ..store.fleet.link import Link
+from ..store.fleet.link import TELLING_BYTES, Link
 from ..store.inner import StoreInner
 from .read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 
@@ -17,9 +17,9 @@ from .read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 FIRST_READS, QUICK_S = (256 * 1024, 2 * 2**20, 8 * 2**20), 0.05
 # A link that is slow rather than fast: assumed where so little is not on this machine that nothing can be measured.
 SLOW = Link(10e6, 0.05)
-# A usual link between machines of a data centre: assumed for what to read until so many bytes have told more. (The
-# first reads of a connection say little.)
-USUAL, TELLING_BYTES = Link(125e6, 0.005), 8 * 2**20
+# A usual link between machines of a data centre: assumed for what to read until enough was read to tell more, by this
+# process or an earlier one.
+USUAL = Link(125e6, 0.005)
 # Short reads that are under way at once (`store.fleet.cached_blob`), and seconds of processor time that each takes here
 # (measured: docs/fleet.md).
 SIDE_BY_SIDE, REQUEST_S = 64, 0.001
@@ -48,7 +48,9 @@ class Network:
     def choosing(self) -> ChoosingCost:
         """See `ReadPlan`."""
         per_chunk = self.bytes_per_s * REQUEST_S * REQUESTS_PER_CHUNK
-        return ChoosingCost(int(per_chunk), int(self.bytes_per_s * self.round_trip_s))
+        in_a_trip = int(self.bytes_per_s * self.round_trip_s)
+        # (Twice as much: the next reads are asked for while these arrive.)
+        return ChoosingCost(int(per_chunk), in_a_trip, in_flight=2 * in_a_trip)
 
     def seconds(self, reads: ReadPlan, away: float) -> float:
         """Seconds that a request waits for the network.

@@ -62,13 +62,16 @@ class ChoosingCost(NamedTuple):
         per_chunk: for one more chunk.
         per_layer: for waiting once more, where a layer has chosen.
         rounding: bytes that are read beside a chunk that is read by name.
-        most: larger layers are read by name, unless most of their chunks are chosen.
+        most: larger layers are read by name, unless they are not larger than `WORTH_READING_BYTES` for each chosen
+            chunk.
+        in_flight: bytes that must be under way to keep storage busy, however little is waited for.
     """
 
     per_chunk: int
     per_layer: int
     rounding: int = 0
     most: int | None = None
+    in_flight: int = 0
 
     def outweighs(self, chunks: int, chosen: int, extent_bytes: int) -> bool:
         """Whether reading `chosen` of a layer's `chunks` by name costs as much as reading all of them."""
@@ -172,7 +175,7 @@ class ReadPlan:
         if self.choosing is not None:
             return self.in_few_bits and self.choosing.outweighs(served.whole_chunks, self.nominees, served.extent_bytes)
         layer_bytes = served.whole_chunks * served.extent_bytes
-        small = WHOLE_LAYER_BYTES if all(device.type == "cpu" for device in self.layers.devices) else 0
+        small = WHOLE_LAYER_BYTES if self.layers.on_cpu else 0
         return self.in_few_bits and layer_bytes <= max(small, self.nominees * WORTH_READING_BYTES)
 
     def layers_together(self, accelerated: bool) -> int:
@@ -290,7 +293,8 @@ class ReadPlan:
             # however large the layers are.
             return max(limit, LAYERS_AHEAD * self.prefix.chunks * self.served.extent_bytes if crosses else 0)
         layers_ahead = KEYS_AHEAD if self.config.selection.period == 1 else 1
-        return min(limit, layers_ahead * self.keys_bytes(full[0]))
+        in_flight = 0 if self.choosing is None else self.choosing.in_flight
+        return min(limit, max(in_flight, layers_ahead * self.keys_bytes(full[0])))
 
     def bytes_to_read(self, per_read: int = PAGE) -> int:
         """Estimated bytes that a request reads of a prefix of which nothing is in memory.

@@ -111,14 +111,19 @@ class AttachedPrefix:
 
     @cached_property
     def layers_per_group(self) -> int:
-        """So many consecutive layers have their chunks side by side in a segment, in the form in which they are read;
-        the most, where segments differ."""
+        """So many consecutive layers have their chunks side by side, in the form in which they are read; where segments
+        differ, in the longest one."""
         if self.form != "exact":
             return 1
-        return max(span.segment.geometry.layers_per_group for span in self.spans)
+        return max(self.spans, key=lambda span: span.chunks).segment.geometry.layers_per_group
+
+    def group_of(self, layer: int) -> int:
+        """The number of the group that a layer lies in."""
+        return layer // self.layers_per_group
 
     def in_file_order(self, reads: list[Read]) -> list[Read]:
-        """Reads of several layers, so that neighbours in a file follow each other."""
+        """Reads of several layers, so that neighbours in a file follow each other. (Of layers that lie apart they are
+        left as they are.)"""
         if self.layers_per_group == 1:
             return reads
         order = {id(span.segment): place for place, span in enumerate(self.spans)}

@@ -13,7 +13,6 @@ from ..errors import InputError, StoreClosedError, StoreError
 from ..memory import MemoryTiers
 from ..stats import StoreCounters
 from .background import Background
-from .disk_speed import note_speed, noted_speed
 from .entries import StoredPrefix
 from .finding import Finder, Found
 from .fleet.deadline import Deadline
@@ -26,6 +25,7 @@ from .reader import ExtentReader
 from .room import Room
 from .search import next_stored
 from .segment import Segment
+from .speeds import note_speeds, noted_speeds
 from .writer import SegmentWriter
 
 Result = TypeVar("Result")
@@ -264,9 +264,15 @@ class StoreInner:
         """The reader threads of this store; started at the first use."""
         with self._lock:
             self.require_open()
+            if self._reader is not None:
+                return self._reader
+        noted = noted_speeds(self.parts.index, "disk")  # (Others may make the index wait.)
+        with self._lock:
+            self.require_open()
             if self._reader is None:
                 self._reader = ExtentReader(self._reader_threads)
-                self._reader.totals.bytes_per_second = noted_speed(self.parts.index)
+                if noted is not None:
+                    self._reader.totals.bytes_per_second = noted[0]
             return self._reader
 
     @property
@@ -292,7 +298,9 @@ class StoreInner:
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
-            note_speed(self.parts.index, reader.totals.bytes_per_second)
+            speed = reader.totals.bytes_per_second
+            if speed is not None:
+                note_speeds(self.parts.index, "disk", speed)
         if self.fleet is not None:
             self.fleet.close()
         self.parts.opened.close()

@@ -17,7 +17,18 @@ from types import TracebackType
 from ..errors import InputError, StoreClosedError
 from ..hardware.aligned_memory import aligned_buffer, as_memoryview
 from .files import MAX_PART
-from .reads import Check, Part, Read, ReadBatch, ReadTotals, Ticket, cut, gap_worth_reading
+from .reads import (
+    TELLING_BYTES,
+    TELLING_READ,
+    Check,
+    Part,
+    Read,
+    ReadBatch,
+    ReadTotals,
+    Ticket,
+    cut,
+    gap_worth_reading,
+)
 
 __all__ = ["Check", "ExtentReader", "Read", "ReadTotals", "Ticket", "aligned_buffer", "as_memoryview"]
 
@@ -165,12 +176,12 @@ class ExtentReader:
         gap = self.gap_bytes if joins else 0
         joined = ReadBatch.grouped(parts, gap) if batched else ReadBatch.joined(parts, gap)
         # (What other backends bring, over a network perhaps, says nothing of the disk.)
-        ticket = Ticket(joined, then, 0 if batched else nbytes)
+        tells = not batched and nbytes >= max(TELLING_BYTES, len(joined) * TELLING_READ)
+        ticket = Ticket(joined, then, tells)
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")
-            if self._threads.forked:
-                self._threads = ReaderThreads(self.threads, self.totals)  # Threads do not survive a fork.
+            self._start_again_in_a_fork()
             for _ in range(min(threads or self.threads, self.threads, ticket.parts)):
                 self._threads.put(ticket)
         return ticket
@@ -185,10 +196,15 @@ class ExtentReader:
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the reader is closed")
-            if self._threads.forked:
-                self._threads = ReaderThreads(self.threads, self.totals)
+            self._start_again_in_a_fork()
             self._threads.put(task)
         return task
+
+    def _start_again_in_a_fork(self) -> None:
+        # Threads do not survive a fork, and what was under way never ends in it.
+        if self._threads.forked:
+            self.totals = self.totals.continued()
+            self._threads = ReaderThreads(self.threads, self.totals)
 
     def close(self) -> None:
         """Finish what was submitted, then stop and join the threads. May be called more than once."""

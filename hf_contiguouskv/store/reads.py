@@ -21,8 +21,9 @@ Check = tuple[int, int, int]
 SECONDS_PER_READ, DEFAULT_GAP, MAX_GAP = 10e-6, 16 * 1024, 128 * 1024
 # Numbers are looked at when there are so many bytes of them: they are still in the core's own cache then.
 _TOGETHER_BYTES = 2**17
-# From this size on a ticket says something of the disk's speed; and so much at a time, where it reads without a pause.
-TELLING_BYTES, MOST_TOLD_BYTES = 2**20, 2**26
+# From this size on a ticket tells how fast storage is, if its reads have this size on average (of shorter ones, the
+# interpreter decides); and so much at a time, where there is no pause between reads.
+TELLING_BYTES, TELLING_READ, MOST_TOLD_BYTES = 2**20, 2**16, 2**26
 
 
 def gap_worth_reading(bytes_s: float | None) -> int:
@@ -240,6 +241,12 @@ class ReadTotals:
         self._under_way = self._bytes = 0
         self._since = 0.0
 
+    def continued(self) -> ReadTotals:
+        """The same in a fork of the process, in which nothing is under way."""
+        other = ReadTotals()
+        other.nbytes, other.bytes_per_second = self.nbytes, self.bytes_per_second
+        return other
+
     def begins(self, now: float) -> None:
         """The first read of a long ticket begins, at `now` (seconds on `time.perf_counter`)."""
         with self._lock:
@@ -247,14 +254,18 @@ class ReadTotals:
                 self._bytes, self._since = 0, now
             self._under_way += 1
 
-    def ends(self, now: float, nbytes: int) -> None:
-        """A long ticket has ended, well or badly, after reading `nbytes`."""
+    def ends(self, began: float, now: float, nbytes: int) -> None:
+        """A long ticket that `began` has ended, well or badly, after reading `nbytes`."""
         with self._lock:
             self._under_way -= 1
-            self._bytes += nbytes
+            seconds = now - self._since
+            if seconds <= 0 or now <= began:
+                return
+            # (Of one that began before what is counted now, as much as belongs to that time.)
+            self._bytes += int(nbytes * min(1.0, seconds / (now - began)))
             if self._bytes < TELLING_BYTES or (self._under_way and self._bytes < MOST_TOLD_BYTES):
                 return
-            found, known = self._bytes / max(1e-9, now - self._since), self.bytes_per_second
+            found, known = self._bytes / seconds, self.bytes_per_second
             self.bytes_per_second = found if known is None else known + (found - known) / 4
             self._bytes, self._since = 0, now
 
@@ -269,7 +280,7 @@ class Ticket:
     Args:
         parts: what threads share out.
         then: see `ExtentReader.submit`.
-        nbytes: that are wanted in all.
+        long: whether its time tells how fast storage is.
 
     Attributes:
         bytes_read: bytes that storage was asked for, page rounding included; complete once `done`.
@@ -292,10 +303,10 @@ class Ticket:
     )
 
     def __init__(
-        self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None, nbytes: int = 0
+        self, parts: Sequence[Read | Part | ReadBatch], then: Callable[[], None] | None = None, long: bool = False
     ) -> None:
         self.bytes_read = 0
-        self._long = nbytes >= TELLING_BYTES
+        self._long = long
         self._counted = 0
         self.started = self.ended = 0.0
         self._then = then
@@ -394,7 +405,7 @@ class Ticket:
         self._parts = ()  # Let go of the buffers: a ticket may be kept for its counters.
         self.ended = time.perf_counter()
         if self._long:
-            total.ends(self.ended, self.bytes_read)
+            total.ends(self.started, self.ended, self.bytes_read)
         self._missing = 0
         self._gate.release()
 

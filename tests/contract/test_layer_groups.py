@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -145,8 +146,6 @@ def test_what_was_read_ahead_for_the_next_period_is_not_read_again(tiny_model, s
 
 def test_a_chain_may_have_segments_of_both_layouts(tiny_model, store_path):
     model, config = tiny_model("llama", layers=LAYERS), published(2, 2)
-    with prefix_from_disk(model, PREFIX, store_path / "apart", config=apart(config)) as cache:
-        expected = forward(model, SUFFIX, cache)
     with PrefixStore(store_path / "both") as store:
         for end, group in ((100, 1), (213, 2), (325, 3)):
             part = dataclasses.replace(config, layers_per_group=group)
@@ -157,8 +156,8 @@ def test_a_chain_may_have_segments_of_both_layouts(tiny_model, store_path):
                 spans = cache.session.request.prefix.spans
                 assert [span.segment.geometry.layers_per_group for span in spans] == [1, 2, 3]
                 logits = forward(model, SUFFIX, cache)
-                if budget < 1.0:
-                    assert_close(logits, expected)
+            with prefix_from_disk(model, PREFIX, store_path / f"{budget}", config=apart(config)) as cache:
+                assert_close(logits, forward(model, SUFFIX, cache))
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
@@ -175,25 +174,62 @@ def test_little_memory_changes_no_answer(tiny_model, store_path, limit, budget):
     assert all(torch.equal(found[0], one) for one in found)
 
 
-@pytest.mark.parametrize("config", [published(2, 2), published(2, 2, 1.0)], ids=["chosen", "all"])
-@pytest.mark.parametrize("at", [0, 4 * EXTENT + 5, (2 * 20 + 1) * EXTENT])
-def test_damage_in_mid_request_is_computed_again(tiny_model, store_path, config, at):
-    model = tiny_model("llama", layers=LAYERS)
-    keeps_all = dataclasses.replace(config, budget=1.0)
+@pytest.mark.parametrize("budget", [0.3, 1.0])
+@pytest.mark.parametrize("layer", [2, 3])
+def test_damage_in_mid_request_is_computed_again(tiny_model, store_path, budget, layer):
+    model, config = tiny_model("llama", layers=LAYERS), published(2, 2, budget)
     with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
         expected = forward(model, SUFFIX, cache)
+        selected = cache.selected_chunks(layer)
+    chunk = 7 if selected is None else int(selected[0, 1])
     (path,) = files(store_path).values()
-    damage(path, "payload.1", at)
+    damage(path, "payload.1", (2 * chunk + layer - 2) * EXTENT + 5)
     with PrefixStore(store_path) as store:
-        for one in (config, keeps_all):
-            with ContiguousKVCache(model, PREFIX, store=store, config=one) as cache:
-                logits = forward(model, SUFFIX, cache)
-                if one is config:
-                    assert_close(logits, expected)
+        with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
+            assert_close(forward(model, SUFFIX, cache), expected)
         assert store.stats.recovered == 1
-        (path,) = files(store_path).values()
-        with ContiguousKVCache(model, PREFIX, store=store, config=keeps_all) as cache:
+        with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
             assert cache.session.request.prefix.geometry.layers_per_group == 2, "it is stored as it was asked for"
+            assert_close(forward(model, SUFFIX, cache), expected)
+        assert store.stats.recovered == 1
+
+
+def test_a_period_of_several_groups_reads_each_group_together(tiny_model, store_path, monkeypatch):
+    model, config = tiny_model("llama", layers=4), published(4, 2, budget=0.2)
+    reads = Reads(monkeypatch)
+    with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
+        reads.offsets.clear()
+        forward(model, SUFFIX, cache)
+        found = reads.of_chunks(cache)
+    layers = {frozenset(name.split(",")[0] for name in names) for names in found}
+    assert layers == {frozenset({"layer 0", "layer 1"}), frozenset({"layer 2", "layer 3"})}
+
+
+def test_rows_resets_and_copies_answer_as_with_layers_apart(tiny_model, store_path):
+    model, suffixes = tiny_model("llama", layers=LAYERS), token_ids(9, seed=3103, rows=3)
+    more = token_ids(2, seed=3104, rows=3)
+    answers = []
+    for config in (published(2, 2), apart(published(2, 2))):
+        place = store_path / str(config.layers_per_group)
+        with prefix_from_disk(model, PREFIX, place, config=config) as cache:
+            found = [forward(model, suffixes, cache)]
+            with copy.deepcopy(cache) as twin:
+                found.append(forward(model, more, twin))
+            found.append(forward(model, more, cache))
+            cache.reset()
+            found.append(forward(model, SUFFIX, cache))
+            answers.append(found)
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+
+
+def test_choosing_again_answers_as_with_layers_apart(tiny_model, store_path):
+    model, ids = tiny_model("llama", layers=LAYERS), torch.cat([PREFIX, SUFFIX], dim=1)
+    config = dataclasses.replace(published(2, 2), reselect_every=3)
+    with prefix_from_disk(model, PREFIX, store_path / "apart", config=apart(config)) as cache:
+        expected = generate(model, ids, cache)
+    with prefix_from_disk(model, PREFIX, store_path / "groups", config=config) as cache:
+        assert_same_generation(generate(model, ids, cache), expected)
+        assert cache.stats.reselections > 0
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
@@ -213,7 +249,8 @@ def test_an_accelerator_answers_alike(tiny_model, store_path, schedule, budget, 
                 found = reads.of_chunks(cache)
             assert_idle(store.inner.memory)
             if number == 0:
-                assert any(len(names) > 1 for names in found), "layers are read together"
+                layers = [{name.split(",")[0] for name in names} for names in found]
+                assert any(len(some) == 2 for some in layers), "layers are read together"
                 assert budget < 1.0 or len(found) == 3
             else:
                 assert not found, "all of it is in memory"

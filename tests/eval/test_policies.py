@@ -169,6 +169,7 @@ def test_what_a_device_keeps_is_counted_apart_from_what_the_host_keeps(
         # No room on the device: the host keeps what was read.
         on_host = replay(small, drawn, store, "lru", 2**22, device, 0, warm_up=1)
         assert (on_host.device_hit_rate, on_host.chunk_hit_rate) == (0.0, pytest.approx(8 / 9))
+        assert on_host.key_hit_rate == 1.0, "keys that cross from the host are not read"
         nowhere = replay(small, drawn, store, "lru", 0, device, 0, warm_up=1)
         assert (nowhere.device_hit_rate, nowhere.chunk_hit_rate) == (0.0, 0.0)
     assert device not in opened_devices
@@ -209,7 +210,7 @@ def test_replays_of_both_tiers_end_in_a_table_and_json(trace: Trace, tmp_path: P
         assert f"| {cells} |" in page.read_text()
 
 
-@pytest.mark.parametrize("share", ["0.1", "0.1:0.2:0.3", "a:b"])
+@pytest.mark.parametrize("share", ["0.1", "0.1:0.2:0.3", "a:b", "-1:0.5", "nan:0.5", "0.1:inf"])
 def test_shares_of_both_tiers_are_two_numbers(trace: Trace, tmp_path: Path, share: str) -> None:
     trace.save(tmp_path / "trace.npz")
     found = CliRunner().invoke(app, ["tiers", "--folder", str(tmp_path), "--share", share])

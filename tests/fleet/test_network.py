@@ -12,7 +12,7 @@ from clock import Clock
 from machines import Machines, engine_of
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hf_contiguouskv import ContiguousKVCache, ContiguousKVConfig
+from hf_contiguouskv import AttentionMass, ContiguousKVCache, ContiguousKVConfig
 from hf_contiguouskv.model.fingerprint import model_fingerprint
 from hf_contiguouskv.model.layer_plan import LayerPlan
 from hf_contiguouskv.model.served_model import ServedModel
@@ -121,7 +121,7 @@ def plan(prefix: tuple[AttachedPrefix, LayerPlan], budget: float) -> ReadPlan:
 
 
 def chosen(prefix: tuple[AttachedPrefix, LayerPlan], there: Network | None, disk: float = FAST_DISK) -> BudgetChoice:
-    return choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, disk, there)
+    return choose_budget(prefix[0], AUTO, prefix[1], SPEEDS, disk, there, None if there is None else there.choosing)
 
 
 @pytest.fixture
@@ -148,7 +148,8 @@ def test_a_network_without_round_trips_is_as_good_as_a_disk_of_its_speed(
 def test_round_trips_speak_against_choosing(prefix: tuple[AttachedPrefix, LayerPlan], all_away: None) -> None:
     by_name = replace(AUTO, payload="exact")
     near, far = (
-        choose_budget(prefix[0], by_name, prefix[1], SPEEDS, FAST_DISK, Network(1e7, trip)) for trip in (0.0, 0.5)
+        choose_budget(prefix[0], by_name, prefix[1], SPEEDS, FAST_DISK, there, there.choosing)
+        for there in (Network(1e7), Network(1e7, 0.5))
     )
     assert near.budget < 1.0
     assert (far.budget, far.read_s > 0.5) == (1.0, True)
@@ -263,6 +264,25 @@ def test_whether_layers_are_read_whole_depends_on_the_network(
     assert asked["fast"]["bytes_read"] > asked["slow"]["bytes_read"]
 
 
+def test_layers_in_groups_cross_in_fewer_requests(model: LlamaForCausalLM, folder_machines: Machines) -> None:
+    rule, answers, sent = AttentionMass(period=4), [], []
+    for group in (1, 4):
+        config = ContiguousKVConfig.paper(0.3, selection=rule, layers_per_group=group, chunk_size=16)
+        # (With a salt of its own, each is a prefix of its own.)
+        store = folder_machines(f"writes {group}", salt=str(group))
+        ContiguousKVCache(model, PREFIX, store=store, config=config).close()
+        store.flush()
+        store = folder_machines(f"reads {group}", salt=str(group))
+        with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
+            assert cache.stats.tokens_prefilled == 0
+            answers.append(answer(model, cache))
+            assert cache.session.request.prefix.layers_per_group == group
+        sent.append(store.stats.remote)
+    assert torch.equal(*answers)
+    assert sent[1]["gets"] < sent[0]["gets"] / 2
+    assert sent[1]["bytes_read"] < 1.1 * sent[0]["bytes_read"]
+
+
 def test_what_is_on_this_machine_is_read_as_from_a_disk(
     model: LlamaForCausalLM, reader: PrefixStore, prefix: tuple[AttachedPrefix, LayerPlan]
 ) -> None:
@@ -275,6 +295,20 @@ def test_what_is_on_this_machine_is_read_as_from_a_disk(
     for span in prefix[0].spans:
         span.segment.blob.read_into([(0, memoryview(bytearray(span.segment.blob.nbytes)))])
     assert network_cost(reader.inner, prefix[0]) is None
+
+
+def test_the_next_process_knows_how_fast_the_network_is(folder_machines: Machines) -> None:
+    for nbytes, known in ((2**20, None), (2**24, None), (2**20, 2**24), (2**26, 2**24)):
+        store = folder_machines("one")
+        assert store.inner.fleet is not None
+        found = store.inner.fleet.link.estimate(2**40)
+        assert (found and found.bytes_per_s) == (None if known is None else pytest.approx(known, rel=1e-3))
+        store.inner.fleet.link.note(1000, 0.03)
+        # (Short of 8 MiB, nothing is noted: the first reads of a connection say little.)
+        store.inner.fleet.link.note(nbytes, 1.03)
+        store.close()
+    found = folder_machines("one").inner.fleet.link.estimate()  # type: ignore[union-attr]
+    assert found == Link(pytest.approx(2**26, rel=1e-3), pytest.approx(0.03))
 
 
 def test_a_machine_that_stored_it_knows_no_network(model: LlamaForCausalLM, folder_machines: Machines) -> None:

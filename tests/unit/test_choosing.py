@@ -14,6 +14,7 @@ from store_helpers import FINGERPRINT, some_tokens, write_prefix
 from hf_contiguouskv import ContiguousKVConfig, PrefixStore
 from hf_contiguouskv.model.layer_plan import LayerPlan
 from hf_contiguouskv.planning.choosing import CHUNK_S, LAYER_S, MOST_WHOLE_BYTES, choosing_cost, disk_cost
+from hf_contiguouskv.planning.network import Network
 from hf_contiguouskv.planning.read_plan import WORTH_READING_BYTES, ChoosingCost, ReadPlan
 from hf_contiguouskv.planning.unwritten import unwritten_prefix
 from hf_contiguouskv.store import KVGeometry
@@ -42,14 +43,14 @@ def reads_whole(tokens: int, budget: float, speed: float | None, bits: int = 8, 
 @pytest.mark.parametrize(
     ("bits", "budget", "whole"),
     [
-        # As measured (docs/research.md, section 17): of three disks, those on which whole layers were faster.
+        # On three disks (docs/research.md, section 17). With 2 bits and 5%, whole layers were 4% faster on the second.
         (8, 0.05, [False, True, True]),
         (8, 0.25, [False, True, True]),
         (2, 0.05, [False, False, True]),
         (2, 0.25, [False, True, True]),
     ],
 )
-def test_layers_are_read_whole_where_that_was_measured_to_be_faster(
+def test_layers_are_read_whole_where_that_was_measured_to_be_faster_or_nearly_so(
     bits: int, budget: float, whole: list[bool]
 ) -> None:
     assert [reads_whole(8128, budget, speed, bits) for speed in (SLOW, MIDDLING, FAST)] == whole
@@ -90,6 +91,18 @@ def test_a_network_has_no_largest_layer() -> None:
     assert ChoosingCost(0, 10**12).outweighs(10**6, 1, 10_000)
 
 
+def test_over_a_network_as_much_is_under_way_as_two_round_trips_bring() -> None:
+    prefix = unwritten_prefix(SMOLLM2.with_index(tuple(range(30)), 8), 8128)
+    layers, config = LayerPlan((None,) * 30, (CPU,) * 30), ContiguousKVConfig(budget=0.05, payload="exact")
+    keys = ReadPlan.of(prefix, config, layers).lookahead_bytes(False)
+    assert keys == 3 * 3 * 64 * (8128 + 4)  # Of three layers: 8 bits for each number, and scales.
+    for bytes_s, trip_s, most in ((12.5e6, 0.02, keys), (1.25e9, 0.01, 25_000_000), (1.25e9, 0.1, 64 * 2**20)):
+        plan = ReadPlan.of(prefix, config, layers, Network(bytes_s, trip_s).choosing)
+        assert plan.lookahead_bytes(False) == most
+    disk = ReadPlan.of(prefix, config, layers, disk_cost(FAST))
+    assert disk.lookahead_bytes(False) == keys
+
+
 # ---- what a store remembers ----
 
 
@@ -98,7 +111,7 @@ def read_a_lot(store: PrefixStore, speed: float) -> None:
     total = store.inner.reader.totals
     total.bytes_per_second = None
     total.begins(0.0)
-    total.ends(2**24 / speed, 2**24)
+    total.ends(0.0, 2**24 / speed, 2**24)
 
 
 def test_a_store_remembers_how_fast_its_disk_is(tmp_path: Path) -> None:
@@ -118,12 +131,12 @@ def test_a_store_remembers_how_fast_its_disk_is(tmp_path: Path) -> None:
         assert store.inner.disk_bytes_per_s == pytest.approx(0.1e9, rel=0.01)
 
 
-@pytest.mark.parametrize("value", ["fast", "nan", "inf", "-1", "0", "1e300", ""])
+@pytest.mark.parametrize("value", ["fast", "nan", "inf", "-1", "0", "1e300", "", "1e9 1e9"])
 def test_what_makes_no_sense_is_not_believed(tmp_path: Path, value: str) -> None:
     with PrefixStore(tmp_path) as store:
         write_prefix(store, some_tokens(10))
         store.inner.index.write(
-            lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('disk_bytes_per_second', ?)", (value,))
+            lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('speed of disk', ?)", (value,))
         )
     with PrefixStore(tmp_path) as store:
         assert store.inner.disk_bytes_per_s is None
@@ -150,4 +163,7 @@ def test_requests_of_accelerators_do_not_ask_for_the_disk(tmp_path: Path) -> Non
         prefix = AttachedPrefix.of(stored, 10)
         read_a_lot(store, 1e9)
         assert choosing_cost(store.inner, prefix, LayerPlan((None,), (CPU,))) == disk_cost(store.inner.disk_bytes_per_s)
+        # Layers of which all together would fill more than half of memory are read by name.
+        many = LayerPlan((None,) * 1000, (CPU,) * 1000)
+        assert choosing_cost(store.inner, prefix, many).most == store.inner.memory.host.max_bytes // 2000
         assert choosing_cost(store.inner, prefix, LayerPlan((None, None), (CPU, GPU))) is None

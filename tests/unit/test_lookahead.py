@@ -21,8 +21,8 @@ class Started(list[tuple[str, bool]]):
 def test_reads_of_several_layers_start_when_one_of_them_is_needed() -> None:
     started = Started()
     ahead = Lookahead(100)
-    ahead.add(0, 90, started.read("0 to 2"), also=(1, 2))
-    ahead.add(3, 90, started.read("3 to 5"), also=(4, 5))
+    ahead.add([0, 1, 2], 90, started.read("0 to 2"))
+    ahead.add([3, 4, 5], 90, started.read("3 to 5"))
     ahead.pump()
     assert started == [("0 to 2", False)]
     ahead.need(1)
@@ -33,13 +33,13 @@ def test_reads_of_several_layers_start_when_one_of_them_is_needed() -> None:
     assert len(started) == 2
 
 
-def test_bytes_of_several_layers_count_until_the_first_is_used() -> None:
+def test_bytes_of_several_layers_count_until_the_last_is_used() -> None:
     started = Started()
     ahead = Lookahead(100)
-    ahead.add(0, 90, started.read("0 and 1"), also=(1,))
-    ahead.add(2, 90, started.read("2"))
+    ahead.add([0, 1], 90, started.read("0 and 1"))
+    ahead.add([2], 90, started.read("2"))
     ahead.pump()
-    ahead.used(1)
-    assert started == [("0 and 1", False)]
     ahead.used(0)
+    assert started == [("0 and 1", False)]
+    ahead.used(1)
     assert started == [("0 and 1", False), ("2", False)]

@@ -270,7 +270,7 @@ def test_how_much_lies_between_joined_reads_goes_by_the_speed_of_the_disk() -> N
 
         def read(nbytes: int, bytes_s: float) -> None:
             total.begins(1.0)
-            total.ends(1.0 + nbytes / bytes_s, nbytes)
+            total.ends(1.0, 1.0 + nbytes / bytes_s, nbytes)
 
         read(1000, 1000.0)  # Too short to tell.
         assert reader.gap_bytes == 16 * 1024
@@ -288,14 +288,14 @@ def test_time_in_which_several_long_reads_are_under_way_counts_once() -> None:
     total, third = ReadTotals(), 2**22
     for began in (0.0, 0.1, 0.2):
         total.begins(began)
-    total.ends(0.5, third)
+    total.ends(0.0, 0.5, third)
     assert total.bytes_per_second is None, "others are under way, and may have read some"
-    total.ends(0.9, third)
-    total.ends(1.0, third)
+    total.ends(0.1, 0.9, third)
+    total.ends(0.2, 1.0, third)
     assert total.bytes_per_second == pytest.approx(3 * third)
     # A pause between two reads is no time of reading.
     total.begins(50.0)
-    total.ends(51.0, 3 * third)
+    total.ends(50.0, 51.0, 3 * third)
     assert total.bytes_per_second == pytest.approx(3 * third)
 
 
@@ -304,9 +304,47 @@ def test_reads_without_a_pause_tell_their_speed_now_and_then() -> None:
     total.begins(0.0)
     for second in range(1, 5):
         total.begins(second - 0.5)  # There is always one under way.
-        total.ends(float(second), some)
+        total.ends(second - 1.0, float(second), some)
         assert (total.bytes_per_second is None) == (second == 1)
-    assert total.bytes_per_second == pytest.approx(some)
+    assert total.bytes_per_second == pytest.approx(some, rel=0.01)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-4, 1e-3])
+def test_reads_that_end_together_do_not_seem_to_be_faster_than_storage(apart: float) -> None:
+    """Eight of 10 MiB share 2 GB/s and end at nearly the same time: more than is told at a time."""
+    total, each = ReadTotals(), 10 * 2**20
+    for turn in range(20):
+        began = turn * 1.0
+        for _ in range(8):
+            total.begins(began)
+        for number in range(8):
+            total.ends(began, began + 8 * each / 2e9 + number * apart, each)
+        assert total.bytes_per_second == pytest.approx(2e9, rel=0.25)
+
+
+def test_many_short_reads_tell_how_fast_the_interpreter_is_and_do_not_count(file: Path) -> None:
+    segment = open_segment(file)
+    buffer = aligned_buffer(200 * 2 * PAGE)
+    octets = as_memoryview(buffer)
+    reads = [Read(segment, i * 5 * PAGE, 2 * PAGE, octets[i * 2 * PAGE : (i + 1) * 2 * PAGE]) for i in range(200)]
+    with ExtentReader(threads=2) as reader:
+        reader.submit(reads).wait()
+        assert reader.totals.nbytes >= 2**20
+        assert reader.totals.bytes_per_second is None
+    segment.close()
+
+
+def test_in_a_fork_nothing_is_under_way() -> None:
+    total = ReadTotals()
+    total.add(7)
+    total.begins(0.0)
+    total.ends(0.0, 1.0, 2**24)
+    total.begins(2.0)  # Never ends in the fork.
+    other = total.continued()
+    assert (other.nbytes, other.bytes_per_second) == (7, pytest.approx(2**24))
+    other.begins(100.0)
+    other.ends(100.0, 101.0, 2**24)
+    assert other.bytes_per_second == pytest.approx(2**24)
 
 
 def test_a_long_read_that_fails_is_not_under_way_for_ever(file: Path) -> None:

@@ -12,6 +12,7 @@ from ...errors import StoreError
 from ..parts import StoreParts
 from ..room import Room
 from ..rows import SegmentRow, set_stored_bytes
+from ..speeds import note_speeds, noted_speeds
 from ..tenant import Tenant
 from ..verification import in_words, segment_problems
 from .backend import FleetBackend
@@ -20,6 +21,7 @@ from .catalog import Catalog
 from .deadline import Deadline, seconds_left
 from .discovery import Discovery
 from .engine import DeadlineError, EngineUnavailableError, SharedEngine
+from .link import TELLING_BYTES, Link
 from .names import SharedSegment
 from .sending import Sender
 from .upkeep import SharedUpkeep
@@ -64,6 +66,8 @@ class Fleet:
         self.engine = engine
         self.catalog = Catalog(engine)
         self.link = backend.link
+        noted = noted_speeds(parts.index, "link")
+        self.link.known = None if noted is None else Link(*noted)
         self._backend, self._parts, self._room, self._submit = backend, parts, room, submit
         self._discovery = Discovery(parts, backend, self.catalog)
         self._sender = Sender(parts, backend, self.catalog, parts.counters.add)
@@ -211,9 +215,12 @@ class Fleet:
         return self._sender.waiting
 
     def finish(self) -> None:
-        """Try once more to send what is left, and count what is kept. Reads go on."""
+        """Try once more to send what is left, count what is kept, and note how fast the network is. Reads go on."""
         self._sender.close()
         self.settle()
+        found = self.link.measured(TELLING_BYTES)
+        if found is not None:
+            note_speeds(self._parts.index, "link", found.bytes_per_s, found.round_trip_s)
 
     def close(self) -> None:
         """Let go of the engine, once nobody reads from it any more."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 # A read of fewer bytes tells how long a round trip takes, one of more how fast bytes cross.
 _TELLING_BYTES = 128 * 1024
+# The first reads of a connection say little: so many bytes of long reads tell how fast it is.
+TELLING_BYTES = 8 * 2**20
 # Round trips that are remembered.
 _TRIPS = 32
 # Once so many bytes were counted, older ones count half: networks change.
@@ -53,9 +55,13 @@ class LinkMeter:
 
     Args:
         clock: seconds, never going back.
+
+    Attributes:
+        known: what an earlier process measured, if any did.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.known: Link | None = None
         self._clock = clock
         self._lock = threading.Lock()
         self._under_way = 0
@@ -108,11 +114,15 @@ class LinkMeter:
         self._count += 1
 
     def estimate(self, least_bytes: int = 1) -> Link | None:
-        """Speeds by what was counted; `None`: too little was read to tell.
+        """Speeds by what was counted, or else as they are `known`; `None`: too little was read to tell.
 
         Args:
             least_bytes: of long reads that must have been counted.
         """
+        return self.measured(least_bytes) or self.known
+
+    def measured(self, least_bytes: int = 1) -> Link | None:
+        """As `estimate`, by what was counted alone."""
         with self._lock:
             if self._bytes < least_bytes:
                 return None
