@@ -59,7 +59,14 @@ PRESETS = {
         "8K to 64K random tokens of which 416 are used: how time grows with the prefix",
         {
             "tasks": tuple(f"random:{tokens}+32" for tokens in (8192, 16384, 32768, 65536)),
-            "systems": ("no_prefix", "reload", "attentionstore+overlap", "contiguouskv_paper", "contiguouskv"),
+            "systems": (
+                "no_prefix",
+                "reload",
+                "attentionstore+overlap",
+                "contiguouskv_paper",
+                "contiguouskv",
+                "contiguouskv+compact",
+            ),
             "states": ("cold", "keys_resident"),
             "kept_tokens": 416,
             "requests": 7,
