@@ -17,18 +17,8 @@ from types import TracebackType
 from ..errors import InputError, StoreClosedError
 from ..hardware.aligned_memory import aligned_buffer, as_memoryview
 from .files import MAX_PART
-from .reads import (
-    TELLING_BYTES,
-    TELLING_READ,
-    Check,
-    Part,
-    Read,
-    ReadBatch,
-    ReadTotals,
-    Ticket,
-    cut,
-    gap_worth_reading,
-)
+from .read_totals import TELLING_BYTES, TELLING_READ, ReadTotals
+from .reads import Check, Part, Read, ReadBatch, Ticket, cut, gap_worth_reading
 
 __all__ = ["Check", "ExtentReader", "Read", "ReadTotals", "Ticket", "aligned_buffer", "as_memoryview"]
 

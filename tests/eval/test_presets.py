@@ -147,7 +147,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, loaded: tuple[Any, Any]) -> 
 
 def test_growth_uses_as_many_tokens_of_every_prefix(grown: Path) -> None:
     rows = rows_of(grown)
-    assert len({key_of(row) for row in rows}) == len(rows) == 2 * 2 * 7
+    assert len({key_of(row) for row in rows}) == len(rows) == 2 * 2 * 9
     # K and V of a token: 2 x 3 layers x 2 heads x 12 channels x 4 bytes.
     for row in rows:
         tokens = row["prefix_tokens"]
@@ -184,9 +184,9 @@ def test_a_report_and_the_model_of_time_take_such_a_run(
     systems = (
         ("attentionstore+overlap", "cold"),
         ("reload", "cold"),
-        *((f"contiguouskv{one}", "cold") for one in ("", "_paper")),
+        *((f"contiguouskv{one}", "cold") for one in ("", "_paper", "+compact")),
     )
-    systems += tuple((f"contiguouskv{one}", "keys_resident") for one in ("", "_paper"))
+    systems += tuple((f"contiguouskv{one}", "keys_resident") for one in ("", "_paper", "+compact"))
     assert sorted(rows) == sorted((tokens, *case, 2) for tokens in (256, 2048) for case in systems)
 
 
@@ -196,7 +196,7 @@ def test_the_table_after_a_run_has_the_figures_of_the_report(
     print_summary(grown)
     shown = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
-    assert len(lines) == 2 * 7
+    assert len(lines) == 2 * 9
     assert lines[0][:4] == ["random:256+5", "no prefix", "100%", "cold"]
     assert lines[0][6] == ""  # Over itself.
     for line in lines:
