@@ -79,17 +79,20 @@ class Stored:
     def opened(self) -> PrefixStore:
         """The store."""
         if self._store is None:
-            options = dict(self._options)
-            if self._bucket is not None:
-                if not self._folder.exists():
-                    PrefixStore(self._folder).close()  # Only a folder that is a store may hold segments.
-                options["backend"] = ThrottledBackend(LocalDisk(self._folder), self._bucket)
-            self._store = PrefixStore(self._folder, **options)
+            self._store = self._new_store(**self._options)
         return self._store
 
+    def _new_store(self, **options: Any) -> PrefixStore:
+        if self._bucket is not None:
+            if not self._folder.exists():
+                PrefixStore(self._folder).close()  # Only a folder that is a store may hold segments.
+            options["backend"] = ThrottledBackend(LocalDisk(self._folder), self._bucket)
+        return PrefixStore(self._folder, **options)
+
     def store(self, prefix_ids: torch.Tensor, states: DynamicCache | None = None) -> None:
-        """See `System`. Through another store: a cache reads ahead, and what it reads must not stay in our memory."""
-        with PrefixStore(self._folder, host_bytes=0) as store:
+        """See `System`. Through another store: a cache reads ahead, and what it reads must not stay in our memory. (The
+        folder remembers how fast it was read, so that has our speed.)"""
+        with self._new_store(host_bytes=0) as store:
             if states is None:
                 ContiguousKVCache(self._model, prefix_ids, store=store, config=self._config).close()
             else:

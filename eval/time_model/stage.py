@@ -91,7 +91,7 @@ class Stage:
         return method
 
     def _inline_threads(self, count: int, totals: reader.ReadTotals) -> InlineThreads:
-        totals.bytes_per_second = self._disk
+        totals.known = self._disk
         return InlineThreads(self.queue, totals)
 
     @contextmanager

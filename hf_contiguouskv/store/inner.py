@@ -272,7 +272,7 @@ class StoreInner:
             if self._reader is None:
                 self._reader = ExtentReader(self._reader_threads)
                 if noted is not None:
-                    self._reader.totals.bytes_per_second = noted[0]
+                    self._reader.totals.known = noted[0]
             return self._reader
 
     @property
@@ -298,7 +298,7 @@ class StoreInner:
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()  # Before the files: a read must not meet a descriptor that means another file by now.
-            speed = reader.totals.bytes_per_second
+            speed = reader.totals.measured
             if speed is not None:
                 note_speeds(self.parts.index, "disk", speed)
         if self.fleet is not None:

@@ -16,15 +16,17 @@ class ReadTotals:
 
     Attributes:
         nbytes: bytes read.
-        bytes_per_second: a running estimate; `None`: no ticket was long enough to tell.
+        measured: a running estimate of the bytes per second; `None`: no ticket was long enough to tell.
+        known: what an earlier process measured, if any did.
     """
 
-    __slots__ = ("_bytes", "_lock", "_since", "_under_way", "bytes_per_second", "nbytes")
+    __slots__ = ("_bytes", "_lock", "_since", "_under_way", "known", "measured", "nbytes")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.nbytes = 0
-        self.bytes_per_second: float | None = None
+        self.measured: float | None = None
+        self.known: float | None = None
         # Long tickets that are being read, what those that have ended meanwhile read, and since when.
         self._under_way = self._bytes = 0
         self._since = 0.0
@@ -32,8 +34,13 @@ class ReadTotals:
     def continued(self) -> ReadTotals:
         """The same in a fork of the process, in which nothing is under way."""
         other = ReadTotals()
-        other.nbytes, other.bytes_per_second = self.nbytes, self.bytes_per_second
+        other.nbytes, other.measured, other.known = self.nbytes, self.measured, self.known
         return other
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """As measured, or else as it is known."""
+        return self.known if self.measured is None else self.measured
 
     def begins(self, now: float) -> None:
         """The first read of a long ticket begins, at `now` (seconds on `time.perf_counter`)."""
@@ -53,8 +60,8 @@ class ReadTotals:
             self._bytes += int(nbytes * min(1.0, seconds / (now - began)))
             if self._bytes < TELLING_BYTES or (self._under_way and self._bytes < MOST_TOLD_BYTES):
                 return
-            found, known = self._bytes / seconds, self.bytes_per_second
-            self.bytes_per_second = found if known is None else known + (found - known) / 4
+            found, before = self._bytes / seconds, self.measured
+            self.measured = found if before is None else before + (found - before) / 4
             self._bytes, self._since = 0, now
 
     def add(self, nbytes: int) -> None:

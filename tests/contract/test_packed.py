@@ -74,7 +74,7 @@ def test_the_speed_of_the_disk_decides_and_answers_stay(tiny_model, store_path, 
     answers = []
     for speed, whole in ((None, True), (1e12, True), (1e5, False)):
         with PrefixStore(store_path) as store:
-            store.inner.reader.totals.bytes_per_second = speed
+            store.inner.reader.totals.known = speed
             with ContiguousKVCache(model, prefix, store=store, config=settings) as cache:
                 answers.append(forward(model, SUFFIX, cache))
                 assert (cache.stats.prefetch_wasted_bytes > 0) == whole

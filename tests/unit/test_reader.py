@@ -229,7 +229,7 @@ def test_reads_that_are_close_together_are_one_if_they_may_be(
     if segment.blob.fd_direct is None:
         pytest.skip("the file system refuses O_DIRECT")
     calls = Calls(monkeypatch)
-    reader.totals.bytes_per_second = None  # (What a busy machine made of earlier reads says how far apart they may be.)
+    reader.totals.measured = None  # (What a busy machine made of earlier reads says how far apart they may be.)
     offsets = [PAGE + i * distance * nbytes for i in range(6)]
     for joins in (False, True):
         calls.made.clear()
