@@ -130,7 +130,8 @@ def _draw(
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(links), figsize=(4 * len(links), 3.6), sharey=True, squeeze=False)
+    size = 4 * len(links), 4.1
+    figure, axes = plt.subplots(1, len(links), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (link, told) in zip(axes[0], links.items(), strict=True):
         for system in systems:
             times = [
@@ -145,7 +146,6 @@ def _draw(
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time to the first token, s")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
