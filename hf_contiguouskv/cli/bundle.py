@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,10 @@ import typer
 from ..errors import InputError
 from ..store.bundle import BundleError, export_bundle, import_bundle, read_manifest
 from ..store.bundle.hub import FetchedBundle, download_folder, fetch_bundle
+from ..store.prefix_store import PrefixStore
 from ..wording import quoted
-from .app import AsJson, CacheFolder, StorePath, app, find_entries, open_store
+from .app import Address, AsJson, CacheFolder, StorePath, app, find_entries, open_store
+from .fleet import copy_here
 from .messages import complain, messages_instead_of_tracebacks
 from .output import counted, human_bytes, print_json, progress, say
 
@@ -45,10 +48,8 @@ def export_(
     """
     if bool(keys) == everything:
         raise InputError("name the prefixes to export, or --all")
-    with open_store(store, cache, create=False) as opened:
-        entries = find_entries(opened, keys) if keys else opened.entries()
-        with progress("exporting") as report_progress:
-            report = export_bundle(opened, [entry.key for entry in entries], to, report_progress, base_model)
+    with _to_export(store, keys, to, cache) as (opened, chosen), progress("exporting") as report_progress:
+        report = export_bundle(opened, chosen, to, report_progress, base_model)
     if as_json:
         print_json(report.as_dict())
         return
@@ -57,6 +58,28 @@ def export_(
     say(f"{report.folder}: {counted(len(report.segments), 'segment')}, {human_bytes(report.bytes)}")
     if report.salted:
         say("only a store with the same salt finds them", err=True)
+
+
+@contextlib.contextmanager
+def _to_export(
+    store: Path, keys: list[str] | None, to: Path, cache: Path | None
+) -> Iterator[tuple[PrefixStore, list[str]]]:
+    """The store that is exported from, and the keys of the prefixes (`keys` or their beginnings; `None`: all).
+
+    What lies in a shared store is first copied to a folder beside the bundle, where there should be room.
+    """
+    with open_store(store, cache, create=False) as opened:
+        if not isinstance(store, Address):
+            entries = find_entries(opened, keys) if keys else opened.entries()
+            yield opened, [entry.key for entry in entries]
+            return
+        beside = next(folder for folder in to.absolute().parents if folder.is_dir())
+        with (
+            tempfile.TemporaryDirectory(prefix=".contiguouskv-", dir=beside) as place,
+            open_store(Path(place) / "store") as copied,
+        ):
+            chosen, _ = copy_here(opened, copied, keys)
+            yield copied, chosen
 
 
 @app.command("import")

@@ -12,6 +12,7 @@ from ..store.chains import chains
 from ..store.fleet.carrying import CarryReport
 from ..store.fleet.carrying import pull as pull_segments
 from ..store.fleet.carrying import push as push_segments
+from ..store.prefix_store import PrefixStore
 from ..store.rows import segment_by_key
 from .app import Address, AsJson, CacheFolder, OptionalKeys, app, find_entries, find_shared, open_store, place_of
 from .messages import messages_instead_of_tracebacks
@@ -69,12 +70,24 @@ def pull(
     """
     _require_choice(keys, everything, url)
     with open_store(url, cache, create=False) as source, open_store(store) as target:
-        upkeep = source.shared_upkeep
-        chosen = find_shared(upkeep, keys or [], all_of_them=everything)
-        heads = upkeep.heads(entry.key for entry in chosen)
-        with progress("pulling") as report_progress:
-            report = pull_segments(heads, upkeep.backend, target.inner.parts, target.inner.publisher, report_progress)
+        _, report = copy_here(source, target, keys)
     _tell(report, "copied", as_json)
+
+
+def copy_here(source: PrefixStore, target: PrefixStore, keys: list[str] | None) -> tuple[list[str], CarryReport]:
+    """Copy prefixes, and what they continue, from a shared store; the keys of the prefixes, and what was done.
+
+    Args:
+        source: a shared store.
+        target: a folder's.
+        keys: of prefixes, or their beginnings; `None`: all.
+    """
+    upkeep = source.shared_upkeep
+    chosen = [entry.key for entry in find_shared(upkeep, keys or [], all_of_them=not keys)]
+    with progress("pulling") as report_progress:
+        inner = target.inner
+        report = pull_segments(upkeep.heads(chosen), upkeep.backend, inner.parts, inner.publisher, report_progress)
+    return chosen, report
 
 
 def _require_choice(keys: list[str] | None, everything: bool, url: Path) -> None:

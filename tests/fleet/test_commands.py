@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from machines import Machines, engine_of, found, found_tokens, is_right
 from store_helpers import some_tokens, write_prefix
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
+import hf_contiguouskv.cli.warm as warm
 from hf_contiguouskv.cli import app
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.fleet import upkeep
@@ -200,6 +203,36 @@ def test_push_and_pull(address: str, tmp_path: Path) -> None:
         stored = found(store, LONGER)
         assert stored is not None
         assert is_right(store, stored, LONGER)
+
+
+def test_a_bundle_goes_from_one_shared_store_into_another(address: str, tmp_path: Path) -> None:
+    bundle, other = tmp_path / "bundle", f"file://{tmp_path / 'other'}"
+    report = run_json("export", address, "--all", "--to", bundle)
+    assert isinstance(report, dict)
+    assert len(report["segments"]) == 2
+    assert run("import", other, bundle).exit_code == 0
+    assert set(keys_of(other)) == {1000, 1500}
+    # Another machine, which was not there, finds it.
+    with PrefixStore(other, cache=tmp_path / "elsewhere") as store:
+        stored = found(store, LONGER)
+        assert stored is not None
+        assert stored.tokens == 1500
+        assert is_right(store, stored, LONGER)
+
+
+def test_warm_stores_for_all_machines(
+    machines: Machines, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONTIGUOUSKV_CACHE", str(tmp_path / "commands"))
+
+    def letters(text: str, **_: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[ord(letter) % 100 for letter in text]])}
+
+    monkeypatch.setattr(warm, "load_model", lambda name, dtype: (model, letters))
+    text = "the quick brown fox " * 20
+    (tmp_path / "a.txt").write_text(text)
+    assert run("warm", machines.url, tmp_path / "a.txt").exit_code == 0
+    assert machines("elsewhere").match(model, letters(text)["input_ids"]) == len(text)
 
 
 def test_pull_refuses_what_is_damaged(address: str, machines: Machines, tmp_path: Path) -> None:
