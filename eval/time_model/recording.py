@@ -270,9 +270,10 @@ class Recorder:
 
         def method(this: Any, *args: Any) -> None:
             if kind == "add":
-                key, nbytes, start = args
-                self.add(["add", key, nbytes])
-                args = (key, nbytes, self._starting(key, start))
+                layers, nbytes, start = args
+                (layer,) = layers  # (Layers are read together on CPUs alone, or where they lie in groups.)
+                self.add(["add", layer, nbytes])
+                args = (layers, nbytes, self._starting(layer, start))
                 if not self.limits:
                     self.limits.append(this.limit)
             elif not self._ahead:

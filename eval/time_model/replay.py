@@ -105,7 +105,7 @@ class _Run:
                 self._work(event[1])
             elif kind == "add":
                 start = partial(self._start, layer + event[1])
-                self._ahead.add(layer + event[1], round(event[2]), start)
+                self._ahead.add([layer + event[1]], round(event[2]), start)
             elif kind == "pump":
                 self._ahead.pump()
             elif kind in ("need", "used"):
