@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 SIZES = (1 / 16, 1 / 8, 1 / 4)
 MORE_SIZES = (1 / 2,)
 # The same, of a device and of the host.
-TIERS = ((1 / 16, 1 / 16), (1 / 16, 1 / 4), (1 / 8, 1 / 8), (1 / 8, 1 / 4), (1 / 4, 1 / 4))
+TIERS = ((1 / 16, 1 / 16), (1 / 16, 1 / 4), (1 / 8, 1 / 4))
 
 Folder = Annotated[
     Path | None, typer.Option(help="Where trace, store and results lie, on a real disk; default: the cache folder.")
@@ -116,10 +116,10 @@ def tiers(
         list[str] | None,
         typer.Option(metavar="DEVICE:HOST", help="Memory of both as shares of all that is touched; may be repeated."),
     ] = None,
-    requests: Annotated[int, typer.Option(help="In each replay.")] = Workload.requests,
+    requests: Annotated[int, typer.Option(help="In each replay.")] = 1000,
     exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = Workload.exponent,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
-    warm_up: Annotated[int, typer.Option(help="Requests that are not counted.")] = 500,
+    warm_up: Annotated[int, typer.Option(help="Requests that are not counted.")] = 300,
     into: Annotated[Path, typer.Option(help="Folder for tiers.md and .json.")] = Path("docs/results"),
 ) -> None:
     """Replay what was recorded with memory of an imitated device above the host's: hit rates alone."""
