@@ -97,14 +97,17 @@ def main_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _side_by_side(columns: list[str], policies: list[str]) -> list[str]:
+    """The head of a table in which policies stand side by side, after some columns."""
+    names = [*columns, *(NAMES[name] for name in policies)]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
 def scenario_table(results: dict[str, Any]) -> str:
     """Markdown: hit rates of all scenarios (drift, seed), chunks and bytes, policies side by side."""
     rows = results["rows"]
     policies = [name for name in NAMES if _select(rows, policy=name)]
-    lines = [
-        "| drift | seed | memory | " + " | ".join(NAMES[name] for name in policies) + " |",
-        "|---" * (3 + len(policies)) + "|",
-    ]
+    lines = _side_by_side(["drift", "seed", "memory"], policies)
     scenarios = sorted(_unique((row["drift"], row["seed"], row["host_bytes"]) for row in rows))
     for drift, seed, size in scenarios:
         here = _select(rows, drift=drift, seed=seed, host_bytes=size)
@@ -120,10 +123,7 @@ def tiers_table(results: dict[str, Any]) -> str:
     """Markdown: hit rates with a device and the host both bounded, policies side by side."""
     rows = results["rows"]
     policies = [name for name in NAMES if _select(rows, policy=name)]
-    lines = [
-        "| device | host | " + " | ".join(NAMES[name] for name in policies) + " |",
-        "|---" * (2 + len(policies)) + "|",
-    ]
+    lines = _side_by_side(["device", "host"], policies)
     for device, host in sorted(_unique((row["device_bytes"], row["host_bytes"]) for row in rows)):
         here = _select(rows, device_bytes=device, host_bytes=host)
         cells = [

@@ -15,7 +15,7 @@ from .index import StoreIndex
 Way = Literal["disk", "link"]
 
 # By name, what is noted: bytes per second; of a network also the seconds of a round trip. What is not within these
-# bounds, somebody else wrote.
+# bounds, this library did not write.
 _BOUNDS: dict[Way, tuple[tuple[float, float], ...]] = {"disk": ((1e5, 1e12),), "link": ((1e3, 1e12), (0.0, 600.0))}
 # Smaller changes of the bytes per second are not worth a write.
 _WORTH_NOTING = 0.1

@@ -16,7 +16,7 @@ from hf_contiguouskv import AttentionMass, ContiguousKVConfig
 from hf_contiguouskv.errors import ConfigError
 from hf_contiguouskv.store.local_disk import FileBlob
 
-from .device_helpers import MEBIBYTE, assert_idle
+from .device_helpers import MEBIBYTE, assert_idle, opened
 from .models import token_ids
 from .references import assert_close, assert_same_generation, forward, generate
 from .subject import ContiguousKVCache, PrefixStore, prefix_from_disk, write_prefix
@@ -239,10 +239,7 @@ def test_an_accelerator_answers_alike(tiny_model, store_path, schedule, budget, 
     with prefix_from_disk(model, PREFIX, store_path, config=config) as cache:
         expected = forward(model, SUFFIX, cache)
     reads = Reads(monkeypatch)
-    with (
-        accelerated(schedule),
-        PrefixStore(store_path, host_bytes=8 * MEBIBYTE, device_bytes=16 * MEBIBYTE) as store,
-    ):
+    with accelerated(schedule), opened(store_path, device=16 * MEBIBYTE) as store:
         for number in range(2):
             with ContiguousKVCache(model, PREFIX, store=store, config=config) as cache:
                 assert torch.equal(forward(model, SUFFIX, cache), expected)
