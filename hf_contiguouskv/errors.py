@@ -50,6 +50,10 @@ class StoreFormatError(StoreError):
     """The folder is not a store or bundle, or is of a format that this release does not read."""
 
 
+class EarlierFormatError(StoreFormatError):
+    """A segment is of format 1 or 2, of an earlier release. It is used once it was brought to the present format."""
+
+
 class SegmentKeyError(StoreError):
     """A segment was not stored with the key of the store, or has a key although the store was opened without one.
 

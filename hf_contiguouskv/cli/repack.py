@@ -29,12 +29,17 @@ def repack(
     """Give stored prefixes another form: a key index of 2 bits, and chunks that bring their keys; or of 8 bits.
 
     Keys and values stay as they are, and what a prefix continues goes along. Each file is verified, written beside the
-    old one, and put in its place at once, so an interrupted command can be given again.
+    old one, and put in its place at once, so an interrupted command can be given again. With --all, what an earlier
+    release stored in formats 1 and 2 is brought to the present format first.
     """
     if bool(keys) == everything:
         raise InputError("name the prefixes, or --all")
     done: list[Repacked] = []
     with open_store(store, create=False) as opened:
+        earlier: list[str] = []
+        if everything:
+            with progress("earlier formats") as report:
+                earlier = opened.repack_earlier(report)
         entries = opened.entries()
         if not everything:
             # A prefix of both forms could only be served exactly, so what they continue goes along.
@@ -51,8 +56,17 @@ def repack(
                 report(finished, total)
     before, after = (sum(getattr(one, field) for one in done) for field in ("before", "after"))
     if as_json:
-        print_json({"repacked": [one.key for one in done], "bytes_before": before, "bytes_after": after})
+        print_json(
+            {
+                "brought": earlier,
+                "repacked": [one.key for one in done],
+                "bytes_before": before,
+                "bytes_after": after,
+            }
+        )
         return
+    for key in earlier:
+        say(f"brought {key} to the present format")
     for one in done:
         say(f"repacked {one.key}")
     sizes = f"{human_bytes(before)}, now {human_bytes(after)}"

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import SegmentCorruptError
 from .layer_index import layer_index
+from .output import SegmentOutput
 from .packing import pack_chunks
 from .segment import Segment
 from .small_forms import small_forms
@@ -70,6 +71,17 @@ def exact_layer(segment: Segment, layer: int) -> torch.Tensor:
         pieces.append(octets)
     shape = (segment.num_chunks, 2, g.kv_heads, g.chunk_size, g.head_dim)
     return torch.frombuffer(bytearray(b"".join(pieces)), dtype=g.dtype).reshape(shape)
+
+
+def write_again(segment: Segment, output: SegmentOutput) -> None:
+    """Write the exact K and V of `segment`, compared with their checksums, and all that is made of them."""
+    geometry, tokens = output.header.geometry, segment.num_tokens
+    for layer in range(geometry.num_layers):
+        kv = exact_layer(segment, layer)
+        output.write_chunks(layer, 0, kv)
+        if index_tensors(geometry, layer):
+            keys = kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :tokens]
+            output.write_index(layer, layer_index(keys, geometry, layer))
 
 
 def _same(segment: Segment, name: str, made: torch.Tensor) -> bool:

@@ -50,9 +50,12 @@ def open_folder(path: str | os.PathLike[str], *, create: bool, trust_owner: bool
                 raise StoreFormatError(f"{folder.name} is not a store: it has no {MARKER}")
             _make_marker(folder)
         folder.require_trusted()
-        _check_marker(folder)
+        version = _marked_version(folder)
         for inner in _INNER:
             _check_inner(folder, inner)
+        if version < STORE_FORMAT:
+            # Earlier releases refuse the folder from now on: they would not find what is stored in it.
+            folder.write_file(MARKER, _MARK)
     except BaseException:
         folder.close()
         raise
@@ -90,7 +93,8 @@ def _write_mark(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _check_marker(folder: Directory) -> None:
+def _marked_version(folder: Directory) -> int:
+    """The format that the marker names: this library's, or an earlier one."""
     marker = f"{folder.name}/{MARKER}"
     try:
         for _ in range(100):
@@ -102,7 +106,7 @@ def _check_marker(folder: Directory) -> None:
             if folder.names() != [MARKER]:
                 raise StoreFormatError(f"{marker} is empty; expected {_MARK.decode()}")
             _write_mark(folder.open_file(MARKER, os.O_WRONLY))  # Left by a crash before anything else was stored.
-            return
+            return STORE_FORMAT
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENXIO):
             raise StoreFormatError(
@@ -120,11 +124,7 @@ def _check_marker(folder: Directory) -> None:
         raise StoreFormatError(
             f"{folder.name} has store format {version}; this library knows {STORE_FORMAT}. Update it."
         )
-    if version < STORE_FORMAT:
-        raise StoreFormatError(
-            f"{folder.name} has store format {version}, whose chunks have other names than those of format "
-            f"{STORE_FORMAT}. Delete the folder, or keep it for the release that wrote it and use another one."
-        )
+    return version
 
 
 def _check_inner(folder: Directory, inner: str) -> None:

@@ -29,14 +29,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import xxhash
 
-from ..errors import InputError, SegmentCorruptError, StoreFormatError
+from ..errors import EarlierFormatError, InputError, SegmentCorruptError, StoreFormatError
 from ..hardware.aligned_memory import PAGE
 from ..model.kv_geometry import KVGeometry, whole_number
 from ..wording import quoted
@@ -51,13 +51,15 @@ __all__ = [
     "PAGE",
     "KVGeometry",
     "SegmentHeader",
+    "parse_earlier_header",
     "parse_header",
     "read_header",
 ]
 
-# Versions 1 and 2 named chunks in another way. Version 4 is version 3 with compact layers; what has none is still
-# written as version 3, which earlier releases read.
+# Versions 1 and 2 name chunks in another way (`earlier_formats.py`). Version 4 is version 3 with compact layers; what
+# has none is still written as version 3, which earlier releases read.
 FORMAT_VERSION, OLDEST_VERSION = 4, 3
+EARLIER_VERSIONS = ("1", "2")
 # A hundred layers take 50 KiB. What is parsed takes up to twenty times its length in memory.
 MAX_HEADER_BYTES = 2 * 2**20
 MAX_TOKENS = 2**26
@@ -193,15 +195,19 @@ def covered_by_mac(text: bytes) -> bytes:
     return _MAC.sub(f'"mac":"{NO_MAC}"'.encode(), _with_checksum(text, _NO_CHECKSUM), count=1)
 
 
-def read_header(blob: Blob) -> tuple[SegmentHeader, int]:
+def read_header(blob: Blob, parse: Callable[[bytes, int, str], SegmentHeader]) -> tuple[SegmentHeader, int]:
     """Read and check the header of an open blob.
+
+    Args:
+        blob: holds the segment.
+        parse: reads the JSON part: `parse_header` or `parse_earlier_header`.
 
     Returns:
         the header, and where the data section starts, in bytes.
 
     Raises:
         SegmentCorruptError: truncated, foreign, or a header that contradicts itself or its checksum.
-        StoreFormatError: written by another format.
+        StoreFormatError: written by another format; `EarlierFormatError`, if that is format 1 or 2.
         OSError: the storage failed.
     """
     size, name = blob.nbytes, blob.name
@@ -223,7 +229,7 @@ def read_header(blob: Blob) -> tuple[SegmentHeader, int]:
             beginning += rest
     except EOFError as error:
         raise SegmentCorruptError(f"{name}: ends inside its header ({error})") from None
-    return parse_header(bytes(beginning[8 : 8 + length]), size, name), 8 + length
+    return parse(bytes(beginning[8 : 8 + length]), size, name), 8 + length
 
 
 def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
@@ -234,7 +240,21 @@ def parse_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     """
     header = _as_written_here(text)
     if header is None:
-        header = _parse_any(text, file_bytes, name)
+        header = _parse_any(text, file_bytes, name, _require_this_format)
+    return _of_whole_file(header, text, file_bytes, name)
+
+
+def parse_earlier_header(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
+    """As `parse_header`, of a segment of format 1 or 2. The names in it are those of its format.
+
+    Raises:
+        SegmentCorruptError: see `read_header`.
+        StoreFormatError: it is of another format.
+    """
+    return _of_whole_file(_parse_any(text, file_bytes, name, _require_earlier_format), text, file_bytes, name)
+
+
+def _of_whole_file(header: SegmentHeader, text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     wanted = 8 + len(text) + header.data_bytes
     if (8 + len(text)) % PAGE or wanted != file_bytes:
         raise SegmentCorruptError(f"{name}: {file_bytes} bytes, expected {wanted}; the file was cut or extended")
@@ -253,7 +273,10 @@ def _as_written_here(text: bytes) -> SegmentHeader | None:
     return header if header._text() == text else None
 
 
-def _parse_any(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
+def _parse_any(
+    text: bytes, file_bytes: int, name: str, adapted: Callable[[dict[str, str], str], dict[str, str]]
+) -> SegmentHeader:
+    """The header, from metadata that `adapted` accepts, and brings to the present fields."""
     try:
         content = _loads(text)
     except (ValueError, RecursionError) as error:
@@ -262,7 +285,7 @@ def _parse_any(text: bytes, file_bytes: int, name: str) -> SegmentHeader:
     if not isinstance(metadata, dict) or metadata.get("format") != "hf_contiguouskv":
         raise SegmentCorruptError(f"{name}: not a segment of this library (no format mark in its metadata)")
     # Of another format nothing is known but its number.
-    _require_this_format(metadata, name)
+    metadata = adapted(metadata, name)
     checksum = _header_checksum(text)
     if metadata.get("checksum") != checksum:
         raise SegmentCorruptError(
@@ -302,20 +325,34 @@ def _exactly(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _require_this_format(metadata: Mapping[str, Any], name: str) -> None:
-    """Raises StoreFormatError where the metadata name another format than ours; what is no number is damage."""
+def _version_of(metadata: Mapping[str, object]) -> str:
+    """The number of the format that metadata name; empty: they name none, which is damage."""
     version = metadata.get("version")
-    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}", version):
-        return
-    if int(version) > FORMAT_VERSION:
+    return version if isinstance(version, str) and re.fullmatch(r"[0-9]{1,9}", version) else ""
+
+
+def _require_this_format(metadata: dict[str, str], name: str) -> dict[str, str]:
+    version = _version_of(metadata)
+    if version and int(version) > FORMAT_VERSION:
         raise StoreFormatError(
             f"{name}: segment format {version}; this library reads formats up to {FORMAT_VERSION}. Update it."
         )
-    if int(version) < OLDEST_VERSION:
-        raise StoreFormatError(
-            f"{name}: segment format {version}, of an earlier release, which named chunks in another way; this library "
-            f"reads formats from {OLDEST_VERSION} on. Delete it."
+    if version in EARLIER_VERSIONS:
+        raise EarlierFormatError(
+            f"{name}: segment format {version}, of an earlier release; `contiguouskv repack STORE --all` brings it to "
+            "the present one"
         )
+    return metadata
+
+
+def _require_earlier_format(metadata: dict[str, str], name: str) -> dict[str, str]:
+    version = _version_of(metadata)
+    if version not in EARLIER_VERSIONS:
+        raise StoreFormatError(f"{name}: not a segment of format {' or '.join(EARLIER_VERSIONS)}")
+    # (There were no keys of stores then. Packed values are what makes a segment one of version 2.)
+    if (version == "2") != ("packed_layers" in metadata) or "mac" in metadata or "compact_layers" in metadata:
+        raise SegmentCorruptError(f"{name}: its fields are not those of segment format {version}")
+    return metadata | {"version": str(OLDEST_VERSION), "mac": NO_MAC}
 
 
 def _header_from(metadata: Mapping[str, Any]) -> SegmentHeader:

@@ -13,6 +13,7 @@ from ..errors import InputError, StoreClosedError, StoreError
 from ..memory import MemoryTiers
 from ..stats import StoreCounters
 from .background import Background
+from .earlier_formats import EarlierSegments
 from .entries import StoredPrefix
 from .finding import Finder, Found
 from .fleet.deadline import Deadline
@@ -53,6 +54,7 @@ class StoreInner:
         finder: finds and proves the longest stored beginning of a prompt.
         room: evicts and expires segments.
         publisher: begins segments and puts them into service.
+        earlier: segments of earlier formats, until they are brought to the present one.
         fleet: the shared store behind this one, if there is one.
         is_closed: whether the store was closed.
     """
@@ -78,6 +80,7 @@ class StoreInner:
         self.finder = Finder(parts, ttl_s)
         self.room = Room(parts, max_disk_bytes=max_disk_bytes, ttl_s=ttl_s)
         self.publisher = Publisher(parts, self.finder, self.room)
+        self.earlier = EarlierSegments(parts, self.finder, self.publisher)
         # (Set once the store is whole, by what opens a store of a fleet.)
         self.fleet: Fleet | None = None
         self.is_closed = False
@@ -167,7 +170,11 @@ class StoreInner:
             fingerprint, ids, chunk_size, geometry: as in `lookup`.
             waits: the deadline of this look-up, if it waits for prompts that are being written; `None`: it does not.
         """
+        brought = self.earlier.brought
         found = self.finder.find(fingerprint, ids, chunk_size, geometry)
+        self.earlier.bring(fingerprint, ids, chunk_size, found.stored.tokens if found.stored else 0)
+        if self.earlier.brought > brought:
+            found = self.finder.find(fingerprint, ids, chunk_size, geometry)
         if waits is not None:
             with waits.paused():
                 waited = self.wait_for_prompts(ids, found.stored.tokens if found.stored else 0)

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ..errors import SegmentMissingError, StoreError
+from ..errors import EarlierFormatError, SegmentMissingError, StoreError
 from .backend import Leftovers, SegmentBackend
 from .entries import GcReport
 from .index import StoreIndex
@@ -28,14 +28,15 @@ def index_segments(
     """Insert every readable segment into an empty index; one that cannot be read is named in a warning."""
     for key in sorted(backend.list_keys()):
         problem = _index_segment(db, backend, opener, key, pinned)
-        if problem:
+        if problem is not None and not isinstance(problem, EarlierFormatError):
             # (Whose it is cannot be told, so a tenant's log does not name it.)
-            logger.warning("not indexed: %s", problem if tenant.is_operator else "a segment that cannot be read")
+            text = in_words(key, problem) if tenant.is_operator else "a segment that cannot be read"
+            logger.warning("not indexed: %s", text)
 
 
 def _index_segment(
     db: sqlite3.Connection, backend: SegmentBackend, opener: SegmentOpener, key: str, pinned: set[str]
-) -> str | None:
+) -> Exception | None:
     """Insert one segment; why it was not inserted, if it was not."""
     try:
         segment = opener(backend.open(key))
@@ -51,7 +52,7 @@ def _index_segment(
         raise  # It is the index that cannot be written.
     except Exception as error:
         # This segment may have been made to stop us, by whatever a parser or an allocation can raise.
-        return in_words(key, error)
+        return error
     return None
 
 
@@ -76,11 +77,13 @@ class Reconciled:
         indexed: keys of segments that were indexed.
         forgotten: keys of segments that were gone.
         unreadable: by key, why a segment could not be indexed.
+        earlier: keys of those among them that are of an earlier format.
     """
 
     indexed: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+    earlier: list[str] = field(default_factory=list)
 
 
 def reconcile(
@@ -100,22 +103,32 @@ def reconcile(
             row = segment_by_key(db, key)
             if row is not None and tenant.owns(row):
                 done.indexed.append(key)
-        elif tenant.is_operator:
-            done.unreadable[key] = problem
+            continue
+        if isinstance(problem, EarlierFormatError):
+            done.earlier.append(key)
+        if tenant.is_operator:
+            done.unreadable[key] = in_words(key, problem)
     return done
 
 
-def reconcile_on_opening(parts: StoreParts) -> None:
+def reconcile_on_opening(parts: StoreParts) -> list[str]:
     """Where a crash came between the publication of a segment and its entry in the index, make up for it.
 
     Only looks, if all is well; and where another process is writing, that one is left in peace.
+
+    Returns:
+        the keys of segments of earlier formats.
     """
     index, backend = parts.index, parts.backend
     if not backend.lists_cheaply or index.read(keys_of_all) == backend.list_keys():
-        return
+        return []
     done = index.try_write(lambda db: reconcile(db, backend, parts.opener, parts.pins.keys(), parts.tenant))
-    for text in done.unreadable.values() if done else ():
-        logger.warning("skipped: %s", text)
+    if done is None:
+        return []
+    for key, text in done.unreadable.items():
+        if key not in done.earlier:
+            logger.warning("skipped: %s", text)
+    return done.earlier
 
 
 def collect_garbage(parts: StoreParts, index: StoreIndex, *, expired: list[SegmentRow], dry_run: bool) -> GcReport:
@@ -225,8 +238,8 @@ def _repair_rows(
         with contextlib.suppress(_NotIndexedError), _all_or_nothing(db):
             drop_segment(db, key)
             problem = _index_segment(db, backend, opener, key, pinned)
-            if problem:
-                logger.warning("not repaired: %s", problem)
+            if problem is not None:
+                logger.warning("not repaired: %s", in_words(key, problem))
                 raise _NotIndexedError
             set_use(db, key, row.created, row.last_used, row.uses)
             repaired.append(key)

@@ -226,7 +226,8 @@ class PrefixStore(Upkeep):
         ids = as_token_ids(input_ids.cpu() if hasattr(input_ids, "cpu") else input_ids)
         fingerprint = model_fingerprint(model)
         self.inner.wait_for_prompts(ids, 0)
-        sizes = {size for model, size in self.inner.read(stored_models) if model == fingerprint}
+        models = (*self.inner.read(stored_models), *self.inner.earlier.models)
+        sizes = {size for model, size in models if model == fingerprint}
         if self.inner.fleet is not None:
             sizes.add(ContiguousKVConfig.chunk_size)  # (Other machines may have stored what this one has never seen.)
         found = (self.inner.lookup(fingerprint, ids, size, count=False) for size in sizes)

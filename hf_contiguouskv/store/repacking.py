@@ -11,15 +11,13 @@ from typing import NamedTuple
 from ..errors import InputError, StoreError
 from ..model.kv_geometry import KVGeometry
 from .backend import BlobWriter
-from .derived import exact_layer
+from .derived import write_again
 from .format import SegmentHeader
 from .inner import StoreInner
 from .key import NO_MAC
-from .layer_index import layer_index
 from .output import SegmentOutput, as_store_error
 from .rows import drop_segment, insert_segment, segment_by_key, set_use
 from .segment import Segment
-from .tensor_places import index_tensors
 
 
 class Repacked(NamedTuple):
@@ -65,7 +63,7 @@ def repack_segment(inner: StoreInner, key: str, index_bits: int) -> Repacked | N
                 header, segment.token_ids, inner.parts.backend.create(key, header.nbytes), inner.parts.key
             )
             try:
-                _write(segment, output)
+                write_again(segment, output)
                 output.finish(header.compute_ms / 1000)
                 done = _put_in_place(inner, segment.identity, output.header, segment, output.blob)
             finally:
@@ -91,16 +89,6 @@ def _in_form(geometry: KVGeometry, index_bits: int) -> KVGeometry:
             "it needs a chunk_size of 4 or more, and an even head_dim"
         )
     return geometry.with_index(layers, index_bits)
-
-
-def _write(segment: Segment, output: SegmentOutput) -> None:
-    geometry, tokens = output.header.geometry, segment.num_tokens
-    for layer in range(geometry.num_layers):
-        kv = exact_layer(segment, layer)
-        output.write_chunks(layer, 0, kv)
-        if index_tensors(geometry, layer):
-            keys = kv[:, 0].transpose(0, 1).flatten(1, 2)[:, :tokens]
-            output.write_index(layer, layer_index(keys, geometry, layer))
 
 
 def _put_in_place(

@@ -12,7 +12,7 @@ from ..errors import SegmentCorruptError, SegmentKeyError, SegmentReadError
 from .backend import Blob
 from .extents import ExtentPlaces, Form, exact_extents, small_extents
 from .finite import NumberPlaces
-from .format import KVGeometry, covered_by_mac, parse_header, read_header
+from .format import KVGeometry, SegmentHeader, covered_by_mac, parse_header, read_header
 from .hashing import TokenIds
 from .key import NO_MAC, Checksums, StoreKey, same_mac
 from .small_forms import small_forms
@@ -33,6 +33,7 @@ class Segment:
     Args:
         blob: open blob; it is closed when it holds no segment.
         key: of the store: only segments that were made with it are opened. `None`: only those without a key.
+        parse: reads the JSON part of the header (see `format.read_header`).
 
     Attributes:
         blob: where the bytes are.
@@ -48,12 +49,18 @@ class Segment:
         SegmentReadError: the storage failed.
     """
 
-    def __init__(self, blob: Blob, key: StoreKey | None = None) -> None:
+    def __init__(
+        self,
+        blob: Blob,
+        key: StoreKey | None = None,
+        *,
+        parse: Callable[[bytes, int, str], SegmentHeader] = parse_header,
+    ) -> None:
         self.blob = blob
         self.retired = False
         self.name = blob.name
         try:
-            self.header, self._data_start = read_header(blob)
+            self.header, self._data_start = read_header(blob, parse)
         except OSError as error:
             blob.close()
             raise SegmentReadError(f"{self.name}: read failed: {error.strerror or error}", None, error.errno) from error

@@ -52,7 +52,7 @@ class Upkeep:
         """
         try:
             self.backend.collect()
-            maintenance.reconcile_on_opening(self.inner.parts)
+            self.inner.earlier.note(maintenance.reconcile_on_opening(self.inner.parts))
             if not self.inner.room.is_within_bound():
                 # Another process may be writing, and deleting takes long: opening waits for neither.
                 self.inner.submit_background(self._evict_excess)
@@ -210,6 +210,29 @@ class Upkeep:
         require_repackable(self.inner)
         self.inner.read(lambda db: self.inner.tenant.find(db, key))
         return repack_segment(self.inner, key, index_bits)
+
+    def repack_earlier(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Bring what an earlier release stored, in formats 1 and 2, to the present format, with an index of 8 bits.
+
+        Look-ups do so for what they need. What was stored with another salt than this object's stays as it is.
+
+        Args:
+            progress: called with `(bytes done, bytes in all)`.
+
+        Returns:
+            the keys of the new segments, parents before what continues them. What is damaged, or does not fit in
+            `max_disk_bytes`, is named in a warning and stays as it is.
+        """
+        self.inner.require_open()
+        total, finished = self.inner.earlier.waiting_bytes, 0
+
+        def report(nbytes: int) -> None:
+            nonlocal finished
+            finished += nbytes
+            if progress is not None:
+                progress(finished, total)
+
+        return self.inner.earlier.bring_all(report)
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """Clean up: remove leftovers of crashes, damaged and expired segments; make index and segments agree.

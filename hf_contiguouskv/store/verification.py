@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from ..errors import StoreError
+from ..errors import EarlierFormatError, StoreError
 from ..wording import shown
 from .backend import SegmentBackend
 from .derived import derived_problems
@@ -55,8 +55,18 @@ def verify_segments(
         tell(progress, total, done, 0)
     if whole_store:
         for key in sorted(backend.list_keys() - index.read(keys_of_all)):
-            problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
+            problems.append(StoreProblem(key, f"segment {key}", _why_not_indexed(backend, opener, key)))
     return problems
+
+
+def _why_not_indexed(backend: SegmentBackend, opener: SegmentOpener, key: str) -> str:
+    try:
+        opener(backend.open(key)).close()
+    except EarlierFormatError as error:
+        return str(error)
+    except Exception:
+        pass  # (Whatever it was made to raise: `gc` says what is wrong with it.)
+    return "not in the index; `gc` adds it"
 
 
 def tell(progress: Callable[[int, int], None] | None, total: int, before: int, read: int) -> None:

@@ -151,13 +151,13 @@ def test_whatever_a_marker_says(tmp_path: Path, content: bytes) -> None:
     right = False
     with contextlib.suppress(ValueError, AssertionError, RecursionError):
         mark = json.loads(content, object_pairs_hook=pairs_of)
-        right = isinstance(mark, dict) and type(mark.get("format")) is int and mark["format"] == 2
+        right = isinstance(mark, dict) and type(mark.get("format")) is int and mark["format"] in (1, 2)
     if right:
         open_folder(path, create=False).close()
     else:
         with pytest.raises(StoreFormatError):
             open_folder(path, create=True)
-    assert (path / MARKER).read_bytes() == content
+    assert (path / MARKER).read_bytes() == (b'{"format": 2}' if right and mark["format"] == 1 else content)
 
 
 @pytest.mark.parametrize("content", ['{"format": 1, "format": 2}', '{"format": 2, "format": 2}', '{"format": 2.0}'])
@@ -168,12 +168,15 @@ def test_a_mark_with_two_meanings_is_refused(tmp_path: Path, content: str, attac
     attacks.add("markers refused")
 
 
-def test_a_store_of_an_earlier_release_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_store_of_an_earlier_release_is_marked_only_where_all_else_is_right(tmp_path: Path) -> None:
     (tmp_path / MARKER).write_text('{"format": 1}')
-    (tmp_path / "segments").mkdir(mode=0o700)
-    with pytest.raises(StoreFormatError, match=r"format 1.*Delete the folder, or keep it"):
+    (tmp_path / "segments").symlink_to(tmp_path)
+    with pytest.raises(StoreFormatError, match="is a link"):
         PrefixStore(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {MARKER, "segments"}
+    assert (tmp_path / MARKER).read_text() == '{"format": 1}'
+    (tmp_path / "segments").unlink()
+    PrefixStore(tmp_path).close()
+    assert (tmp_path / MARKER).read_text() == '{"format": 2}'
 
 
 def test_a_link_to_a_store_is_a_store(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from store_helpers import geometry, some_tokens, write_prefix
 from hf_contiguouskv.errors import StoreFormatError, StoreFullError
 from hf_contiguouskv.store import PrefixStore
 from hf_contiguouskv.store.bundle import BundleError, export_bundle, import_bundle
-from hf_contiguouskv.store.format import FORMAT_VERSION, SegmentHeader, read_header
+from hf_contiguouskv.store.format import FORMAT_VERSION, SegmentHeader, parse_header, read_header
 from hf_contiguouskv.store.hashing import root_hash
 from hf_contiguouskv.store.local_disk import FileBlob
 
@@ -74,7 +74,7 @@ def edit_header(**fields: object) -> Tamper:
     def tamper(bundle: Path, key: str) -> None:
         path = bundle / "segments" / f"{key}.safetensors"
         blob = FileBlob(path)
-        header, data_start = read_header(blob)
+        header, data_start = read_header(blob, parse_header)
         blob.close()
         forged: SegmentHeader = replace(header, **fields)
         octets = forged.encoded + path.read_bytes()[data_start:]

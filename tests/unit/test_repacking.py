@@ -110,17 +110,17 @@ def test_damage_is_not_repacked(store_path: Path) -> None:
 def test_what_changes_meanwhile_is_left_alone(store_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     with PrefixStore(store_path) as store, PrefixStore(store_path) as another:
         keys = store_chain(store, PACKED)
-        write = module._write
+        write = module.write_again
 
         def meanwhile(*about: Any) -> None:
             write(*about)
-            monkeypatch.setattr(module, "_write", write)
+            monkeypatch.setattr(module, "write_again", write)
             if what == "deleted":
                 another.delete(keys[1])
             else:
                 assert another.repack(keys[1]) is not None
 
-        monkeypatch.setattr(module, "_write", meanwhile)
+        monkeypatch.setattr(module, "write_again", meanwhile)
         assert store.repack(keys[1]) is None
         assert [entry.key for entry in store.entries()] == (keys[:1] if what == "deleted" else keys)
         assert store.verify(deep=True) == []

@@ -163,7 +163,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: object) -> No
         open_segment(path)
 
 
-@pytest.mark.parametrize(("version", "advice"), [("5", "Update it"), ("2", "Delete it"), ("1", "Delete it")])
+@pytest.mark.parametrize(("version", "advice"), [("5", "Update it"), ("2", "repack"), ("1", "repack")])
 def test_another_format_is_named_as_such(version: str, advice: str) -> None:
     good = header(geometry(), 10)
     content = json.loads(good.encoded[8:])
