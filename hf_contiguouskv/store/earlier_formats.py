@@ -111,8 +111,9 @@ class EarlierSegments:
                         raise SegmentCorruptError(f"{segment.name}: its token ids do not have this name", segment)
                     self._waiting[key] = _Waiting(key, header, b"".join(hashes))
             except (StoreError, OSError) as error:
-                logger.warning("skipped: %s", error)
-        if self._waiting:
+                if self._parts.tenant.is_operator:
+                    logger.warning("skipped: %s", error)
+        if self._waiting and self._parts.tenant.is_operator:  # (Whose they are, a tenant cannot tell.)
             logger.warning(
                 "%d segments in %s are of an earlier format: each is brought to the present one when a prompt needs "
                 "it, or all of them by `contiguouskv repack STORE --all`",
