@@ -21,6 +21,12 @@ def repack(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.", show_default=False)],
     keys: OptionalKeys = None,
     everything: Annotated[bool, typer.Option("--all", help="All that is stored.")] = False,
+    earlier: Annotated[
+        bool,
+        typer.Option(
+            "--earlier", help="What an earlier release stored in formats 1 and 2: bring it to the present format."
+        ),
+    ] = False,
     index_bits: Annotated[
         int, typer.Option("--index-bits", metavar="8|2", help="Bits per number of the key index.")
     ] = 2,
@@ -29,17 +35,15 @@ def repack(
     """Give stored prefixes another form: a key index of 2 bits, and chunks that bring their keys; or of 8 bits.
 
     Keys and values stay as they are, and what a prefix continues goes along. Each file is verified, written beside the
-    old one, and put in its place at once, so an interrupted command can be given again. With --all, what an earlier
-    release stored in formats 1 and 2 is brought to the present format first.
+    old one, and put in its place at once, so an interrupted command can be given again.
     """
-    if bool(keys) == everything:
-        raise InputError("name the prefixes, or --all")
+    if [bool(keys), everything, earlier].count(True) != 1:
+        raise InputError("name the prefixes, or --all, or --earlier")
+    if earlier:
+        _repack_earlier(store, as_json)
+        return
     done: list[Repacked] = []
     with open_store(store, create=False) as opened:
-        earlier: list[str] = []
-        if everything:
-            with progress("earlier formats") as report:
-                earlier = opened.repack_earlier(report)
         entries = opened.entries()
         if not everything:
             # A prefix of both forms could only be served exactly, so what they continue goes along.
@@ -56,18 +60,22 @@ def repack(
                 report(finished, total)
     before, after = (sum(getattr(one, field) for one in done) for field in ("before", "after"))
     if as_json:
-        print_json(
-            {
-                "brought": earlier,
-                "repacked": [one.key for one in done],
-                "bytes_before": before,
-                "bytes_after": after,
-            }
-        )
+        print_json({"repacked": [one.key for one in done], "bytes_before": before, "bytes_after": after})
         return
-    for key in earlier:
-        say(f"brought {key} to the present format")
     for one in done:
         say(f"repacked {one.key}")
     sizes = f"{human_bytes(before)}, now {human_bytes(after)}"
     say(f"{counted(len(done), 'segment')} repacked ({sizes}), {len(entries) - len(done):,} unchanged")
+
+
+def _repack_earlier(store: Path, as_json: bool) -> None:
+    with open_store(store, create=False) as opened:
+        with progress("repacking") as report:
+            brought = opened.repack_earlier(report)
+        left = opened.inner.earlier.waiting_bytes
+    if as_json:
+        print_json({"repacked": brought, "bytes_left": left})
+        return
+    for key in brought:
+        say(f"repacked {key}")
+    say(f"{counted(len(brought), 'segment')} repacked, {human_bytes(left)} left (`gc` names them)")

@@ -55,7 +55,7 @@ def open_folder(path: str | os.PathLike[str], *, create: bool, trust_owner: bool
             _check_inner(folder, inner)
         if version < STORE_FORMAT:
             # Earlier releases refuse the folder from now on: they would not find what is stored in it.
-            folder.write_file(MARKER, _MARK)
+            _mark_again(folder, version)
     except BaseException:
         folder.close()
         raise
@@ -77,6 +77,16 @@ def _make_marker(folder: Directory) -> None:
         return  # Another process was faster.
     _write_mark(descriptor)
     folder.sync()
+
+
+def _mark_again(folder: Directory, version: int) -> None:
+    try:
+        folder.write_file(MARKER, _MARK)
+    except OSError as error:
+        raise StoreFormatError(
+            f"{folder.name} has store format {version}, of an earlier release, and cannot be marked as format "
+            f"{STORE_FORMAT} ({error.strerror}). Open it once where it may be written."
+        ) from error
 
 
 def _require_empty(folder: Directory) -> None:

@@ -56,7 +56,7 @@ __all__ = [
     "read_header",
 ]
 
-# Versions 1 and 2 name chunks in another way (`earlier_formats.py`). Version 4 is version 3 with compact layers; what
+# Versions 1 and 2 name chunks in another way (`earlier_names.py`). Version 4 is version 3 with compact layers; what
 # has none is still written as version 3, which earlier releases read.
 FORMAT_VERSION, OLDEST_VERSION = 4, 3
 EARLIER_VERSIONS = ("1", "2")
@@ -339,8 +339,8 @@ def _require_this_format(metadata: dict[str, str], name: str) -> dict[str, str]:
         )
     if version in EARLIER_VERSIONS:
         raise EarlierFormatError(
-            f"{name}: segment format {version}, of an earlier release; `contiguouskv repack STORE --all` brings it to "
-            "the present one"
+            f"{name}: segment format {version}, of an earlier release; in a store, `contiguouskv repack STORE "
+            "--earlier` brings it to the present one"
         )
     return metadata
 

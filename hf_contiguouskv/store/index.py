@@ -21,7 +21,7 @@ from .backend import Leftovers
 from .directory import Directory
 from .index_file import IndexFile, Watch
 from .rows import all_segments, clear, index_problems, set_use
-from .totals import IndexDamagedError
+from .totals import EarlierIndexError, IndexDamagedError
 
 logger = logging.getLogger("hf_contiguouskv")
 
@@ -120,7 +120,7 @@ class StoreIndex:
                     if attempt == 2 or not _is_damage(self._file, error):
                         raise _as_store_error(self.path, error) from error
                     connection.close()
-                    self._repair(str(error))
+                    self._repair(error)
             raise StoreError(f"{self.path}: disappears again and again; is another program deleting it?")
 
     def _connected(self, connection: _Connection) -> sqlite3.Connection | None:
@@ -135,8 +135,12 @@ class StoreIndex:
                 raise
             raise StoreError(f"{self.path}: {error}") from error
 
-    def _repair(self, damage: str | None) -> None:
-        """Build a new database from the segments and put it in place; the damaged one is moved aside."""
+    def _repair(self, damage: Exception | str | None) -> None:
+        """Build a new database from the segments and put it in place; the damaged one is moved aside.
+
+        Args:
+            damage: what is wrong with the one that there is; `None`: there should be none.
+        """
         try:
             with self._file.lock():
                 if self._file.exists() and (damage is None or _is_sound(self._file)):
@@ -148,8 +152,11 @@ class StoreIndex:
                     return  # As above.
                 if found is not None:
                     aside = self._file.move_aside()
-                    logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside)
-                    self._repairs.append(str(damage))
+                    if isinstance(damage, EarlierIndexError):
+                        logger.info("%s is of an earlier release: moved to %s and rebuilt", self.path, aside)
+                    else:
+                        logger.warning("%s is damaged (%s): moved to %s and rebuilt", self.path, damage, aside)
+                        self._repairs.append(str(damage))
                 self._file.put_in_place()
         except _DATABASE_ERRORS as error:
             raise _as_store_error(self.path, error) from error

@@ -27,7 +27,7 @@ from .directory import Directory, require_trusted
 from .local_disk import remove_unlocked
 from .new_descriptors import NewDescriptors
 from .rows import SCHEMA
-from .totals import IndexDamagedError
+from .totals import EarlierIndexError, IndexDamagedError
 
 INDEX_FORMAT = 3
 NAME = "index.sqlite"
@@ -363,7 +363,7 @@ def _require_our_schema(db: sqlite3.Connection, path: Path) -> None:
         raise IndexDamagedError("no format mark")
     version = int(row[0])
     if version < INDEX_FORMAT:
-        raise IndexDamagedError(f"format {version} is no longer read")
+        raise EarlierIndexError(f"format {version} is no longer read")
     if version > INDEX_FORMAT:
         raise StoreFormatError(
             f"{path}: index format {version}, this library knows {INDEX_FORMAT}. Update it, or delete the file: it is "

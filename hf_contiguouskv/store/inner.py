@@ -13,7 +13,7 @@ from ..errors import InputError, StoreClosedError, StoreError
 from ..memory import MemoryTiers
 from ..stats import StoreCounters
 from .background import Background
-from .earlier_formats import EarlierSegments
+from .earlier_segments import EarlierSegments
 from .entries import StoredPrefix
 from .finding import Finder, Found
 from .fleet.deadline import Deadline
@@ -80,7 +80,7 @@ class StoreInner:
         self.finder = Finder(parts, ttl_s)
         self.room = Room(parts, max_disk_bytes=max_disk_bytes, ttl_s=ttl_s)
         self.publisher = Publisher(parts, self.finder, self.room)
-        self.earlier = EarlierSegments(parts, self.finder, self.publisher)
+        self.earlier = EarlierSegments(parts, self.finder, self.publisher, self.room)
         # (Set once the store is whole, by what opens a store of a fleet.)
         self.fleet: Fleet | None = None
         self.is_closed = False

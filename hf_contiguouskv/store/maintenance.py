@@ -77,13 +77,11 @@ class Reconciled:
         indexed: keys of segments that were indexed.
         forgotten: keys of segments that were gone.
         unreadable: by key, why a segment could not be indexed.
-        earlier: keys of those among them that are of an earlier format.
     """
 
     indexed: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    earlier: list[str] = field(default_factory=list)
 
 
 def reconcile(
@@ -104,31 +102,27 @@ def reconcile(
             if row is not None and tenant.owns(row):
                 done.indexed.append(key)
             continue
-        if isinstance(problem, EarlierFormatError):
-            done.earlier.append(key)
         if tenant.is_operator:
             done.unreadable[key] = in_words(key, problem)
     return done
 
 
-def reconcile_on_opening(parts: StoreParts) -> list[str]:
+def reconcile_on_opening(parts: StoreParts, earlier: set[str]) -> None:
     """Where a crash came between the publication of a segment and its entry in the index, make up for it.
 
     Only looks, if all is well; and where another process is writing, that one is left in peace.
 
-    Returns:
-        the keys of segments of earlier formats.
+    Args:
+        parts: of the store.
+        earlier: keys of segments of earlier formats, which no index has.
     """
     index, backend = parts.index, parts.backend
-    if not backend.lists_cheaply or index.read(keys_of_all) == backend.list_keys():
-        return []
+    if not backend.lists_cheaply or index.read(keys_of_all) == backend.list_keys() - earlier:
+        return
     done = index.try_write(lambda db: reconcile(db, backend, parts.opener, parts.pins.keys(), parts.tenant))
-    if done is None:
-        return []
-    for key, text in done.unreadable.items():
-        if key not in done.earlier:
+    for key, text in done.unreadable.items() if done else ():
+        if key not in earlier:
             logger.warning("skipped: %s", text)
-    return done.earlier
 
 
 def collect_garbage(parts: StoreParts, index: StoreIndex, *, expired: list[SegmentRow], dry_run: bool) -> GcReport:

@@ -67,10 +67,15 @@ class Room:
         """
         if self.max_disk_bytes is None:
             return True
-        total: int = self._parts.index.read(lambda db: stored_bytes(db, self._parts.tenant.roots(db)))
+        total = self.stored_bytes()
         if self._parts.backend.lists_cheaply and self._parts.tenant.is_operator:
             total += sum(info.stored_bytes for info in self._parts.backend.quarantined())
         return total <= self.max_disk_bytes
+
+    def stored_bytes(self) -> int:
+        """What the tenant's segments take up."""
+        total: int = self._parts.index.read(lambda db: stored_bytes(db, self._parts.tenant.roots(db)))
+        return total
 
     def evict_excess(self) -> None:
         """Make what is stored fit in `max_disk_bytes`, by the rules of publishing: where the bound is a new one.

@@ -32,6 +32,10 @@ class IndexDamagedError(sqlite3.DatabaseError):
     """A row of the index makes no sense: the index is rebuilt, as if the file were damaged."""
 
 
+class EarlierIndexError(IndexDamagedError):
+    """The index is of an earlier release: it is rebuilt."""
+
+
 def is_number(value: object) -> bool:
     """Whether a value of the database is a count, as this library writes them."""
     return type(value) is int and 0 <= value < _BELOW

@@ -52,7 +52,9 @@ class Upkeep:
         """
         try:
             self.backend.collect()
-            self.inner.earlier.note(maintenance.reconcile_on_opening(self.inner.parts))
+            earlier = self.inner.earlier.note() if self.backend.lists_cheaply and self.inner.fleet is None else set()
+            self.inner.earlier.warn()
+            maintenance.reconcile_on_opening(self.inner.parts, earlier)
             if not self.inner.room.is_within_bound():
                 # Another process may be writing, and deleting takes long: opening waits for neither.
                 self.inner.submit_background(self._evict_excess)
@@ -220,10 +222,15 @@ class Upkeep:
             progress: called with `(bytes done, bytes in all)`.
 
         Returns:
-            the keys of the new segments, parents before what continues them. What is damaged, or does not fit in
-            `max_disk_bytes`, is named in a warning and stays as it is.
+            the keys of the new segments, parents before what continues them. What is damaged, continues what is not
+            stored, or does not fit in `max_disk_bytes` beside the others, stays as it is.
+
+        Raises:
+            InputError: the store is a shared one.
+            StoreError: the store cannot be read.
         """
-        self.inner.require_open()
+        require_repackable(self.inner)
+        self.inner.earlier.note()
         total, finished = self.inner.earlier.waiting_bytes, 0
 
         def report(nbytes: int) -> None:
@@ -273,7 +280,9 @@ class Upkeep:
             direct_reads=self.backend.direct,
         )
         if self.inner.tenant.is_operator:
-            stats.disk_bytes += self.backend.overhead_bytes() + folder_bytes(self.inner.parts.folder)
+            stats.disk_bytes += (
+                self.inner.earlier.waiting_bytes + self.backend.overhead_bytes() + folder_bytes(self.inner.parts.folder)
+            )
             stats.quarantined_bytes = sum(info.stored_bytes for info in self.backend.quarantined())
         if self.inner.fleet is not None:
             stats.remote = dict.fromkeys(REMOTE_COUNTS, 0) | dict(self.inner.fleet.engine.requests)

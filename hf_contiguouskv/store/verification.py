@@ -55,18 +55,21 @@ def verify_segments(
         tell(progress, total, done, 0)
     if whole_store:
         for key in sorted(backend.list_keys() - index.read(keys_of_all)):
-            problems.append(StoreProblem(key, f"segment {key}", _why_not_indexed(backend, opener, key)))
+            if not _is_of_earlier_format(
+                backend, opener, key
+            ):  # (It is verified when it is brought to the present one.)
+                problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
     return problems
 
 
-def _why_not_indexed(backend: SegmentBackend, opener: SegmentOpener, key: str) -> str:
+def _is_of_earlier_format(backend: SegmentBackend, opener: SegmentOpener, key: str) -> bool:
     try:
         opener(backend.open(key)).close()
-    except EarlierFormatError as error:
-        return str(error)
+    except EarlierFormatError:
+        return True
     except Exception:
         pass  # (Whatever it was made to raise: `gc` says what is wrong with it.)
-    return "not in the index; `gc` adds it"
+    return False
 
 
 def tell(progress: Callable[[int, int], None] | None, total: int, before: int, read: int) -> None:

@@ -82,6 +82,7 @@ def write_prefix(
     first_chunk: int = 0,
     g: KVGeometry | None = None,
     fingerprint: str = FINGERPRINT,
+    compute_s: float = 0.0,
 ) -> StoredPrefix:
     g = g or geometry()
     with store.inner.begin_segment(fingerprint, g, ids, first_chunk) as writer:
@@ -92,7 +93,7 @@ def write_prefix(
             if index_tensors(g, layer):
                 keys = expected_kv(g, own, layer)[:, 0].transpose(0, 1).flatten(1, 2)[:, : len(own)]
                 writer.write_index(layer, *layer_index(keys, g, layer))
-        return writer.commit()
+        return writer.commit(compute_s)
 
 
 def read_back(store: PrefixStore, stored: StoredPrefix, layers: Sequence[int]) -> list[torch.Tensor]:
