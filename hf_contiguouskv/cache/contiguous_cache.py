@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import ContiguousKVConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..model.attention import NO_FULL_GRAPH
 from ..model.forward_hooks import ForwardHook, ListeningCache
 from ..model.peft_adapters import require_no_virtual_tokens
@@ -76,6 +76,8 @@ class ContiguousKVCache(ListeningCache):
         self.session: PrefixSession | None = None
         self._hook: ForwardHook | None = None
         self._closed_stats = RequestStats()
+        # The tokens that the prefix of a closed cache had.
+        self._closed_with = 0
         served = ServedModel(model)
         super().__init__(
             layers=[
@@ -164,7 +166,16 @@ class ContiguousKVCache(ListeningCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append K/V `(batch, kv_heads, q, head_dim)` of a layer. With a prefix, K/V of a forward that this library's
-        hook has not seen are refused."""
+        hook has not seen are refused.
+
+        Raises:
+            InputError: the cache was made for a prefix, and was closed.
+        """
+        if self._closed_with:
+            raise InputError(
+                f"this cache was closed: the {self._closed_with} tokens of its prefix are not in it any more. Make a "
+                "new one, or close it later"
+            )
         if layer_idx == 0 and self.session is not None and not self.session.announced:
             self._unannounced()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
@@ -215,9 +226,15 @@ class ContiguousKVCache(ListeningCache):
     # -- closing and copying ------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Detach the prefix and release model and store. An empty, ordinary cache remains; `stats` stay readable."""
+        """Detach the prefix and release model and store; `stats` stay readable.
+
+        A cache that was made with `prefix_ids` cannot be used any more, for it would answer without them. One in
+        automatic mode remains as an empty, ordinary cache.
+        """
         if self.session is None:
             return
+        held = self.session.held
+        self._closed_with = 0 if held.automatic or held.slot.ids is None else len(held.slot.ids)
         self.session.close()
         self._closed_stats = self.session.stats
         if self._hook is not None:
@@ -229,6 +246,15 @@ class ContiguousKVCache(ListeningCache):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __copy__(self) -> ContiguousKVCache:
+        return copy.deepcopy(self)  # (Two caches that share layers would spoil each other.)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a ContiguousKVCache cannot be pickled: it belongs to its model and to an open store. Make one where you "
+            "need it; what it stored is found there"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContiguousKVCache:
         twin: ContiguousKVCache = object.__new__(type(self))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,12 +70,14 @@ class GenerateCall:
         prompt: the given prompt (after expansion to beams), int64 `(rows, n)`; `None` if it is not tokens.
         attention_mask: 2D or `None`.
         embeddings: the whole prompt, `(rows, n, hidden)`, if it was given as embeddings.
+        arguments: all that goes on to the model's forward, by name, but the tokens.
     """
 
     config: Any
     prompt: torch.Tensor | None
     attention_mask: torch.Tensor | None
     embeddings: torch.Tensor | None
+    arguments: Mapping[str, Any]
 
     @property
     def whole_prompt(self) -> torch.Tensor | None:
@@ -115,6 +117,7 @@ def running_generate() -> GenerateCall | None:
                 prompt if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else None,
                 mask if isinstance(mask, torch.Tensor) else None,
                 arguments.get("inputs_embeds"),
+                arguments,
             )
         frame = frame.f_back
     return None

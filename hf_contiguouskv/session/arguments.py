@@ -46,6 +46,12 @@ def require_storable(model: Any, ids: torch.Tensor) -> None:
     """Raise `InputError` if K/V that the model computes now for `ids`, int64 `(n,)`, must not be stored."""
     if model.training:
         raise InputError("the model is in training mode; call model.eval() before its KV is stored")
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if isinstance(vocabulary, int) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise InputError(
+            f"the prefix has token ids from {int(ids.min())} to {int(ids.max())}, but {type(model).__name__} has "
+            f"{vocabulary} embeddings; was it made by another tokenizer?"
+        )
     for name, token in placeholder_ids(model.config).items():
         if bool((ids == token).any()):
             raise InputError(

@@ -13,7 +13,7 @@ import torch
 from ..config import ContiguousKVConfig
 from ..hardware.accelerator import after_this
 from ..model.peft_adapters import adapters_of_rows
-from ..model.transformers_internals import is_assisted
+from ..model.transformers_internals import GenerateCall, cut_before_blocks, is_assisted
 from ..prefill.persisting import LayerStates, persist_rows
 from ..store.attached_prefix import AttachedPrefix
 from ..store.entries import StoredPrefix
@@ -43,6 +43,36 @@ class AutomaticPrefix:
         self._slot = held.slot
         self._source = held.slot.source
         self._config = held.slot.source.config
+        # Whether the prompt of the coming forward, a block of it, was looked up as a whole.
+        self._looked_up = False
+
+    def before_blocks(self, call: GenerateCall) -> None:
+        """Attach the stored beginning of a prompt that `generate` is about to compute in blocks, to an empty cache.
+
+        What is left is computed in blocks after the exact prefix; or at once after a pruned one, if it is one block.
+        """
+        ids, block = call.whole_prompt, call.block
+        if ids is None or not block or _not_ordinary(self._source.model.lm):
+            return  # (The forward says why.)
+        inputs = {**call.arguments, "input_ids": ids}
+        prompt = ordinary_prompt(inputs, self._source.model.is_multimodal)
+        asked = call.config
+        shown = getattr(asked, "output_hidden_states", None) or getattr(asked, "output_attentions", None)
+        if isinstance(prompt, str) or any(prompt.pads) or shown or _shows_inside(self._source.model.lm, inputs):
+            return
+        began = time.perf_counter()
+        self._source.refresh()
+        self._looked_up = True
+        limit = prompt.ids.shape[1] - 1
+        if limit >= self._config.chunk_size:
+            self._attach(inputs, prompt, limit, block)
+        attached = self._slot.attached
+        if attached is None:
+            return
+        cut_before_blocks(call)
+        if attached.request.keeps_all:
+            beginning = Prompt(prompt.ids[:, : self._slot.tokens], prompt.pads)
+            self._held.new_prompt = NewPrompt(beginning, block, began)
 
     def before_forward(self, inputs: dict[str, Any], from_generate: bool, block: int | None) -> None:
         """Look up the prompt of an empty cache; attach its stored beginning and cut that from `inputs`.
@@ -53,6 +83,7 @@ class AutomaticPrefix:
             block: tokens per forward, if that call computes its prompt in blocks.
         """
         self._record(False)
+        looked_up, self._looked_up = self._looked_up, False
         if self._held.length > 0:
             self._continue(inputs)
             return
@@ -74,7 +105,7 @@ class AutomaticPrefix:
         noticed = self._noticed(inputs, from_generate)
         if noticed or not in_order:
             note_unserved(self._slot, noticed or "left padding on a model with sliding windows", stored=True)
-        elif limit >= self._config.chunk_size:
+        elif limit >= self._config.chunk_size and not looked_up:
             self._attach(inputs, prompt, limit, block)
         attached = self._slot.attached
         # K/V computed after a pruned prefix are never stored.
@@ -89,10 +120,12 @@ class AutomaticPrefix:
         stored = self._source.look_up(shared[:limit])
         if stored is None or stored.tokens < self._config.chunk_size:
             return
-        # Later blocks of a chunked prefill must not be computed after a pruned prefix: their KV would stay wrong.
-        config = replace(self._config, budget=1.0) if block else self._config
         shortest = min(prompt.ids.shape[1] - pads for pads in prompt.pads)
+        config = self._config
         tokens = min(stored.tokens, limit, _leaves_voters(stored, shortest, config))
+        # Later blocks of a chunked prefill must not be computed after a pruned prefix: their KV would stay wrong.
+        if block and (not self._looked_up or shortest - tokens > block):
+            config, tokens = replace(config, budget=1.0), min(stored.tokens, limit)
         if tokens < self._config.chunk_size:
             return
         prefix = AttachedPrefix.of(stored, tokens)
@@ -165,7 +198,7 @@ class AutomaticPrefix:
         if inputs.get("labels") is not None:
             return "a loss over all tokens"
         if not from_generate and torch.is_grad_enabled() and any(p.requires_grad for p in lm.parameters()):
-            return "gradients are wanted"  # Stored KV has none.
+            return "gradients are wanted (use torch.no_grad() or torch.inference_mode())"  # Stored KV has none.
         if _shows_inside(lm, inputs):
             return "hidden states or attentions of all tokens are wanted"
         wanted = inputs.get("logits_to_keep")

@@ -36,10 +36,6 @@ ORDINARY_INPUTS = frozenset(
 )
 
 
-SURELY_THE_PREFIX = 16
-"""At least this many tokens that equal the beginning of the prefix are taken for the prefix, not for new tokens."""
-
-
 @dataclass(frozen=True)
 class Prompt:
     """A prompt of ordinary form that starts an empty cache.
@@ -119,31 +115,24 @@ def ordinary_prompt(inputs: dict[str, Any], multimodal: bool = False) -> Prompt 
     return Prompt(ids, pads)
 
 
-def is_refed(inputs: dict[str, Any], cached: int, from_generate: bool, prefix_ids: torch.Tensor | None) -> bool:
+def repeats_cached(inputs: dict[str, Any], cached: int) -> bool | None:
     """Whether `input_ids` repeat the whole prompt, although its first `cached` tokens are in the cache.
 
     Args:
         inputs: the forward's arguments by name.
         cached: tokens in the cache, prefix and suffix.
-        from_generate: whether this is the first forward of a `generate` call.
-        prefix_ids: the attached prefix, int64 `(n,)`, or `None`.
+
+    Returns:
+        what mask or positions say; `None`: neither says where these tokens belong.
     """
     ids, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if cached == 0 or not isinstance(ids, torch.Tensor) or ids.shape[1] < 1:
         return False
-    length = ids.shape[1]
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return mask.shape[1] == length
+        return mask.shape[1] == ids.shape[1]
     if isinstance(positions, torch.Tensor) and positions.ndim in (2, 3):
         return bool((positions[..., 0] == 0).all())
-    if mask is not None or prefix_ids is None:
-        return False
-    # Neither mask nor positions show where these tokens belong. Tokens that repeat the prefix are the prompt, but a few
-    # tokens that repeat only its beginning may be new.
-    shown = min(length, len(prefix_ids))
-    if shown < SURELY_THE_PREFIX and length <= len(prefix_ids) - from_generate:
-        return False
-    return bool((ids[:, :shown].cpu() == prefix_ids[:shown]).all())
+    return None if mask is None else False
 
 
 def text_positions(inputs: dict[str, Any], cached: int) -> torch.Tensor:

@@ -21,10 +21,11 @@ from .attached_request import PrefixLayer
 from .automatic import AutomaticPrefix
 from .cached_sequence import CachedSequence
 from .fitting import Prefixed, fit_to_prefix
-from .forward_inputs import decoding, is_refed, uncut_prefix
+from .forward_inputs import decoding, uncut_prefix
 from .one_thread import OneThread
 from .prefix_slot import PrefixSlot
 from .prefix_source import PrefixSource
+from .prompt_checks import is_refed
 from .prompt_start import begin_prompt, drop_cached
 from .text_positions import TextPositions
 from .unserved import note_unserved
@@ -111,6 +112,8 @@ class PrefixSession:
             self.held.repair()
             try:
                 self._started_over = begin_prompt(self.held, call)
+                if self._automatic is not None and call.block and self.held.length == 0:
+                    self._automatic.before_blocks(call)
             except ContiguousKVError:
                 self._model.forget_shift()  # `generate` has already noted the shift of the refused prompt.
                 raise
@@ -176,7 +179,7 @@ class PrefixSession:
         call = running_generate()
         self._in_generate = call is not None
         begins, self._generate_begins = self._generate_begins and call is not None, False
-        if is_refed(inputs, held.length, begins, None if held.slot.attached is None else held.slot.ids):
+        if is_refed(held, inputs, begins):
             drop_cached(held, inputs, begins)
         self._positions.place(held, inputs, self._in_generate, self._started_over)
         if self._automatic is not None:

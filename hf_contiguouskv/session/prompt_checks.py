@@ -8,11 +8,44 @@ import torch
 
 from ..errors import InputError
 from .cached_sequence import CachedSequence
-from .forward_inputs import pads_before_prefix
+from .forward_inputs import pads_before_prefix, repeats_cached
 
 SEAM_TOKENS = 8
 """A prompt that differs only in the prefix's last tokens, up to this many, was probably tokenised across the
 boundary."""
+
+
+SURELY_THE_PREFIX = 16
+"""At least this many tokens that equal the beginning of the prefix are taken for the prefix, not for new tokens."""
+
+
+def is_refed(held: CachedSequence, inputs: dict[str, Any], from_generate: bool) -> bool:
+    """Whether a forward passes the whole prompt, although its beginning is in the cache.
+
+    Args:
+        held: what the cache holds.
+        inputs: the forward's arguments by name.
+        from_generate: whether this is the first forward of a `generate` call.
+    """
+    repeats = repeats_cached(inputs, held.length)
+    if repeats is not None:
+        return repeats
+    # Neither mask nor positions show where these tokens belong.
+    ids, prefix = inputs["input_ids"], None if held.slot.attached is None else held.slot.ids
+    if prefix is None:
+        return False
+    length = ids.shape[1]
+    if held.suffix_length > 0 and not from_generate:
+        # Tokens that repeat the beginning of a text may be new ones, as in a `DynamicCache`: texts repeat themselves.
+        if held.automatic:
+            return length > held.length and continues(held, ids, None)
+        if length <= len(prefix):
+            return False
+    # Tokens that repeat the prefix are the prompt, but a few that repeat only its beginning may be new.
+    shown = min(length, len(prefix))
+    if shown < SURELY_THE_PREFIX and length <= len(prefix) - from_generate:
+        return False
+    return bool((ids[:, :shown].cpu() == prefix[:shown]).all())
 
 
 def continues(held: CachedSequence, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -51,9 +84,10 @@ def check_ids(prefix: torch.Tensor, input_ids: torch.Tensor, partial: bool) -> N
                 f"; if the tokenizer joins the end of the prefix with the question, leave the last {left} tokens out "
                 f"of the prefix, or call crop({-left}) on this cache"
             )
+            whole = "; pass the prefix and what follows it, as to any other cache"
             raise InputError(
                 f"row {position} does not begin with the prefix of this cache: token {at} is {int(row[at])}, "
-                f"expected {int(prefix[at])}" + (remedy if left <= SEAM_TOKENS else "")
+                f"expected {int(prefix[at])}" + (remedy if left <= SEAM_TOKENS else "" if at else whole)
             )
 
 

@@ -45,7 +45,7 @@ def begin_prompt(held: CachedSequence, call: GenerateCall) -> bool:
         check_embeddings(slot.source.model.lm, held.prefix, prompt, mask)
     elif prompt is None:
         return False
-    elif held.may_start_over and not continues(held, prompt, mask):
+    elif held.may_start_over and not _goes_on(held, prompt, mask):
         held.next_prompt()
         started_over = True
     if held.suffix_length > 0:
@@ -74,11 +74,17 @@ def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: b
     ids, mask, needed = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         mask = None
-    if held.may_start_over and not continues(held, ids, mask):
+    if held.may_start_over and not _goes_on(held, ids, mask):
         held.next_prompt()
     cached, length = held.length, ids.shape[1]
     if cached == 0:
         return
+    if length < cached and not held.automatic and not generate_begins:
+        raise InputError(
+            f"{length} tokens were passed with a mask or positions of a whole prompt, but the cache holds {cached}: if "
+            "they are new, pass an attention mask over all tokens, cached ones included, or none; if they are the "
+            "prompt, it must begin with the prefix"
+        )
     if not generate_begins and (not isinstance(needed, int) or not 1 <= needed <= length):
         if held.automatic:
             held.next_prompt()  # Logits of all tokens are wanted, so compute all tokens.
@@ -94,6 +100,22 @@ def drop_cached(held: CachedSequence, inputs: dict[str, Any], generate_begins: b
         raise InputError(f"the prompt has {length} tokens, fewer than the {cached} that the cache holds")
     _leave(held, length, needed)
     cut_cached(inputs, held.length)
+
+
+def _goes_on(held: CachedSequence, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a prompt goes on where the cache ends: it begins with the cached tokens, and they serve it.
+
+    The chunks of a pruned prefix were chosen for the question that the cache holds. A further question needs others, so
+    all tokens after the prefix are computed again. (With `reselect_every`, a request itself chooses again.)
+    """
+    if not continues(held, prompt, mask):
+        return False
+    attached = held.slot.attached
+    if attached is None or attached.request.rows is None or attached.request.keeps_all:
+        return True
+    # The last token of an answer is not cached.
+    asked = prompt.shape[1] - held.length - 1
+    return asked < FEWEST_VOTERS or attached.request.plan.config.reselect_every is not None
 
 
 def _leave(held: CachedSequence, length: int, needed: int) -> None:

@@ -34,7 +34,7 @@ from .maintenance import index_segments
 from .open_stores import OpenStores
 from .opened import OpenSegments
 from .parts import StoreParts
-from .segment import Segment
+from .segment import Segment, SegmentOpener
 from .tenant import Tenant
 from .totals import stored_models
 from .upkeep import Upkeep
@@ -155,20 +155,20 @@ class PrefixStore(Upkeep):
         memory = MemoryTiers(host_bytes, device_bytes, eviction)
         pins = Pins(folder)
 
-        def refill(db: sqlite3.Connection) -> None:
-            index_segments(db, self.backend, opener, pins.keys(), tenant)
-
+        # (None of the parts knows this object: in a circle, the collector would choose what ends first.)
+        refill = partial(_refill, backend=self.backend, opener=opener, pins=pins, tenant=tenant)
+        index = StoreIndex(folder, refill)
         parts = StoreParts(
             folder=folder,
             backend=self.backend,
-            index=StoreIndex(folder, refill),
+            index=index,
             opened=OpenSegments(self.backend, opener, memory.forget),
             opener=opener,
             pins=pins,
             tenant=tenant,
             key=secret,
             counters=StoreCounters(),
-            uses=PendingUses(lambda change: self.inner.write(change), ttl_s),
+            uses=PendingUses(index.write, ttl_s),
         )
         # (Last: `__del__` sees half-made stores too, and closes only those that have it.)
         self.inner = StoreInner(
@@ -272,6 +272,13 @@ class PrefixStore(Upkeep):
 
     def __repr__(self) -> str:
         return f"PrefixStore({str(self.path)!r}{', closed' if self.is_closed else ''})"
+
+
+def _refill(
+    db: sqlite3.Connection, *, backend: SegmentBackend, opener: SegmentOpener, pins: Pins, tenant: Tenant
+) -> None:
+    """Fill an empty index from the segments."""
+    index_segments(db, backend, opener, pins.keys(), tenant)
 
 
 def _engine(

@@ -170,7 +170,7 @@ class ExtentReader:
         ticket = Ticket(joined, then, tells)
         with self._lock:
             if self._closed:
-                raise StoreClosedError("the reader is closed")
+                raise StoreClosedError("the store was closed while a cache still reads from it: close its caches first")
             self._start_again_in_a_fork()
             for _ in range(min(threads or self.threads, self.threads, ticket.parts)):
                 self._threads.put(ticket)

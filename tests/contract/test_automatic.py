@@ -185,9 +185,13 @@ def test_generate_still_returns_the_whole_prompts_states(tiny_model, store_path,
 def test_generate_with_prefill_blocks_stays_exact(tiny_model, store_path, family, block):
     model = tiny_model(family)
     expected = generate(model, FIRST, DynamicCache(config=model.config))
+    found = []
     for _ in range(3):
-        output, _ = ask(model, FIRST, store_path, prefill_chunk_size=block)
+        output, stats = ask(model, FIRST, store_path, prefill_chunk_size=block)
         assert_same_generation(output, expected)
+        found.append(stats.tokens_from_store)
+    # Not just what the first block has.
+    assert found == [0, FIRST.shape[1] - 1, FIRST.shape[1] - 1]
 
 
 def test_a_pruned_answer_is_never_stored(tiny_model, store_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from contextlib import closing, contextmanager
 
 import pytest
@@ -234,16 +235,51 @@ def test_a_prompt_that_continues_the_conversation_continues_the_cache(tiny_model
     with PrefixStore(store_path) as store:
         cache = MODES[mode](model, store=store, budget=budget)
         output = answer(model, QUESTION, cache)
-        chosen = cache.selected_chunks(0)
         ids = torch.cat([output.sequences, token_ids(5, seed=808)], dim=1)
         watch = model.get_input_embeddings().register_forward_hook(lambda _, args, out: computed.append(out.shape[1]))
         reply = answer(model, ids, cache)
         watch.remove()
-        assert computed[0] == 1 + 5, "the last token of the answer and the new ones"
-        assert torch.equal(cache.selected_chunks(0), chosen)
         if budget == 1.0:
+            assert computed[0] == 1 + 5, "the last token of the answer and the new ones"
             answer(model, QUESTION, reference)
             assert_same_generation(reply, answer(model, ids, reference))
+        else:
+            assert computed[0] == ids.shape[1] - PREFIX.shape[1], "all behind the prefix"
+            with MODES[mode](model, store=store, budget=budget) as fresh:
+                assert_same_generation(reply, answer(model, ids, fresh))
+
+
+@pytest.mark.parametrize("mode", ["explicit", "automatic"])
+def test_a_further_question_gets_its_own_chunks(tiny_model, store_path, mode):
+    """Those of the first question need not be what it needs: it is answered as by a fresh cache."""
+    model, document = tiny_model("llama"), token_ids(320, seed=821)
+    write_prefix(model, document, store_path)
+    question = torch.cat([document, token_ids(20, seed=822)], dim=1)
+    prefix = document if mode == "explicit" else None
+    with PrefixStore(store_path) as store, ContiguousKVCache(model, prefix, store=store, budget=0.3) as cache:
+        ids, chosen = question, []
+        for turn in range(3):
+            reply = answer(model, ids, cache)
+            chosen.append([cache.selected_chunks(layer) for layer in range(model.config.num_hidden_layers)])
+            with ContiguousKVCache(model, prefix, store=store, budget=0.3) as fresh:
+                assert_same_generation(reply, answer(model, ids, fresh))
+            ids = torch.cat([reply.sequences, token_ids(20, seed=823 + turn)], dim=1)
+        for earlier, later in itertools.pairwise(chosen):
+            assert not all(torch.equal(*both) for both in zip(earlier, later, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_that_goes_on_keeps_its_chunks(tiny_model, store_path, mode):
+    model = tiny_model("llama")
+    write_prefix(model, PREFIX, store_path)
+    with PrefixStore(store_path) as store, MODES[mode](model, store=store, budget=0.3) as cache:
+        expected = generate(model, QUESTION, cache, tokens=12).sequences
+        cache.reset()
+        begun = generate(model, QUESTION, cache, tokens=6).sequences
+        chosen = cache.selected_chunks(0)
+        rest = generate(model, begun, cache, tokens=6).sequences
+        assert torch.equal(cache.selected_chunks(0), chosen)
+        assert torch.equal(rest, expected)
 
 
 WRONG_BEGINNINGS = {

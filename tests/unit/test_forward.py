@@ -1,5 +1,8 @@
 """Arguments of a forward: re-fed prompts, moved padding, equal rows."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,12 +10,12 @@ from hf_contiguouskv.errors import InputError
 from hf_contiguouskv.session.forward_inputs import (
     Prompt,
     cut_cached,
-    is_refed,
     mask_behind_prefix,
     ordinary_prompt,
     rows_of,
     uncut_prefix,
 )
+from hf_contiguouskv.session.prompt_checks import is_refed
 
 IDS = torch.arange(12).view(2, 6) + 10
 
@@ -62,17 +65,48 @@ def test_an_unusual_prompt_is_left_alone(inputs):
     assert isinstance(ordinary_prompt(inputs), str)
 
 
-def test_a_refed_prompt_is_told_from_a_suffix():
-    ids = torch.arange(8)[None]
-    assert is_refed({"input_ids": ids, "attention_mask": torch.ones(1, 8)}, 5, True, ids[0, :5])
-    assert not is_refed({"input_ids": ids, "attention_mask": torch.ones(1, 13)}, 5, True, ids[0, :5])
-    assert is_refed({"input_ids": ids, "position_ids": torch.arange(8)[None]}, 5, False, ids[0, :5])
-    assert not is_refed({"input_ids": ids, "position_ids": torch.arange(5, 13)[None]}, 5, False, ids[0, :5])
-    assert is_refed({"input_ids": ids}, 5, True, ids[0, :5])
-    assert is_refed({"input_ids": ids}, 5, False, ids[0, :5])
-    assert not is_refed({"input_ids": ids[:, :5]}, 5, False, ids[0, :5])
-    assert not is_refed({"input_ids": ids + 1}, 5, False, ids[0, :5])
-    assert not is_refed({"input_ids": ids}, 0, True, None)
+def holding(prefix: torch.Tensor, suffix: int = 0, automatic: bool = False, continued: bool = False) -> Any:
+    """A cache that holds a prefix, int64 `(n,)`, and a suffix, which prompts continue or not."""
+    return SimpleNamespace(
+        length=len(prefix) + suffix,
+        suffix_length=suffix,
+        automatic=automatic,
+        prefix=prefix,
+        slot=SimpleNamespace(attached=object(), ids=prefix),
+        suffix=SimpleNamespace(continued_by=lambda *about: continued),
+    )
+
+
+def test_mask_and_positions_tell_a_refed_prompt():
+    ids, held = torch.arange(8)[None], holding(torch.arange(5))
+    assert is_refed(held, {"input_ids": ids, "attention_mask": torch.ones(1, 8)}, True)
+    assert not is_refed(held, {"input_ids": ids, "attention_mask": torch.ones(1, 13)}, True)
+    assert is_refed(held, {"input_ids": ids, "position_ids": torch.arange(8)[None]}, False)
+    assert not is_refed(held, {"input_ids": ids, "position_ids": torch.arange(5, 13)[None]}, False)
+    assert not is_refed(holding(torch.arange(0)), {"input_ids": ids}, True)
+
+
+def test_without_them_the_tokens_tell_it():
+    ids, held = torch.arange(8)[None], holding(torch.arange(5))
+    assert is_refed(held, {"input_ids": ids}, True)
+    assert is_refed(held, {"input_ids": ids}, False)
+    assert not is_refed(held, {"input_ids": ids[:, :5]}, False)
+    assert not is_refed(held, {"input_ids": ids + 1}, False)
+
+
+@pytest.mark.parametrize(("length", "refed"), [(20, False), (64, False), (80, True)])
+def test_behind_a_suffix_a_part_of_the_prefix_is_new_text(length, refed):
+    ids, held = torch.arange(80)[None, :length], holding(torch.arange(64), suffix=8)
+    assert is_refed(held, {"input_ids": ids}, False) == refed
+    # (A `generate` passes its prompt first.)
+    assert is_refed(held, {"input_ids": ids}, True)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("length", [64, 72, 80])
+def test_an_automatic_cache_takes_only_what_continues_it_for_the_prompt(length, continued):
+    ids, held = torch.arange(80)[None, :length], holding(torch.arange(64), 8, automatic=True, continued=continued)
+    assert is_refed(held, {"input_ids": ids}, False) == (continued and length > 72)
 
 
 def test_cutting_and_uncutting_are_inverse():
