@@ -29,7 +29,7 @@ from .layers import ContiguousLayer, ContiguousSlidingLayer
 
 
 class ContiguousKVCache(ListeningCache):
-    """A KV cache that begins with a stored prefix, of which attention reads only the chunks that it needs.
+    """A KV cache that begins with a stored prefix, of which attention uses only the chunks that it needs.
 
     Use it like any other cache: `model.generate(ids, cache=ContiguousKVCache(model, prefix_ids, store="kv"))`
     (`past_key_values=` before transformers 5.24). It is a context manager. `copy.deepcopy` returns an independent cache

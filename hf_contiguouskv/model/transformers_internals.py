@@ -123,7 +123,9 @@ def running_generate() -> GenerateCall | None:
     return None
 
 
-_BLOCKS_LEAVE_OUT_CACHED = "prefill_ids" in GenerationMixin._prefill.__code__.co_varnames
+# (Where a release has no such method, or another one, a call prefills in one block.)
+_PREFILL = getattr(getattr(GenerationMixin, "_prefill", None), "__code__", None)
+_BLOCKS_LEAVE_OUT_CACHED = _PREFILL is not None and "prefill_ids" in _PREFILL.co_varnames
 
 
 def cut_before_blocks(call: GenerateCall) -> None:

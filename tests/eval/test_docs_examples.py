@@ -46,7 +46,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader would run the code: with the files that it opens."""
     (tmp_path / "docs").mkdir()
-    for name in ("notes.txt", "docs/store.md"):
+    for name in ("notes.txt", "LICENSE"):
         (tmp_path / name).write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -78,11 +78,20 @@ def test_the_readme_stores_a_prompt_and_finds_it(
         assert store.entries()
 
 
-def test_the_output_in_the_readme_has_the_form_of_the_real_one() -> None:
+def test_the_output_in_the_readme_repeats_the_text() -> None:
+    """The answers stand behind the questions in the document, and the second prompt found what both share."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     output = re.search(r"```text\n(.*?)```", text, re.DOTALL)
     assert output is not None
-    assert re.fullmatch(r"(.* \| from disk: \d+\n){2}", output[1])
+    lines = [line.split(" | from disk: ") for line in output[1].splitlines()]
+    questions = re.findall(r'"(.*?)"', re.findall(r"^for text in (.*):$", text, re.MULTILINE)[0])
+    document = " ".join((ROOT / "LICENSE").read_text(encoding="utf-8").lower().split())
+    assert len(lines) == len(questions) == 2
+    for (answer, _), question in zip(lines, questions, strict=True):
+        assert f"{question.lower()} {answer.strip().lower()}" in document
+    assert int(lines[0][1]) == 0
+    # (Of English a token is four to six characters.)
+    assert len(document) / 6 < int(lines[1][1]) < len(document) / 4
 
 
 def test_sizing_computes_the_bytes_of_its_table(folder: Path, tiny_model: Path) -> None:

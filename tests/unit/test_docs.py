@@ -96,3 +96,11 @@ def test_files_for_services_are_valid_yaml() -> None:
 def test_the_citation_has_the_version_of_the_package() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@page_of
+def test_links_lead_somewhere_in_the_repository(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if ":" not in target}
+    missing = {target for target in targets if target and not (page.parent / target).exists()}
+    assert missing == set()
