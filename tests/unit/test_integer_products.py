@@ -125,7 +125,7 @@ def test_sample_and_scratch_are_used_in_and_out_of_inference_mode(begun_in_infer
         with torch.inference_mode(inference):
             chooser.fastest(8, 3)
             for product in candidates(8):
-                maxima(product, index, queries, scratch)
+                assert torch.equal(maxima(product, index, queries, scratch).long(), slow_maxima(index, queries))
 
 
 def test_scratch_memory_is_shared_and_grows():
