@@ -7,7 +7,8 @@ import os
 import sys
 import tempfile
 import uuid
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -82,7 +83,7 @@ def run(
         NotServedError: see `asked_of` and `require_served`.
         DataMissingError: a task's data cannot be loaded.
     """
-    from ..models import DEFAULT_MODEL, load_model
+    from ..models import load_model
 
     # Processes wait for the slowest process, and for the one that makes the streams.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
@@ -96,36 +97,19 @@ def run(
     if loaded is None and progress and state.is_main_process:
         print(f"runs in {choice.name} on {model.device} ({choice.reason})", file=sys.stderr)
     require_served(model, asked)
-    lengths = sorted({len(one.prefix_ids) for requests in asked.by_name().values() for one in requests})
     folder = RunFolder(out, state.process_index)
     store_options = {} if config.read_gbps is None else {"read_gbps": config.read_gbps}
-    with tempfile.TemporaryDirectory(prefix="contiguouskv-") as empty:
-        every = dict.fromkeys(setting for tokens in lengths for setting in config.settings(tokens))
-        offers, unavailable = offered(model, every, Path(empty), store_options)
-    states = [State(one) for one in config.states]
-    plans = {tokens: Plan(config.settings(tokens), states, offers) for tokens in lengths}
-    notes = [*unavailable, *(note for plan in plans.values() for note in plan.notes)]
-    if config.streams:
-        left = (one.label for one in every if not one.kind.in_streams)
-        notes += [f"{label} is left out of streams: it holds what one request selects" for label in left]
-    notes = list(dict.fromkeys(notes))
+    plans, notes = _planned(config, asked, model, store_options)
     if state.is_main_process:
-        name = config.model or (DEFAULT_MODEL if loaded is None else model.config._name_or_path)
-        about = asdict(config) | {
-            "model": name,
-            "dtype": dtype_name(model.dtype),
-            "fingerprint": model_fingerprint(model),
-            "budgets": list(dict.fromkeys(share for tokens in lengths for share in config.budgets_for(tokens))),
-            "source": getattr(model, "source", None),
-            "device": model.device.type,
-            "questions": questions_of(asked),
-            "data": asked.data,
-            "skipped": notes,
-            "processes": state.num_processes,
-            "command": command,
-            "version": __version__,
-        }
-        folder.begin(about)
+        folder.begin(
+            _description(config, asked, model, plans, loaded is not None)
+            | {
+                "skipped": notes,
+                "processes": state.num_processes,
+                "command": command,
+                "version": __version__,
+            }
+        )
         for note in notes if progress else ():
             print(note, file=sys.stderr)
     state.wait_for_everyone()
@@ -142,8 +126,55 @@ def run(
         store_options=store_options,
         done=folder.done(),
     )
-    # Rivals at their best: on a CPU, with this variable transformers does not repeat K and V for each query head
-    # either. (On a GPU this is slower with a mask.)
+    with _ready_for_timing(model):
+        _make_all(process, asked)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.gather()
+    state.wait_for_everyone()
+    return out
+
+
+def _planned(
+    config: RunConfig, asked: Asked, model: Any, store_options: Mapping[str, Any]
+) -> tuple[dict[int, Plan], list[str]]:
+    """What is asked of each length of prefix, and what is left out and why."""
+    lengths = sorted({len(one.prefix_ids) for requests in asked.by_name().values() for one in requests})
+    every = dict.fromkeys(setting for tokens in lengths for setting in config.settings(tokens))
+    with tempfile.TemporaryDirectory(prefix="contiguouskv-") as empty:
+        offers, notes = offered(model, every, Path(empty), store_options)
+    states = [State(one) for one in config.states]
+    plans = {tokens: Plan(config.settings(tokens), states, offers) for tokens in lengths}
+    notes = [*notes, *(note for plan in plans.values() for note in plan.notes)]
+    if config.streams:
+        left = (one.label for one in every if not one.kind.in_streams)
+        notes += [f"{label} is left out of streams: it holds what one request selects" for label in left]
+    return plans, list(dict.fromkeys(notes))
+
+
+def _description(
+    config: RunConfig, asked: Asked, model: Any, plans: Mapping[int, Plan], was_loaded: bool
+) -> dict[str, Any]:
+    """What a run was made with, for its folder."""
+    from ..models import DEFAULT_MODEL
+
+    return asdict(config) | {
+        "model": config.model or (model.config._name_or_path if was_loaded else DEFAULT_MODEL),
+        "dtype": dtype_name(model.dtype),
+        "fingerprint": model_fingerprint(model),
+        "budgets": list(dict.fromkeys(share for tokens in plans for share in config.budgets_for(tokens))),
+        "source": getattr(model, "source", None),
+        "device": model.device.type,
+        "questions": questions_of(asked),
+        "data": asked.data,
+    }
+
+
+@contextmanager
+def _ready_for_timing(model: Any) -> Iterator[None]:
+    """Rivals at their best, and no long collections of garbage."""
+    # On a CPU, with this variable transformers does not repeat K and V for each query head either. (On a GPU this is
+    # slower with a mask.)
     on_cpu = model.device.type == "cpu"
     forced = mock.patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"}) if on_cpu else nullcontext()
     # What was imported is no garbage. Without it, a collection before each request takes no time; with it, 0.2 s.
@@ -151,11 +182,6 @@ def run(
     gc.freeze()
     try:
         with forced:
-            _make_all(process, asked)
+            yield
     finally:
         gc.unfreeze()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.gather()
-    state.wait_for_everyone()
-    return out
