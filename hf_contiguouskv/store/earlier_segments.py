@@ -28,7 +28,7 @@ from .output import SegmentOutput
 from .parts import StoreParts
 from .publishing import Publisher
 from .room import Room
-from .rows import find_chunk, keys_of_all, segment_by_id, segment_by_key, set_use
+from .rows import find_chunk, segment_by_id, segment_by_key, set_use
 from .segment import Segment
 from .verification import in_words, segment_problems
 
@@ -96,15 +96,17 @@ class EarlierSegments:
         self._waiting: dict[str, _Waiting] = {}
         self._lock = threading.Lock()
 
-    def note(self) -> set[str]:
+    def note(self, unindexed: set[str]) -> set[str]:
         """Look which segments are of an earlier format. They can be brought from now on, if they are this tenant's.
 
+        Args:
+            unindexed: keys of all segments that the index does not have.
+
         Returns:
-            the keys of all of them.
+            those that are of an earlier format.
         """
-        unknown = self._parts.backend.list_keys() - self._parts.index.read(keys_of_all)
         found, waiting = set(), {}
-        for key in sorted(unknown):
+        for key in sorted(unindexed):
             try:
                 self._parts.opener(self._parts.backend.open(key)).close()
             except EarlierFormatError:

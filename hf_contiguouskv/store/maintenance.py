@@ -107,18 +107,23 @@ def reconcile(
     return done
 
 
+def unindexed_and_gone(parts: StoreParts) -> tuple[set[str], set[str]]:
+    """Keys of segments that the index does not have, and of those that only the index has."""
+    known: set[str] = parts.index.read(keys_of_all)
+    there = parts.backend.list_keys()
+    return there - known, known - there
+
+
 def reconcile_on_opening(parts: StoreParts, earlier: set[str]) -> None:
     """Where a crash came between the publication of a segment and its entry in the index, make up for it.
 
-    Only looks, if all is well; and where another process is writing, that one is left in peace.
+    Where another process is writing, that one is left in peace.
 
     Args:
         parts: of the store.
         earlier: keys of segments of earlier formats, which no index has.
     """
     index, backend = parts.index, parts.backend
-    if not backend.lists_cheaply or index.read(keys_of_all) == backend.list_keys() - earlier:
-        return
     done = index.try_write(lambda db: reconcile(db, backend, parts.opener, parts.pins.keys(), parts.tenant))
     for key, text in done.unreadable.items() if done else ():
         if key not in earlier:

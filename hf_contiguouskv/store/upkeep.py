@@ -52,9 +52,12 @@ class Upkeep:
         """
         try:
             self.backend.collect()
-            earlier = self.inner.earlier.note() if self.backend.lists_cheaply and self.inner.fleet is None else set()
-            self.inner.earlier.warn()
-            maintenance.reconcile_on_opening(self.inner.parts, earlier)
+            if self.backend.lists_cheaply:
+                unindexed, gone = maintenance.unindexed_and_gone(self.inner.parts)
+                earlier = self.inner.earlier.note(unindexed) if self.inner.fleet is None else set()
+                self.inner.earlier.warn()
+                if gone or unindexed - earlier:
+                    maintenance.reconcile_on_opening(self.inner.parts, earlier)
             if not self.inner.room.is_within_bound():
                 # Another process may be writing, and deleting takes long: opening waits for neither.
                 self.inner.submit_background(self._evict_excess)
@@ -230,7 +233,7 @@ class Upkeep:
             StoreError: the store cannot be read.
         """
         require_repackable(self.inner)
-        self.inner.earlier.note()
+        self.inner.earlier.note(maintenance.unindexed_and_gone(self.inner.parts)[0])
         total, finished = self.inner.earlier.waiting_bytes, 0
 
         def report(nbytes: int) -> None:
