@@ -22,9 +22,13 @@ import torch
 # A piece of this size stays in the processor's cache until its maximum is taken. In a single piece, choosing among
 # 65,536 tokens took 2.5 times as long. Smaller pieces cost more calls: 1 MiB is a tenth slower.
 SCRATCH_BYTES = 4 * 2**20
-# Size of one product of a sample: it takes 0.7 ms in plain loops, 0.05 ms in float32.
-MULTIPLICATIONS_PER_SAMPLE = 2**20
-SAMPLE_CHUNK, SAMPLE_TOKENS = 16, (128, 2048)
+# Size of one product of a sample: it takes 6 ms in plain loops. An eighth of it was too small: between the layers of a
+# model, where nothing of a sample is in the caches, both other products took 90 to 110 us, and two of six processes chose
+# float32, although it is three times as slow at the sizes of requests.
+MULTIPLICATIONS_PER_SAMPLE = 2**23
+SAMPLE_CHUNK, SAMPLE_TOKENS = 16, (128, 8192)
+# The first candidate is replaced only by one that takes less than this part of its time, so that noise replaces none.
+CLEARLY_LESS = 0.75
 # After many calls, timings repeat once in so many calls and take less than a hundredth of the work.
 CALLS_BETWEEN_TURNS = 256
 
@@ -187,7 +191,8 @@ class ProductChooser:
     """Chooses the fastest product for each class of shapes. Thread-safe.
 
     A busy machine can distort any measurement, and plain loops are 20 times slower, so no choice is final: at the 1st,
-    2nd, 4th, 8th, ... call every product is timed once more, and the shortest time of each counts.
+    2nd, 4th, 8th, ... call every product is timed once more, and the shortest time of each counts. The first candidate
+    stays unless another one is clearly faster.
 
     Args:
         candidates: the products to choose from, given the number of channels.
@@ -249,7 +254,7 @@ class _Contest:
 
     Attributes:
         calls: number of calls for this class of shapes; the first call creates the contest.
-        winner: the product with the shortest time.
+        winner: the first product, or one that is clearly faster.
     """
 
     def __init__(self, sample: _Sample, products: Sequence[IntegerProduct]) -> None:
@@ -266,7 +271,8 @@ class _Contest:
             begin = clock()
             self._sample.run(product)
             self._seconds[product] = min(least, clock() - begin)
-        self.winner = min(self._seconds, key=self._seconds.__getitem__)
+        first, fastest = next(iter(self._seconds)), min(self._seconds, key=self._seconds.__getitem__)
+        self.winner = fastest if self._seconds[fastest] < CLEARLY_LESS * self._seconds[first] else first
 
 
 class _Sample:

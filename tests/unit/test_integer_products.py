@@ -183,6 +183,13 @@ def test_the_fastest_is_chosen(slow_first):
     assert chooser.chosen() == {ShapeClass(64, 64, torch.get_num_threads()): "fast"}
 
 
+def test_noise_does_not_replace_the_first_candidate():
+    clock = Clock()
+    first, other = Timed("first", clock, 1.0), Timed("other", clock, 0.8, 0.8, 0.7)
+    chooser = chooser_among(clock, first, other)
+    assert [chooser.fastest(64, 48).name for _ in range(4)] == ["first", "first", "first", "other"]
+
+
 @pytest.mark.parametrize("fault", [{"error": 1.0}, {"raises": RuntimeError("no kernel")}, {"raises": TypeError("?")}])
 def test_a_fast_product_that_is_wrong_or_missing_is_not_chosen(fault):
     clock = Clock()
