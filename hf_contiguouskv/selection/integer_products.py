@@ -23,8 +23,8 @@ import torch
 # 65,536 tokens took 2.5 times as long. Smaller pieces cost more calls: 1 MiB is a tenth slower.
 SCRATCH_BYTES = 4 * 2**20
 # Size of one product of a sample: it takes 6 ms in plain loops. An eighth of it was too small: between the layers of a
-# model, where nothing of a sample is in the caches, both other products took 90 to 110 us, and two of six processes chose
-# float32, although it is three times as slow at the sizes of requests.
+# model, where nothing of a sample is in the caches, both other products took 90 to 110 us, and two of six processes
+# chose float32, although it is three times as slow at the sizes of requests.
 MULTIPLICATIONS_PER_SAMPLE = 2**23
 SAMPLE_CHUNK, SAMPLE_TOKENS = 16, (128, 8192)
 # The first candidate is replaced only by one that takes less than this part of its time, so that noise replaces none.
