@@ -234,8 +234,9 @@ class ContiguousKVCache(ListeningCache):
         if self.session is None:
             return
         held = self.session.held
-        self._closed_with = 0 if held.automatic or held.slot.ids is None else len(held.slot.ids)
-        self.session.close()
+        tokens = 0 if held.automatic or held.slot.ids is None else len(held.slot.ids)
+        self.session.close()  # (Refused, if another thread uses the cache.)
+        self._closed_with = tokens
         self._closed_stats = self.session.stats
         if self._hook is not None:
             self._hook.remove()

@@ -381,7 +381,8 @@ def a_rebuild(path: Path) -> Task:
             prefix.write(store)
 
     def work(where: Path) -> None:
-        PrefixStore(where).inner.index.rebuild()
+        with PrefixStore(where) as store:
+            store.inner.index.rebuild()
 
     return Task(work, stays=family)
 

@@ -269,8 +269,9 @@ def test_nonsense_in_the_index_is_found(keys, store_path, table, column, value) 
 def test_an_index_without_its_mark_is_found(keys, store_path, table, column, value) -> None:
     execute(store_path, f"UPDATE {table} SET {column} = {value} WHERE {ONE_ROW[table]}")
     result = run("verify", store_path)
-    assert result.exit_code == 1, result.stdout
-    assert "index" in result.stdout
+    # (That of an earlier release is no damage. It is rebuilt all the same.)
+    assert result.exit_code == (0 if value == "'1'" else 1), result.stdout
+    assert ("index" in result.stdout) == (value != "'1'")
     assert run("gc", store_path).exit_code == 0
     assert run("verify", store_path).exit_code == 0
     assert_all_found(store_path)
