@@ -22,7 +22,7 @@ from ..model.kv_geometry import KVGeometry
 from .derived import write_again
 from .earlier_names import earlier_name, earlier_names, earlier_root
 from .finding import Finder
-from .format import SegmentHeader, parse_earlier_header
+from .format import PAGE, SegmentHeader, parse_earlier_header
 from .hashing import HASH_BYTES, TokenIds, chunk_hash, segment_hashes
 from .output import SegmentOutput
 from .parts import StoreParts
@@ -310,9 +310,8 @@ class EarlierSegments:
 
     def _has_room(self, header: SegmentHeader) -> bool:
         """Whether a segment fits beside all that is stored: nothing is evicted for it."""
-        return (
-            self._room.max_disk_bytes is None or self._room.stored_bytes() + header.nbytes <= self._room.max_disk_bytes
-        )
+        bound, on_disk = self._room.max_disk_bytes, -(-header.nbytes // PAGE) * PAGE
+        return bound is None or self._room.stored_bytes() + on_disk <= bound
 
     def _set_pinned(self, key: str) -> None:
         self._parts.pins.set(key, True)

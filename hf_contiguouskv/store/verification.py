@@ -55,9 +55,8 @@ def verify_segments(
         tell(progress, total, done, 0)
     if whole_store:
         for key in sorted(backend.list_keys() - index.read(keys_of_all)):
-            if not _is_of_earlier_format(
-                backend, opener, key
-            ):  # (It is verified when it is brought to the present one.)
+            # (What is of an earlier format is verified when it is brought to the present one.)
+            if not _is_of_earlier_format(backend, opener, key):
                 problems.append(StoreProblem(key, f"segment {key}", "not in the index; `gc` adds it"))
     return problems
 
